@@ -1,0 +1,35 @@
+"""A whole ViRL run on a laptop's CPU: the needle task, from the two-million-parameter base that ships.
+
+    python -m virl_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+The picture (252 px) is shown at 84 px, where no mark can be read; a crop comes back at about 56 px, which
+reads a mark only if the zoom was tight.  All numbers here are ours, chosen for two CPU cores.
+"""
+
+from virl_jax import config as config_lib
+
+
+def get_config():
+  c = config_lib.default()
+  c.steps = 100
+  c.model.path = "@tiny"
+  c.data.needle.families = ("pattern", "pair_pattern")
+  c.data.needle.train_size = 1024
+  c.data.needle.test_size = 256
+  c.image.max_pixels = 84 * 84
+  c.image.crop_min_pixels = 3 * 28 * 28
+  c.image.crop_max_pixels = 6 * 28 * 28
+  c.prompt.describe_tool = False   # the tiny base learned the tool by example
+  c.prompt.image_first = False     # so that image tokens see what is asked
+  c.rollout.prompts = 16
+  c.rollout.group_size = 8
+  c.rollout.max_rounds = 4
+  c.rollout.max_turn_tokens = 32
+  c.rollout.max_total_tokens = 320
+  c.optim.learning_rate = 3e-4
+  c.optim.warmup_steps = 5
+  c.optim.b2 = 0.98
+  c.eval.tasks = 256
+  c.checkpoint.every = 20
+  c.log.gallery_every = 25
+  return c

@@ -1,0 +1,200 @@
+"""Records files, good and bad, the split by image, and the real images beside the repository."""
+
+import json
+import os
+import pathlib
+
+import PIL.ExifTags
+import PIL.Image
+import pytest
+
+from virl_jax import types
+from virl_jax.data.sources import jsonl
+
+REAL = pathlib.Path(__file__).parents[2].parent / "shared" / "realdata"
+GOOD = {"image": "a.png", "question": "What?", "answers": ["cat"], "boxes": [[1, 2, 11, 12]]}
+
+
+def write_image(path, size=(40, 30), **options):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  PIL.Image.new("RGB", size, "red").save(path, **options)
+
+
+def write_records(folder, records):
+  path = folder / "records.jsonl"
+  lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
+  path.write_bytes(b"\n".join(lines))
+  return str(path)
+
+
+def read(folder, *records):
+  if not (folder / "a.png").exists():
+    write_image(folder / "a.png")
+  return jsonl.load(write_records(folder, records), "all", 0.2, 0)
+
+
+@pytest.fixture
+def many(tmp_path):
+  """30 images with 1, 2 or 3 records each."""
+  records = []
+  for i in range(30):
+    write_image(tmp_path / f"images/{i}.png")
+    records += [{**GOOD, "id": f"{i}_{k}", "image": f"images/{i}.png"} for k in range(1 + i % 3)]
+  return write_records(tmp_path, records)
+
+
+def test_a_record_becomes_a_task(tmp_path):
+  source = read(tmp_path, {**GOOD, "id": "x", "options": ["cat", "dog"], "task": "pets", "extra": {}}, GOOD)
+  assert len(source) == 2
+  assert source.task(0) == types.Task(
+      uid="x", image=str(tmp_path / "a.png"), question="What?", answers=("cat",),
+      boxes=(types.Box(1.0, 2.0, 11.0, 12.0),), options=("cat", "dog"), kind="pets")
+  assert (source.task(1).uid, source.task(1).kind, source.task(1).options) == ("line 2", "jsonl", None)
+  assert source.describe() == (f"jsonl {tmp_path}/records.jsonl: all split has 2 of 2 records, on 1 images; "
+                               "skipped none")
+
+
+def test_unusual_but_usable_records(tmp_path):
+  write_image(tmp_path / "elsewhere" / "b.png")
+  source = read(
+      tmp_path,
+      b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), b"", b"  \r",
+      {**GOOD, "image": str(tmp_path / "elsewhere" / "b.png"), "id": 0},
+      {**GOOD, "answers": [], "options": []},
+      {**GOOD, "boxes": []})
+  assert not source.skipped
+  assert [task.uid for task in source.tasks] == ["line 1", "0", "line 5", "line 6"]
+  assert source.task(1).image == str(tmp_path / "elsewhere" / "b.png")
+  assert source.task(2).answers == () and source.task(2).options is None
+  assert source.task(3).boxes == ()
+
+
+def test_uids_are_unique(tmp_path):
+  source = read(tmp_path, *({**GOOD, "id": uid} for uid in ("x", "x", "line 4", "x (line 2)")), GOOD)
+  assert len({task.uid for task in source.tasks}) == 5
+
+
+@pytest.mark.parametrize("record, reason", [
+    (b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[" * 100_000, "not JSON"), (b"[1]", "not a JSON object"),
+    *(({k: v for k, v in GOOD.items() if k != field}, f"no {field}") for field in GOOD),
+    *(({**GOOD, field: None}, f"bad {field}") for field in GOOD),
+    ({**GOOD, "question": "\ud800"}, "bad question"), ({**GOOD, "question": " "}, "bad question"),
+    ({**GOOD, "answers": "cat"}, "bad answers"), ({**GOOD, "answers": [3]}, "bad answers"),
+    ({**GOOD, "options": "AB"}, "bad options"), ({**GOOD, "task": 3}, "bad task"), ({**GOOD, "id": []}, "bad id"),
+    ({**GOOD, "answers": [], "boxes": []}, "neither answers nor boxes"),
+    ({**GOOD, "image": "b.png"}, "no image file"), ({**GOOD, "image": "."}, "no image file"),
+    ({**GOOD, "image": "x" * 5000}, "no image file"), ({**GOOD, "image": "a\0.png"}, "bad image"),
+    ({**GOOD, "image": "records.jsonl"}, "no readable image"), ({**GOOD, "image": "cut.png"}, "no readable image"),
+    ({**GOOD, "image": "bomb.gif"}, "image too large"),
+    ({**GOOD, "boxes": [[1, 2, 3]]}, "box is not 4 finite numbers"),
+    ({**GOOD, "boxes": [1, 2, 3, 4]}, "box is not 4 finite numbers"),
+    ({**GOOD, "boxes": [[1, 2, "3", 4]]}, "box is not 4 finite numbers"),
+    ({**GOOD, "boxes": [[False, 2, 3, 4]]}, "box is not 4 finite numbers"),
+    ({**GOOD, "boxes": [[1, 2, float("nan"), 4]]}, "box is not 4 finite numbers"),
+    ({**GOOD, "boxes": [[1, 2, float("inf"), 4]]}, "box is not 4 finite numbers"),
+    ({**GOOD, "boxes": [[1, 2, 10**400, 4]]}, "box is not 4 finite numbers"),
+    ({**GOOD, "boxes": [[5, 2, 3, 4]]}, "box is empty or reversed"),
+    ({**GOOD, "boxes": [[3, 2, 3, 4]]}, "box is empty or reversed"),
+    ({**GOOD, "boxes": [[40, 2, 50, 4]]}, "box is outside the image"),
+    ({**GOOD, "boxes": [[-9, -9, 5, 0]]}, "box is outside the image"),
+    ({**GOOD, "boxes": [[1, 2, 11, 12], [5, 2, 3, 4]]}, "box is empty or reversed")])
+def test_bad_records_are_skipped_and_counted(tmp_path, record, reason):
+  write_image(tmp_path / "a.png")
+  (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:20])
+  write_image(tmp_path / "bomb.gif")
+  claimed = bytearray((tmp_path / "bomb.gif").read_bytes())
+  claimed[6:10] = b"\xff" * 4  # width and height
+  (tmp_path / "bomb.gif").write_bytes(claimed)
+  source = read(tmp_path, GOOD, record, GOOD, record)
+  assert source.skipped == {reason: 2}
+  assert len(source) == 2
+  assert f"skipped 2 (2 {reason})" in source.describe()
+
+
+def test_boxes_are_clipped_to_the_image_whatever_the_record_says(tmp_path):
+  source = read(tmp_path, {**GOOD, "boxes": [[-5, 10.5, 1e9, 99], [0, 0, 40, 30]], "width": 4000, "height": 3000})
+  assert source.task(0).boxes == ((0.0, 10.5, 40.0, 30.0), (0.0, 0.0, 40.0, 30.0))
+  assert source.describe().endswith("; 1 state another size than their image")
+  assert read(tmp_path, {**GOOD, "width": 40, "height": 30}).n_other_size == 0
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_the_frame_is_the_upright_image(tmp_path, suffix):
+  exif = PIL.Image.Exif()
+  exif[PIL.ExifTags.Base.Orientation] = 6  # stored 40 x 30, shown 30 x 40
+  write_image(tmp_path / f"b.{suffix}", exif=exif)
+  source = read(tmp_path, {**GOOD, "image": f"b.{suffix}", "boxes": [[0, 0, 99, 99]], "width": 30, "height": 40})
+  assert source.task(0).boxes == ((0.0, 0.0, 30.0, 40.0),)
+  assert source.n_other_size == 0
+
+
+def test_the_split_is_by_image_and_complete(many):
+  train, test = (jsonl.load(many, split, 0.25, 0) for split in ("train", "test"))
+  assert {task.image for task in train.tasks}.isdisjoint(task.image for task in test.tasks)
+  uids = [task.uid for source in (train, test) for task in source.tasks]
+  assert sorted(uids) == sorted(task.uid for task in jsonl.load(many, "all", 0.25, 0).tasks)
+  assert train.n_images + test.n_images == 30
+  assert train.n_records == test.n_records == 60
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9, 0.999])
+def test_the_fraction_of_records_is_met_and_no_side_is_empty(many, fraction):
+  sizes = [len(jsonl.load(many, split, fraction, seed=1)) for split in ("train", "test")]
+  assert min(sizes) > 0
+  assert abs(sizes[1] - 60 * fraction) <= 3  # no image has more than three
+
+
+def test_one_image_spelt_in_two_ways_stays_on_one_side(tmp_path):
+  write_image(tmp_path / "a.png")
+  (tmp_path / "link.png").symlink_to("a.png")
+  spellings = ("a.png", "./a.png", str(tmp_path / "a.png"), "link.png")
+  path = write_records(tmp_path, [{**GOOD, "image": image} for image in spellings])
+  assert jsonl.load(path, "all", 0.5, 0).n_images == 1
+  with pytest.raises(ValueError, match="at least 2 images"):
+    jsonl.load(path, "test", 0.5, 0)
+
+
+def test_the_split_hangs_on_the_seed_and_not_on_place_or_order(many, tmp_path):
+  held = {task.uid for task in jsonl.load(many, "test", 0.25, 0).tasks}
+  assert held != {task.uid for task in jsonl.load(many, "test", 0.25, 1).tasks}
+  lines = pathlib.Path(many).read_bytes().split(b"\n")
+  write_records(tmp_path, lines[::-1])
+  assert held == {task.uid for task in jsonl.load(many, "test", 0.25, 0).tasks}
+  moved = tmp_path.rename(tmp_path.with_name("moved"))
+  assert held == {task.uid for task in jsonl.load(str(moved / "records.jsonl"), "test", 0.25, 0).tasks}
+
+
+def test_bad_arguments_are_named(tmp_path):
+  with pytest.raises(ValueError, match="path must be a readable file.*nowhere.jsonl"):
+    jsonl.load(str(tmp_path / "nowhere.jsonl"), "train", 0.2, 0)
+  with pytest.raises(ValueError, match="path must be a readable file"):
+    jsonl.load(str(tmp_path), "train", 0.2, 0)
+  with pytest.raises(ValueError, match=r"records.jsonl, with 3 \(1 bad question, 2 not JSON\)"):
+    read(tmp_path, b"{", {**GOOD, "question": 3}, b"}")
+  with pytest.raises(ValueError, match="no record at all"):
+    read(tmp_path)
+  path = write_records(tmp_path, [GOOD])
+  with pytest.raises(ValueError, match="split must be one of train, test, all. Received: 'val'"):
+    jsonl.load(path, "val", 0.2, 0)
+  for fraction in (0.0, 1.0, float("nan")):
+    with pytest.raises(ValueError, match="eval_fraction must be between 0 and 1"):
+      jsonl.load(path, "train", fraction, 0)
+
+
+def test_relative_paths_work_from_the_file_s_own_folder(tmp_path, monkeypatch):
+  write_image(tmp_path / "a.png")
+  write_records(tmp_path, [GOOD])
+  monkeypatch.chdir(tmp_path)
+  assert os.path.isabs(jsonl.load("records.jsonl", "all", 0.2, 0).task(0).image)
+
+
+@pytest.mark.skipif(not (REAL / "records.jsonl").exists(), reason=f"no real images at {REAL}")
+def test_real_records():
+  path = str(REAL / "records.jsonl")
+  train, test, every = (jsonl.load(path, split, 0.2, 0) for split in ("train", "test", "all"))
+  assert len(every) == 94 and every.n_images == 67
+  assert not every.skipped and every.n_other_size == 0
+  assert len(train) + len(test) == 94 and abs(len(test) - 0.2 * 94) <= 3
+  assert sum(not task.answers for task in every.tasks) == 5
+  assert all(task.boxes for task in every.tasks)
+  assert len({task.kind for task in every.tasks}) == 5

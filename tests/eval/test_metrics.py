@@ -1,0 +1,176 @@
+"""Metrics by hand, intervals against a slow bootstrap, and what is not defined."""
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+
+from virl_jax.eval import metrics
+
+BASE = metrics.Outcome(correct=False, ious=(), invalid_actions=0, has_boxes=True, overlong=False, kind="x",
+                       answerable=True)
+
+
+def outcome(**changes):
+  return dataclasses.replace(BASE, **changes)
+
+
+def random_outcomes(n, skill, seed=0):
+  """Tasks of one seed are the same tasks, whatever the skill."""
+  rng = np.random.default_rng(seed)
+  hard = rng.random(n)
+  return [outcome(correct=bool(h < skill), ious=tuple(np.round(rng.random(int(rng.integers(0, 4))) * skill * 1.5, 2)),
+                  invalid_actions=int(rng.integers(0, 2)), kind="ab"[i % 2]) for i, h in enumerate(hard)]
+
+
+HAND = [
+    outcome(correct=True, ious=(0.5, 0.2), invalid_actions=1, kind="a"),
+    outcome(correct=False, ious=(0.4, 0.9, 0.0), overlong=True, kind="a"),
+    outcome(correct=True, ious=(), kind="b"),
+    outcome(correct=True, ious=(0.0, 0.0), has_boxes=False, kind="b"),   # its zooms can't be judged
+    outcome(correct=False, ious=(0.1,), answerable=False, kind="b"),     # only to find the box
+]
+
+
+def test_goldens():
+  result = metrics.summary(HAND, h0=0.4, bootstrap=50)
+  values = {name: result[name]["value"] for name in metrics.METRICS}
+  assert result["n"] == 5
+  assert values == pytest.approx({
+      "acc_ans": 3 / 4, "acc_rat": 3 / 6, "hit_rate": 2 / 4, "rationale_count": 8 / 5, "mean_iou": 2.1 / 6,
+      "mean_best_iou": (0.5 + 0.9 + 0.0 + 0.1) / 4, "invalid_action_rate": 1 / 9, "overlong_rate": 1 / 5})
+  assert result["by_kind"] == {
+      "a": {"n": 2, "acc_ans": 0.5, "acc_rat": 0.6, "hit_rate": 1.0, "rationale_count": 2.5},
+      "b": {"n": 3, "acc_ans": 1.0, "acc_rat": 0.0, "hit_rate": 0.0, "rationale_count": 1.0}}
+
+
+@pytest.mark.parametrize("h0", [0.2, 0.3, 0.4, 0.5, 0.7])
+def test_an_iou_at_the_threshold_counts_as_in_the_reward(h0):
+  exact = float(np.float32(h0))  # what a float32 kernel hands back; below h0 for 0.7
+  assert metrics.summary([outcome(ious=(exact,))], h0, bootstrap=1)["acc_rat"]["value"] == 1.0
+
+
+def test_what_is_not_defined_is_none_and_json():
+  nothing = {"value": None, "low": None, "high": None}
+  empty = metrics.summary([], 0.4)
+  assert empty["n"] == 0 and empty["by_kind"] == {}
+  assert all(empty[name] == nothing for name in metrics.METRICS)
+  result = metrics.summary([outcome(answerable=False), outcome(answerable=False)], 0.4)
+  assert result["acc_ans"] == result["acc_rat"] == result["mean_iou"] == nothing
+  assert result["by_kind"]["x"]["acc_rat"] is None
+  assert result["hit_rate"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+  assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_one_task_has_an_interval_of_no_width():
+  result = metrics.summary([outcome(correct=True, ious=(0.5, 0.0))], 0.4)
+  assert result["acc_rat"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_intervals_agree_with_a_slow_bootstrap():
+  outcomes = random_outcomes(60, 0.6)
+  result = metrics.summary(outcomes, 0.4, bootstrap=4000, seed=1)
+  rng, slow = np.random.default_rng(7), []
+  for _ in range(4000):
+    drawn = [outcomes[i] for i in rng.integers(60, size=60)]
+    ious = np.array([iou for o in drawn for iou in o.ious])
+    slow.append((np.mean([o.correct for o in drawn]), (ious >= 0.4).mean(), ious.mean()))
+  for k, name in enumerate(("acc_ans", "acc_rat", "mean_iou")):
+    low, high = np.percentile([row[k] for row in slow], (2.5, 97.5))
+    assert result[name]["low"] == pytest.approx(low, abs=0.02)
+    assert result[name]["high"] == pytest.approx(high, abs=0.02)
+    assert result[name]["low"] < result[name]["value"] < result[name]["high"]
+
+
+def test_tasks_are_resampled_whole():
+  """Ten zooms of one task are no ten tasks: the interval is as wide as with one zoom each."""
+  few = [outcome(ious=(float(i % 2),)) for i in range(40)]
+  many = [outcome(ious=(float(i % 2),) * 10) for i in range(40)]
+  assert metrics.summary(few, 0.4)["acc_rat"] == metrics.summary(many, 0.4)["acc_rat"]
+
+
+def test_intervals_cover():
+  """95% of the intervals, give or take, hold the truth."""
+  rng, covered = np.random.default_rng(0), 0
+  for _ in range(200):
+    sample = [outcome(correct=bool(c)) for c in rng.random(100) < 0.5]
+    interval = metrics.summary(sample, 0.4, bootstrap=300)["acc_ans"]
+    covered += interval["low"] <= 0.5 <= interval["high"]
+  assert 180 <= covered <= 199
+
+
+def test_seeded_and_independent_of_chunks(monkeypatch):
+  outcomes = random_outcomes(50, 0.6)
+  whole = metrics.summary(outcomes, 0.4, seed=3)
+  assert metrics.summary(outcomes, 0.4, seed=3) == whole
+  assert metrics.summary(outcomes, 0.4, seed=4) != whole
+  monkeypatch.setattr(metrics, "_DRAWS_AT_ONCE", 170)
+  assert metrics.summary(outcomes, 0.4, seed=3) == whole
+
+
+def test_difference_golden():
+  before = [outcome(ious=(0.0, 0.5)), outcome(correct=True), outcome(), outcome()]
+  after = [outcome(ious=(0.5,), correct=True), outcome(correct=True), outcome(ious=(0.9,)), outcome(correct=True)]
+  result = metrics.difference(before, after, 0.4)
+  assert result["n"] == 4
+  assert result["acc_ans"]["value"] == pytest.approx(0.5)
+  assert result["acc_rat"]["value"] == pytest.approx(0.5)
+  assert set(result) == {"n", "acc_ans", "acc_rat"}
+
+
+def test_difference_is_paired():
+  before, after = ([dataclasses.replace(o, kind="x") for o in random_outcomes(200, skill)] for skill in (0.5, 0.55))
+  paired = metrics.difference(before, after, 0.4)["acc_ans"]
+  shuffled = [after[i] for i in np.random.default_rng(0).permutation(200)]
+  unpaired = metrics.difference(before, shuffled, 0.4)["acc_ans"]
+  assert paired["high"] - paired["low"] < 0.6 * (unpaired["high"] - unpaired["low"])
+  same = metrics.difference(before, before, 0.4)
+  assert same["acc_ans"] == same["acc_rat"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_difference_without_actions_on_one_side_is_none():
+  result = metrics.difference([outcome()], [outcome(ious=(0.5,))], 0.4)
+  assert result["acc_rat"] == {"value": None, "low": None, "high": None}
+  assert metrics.difference([], [], 0.4)["acc_ans"]["value"] is None
+
+
+def test_fast_enough():
+  outcomes = random_outcomes(512, 0.6)
+  started = time.perf_counter()
+  metrics.summary(outcomes, 0.4, bootstrap=2000)
+  assert time.perf_counter() - started < 1.0
+
+
+def test_table():
+  before, after = random_outcomes(40, 0.3), random_outcomes(40, 0.8)
+  table = metrics.format_table(metrics.summary(before, 0.4), metrics.summary(after, 0.4),
+                               metrics.difference(before, after, 0.4))
+  lines = table.split("\n")
+  assert lines[0].split() == ["n", "=", "40,", "95%", "intervals", "before", "after", "change"]
+  blank = lines.index("")
+  assert [line.split()[0] for line in lines[2:blank]] == list(metrics.METRICS)
+  assert len({len(line) for line in lines[:blank]}) == len({len(line) for line in lines[blank + 1:]}) == 1
+  row = next(line for line in lines if line.startswith("acc_ans"))
+  value = metrics.difference(before, after, 0.4)["acc_ans"]["value"]
+  assert f"{value:+.3f} [" in row
+  assert table.isascii() and not table.endswith("\n")
+
+
+def test_table_of_nothing():
+  empty = metrics.summary([], 0.4)
+  table = metrics.format_table(empty, empty, metrics.difference([], [], 0.4))
+  assert table.count(" -") >= 3 * len(metrics.METRICS)
+  assert "None" not in table and "nan" not in table
+
+
+def test_bad_input_is_named():
+  with pytest.raises(ValueError, match="after .*1 outcomes, before has 2"):
+    metrics.difference([BASE, BASE], [BASE], 0.4)
+  with pytest.raises(ValueError, match="after .*same order.*at 1"):
+    metrics.difference([BASE, BASE], [BASE, outcome(kind="y")], 0.4)
+  with pytest.raises(ValueError, match="h0 .*1.5"):
+    metrics.summary([BASE], 1.5)
+  with pytest.raises(ValueError, match="bootstrap .*0"):
+    metrics.summary([BASE], 0.4, bootstrap=0)

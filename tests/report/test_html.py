@@ -1,0 +1,275 @@
+"""The page shows what happened, needs nothing from elsewhere, and trusts no text."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from virl_jax import types
+from virl_jax.report import gallery, log, trajectory
+from virl_jax.report import html as page_html
+
+_VOID = {"meta", "link", "img", "input", "br", "hr"}
+_IDS = np.zeros(1, np.int32)
+_HOSTILE = '<script>alert(1)</script>"\'><img src=x onerror=alert(2)>&lt;</pre>\x00\ud800\u202e'
+
+
+class _Page(html.parser.HTMLParser):
+  """Collects elements and text, and insists that what is opened is closed."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.elements, self.open, self.words = [], [], []
+    self.feed(text)
+    self.close()
+    assert self.open == []
+
+  def handle_starttag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+    if tag not in _VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if not self.open or self.open[-1] != "style":
+      self.words.append(data)
+
+  def all(self, tag, **attrs):
+    return [a for t, a in self.elements if t == tag and all(a.get(k) == v for k, v in attrs.items())]
+
+  @property
+  def text(self):
+    return " ".join(" ".join(self.words).split())
+
+
+def _item(boxes=((10, 20, 40, 60),), classes=("correct",), uid="u1", size=(200, 100), answers=("B",)):
+  turns = [types.Turn("assistant", _IDS, text="<think>hm</think>", box=types.Box(*box), box_shown=tuple(box))
+           for box in boxes]
+  turns.append(types.Turn("assistant", _IDS, text="eh", error="too small"))
+  task = types.Task(uid, b"", "Which?", answers, (types.Box(1, 2, 31, 42),), ("x", "y"), "pattern")
+  traj = types.Trajectory(task, 0, _IDS, turns, [], types.StopReason.ANSWERED, "B", True)
+  n = len(boxes)
+  return gallery.entry(traj, Image.new("RGB", size), [0.5] * n, classes, [1.5] * n, 0.9, 1.25,
+                       {"answer": 1.0, "fidelity": -0.5})
+
+
+def _measure(value):
+  return {"value": value, "low": value - 0.05, "high": value + 0.05}
+
+
+def _summary(value):
+  return {"n": 64, "acc_ans": _measure(value), "acc_rat": _measure(value), "hit_rate": _measure(value),
+          "rationale_count": _measure(1.5), "mean_iou": {"value": None, "low": None, "high": None},
+          "overlong_rate": _measure(0.125),
+          "by_kind": {"pattern": {"n": 64, "acc_ans": value, "acc_rat": None, "hit_rate": _measure(value)}}}
+
+
+def _render(config=None, metrics=(), before=None, after=None, difference=None, kept=(), title="run"):
+  return page_html.render(config or {}, list(metrics), before, after, difference, list(kept), title)
+
+
+def _kept(*items, label="After"):
+  return {"step": 3, "label": label, "entries": list(items)}
+
+
+def _full(**more):
+  metrics = [{"step": i, "acc_ans": i / 9, "reward/total": float("nan"), "rollout/logp_gap_max": 1e-5}
+             for i in range(10)]
+  given = {"config": {"reward": {"h0": 0.4}, "model": {"path": "/some/where/name"}}, "metrics": metrics,
+           "before": _summary(0.25), "after": _summary(0.75),
+           "difference": {"acc_ans": {"value": 0.5, "low": 0.4, "high": 0.6}},
+           "kept": [_kept(_item(), label="Before"), _kept(_item())]}
+  return _render(**{**given, **more})
+
+
+def test_page_needs_nothing_from_elsewhere():
+  text = _full()
+  page = _Page(text)
+  for tag, attrs in page.elements:
+    assert tag not in ("script", "iframe", "object", "base")
+    for name in ("src", "href", "srcset", "action", "xlink:href"):
+      assert attrs.get(name, "data:").startswith("data:"), (tag, attrs)
+    assert not any(name.startswith("on") for name in attrs)
+  assert "url(" not in text and "@import" not in text
+  policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+  assert "default-src 'none'" in policy and "script-src" not in policy
+
+
+@pytest.mark.parametrize("where", ["turn", "question", "option", "answer", "error", "class", "uid", "stop",
+                                   "title", "label", "config", "kind"])
+def test_hostile_text_is_text(where):
+  item, how = _item(), {}
+  after = _summary(0.5)
+  if where == "turn":
+    item["turns"][0]["text"] = _HOSTILE
+  elif where in ("question", "answer", "uid", "stop"):
+    item[where] = _HOSTILE
+  elif where == "option":
+    item["options"] = [_HOSTILE]
+  elif where in ("error", "class"):
+    item["turns"][0][where] = _HOSTILE
+  elif where == "title":
+    how["title"] = _HOSTILE
+  elif where == "config":
+    how["config"] = {_HOSTILE: {"a": _HOSTILE}, "reward": {"h0": _HOSTILE}, "model": {"path": "m" + _HOSTILE}}
+  elif where == "kind":
+    after["by_kind"] = {_HOSTILE: {"n": _HOSTILE}}
+  label = _HOSTILE if where == "label" else "After"
+  text = _render(after=after, kept=[_kept(item, label=label), _kept(item)], **how)
+  text.encode("utf-8")
+  assert "<script" not in text and "<img src=x" not in text and "\x00" not in text and "\u202e" not in text
+  assert "alert(1)" in _Page(text).text
+
+
+@pytest.mark.parametrize("uri", [
+    "http://example.org/a.png", "data:text/html;base64,AAAA", 'data:image/png;base64,AA" onerror="alert(1)',
+    "javascript:alert(1)", "data:image/svg+xml;base64,AAAA", "data:image/png;base64,AAAA\n"])
+def test_only_pictures_are_shown_as_pictures(uri):
+  item = _item()
+  item["image"] = item["turns"][0]["crop"] = uri
+  assert _Page(_render(kept=[_kept(item)])).all("img") == []
+
+
+def test_boxes_lie_where_they_were_drawn():
+  page = _Page(trajectory.picture(_item(boxes=((10, 20, 40.5, 60), (100, 50, 200, 100)),
+                                        classes=("correct", "erroneous"), size=(200, 100))))
+  assert page.all("svg")[0]["viewbox"] == "0 0 200 100"  # the overlay covers the picture: original pixels
+  found = {a["class"]: tuple(float(a[k]) for k in ("x", "y", "width", "height"))
+           for a in page.all("rect") if a["class"] != "halo"}
+  assert found == {"box truth": (1, 2, 30, 40), "box correct": (10, 20, 30.5, 40),
+                   "box erroneous": (100, 50, 100, 50)}
+  tags = [(a["class"], a["style"]) for a in page.all("span")]
+  assert [name for name, _ in tags] == ["tag correct", "tag erroneous"]
+  assert "left:min(5.00% + 0px" in tags[0][1] and "top:max(20.00%" in tags[0][1]
+  assert "left:min(50.00% + 0px" in tags[1][1] and "top:max(50.00%" in tags[1][1]
+
+
+def test_shrunk_picture_keeps_original_coordinates():
+  item = _item(boxes=((1000, 500, 1500, 700),), size=(3000, 2000))
+  page = _Page(trajectory.picture(item))
+  assert page.all("svg")[0]["viewbox"] == "0 0 3000 2000"
+  assert page.all("rect", **{"class": "box correct"})[0]["x"] == "1000"
+
+
+def test_numbers_of_zooms_at_one_place_stand_side_by_side():
+  box = (100, 50, 150, 90)
+  page = _Page(trajectory.picture(_item(boxes=(box, box, (102, 51, 150, 90)), classes=("correct",) * 3)))
+  assert [re.search(r"\+ (\d+)px", a["style"])[1] for a in page.all("span")] == ["0", "19", "38"]
+  assert "1 2 3 200 × 100 px" in page.text
+
+
+def test_turns_say_what_was_made_of_them():
+  item = _item(boxes=((10, 20, 40, 60),), classes=("redundant",))
+  text = _Page(trajectory.render(item)).text
+  for said in ("redundant", "IoU 0.50", "× 1.5", "A +1.35", "reward +1.25", "advantage +0.90", "right",
+               "answered", "fidelity −0.50", "box (10, 20, 40, 60) px", "told: too small"):
+    assert said in text, said
+
+
+def test_without_an_accepted_answer_nothing_is_right_or_wrong():
+  text = _Page(trajectory.render(_item(answers=()))).text
+  assert "right" not in text and "wrong" not in text and "accepted" not in text
+
+
+def test_transcript_dims_special_tokens_and_folds_pads():
+  out = trajectory.transcript("<|im_start|>a <b>" + "<|image_pad|>" * 324 + "</tool_call>\n")
+  assert out == ('<span class="sp">&lt;|im_start|&gt;</span>a &lt;b&gt;'
+                 '<span class="sp">&lt;|image_pad|&gt;</span>×324<span class="sp">&lt;/tool_call&gt;</span>')
+  long = trajectory.transcript("x" * 20000)
+  assert len(long) < 12100 and "8000 more characters" in long
+
+
+def test_cards_show_values_intervals_and_the_difference():
+  text = _Page(_full()).text
+  assert "75.0% 70.0 to 80.0 from 25.0% 20.0 to 30.0 ▲ +50.0 pts 40.0 to 60.0" in text
+  assert "IoU ≥ 0.4" in text and "64 held-out tasks" in text and "model name ·" in text
+  assert "Mean IoU of zooms" not in text  # no value, no card
+  assert "pattern 64 25.0% → 75.0% – 25.0% → 75.0% –" in text
+  assert "Overlong 12.5% → 12.5%" in text
+
+
+def test_a_fall_is_shown_as_a_fall():
+  difference = {"acc_ans": {"value": -0.5, "low": -0.6, "high": -0.4}}
+  text = _full(before=_summary(0.75), after=_summary(0.25), difference=difference)
+  assert "▼ −50.0 pts −60.0 to −40.0" in _Page(text).text
+  assert '<p class="change bad">' in text
+  unsure = _full(difference={"acc_ans": {"value": 0.1, "low": -0.1, "high": 0.3}})
+  assert '<p class="change good">' not in unsure and '<p class="change bad">' not in unsure
+
+
+def test_only_curves_with_values_are_drawn():
+  labels = [a["aria-label"] for a in _Page(_full()).all("svg") if a.get("class") == "curve"]
+  assert labels == ["Total", "Answer accuracy", "Sampler–trainer gap"]
+
+
+def test_missing_pieces_are_left_out():
+  page = _Page(_render())
+  assert page.text == "run ViRL run" and not page.all("section")
+  assert "from" not in _Page(_render(before=_summary(0.25))).text
+  assert "25.0%" in _Page(_render(after=_summary(0.25))).text
+  empty = {key: None for key in _summary(0.5)}
+  _Page(_render(before=empty, after={"n": 0}, metrics=[{"note": 1}], kept=[_kept()]))
+
+
+def test_last_rollouts_are_shown_first_and_each_can_be_chosen():
+  text = _render(kept=[_kept(_item(), label="Before"), _kept(_item(), label="Step 20"), _kept(_item())])
+  page = _Page(text)
+  radios = page.all("input")
+  assert ["checked" in a for a in radios] == [False, False, True]
+  assert [a["for"] for a in page.all("label")] == [a["id"] for a in radios]
+  for i, radio in enumerate(radios, start=1):
+    assert f"#{radio['id']}:checked~.panes>:nth-child({i}){{display:block}}" in text
+
+
+def _workdir(tmp_path):
+  config = {"rollout": {"prompts": 4, "group_size": 8, "max_rounds": 6}}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  metrics_log = log.MetricsLog(str(tmp_path / "metrics.jsonl"), 0)
+  for step in range(5):
+    metrics_log.write(step, {"acc_ans": step / 5})
+  metrics_log.close()
+  (tmp_path / "eval_before.json").write_text(json.dumps(_summary(0.25)))
+  difference = {"acc_ans": {"value": 0.5, "low": 0.4, "high": 0.6}}
+  (tmp_path / "eval_after.json").write_text(json.dumps({**_summary(0.75), "difference": difference}))
+  for name in ("before", "step_000100", "step_000020", "after"):
+    gallery.save(str(tmp_path / "rollouts" / f"{name}.jsonl"), [_item(uid=f"task of {name}")])
+  (tmp_path / "rollouts" / "notes.txt").write_text("not a rollout")
+
+
+def test_write_puts_a_run_together(tmp_path):
+  _workdir(tmp_path)
+  path = page_html.write(str(tmp_path))
+  assert path == str(tmp_path / "report.html") and not list(tmp_path.glob("*.tmp"))
+  page = _Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+  assert "5 steps · 4 prompts × 8 rollouts a step · at most 6 zooms" in page.text
+  assert "+50.0 pts 40.0 to 60.0" in page.text
+  assert "Before Step 20 Step 100 After" in page.text
+  assert str(tmp_path) not in page.text
+
+
+def test_write_makes_do_with_an_empty_folder(tmp_path):
+  assert page_html.write(str(tmp_path)) == str(tmp_path / "report.html")
+  _Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+  with pytest.raises(ValueError, match="workdir must be a folder"):
+    page_html.write(str(tmp_path / "missing"))
+  (tmp_path / "eval_after.json").write_text("{")
+  with pytest.raises(ValueError, match="eval_after.json must be JSON"):
+    page_html.write(str(tmp_path))
+
+
+def test_page_keeps_first_last_and_newest_when_there_is_too_much(tmp_path, monkeypatch):
+  _workdir(tmp_path)
+  one = len(json.dumps(_item(uid="task of step_000100")))
+  monkeypatch.setattr(page_html, "_GALLERY_BYTES", int(3.5 * one))
+  page_html.write(str(tmp_path))
+  text = (tmp_path / "report.html").read_text(encoding="utf-8")
+  there = [name for name in ("before", "step_000020", "step_000100", "after") if f"task of {name}<" in text]
+  assert there == ["before", "step_000100", "after"]

@@ -1,0 +1,183 @@
+"""metrics.jsonl survives kills and resumes; the terminal line says what is left."""
+
+import io
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from virl_jax.report import log
+
+
+class _Lazy:
+  """Stands for a device array: reading it is remembered."""
+
+  shape = ()
+
+  def __init__(self, value):
+    self.value, self.reads = value, 0
+
+  def __array__(self, dtype=None, copy=None):
+    self.reads += 1
+    return np.asarray(self.value, dtype=dtype)
+
+
+def _steps(path):
+  return [line["step"] for line in log.read(path)]
+
+
+def _lines(path):
+  with open(path, "rb") as f:
+    return f.read().splitlines()
+
+
+def _write(path, steps, start_step=0):
+  metrics_log = log.MetricsLog(path, start_step)
+  for step in steps:
+    metrics_log.write(step, {"loss": step / 10})
+  metrics_log.close()
+
+
+def test_values_are_read_one_step_late(tmp_path):
+  path = str(tmp_path / "metrics.jsonl")
+  first, second = _Lazy(1.5), _Lazy(2.5)
+  metrics_log = log.MetricsLog(path, 0)
+  assert metrics_log.write(0, {"loss": first}) is None
+  assert first.reads == 0
+  assert metrics_log.write(1, {"loss": second}) == {"step": 0, "loss": 1.5}
+  assert (first.reads, second.reads) == (1, 0)
+  assert _steps(path) == [0]
+  assert metrics_log.flush() == {"step": 1, "loss": 2.5}
+  assert metrics_log.flush() == {"step": 1, "loss": 2.5}  # again: nothing is written twice
+  assert _steps(path) == [0, 1]
+
+
+def test_scalars_of_every_sort_become_plain_json(tmp_path):
+  path = str(tmp_path / "deep" / "metrics.jsonl")
+  metrics_log = log.MetricsLog(path, 0)
+  metrics_log.write(0, {"f32": np.float32(0.5), "i64": np.int64(7), "zero_d": np.array(2.0), "note": "fine",
+                        "none": None, "nan": np.float32("nan"), "inf": math.inf, "minus": -math.inf})
+  line = metrics_log.flush()
+  assert line["f32"] == 0.5 and line["i64"] == 7 and type(line["i64"]) is int
+  with open(path, encoding="utf-8") as f:
+    strict = json.loads(f.read(), parse_constant=lambda name: pytest.fail(f"{name} is not strict JSON"))
+  assert (strict["nan"], strict["inf"], strict["minus"], strict["none"]) == ("nan", "inf", "-inf", None)
+  back = log.read(path)[0]
+  assert math.isnan(back["nan"]) and back["inf"] == math.inf and back["minus"] == -math.inf
+  assert back["note"] == "fine"
+
+
+def test_resume_drops_exactly_what_will_be_done_again(tmp_path):
+  path = str(tmp_path / "metrics.jsonl")
+  _write(path, range(10))
+  with open(path, "ab") as f:
+    f.write(b'{"note": "no step"}\n')
+  before = _lines(path)
+  _write(path, range(6, 8), start_step=6)
+  after = _lines(path)
+  assert after[:7] == before[:6] + [before[10]]
+  assert [json.loads(raw).get("step") for raw in after] == [0, 1, 2, 3, 4, 5, None, 6, 7]
+  assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_line_cut_off_by_a_kill_is_dropped(tmp_path):
+  path = str(tmp_path / "metrics.jsonl")
+  _write(path, range(3))
+  with open(path, "ab") as f:
+    f.write(b'{"step": 3, "lo')
+  assert _steps(path) == [0, 1, 2]
+  _write(path, [3], start_step=3)
+  assert _steps(path) == [0, 1, 2, 3]
+
+
+def test_whole_last_line_without_newline_is_kept(tmp_path):
+  path = str(tmp_path / "metrics.jsonl")
+  _write(path, range(3))
+  with open(path, "rb+") as f:
+    f.truncate(os.path.getsize(path) - 1)
+  _write(path, [3], start_step=3)
+  assert _steps(path) == [0, 1, 2, 3]
+
+
+def test_damage_in_the_middle_is_an_error_not_a_loss(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  content = b'{"step": 0}\n{"st\n{"step": 2}\n'
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match="line 2"):
+    log.read(str(path))
+  with pytest.raises(ValueError, match="line 2"):
+    log.MetricsLog(str(path), 5)
+  assert path.read_bytes() == content
+
+
+def test_an_opened_log_that_writes_nothing_changes_nothing(tmp_path):
+  path = str(tmp_path / "metrics.jsonl")
+  _write(path, range(3))
+  before = os.stat(path)
+  metrics_log = log.MetricsLog(path, 3)
+  assert metrics_log.flush() is None
+  metrics_log.close()
+  assert (os.stat(path).st_ino, os.stat(path).st_size) == (before.st_ino, before.st_size)
+
+
+def test_bad_writes_are_refused(tmp_path):
+  metrics_log = log.MetricsLog(str(tmp_path / "metrics.jsonl"), 4)
+  with pytest.raises(ValueError, match="at least 4"):
+    metrics_log.write(3, {})
+  metrics_log.write(4, {})
+  with pytest.raises(ValueError, match="at least 5"):
+    metrics_log.write(4, {})
+  with pytest.raises(ValueError, match=r"metrics\['loss'\] must be a scalar.*\(2,\)"):
+    metrics_log.write(5, {"loss": np.zeros(2)})
+
+
+def test_progress_line():
+  times = iter([0.0, 90.0, 96.0, 102.2])  # the first step compiles
+  out = io.StringIO()
+  progress = log.Progress(120, 9, out, clock=lambda: next(times))
+  metrics = {"reward/total": 0.834, "acc_ans": 0.61, "acc_rat": 0.48, "rationale_count": 1.3}
+  for step in (9, 10, 11):
+    progress.line(step, metrics)
+  last = out.getvalue().splitlines()[-1]
+  assert last == "step  12/120  reward +0.83  acc_ans 0.61  acc_rat 0.48  zooms 1.3  6.2 s/step  left 11m10s"
+
+
+def test_progress_forgets_old_paces_and_missing_values():
+  times = iter([100.0 * i for i in range(41)] + [4000.0 + i for i in range(1, 31)])
+  out = io.StringIO()
+  progress = log.Progress(100, 0, out, clock=lambda: next(times))
+  for step in range(70):
+    progress.line(step, {"acc_ans": None})
+  assert out.getvalue().splitlines()[-1] == "step  70/100  1.0 s/step  left 30s"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (658.8, "10m59s"), (3600, "1h00m"), (11100, "3h05m"),
+    (187200, "2d04h")])
+def test_duration(seconds, text):
+  assert log.duration(seconds) == text
+
+
+def test_tensorboard_is_optional(tmp_path, monkeypatch):
+  assert log.tensorboard_writer(str(tmp_path), False) is None
+  monkeypatch.setitem(sys.modules, "tensorboard", None)
+  for name in [name for name in sys.modules if name.startswith("tensorboard.")]:
+    monkeypatch.delitem(sys.modules, name)
+  assert log.tensorboard_writer(str(tmp_path), True) is None
+  assert os.listdir(tmp_path) == []
+
+
+def test_tensorboard_gets_the_numbers_and_forgets_what_a_resume_repeats(tmp_path):
+  accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+  write = log.tensorboard_writer(str(tmp_path), True)
+  write(0, {"step": 0, "loss/policy": 0.5, "note": "text", "none": None})
+  write(1, {"step": 1, "loss/policy": 0.25})
+  events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+  assert events.Tags()["scalars"] == ["loss/policy"]
+  assert [(e.step, e.value) for e in events.Scalars("loss/policy")] == [(0, 0.5), (1, 0.25)]
+  log.tensorboard_writer(str(tmp_path), True, start_step=1)(1, {"loss/policy": 0.125})
+  events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+  assert [(e.step, e.value) for e in events.Scalars("loss/policy")] == [(0, 0.5), (1, 0.125)]

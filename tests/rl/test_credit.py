@@ -1,0 +1,101 @@
+"""The table of modulators, the worked example of the docstring, and a slow numpy oracle."""
+
+import doctest
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from virl_jax import config
+from virl_jax.rl import credit
+
+# Compiled, because tests pay for every small operation that is compiled by itself.
+classify = jax.jit(credit.classify)
+modulator = jax.jit(credit.modulator, static_argnames="cfg")
+token_advantages = jax.jit(credit.token_advantages)
+
+CFG = credit.Config(h_good=1.5, h_redundant=0.75, h_bad=0.5)
+
+
+def test_the_worked_example_holds():
+  failed, tried = doctest.testmod(credit)
+  assert tried >= 8 and failed == 0
+
+
+def test_classes():
+  correct_R = jnp.array([True, True, False, False, True])
+  redundant_R = jnp.array([False, True, False, False, True])
+  mask_R = jnp.array([True, True, True, False, False])
+  class_R = classify(correct_R, redundant_R, mask_R)
+  assert class_R.tolist() == [credit.CORRECT, credit.REDUNDANT, credit.ERRONEOUS, credit.NONE, credit.NONE]
+  assert class_R.dtype == jnp.int32
+  assert sorted(credit.NAMES) == [-1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("advantage, expected", [
+    (0.1, [1.5, 0.75, 0.5, 1.0]), (7.0, [1.5, 0.75, 0.5, 1.0]),
+    (-0.1, [0.5, 1.25, 1.5, 1.0]), (0.0, [1.0] * 4), (-0.0, [1.0] * 4)])
+def test_modulators(advantage, expected):
+  class_R = jnp.array([credit.CORRECT, credit.REDUNDANT, credit.ERRONEOUS, credit.NONE])
+  np.testing.assert_allclose(modulator(class_R, advantage, CFG), expected)
+
+
+def test_good_zooms_never_fare_worse_than_bad_ones():
+  class_R = jnp.array([credit.CORRECT, credit.REDUNDANT, credit.ERRONEOUS])
+  for advantage in (2.0, -2.0):
+    scaled = advantage * np.asarray(modulator(class_R, advantage, CFG))
+    assert scaled[0] > scaled[1] > scaled[2]
+
+
+def test_token_advantages_agree_with_the_slow_loop():
+  rng = np.random.default_rng(0)
+  advantage_B, m_BR = rng.normal(size=32).astype(np.float32), rng.random((32, 4)).astype(np.float32)
+  action_BT, sampled_BT = rng.integers(-1, 4, (32, 50)), rng.random((32, 50)) < 0.7
+  slow = np.zeros((32, 50))
+  for b in range(32):
+    for t in range(50):
+      if sampled_BT[b, t]:
+        slow[b, t] = advantage_B[b] * (m_BR[b, action_BT[b, t]] if action_BT[b, t] >= 0 else 1.0)
+  arguments = advantage_B, m_BR, action_BT, sampled_BT
+  np.testing.assert_allclose(jax.vmap(token_advantages)(*arguments), slow, atol=1e-6)
+  row = [jnp.asarray(x[0]) for x in arguments]
+  np.testing.assert_allclose(credit.token_advantages(*row), slow[0], atol=1e-6)
+  np.testing.assert_allclose(token_advantages(*row), slow[0], atol=1e-6)
+
+
+def test_jit_and_vmap_of_the_modulator_change_nothing():
+  class_BR = jnp.array([[0, 1, 2, -1]] * 3)
+  kernel = functools.partial(modulator, cfg=CFG)
+  advantage_B = jnp.array([1.0, -1.0, 0.0])
+  mapped = jax.vmap(kernel)(class_BR, advantage_B)
+  for row in range(3):
+    np.testing.assert_array_equal(mapped[row], kernel(class_BR[row], advantage_B[row]))
+    np.testing.assert_array_equal(mapped[row], credit.modulator(class_BR[row], advantage_B[row], CFG))
+
+
+def test_without_rounds_every_sampled_token_gets_the_advantage():
+  nothing = np.zeros(0, bool)
+  class_R = classify(nothing, nothing, nothing)
+  m_R = modulator(class_R, 3.0, CFG)
+  assert class_R.shape == m_R.shape == (0,)
+  adv_T = token_advantages(3.0, m_R, np.array([-1, -1]), np.array([True, False]))
+  assert adv_T.tolist() == [3.0, 0.0]
+
+
+def test_gradient_with_respect_to_the_advantage_is_the_modulator():
+  m_R, action_T = jnp.array([0.5, 2.0]), jnp.array([-1, 0, 1, 1])
+  grad_T = jax.jacobian(token_advantages)(0.0, m_R, action_T, jnp.array([True, True, True, False]))
+  assert grad_T.tolist() == [1.0, 0.5, 2.0, 0.0]
+
+
+def test_defaults_are_the_configuration_s():
+  assert credit.Config(**config.default().credit) == credit.Config()
+
+
+def test_wrong_shapes_are_named():
+  with pytest.raises(ValueError, match=r"correct_R, redundant_R and mask_R.*\(3,\)"):
+    credit.classify(jnp.ones(2, bool), jnp.ones(3, bool), jnp.ones(2, bool))
+  with pytest.raises(ValueError, match=r"action_T and sampled_T.*\(4,\).*\(5,\)"):
+    credit.token_advantages(1.0, jnp.ones(2), jnp.zeros(4, int), jnp.ones(5, bool))

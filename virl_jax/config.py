@@ -1,0 +1,167 @@
+"""Every knob once, with its unit and where its default comes from.
+
+Labels: [published] ViRL, arXiv 2511.23031; [ours] chosen here; [NAME] that project's value.
+The paper's own learning rate, batch, group size, KL, clip, lam, rho and modulators are not
+published in what we have, so every default for them is ours or a named peer's.
+"""
+
+from __future__ import annotations
+
+import json
+
+import ml_collections
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def default() -> ConfigDict:
+  """The configuration that `configs/*.py` start from and override."""
+  c = ConfigDict()
+  c.seed = 0                       # seeds parameters, data order and sampling
+  c.steps = 100                    # rollout-and-update iterations
+
+  c.model = m = ConfigDict()
+  m.path = ""                      # HF folder; "@tiny" is the base that ships with the package
+  m.dtype = "float32"              # parameter dtype: float32 | bfloat16
+  m.compute_dtype = "float32"      # matmul dtype: float32 | bfloat16
+  m.remat = False                  # recompute layers in the backward pass
+
+  c.data = d = ConfigDict()
+  d.source = "needle"              # needle | jsonl
+  d.path = ""                      # jsonl: the records file; needle: cache folder ("" = user cache)
+  d.eval_fraction = 0.2            # jsonl: share of records held out for evaluation [ours]
+  d.needle = n = ConfigDict()
+  n.families = ("pattern", "pair_pattern")  # see data/sources/needle.py
+  n.objects = (2, 4)               # fewest and most objects in a picture [ours]
+  n.side_px = 252                  # side of the square picture [ours]
+  n.train_size = 2048              # pictures in the train split [ours]
+  n.test_size = 512                # pictures in the test split [ours]
+  n.seed = 0                       # draws the pictures; independent of c.seed
+
+  c.image = i = ConfigDict()
+  i.min_pixels = 3136              # shown image, after resizing [Qwen2.5-VL]
+  i.max_pixels = 1003520           # shown image, after resizing [transformers' class default]
+  i.crop_min_pixels = 3136         # crops, after resizing [Qwen2.5-VL]
+  i.crop_max_pixels = 1003520      # crops, after resizing [ours]
+  i.crop_min_side_px = 8           # smaller boxes are refused, in original pixels [ours]
+  i.crop_max_aspect = 100.0        # longer boxes are refused [DeepEyes]
+  i.decode_max_pixels = 178956970  # larger files are skipped as decompression bombs [Pillow]
+
+  c.prompt = p = ConfigDict()
+  p.system = "You are a helpful assistant."  # [Qwen2.5-VL]
+  p.describe_tool = True           # put the tool's JSON schema into the system turn [Hermes]
+  p.image_first = True             # image before the question [Qwen2.5-VL]
+  p.instruction = ""               # appended to every question
+
+  c.rollout = r = ConfigDict()
+  r.prompts = 16                   # prompts a step [ours]
+  r.group_size = 8                 # rollouts of one prompt, G [DeepEyes, Mini-o3: 8-16]
+  r.max_rounds = 6                 # visual actions a trajectory [published]
+  r.max_turn_tokens = 1024         # tokens sampled in one turn [ours]
+  r.max_total_tokens = 16384       # tokens of a whole trajectory, prompt included [ours]
+  r.temperature = 1.0              # [DeepEyes, Pixel-Reasoner, Mini-o3]
+  r.mask_overlong = False          # drop trajectories that ran out of tokens from the loss
+  r.pad_tokens = 64                # token buckets are multiples of this [ours]
+
+  c.reward = w = ConfigDict()
+  w.h0 = 0.4                       # IoU that makes a visual action correct [ours, within the published sweep 0.2-0.5]
+  w.lam = 0.5                      # weight of progressive refinement [ours]
+  w.rho = 0.5                      # redundancy penalty [ours]
+  w.w_answer = 1.0                 # [ours]
+  w.w_format = 0.2                 # [DeepEyes]
+  w.w_fidelity = 1.0               # [ours]
+  w.no_action = -1.0               # fidelity of a trajectory that never zooms where it should [ours]
+
+  c.credit = k = ConfigDict()
+  k.h_good = 1.5                   # amplifies: correct if A > 0, erroneous if A < 0 [ours]
+  k.h_redundant = 0.75             # attenuates the redundant if A > 0; 2 - h_redundant if A < 0 [ours]
+  k.h_bad = 0.5                    # attenuates: erroneous if A > 0, correct if A < 0 [ours]
+
+  c.advantage = a = ConfigDict()
+  a.normalize_std = True           # divide by the group's standard deviation [GRPO]
+
+  c.loss = o = ConfigDict()
+  o.clip_low = 0.2                 # [PPO]
+  o.clip_high = 0.28               # [DAPO; DeepEyes uses 0.28-0.35]
+  o.kl_coef = 0.0                  # k3 estimate against the frozen reference [DeepEyes]
+  o.entropy_coef = 0.0             # bonus; entropy is always a metric [ours]
+
+  c.ppo = q = ConfigDict()
+  q.minibatches = 1                # updates a rollout batch is split into, whole groups each [ours]
+  q.epochs = 1                     # passes over a rollout batch [ours]
+
+  c.optim = t = ConfigDict()
+  t.learning_rate = 1e-6           # peak [DeepEyes, Pixel-Reasoner]
+  t.warmup_steps = 0               # updates of linear warm-up [ours]
+  t.decay_steps = 0                # updates of linear decay to a tenth after warm-up; 0 is constant [ours]
+  t.b1, t.b2, t.eps = 0.9, 0.999, 1e-8  # [AdamW]
+  t.weight_decay = 0.0             # [ours]
+  t.clip_norm = 1.0                # global gradient norm [DeepEyes]
+
+  c.mesh = h = ConfigDict()
+  h.data, h.fsdp, h.tensor = -1, 1, 1  # devices an axis; -1 takes what is left
+
+  c.checkpoint = s = ConfigDict()
+  s.every = 50                     # steps
+  s.keep = 2                       # newest kept
+
+  c.eval = e = ConfigDict()
+  e.tasks = 256                    # held-out tasks, before and after; 0 turns evaluation off
+  e.temperature = 1.0              # 0 is greedy
+  e.bootstrap = 2000               # resamples for the 95% intervals
+
+  c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; all [ours]
+  u.steps = 4000                   # optimiser updates
+  u.pictures = 32                  # pictures an update
+  u.questions = 3                  # demonstrations a picture
+  u.marks = ("pattern",)           # kinds of marks, keys of needle.MARKS
+  u.learning_rate = 1e-3           # peak, until the clumsy stage
+  u.clumsy_learning_rate = 3e-4    # peak of the clumsy stage
+  u.stages = (0.1, 0.25, 0.85)     # shares of the steps at which two, then all objects, then clumsiness come in
+  u.workers = 2                    # processes that draw
+  u.save_every = 250               # updates
+
+  c.log = g = ConfigDict()
+  g.gallery = 8                    # trajectories kept for the report each time
+  g.gallery_every = 20             # steps between kept rollouts
+  g.tensorboard = True             # write scalars where TensorBoard's writer is installed
+  return c
+
+
+def validate(c: ConfigDict) -> None:
+  """Refuses values that can't work, before anything slow starts.
+
+  Raises:
+    ValueError: names the key, what was wanted and what came.
+  """
+  def need(ok, key, wanted, got):
+    if not ok:
+      raise ValueError(f"config.{key} must be {wanted}. Received: {got!r}")
+
+  for key in ("rollout.prompts", "rollout.group_size", "rollout.max_rounds", "rollout.max_turn_tokens",
+              "rollout.pad_tokens", "ppo.minibatches", "ppo.epochs", "checkpoint.every", "checkpoint.keep"):
+    section, name = key.split(".")
+    need(c[section][name] >= 1, key, "at least 1", c[section][name])
+  need(c.steps >= 0, "steps", "0 or more", c.steps)
+  need(c.data.source in ("needle", "jsonl"), "data.source", "'needle' or 'jsonl'", c.data.source)
+  need(c.data.source != "jsonl" or c.data.path, "data.path",
+       "the path of a records file when config.data.source is 'jsonl'", c.data.path)
+  need(0.0 < c.data.eval_fraction < 1.0, "data.eval_fraction", "between 0 and 1", c.data.eval_fraction)
+  need(0.0 <= c.reward.h0 <= 1.0, "reward.h0", "an IoU in [0, 1]", c.reward.h0)
+  need(c.rollout.temperature > 0, "rollout.temperature",
+       "positive (PPO needs a distribution to sample from)", c.rollout.temperature)
+  need(c.eval.temperature >= 0, "eval.temperature", "0 (greedy) or positive", c.eval.temperature)
+  need(c.rollout.prompts % c.ppo.minibatches == 0, "ppo.minibatches",
+       f"a divisor of config.rollout.prompts = {c.rollout.prompts}", c.ppo.minibatches)
+  need(c.rollout.group_size > 1 or not c.advantage.normalize_std, "rollout.group_size",
+       "at least 2 for a group-relative advantage with normalize_std", c.rollout.group_size)
+  for low, high in (("min_pixels", "max_pixels"), ("crop_min_pixels", "crop_max_pixels")):
+    need(28 * 28 <= c.image[low] <= c.image[high], f"image.{low}",
+         f"at least 784 and at most image.{high} = {c.image[high]}", c.image[low])
+  for key in ("dtype", "compute_dtype"):
+    need(c.model[key] in ("float32", "bfloat16"), f"model.{key}", "'float32' or 'bfloat16'", c.model[key])
+
+
+def to_json(c: ConfigDict) -> str:
+  """The configuration as stable, readable JSON, as a workdir keeps it."""
+  return json.dumps(json.loads(c.to_json(sort_keys=True)), indent=1, sort_keys=True) + "\n"

@@ -1,0 +1,170 @@
+"""Demonstrations of the zoom protocol on needle pictures, from careful to clumsy.  Source: ours.
+
+A demonstrator knows where the objects are.  It zooms on what the question names, says what it reads in
+the crop, and answers.  With `noise` it zooms as a poor policy does: too loosely, off centre, at times on
+the wrong object; what it cannot read it calls unclear, tries once more, and then guesses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from virl_jax import types
+from virl_jax.data import images
+from virl_jax.data import prompt
+from virl_jax.data.sources import needle
+
+# A mark is readable when a crop holds this share of the object at this many shown pixels a picture pixel.
+_COVERAGE = 0.6
+_SCALE = 0.62
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """How clumsy.
+
+  Attributes:
+    p_wrong: chance that a noisy zoom goes to another object or nowhere.
+    loose: each side of a noisy box moves out by up to this share of the object's side.
+    shift: standard deviation of a noisy box's centre, share of the object's side.
+    jitter: standard deviation of each side of a careful box, share of the object's side.
+    p_retry: chance to zoom once more on a mark that was unclear.
+  """
+
+  p_wrong: float = 0.2
+  loose: float = 0.7
+  shift: float = 0.15
+  jitter: float = 0.04
+  p_retry: float = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+  """What turns plans into tokens: shared by every demonstration."""
+
+  codec: prompt.Codec
+  prompt: prompt.Config
+  image: images.Config
+  grid: images.Grid
+
+
+def _careful_box(target: types.Box, rng, cfg: Config) -> types.Box:
+  w, h = target.x2 - target.x1, target.y2 - target.y1
+  return types.Box(*(np.asarray(target) + rng.normal(0, cfg.jitter, 4) * [w, h, w, h]))
+
+
+def _clumsy_box(target: types.Box, others: list[types.Box], side: int, rng, cfg: Config) -> types.Box:
+  if rng.random() < cfg.p_wrong:
+    if others and rng.random() < 0.7:
+      target = others[int(rng.integers(len(others)))]
+    else:
+      x, y = rng.uniform(0, 0.7 * side, 2)
+      target = types.Box(x, y, x + 0.2 * side, y + 0.2 * side)
+  w, h = target.x2 - target.x1, target.y2 - target.y1
+  dx, dy = rng.normal(0, cfg.shift, 2) * [w, h]
+  out = rng.uniform(0, cfg.loose, 4) * [-w, -h, w, h]
+  return types.Box(*(np.asarray(target) + [dx, dy, dx, dy] + out))
+
+
+def _integer_box(box: types.Box, region: types.Box, shown: tuple[int, int]) -> tuple[int, int, int, int]:
+  """The box as a policy writes it: whole pixels of the shown image, inside it, at least 4 wide."""
+  x1, y1, x2, y2 = (round(v) for v in images.to_shown(box, region, shown))
+  x1, y1 = min(max(x1, 0), shown[0] - 4), min(max(y1, 0), shown[1] - 4)
+  return x1, y1, max(min(x2, shown[0]), x1 + 4), max(min(y2, shown[1]), y1 + 4)
+
+
+def _readable(crop: types.ImageInput, target: types.Box, grid: images.Grid) -> bool:
+  r = crop.region
+  overlap = (max(0.0, min(r.x2, target.x2) - max(r.x1, target.x1))
+             * max(0.0, min(r.y2, target.y2) - max(r.y1, target.y1)))
+  covered = overlap / ((target.x2 - target.x1) * (target.y2 - target.y1))
+  w, h = images.shown_wh(crop, grid)
+  return covered >= _COVERAGE and min(w / (r.x2 - r.x1), h / (r.y2 - r.y1)) >= _SCALE
+
+
+def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[needle.Thing, ...], image,
+                shown: types.ImageInput, noise: float, learn_noise: bool, rng, voice: Voice, cfg: Config
+                ) -> types.Trajectory:
+  """One demonstration.
+
+  Args:
+    scene: the picture's objects.
+    question: about `targets`.
+    answer: its answer.
+    targets: the objects to look at, in order.
+    image: the picture, PIL.
+    shown: the picture as the policy is shown it.
+    noise: chance that a zoom is clumsy.
+    learn_noise: whether clumsy zooms are trained on, or only looked at.
+    rng: source of everything random.
+    voice: tokens.
+    cfg: how clumsy.
+
+  Returns:
+    A trajectory; turns that are to be learned have zero log-probabilities, the others None.
+  """
+  grid, codec = voice.grid, voice.codec
+  task = types.Task("demo", b"", question, (answer,), tuple(t.box for t in targets), None, scene.mark)
+  traj = types.Trajectory(task, 0, codec.encode(prompt.render(question, None, voice.prompt),
+                                                (int(np.prod(images.merged_hw(shown, grid))),)), images=[shown])
+  size = images.shown_wh(shown, grid)
+
+  def say(text, box=None, learned=True):
+    ids = codec.encode(text + prompt.END)
+    traj.turns.append(types.Turn("assistant", ids, np.zeros(len(ids), np.float32) if learned else None, text, box))
+
+  thought, read = "", []
+  for target in targets:
+    others = [t.box for t in scene.things if t is not target]
+    for attempt in range(2):
+      clumsy = rng.random() < noise
+      box = (_clumsy_box(target.box, others, scene.pixels.shape[0], rng, cfg) if clumsy
+             else _careful_box(target.box, rng, cfg))
+      written = _integer_box(box, shown.region, size)
+      actual = images.to_original(written, shown.region, size)
+      say(prompt.call_text(written, thought), actual, learn_noise or not clumsy)
+      crop = images.prepare(image, actual, voice.image.crop_min_pixels, voice.image.crop_max_pixels, grid)
+      traj.images.append(crop)
+      ids = codec.encode(prompt.tool_turn(), (int(np.prod(images.merged_hw(crop, grid))),))
+      traj.turns.append(types.Turn("tool", ids, image_index=len(traj.images) - 1))
+      clear = _readable(crop, target.box, grid)
+      thought = target.mark if clear else "unclear"
+      if clear or rng.random() >= cfg.p_retry:
+        break
+    read.append(clear)
+  if not all(read):
+    choices = needle.MARKS[scene.mark] if len(targets) == 1 else ("yes", "no")
+    answer = str(rng.choice(choices))
+  say(prompt.answer_text(answer, thought))
+  traj.stop, traj.answer = types.StopReason.ANSWERED, answer
+  return traj
+
+
+def lesson(rng: np.random.Generator, marks: tuple[str, ...], objects: tuple[int, int], questions: int,
+           noise: float, learn_noise: bool, side_px: int, voice: Voice, cfg: Config) -> list[types.Trajectory]:
+  """Several demonstrations on one picture: every object asked about in turn, and comparisons.
+
+  Args:
+    rng: source of everything random.
+    marks: kinds of marks to draw, keys of `needle.MARKS`.
+    objects: fewest and most objects.
+    questions: how many demonstrations.
+    noise, learn_noise: see `demonstrate`.
+    side_px: of the picture.
+    voice: tokens.
+    cfg: how clumsy.
+  """
+  scene = needle.draw_scene(rng, str(rng.choice(marks)), int(rng.integers(objects[0], objects[1] + 1)), side_px)
+  image = images.decode(needle.encode(scene.pixels))
+  shown = images.prepare(image, None, voice.image.min_pixels, voice.image.max_pixels, voice.grid)
+  order = rng.permutation(len(scene.things))
+  out = []
+  for q in range(questions):
+    if len(scene.things) > 1 and q % 3 == 2:
+      asked = needle.ask_pair(scene, *needle.choose_pair(scene, rng))
+    else:
+      asked = needle.ask_one(scene, int(order[q % len(order)]))
+    out.append(demonstrate(scene, *asked, image, shown, noise, learn_noise, rng, voice, cfg))
+  return out

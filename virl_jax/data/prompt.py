@@ -1,0 +1,253 @@
+"""What the policy reads and writes: chat text, the zoom tool's schema, and strict parsing of its turns.
+
+The protocol is Qwen2.5's own (Hermes style): a tool call is JSON inside <tool_call> tags, its result
+comes back inside <tool_response> tags in a user turn, the final answer stands inside <answer> tags.
+Text becomes tokens once: the prompt when a trajectory starts, each tool turn when it is appended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+
+TOOL_NAME = "image_zoom_in_tool"
+TOOL_SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": TOOL_NAME,
+        "description": "Zoom in on a region of the image. The region comes back as a new, sharper image.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "bbox_2d": {
+                    "type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4,
+                    "description": "The region [x1, y1, x2, y2] in pixels of the image as shown.",
+                },
+                "label": {"type": "string", "description": "What the region holds (optional)."},
+            },
+            "required": ["bbox_2d"],
+        },
+    },
+}
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+END = "<|im_end|>"
+# A tool call longer than this is refused unread: no honest call comes near it.
+MAX_CALL_CHARS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """See `config.py`, section `prompt`."""
+
+  system: str = "You are a helpful assistant."
+  describe_tool: bool = True
+  image_first: bool = True
+  instruction: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Zoom:
+  """A tool call: the box as written, in the shown image's frame."""
+
+  box: tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """A final answer."""
+
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ParseFailure:
+  """A turn that is neither.
+
+  Attributes:
+    message: what to tell the policy.
+    is_call: whether the turn tried to call the tool, so that it can be told and try again.
+  """
+
+  message: str
+  is_call: bool
+
+
+def plain(text: str) -> str:
+  """Text from outside with control tokens defused: a question can't open a turn or fake an image."""
+  return text.replace("<|", "< |")
+
+
+def question_text(question: str, options: tuple[str, ...] | None, cfg: Config) -> str:
+  """The user's words: question, lettered options, instruction."""
+  lines = [plain(question.strip())]
+  if options:
+    lines += [f"{chr(ord('A') + i)}. {plain(option)}" for i, option in enumerate(options)]
+    lines.append("Answer with the option's letter.")
+  if cfg.instruction:
+    lines.append(cfg.instruction)
+  return "\n".join(lines)
+
+
+def render(question: str, options: tuple[str, ...] | None, cfg: Config) -> str:
+  """The whole prompt, ready for the assistant's first word.
+
+  Args:
+    question: what is asked.
+    options: texts of the options, or None.
+    cfg: system text and order.
+
+  Returns:
+    Chat text with one image placeholder, as the chat template renders it.
+  """
+  system = cfg.system
+  if cfg.describe_tool:
+    system += ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+               "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+               + json.dumps(TOOL_SCHEMA) +
+               "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+               'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+               "<args-json-object>}\n</tool_call>")
+  words = question_text(question, options, cfg)
+  user = IMAGE + words if cfg.image_first else words + IMAGE
+  return f"<|im_start|>system\n{system}{END}\n<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
+
+
+def tool_turn(error: str | None = None) -> str:
+  """What follows the assistant's end-of-turn token: a crop, or an error, and the next assistant turn.
+
+  Args:
+    error: what was wrong with the call; None if the crop comes back.
+  """
+  body = IMAGE if error is None else f"Error: {plain(error)}."
+  return (f"\n<|im_start|>user\n<tool_response>\n{body}\n</tool_response>{END}\n<|im_start|>assistant\n")
+
+
+def call_text(box: tuple[int, int, int, int], thought: str = "") -> str:
+  """A well-formed assistant turn that zooms, without the end-of-turn token."""
+  call = json.dumps({"name": TOOL_NAME, "arguments": {"bbox_2d": list(box)}})
+  return f"{_think(thought)}<tool_call>\n{call}\n</tool_call>"
+
+
+def answer_text(answer: str, thought: str = "") -> str:
+  """A well-formed assistant turn that answers, without the end-of-turn token."""
+  return f"{_think(thought)}<answer>{answer}</answer>"
+
+
+def _think(thought: str) -> str:
+  return f"<think>{thought}</think>" if thought else ""
+
+
+def _no_duplicates(pairs):
+  keys = [k for k, _ in pairs]
+  if len(set(keys)) != len(keys):
+    raise ValueError("a key stands twice")
+  return dict(pairs)
+
+
+def _refuse_constant(name):
+  raise ValueError(f"{name} is not a number")
+
+
+def parse(text: str) -> Zoom | Answer | ParseFailure:
+  """Reads one assistant turn.  Never raises and never evaluates anything.
+
+  Args:
+    text: the decoded turn, with or without its end-of-turn token.
+
+  Returns:
+    A `Zoom` if the turn holds exactly one well-formed tool call and no answer, an `Answer` if it holds
+    exactly one answer and no call, else a `ParseFailure` that says why.
+  """
+  calls, answers = text.count("<tool_call>"), text.count("<answer>")
+  if calls and answers:
+    return ParseFailure("zoom or answer, not both in one turn", True)
+  if calls == 1:
+    return _parse_call(text)
+  if calls > 1:
+    return ParseFailure("one tool call a turn", True)
+  if answers == 1:
+    start = text.index("<answer>") + len("<answer>")
+    end = text.find("</answer>", start)
+    if end < 0:
+      return ParseFailure("the answer tag is not closed", False)
+    return Answer(text[start:end].strip())
+  return ParseFailure("a turn must hold a tool call or an answer", False)
+
+
+def _parse_call(text: str) -> Zoom | ParseFailure:
+  start = text.index("<tool_call>") + len("<tool_call>")
+  end = text.find("</tool_call>", start)
+  if end < 0:
+    return ParseFailure("the tool_call tag is not closed", True)
+  if end - start > MAX_CALL_CHARS:
+    return ParseFailure("the tool call is too long", True)
+  try:
+    call = json.loads(text[start:end], object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)
+  except (ValueError, RecursionError):
+    return ParseFailure("the tool call is not valid JSON", True)
+  if not isinstance(call, dict) or call.get("name") != TOOL_NAME:
+    return ParseFailure(f"the only tool is {TOOL_NAME}", True)
+  arguments = call.get("arguments")
+  box = arguments.get("bbox_2d") if isinstance(arguments, dict) else None
+  if not (isinstance(box, list) and len(box) == 4
+          and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box)):
+    return ParseFailure("bbox_2d must be four numbers", True)
+  # Integers beyond float's range would overflow below; no image is that wide.
+  if any(abs(v) > 1e6 or not math.isfinite(v) for v in box):
+    return ParseFailure("bbox_2d lies outside the image", True)
+  return Zoom(tuple(float(v) for v in box))
+
+
+class Codec:
+  """Text <-> token ids, with image placeholders spread to the image's size.
+
+  Args:
+    tokenizer: a transformers tokenizer.
+    image_token: id of <|image_pad|>.
+    eos: id of <|im_end|>.
+
+  Raises:
+    ValueError: if the tokenizer lacks the special tokens that the protocol needs.
+  """
+
+  def __init__(self, tokenizer, image_token: int, eos: int):
+    for name, wanted in (("<|image_pad|>", image_token), (END, eos)):
+      found = tokenizer.convert_tokens_to_ids(name)
+      if found != wanted:
+        raise ValueError(f"tokenizer must map {name} to {wanted}, as config.json does. Received: {found}")
+    self.tokenizer, self.image_token, self.eos = tokenizer, image_token, eos
+
+  def encode(self, text: str, vision_tokens: tuple[int, ...] = ()) -> np.ndarray:
+    """Ids of chat text.
+
+    Args:
+      text: may hold image placeholders.
+      vision_tokens: how many merged tokens each image has, in order.
+
+    Returns:
+      int32[T], each placeholder repeated for its image.
+
+    Raises:
+      ValueError: if placeholders and `vision_tokens` differ in number.
+    """
+    ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
+    at = ids == self.image_token
+    if at.sum() != len(vision_tokens):
+      raise ValueError(f"text must hold {len(vision_tokens)} image placeholders. Received: {int(at.sum())}")
+    repeats = np.ones(len(ids), np.int64)
+    repeats[at] = vision_tokens
+    return np.repeat(ids, repeats)
+
+  def decode(self, ids) -> str:
+    """Text of ids, control tokens included; bytes that are no UTF-8 become U+FFFD."""
+    return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False,
+                                 clean_up_tokenization_spaces=False)
+
+
+def readable(text: str) -> str:
+  """Chat text for people: a run of image placeholders becomes one."""
+  return re.sub(r"(?:<\|image_pad\|>)+", "<|image_pad|>", text)

@@ -1,0 +1,263 @@
+"""Tasks from a file of JSON lines: any images, questions and boxes of your own.
+
+One object a line:
+
+    image     path of the image, relative to the records file, or absolute
+    question  text
+    answers   list of accepted answers; empty if the task is only to find the box
+    boxes     list of [x1, y1, x2, y2], pixels of the upright image (as viewers show it: turned by
+              its EXIF orientation, if it has one); may be empty
+    options   optional list of the texts of options A, B, C ...
+    id, task  optional: the record's name, and the family that metrics are split by
+
+    width, height  optional; only compared with the image's own size, which counts
+
+Other fields are ignored.  Boxes that reach over the edge are clipped to the image.  A record that
+can't be used is skipped and counted by reason; the counts are part of `describe()`, and so is the
+number of records that state another size than their image has, because their boxes may be in
+another frame.  Images are not decoded here, only their headers are read.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import warnings
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+
+from virl_jax import types
+
+SPLITS = ("train", "test", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One side of the split.
+
+  Attributes:
+    path: the records file.
+    split: "train", "test" or "all".
+    tasks: the tasks of that side, in the order of the file.
+    n_records: usable records of both sides.
+    n_images: image files of this side.
+    skipped: reason -> number of records of the file that could not be used.
+    n_other_size: usable records of the file whose width or height is not the image's.
+  """
+
+  path: str
+  split: str
+  tasks: tuple[types.Task, ...]
+  n_records: int
+  n_images: int
+  skipped: dict[str, int]
+  n_other_size: int
+
+  def __len__(self) -> int:
+    return len(self.tasks)
+
+  def task(self, index: int) -> types.Task:
+    """The task with that number, from 0."""
+    return self.tasks[index]
+
+  def describe(self) -> str:
+    """One line for the log."""
+    return (f"jsonl {self.path}: {self.split} split has {len(self.tasks)} of {self.n_records} records, on "
+            f"{self.n_images} images; skipped {_counts(self.skipped)}"
+            + (f"; {self.n_other_size} state another size than their image" if self.n_other_size else ""))
+
+
+def load(path: str, split: str, eval_fraction: float, seed: int) -> Source:
+  """Reads a records file and takes one side of its split.
+
+  All records of one image are on the same side.  Which side depends on the seed, on the images'
+  paths relative to the records file and on how many records each has, not on the file's order.
+
+  Args:
+    path: the records file.
+    split: "train", "test", or "all" for both sides.
+    eval_fraction: share of the records on the test side, in (0, 1); met as nearly as whole images
+      allow, and neither side is empty.
+    seed: draws the split.
+
+  Returns:
+    The source.
+
+  Raises:
+    ValueError: an argument is out of range, the file can't be read, no record can be used, or there
+      is only one image, which can't be split.
+  """
+  path = os.fspath(path)
+  if split not in SPLITS:
+    raise ValueError(f"split must be one of {', '.join(SPLITS)}. Received: {split!r}")
+  if not 0.0 < eval_fraction < 1.0:
+    raise ValueError(f"eval_fraction must be between 0 and 1. Received: {eval_fraction!r}")
+  tasks, skipped, n_other_size = _read(path)
+  if not tasks:
+    raise ValueError(f"path must be a file with at least one usable record. "
+                     f"Received: {path}, with {_counts(skipped) if skipped else 'no record at all'}")
+  n_records = len(tasks)
+  if split != "all":
+    held_out = _held_out(path, tasks, eval_fraction, seed)
+    tasks = [task for task in tasks if (task.image in held_out) == (split == "test")]
+  return Source(path=path, split=split, tasks=tuple(tasks), n_records=n_records,
+                n_images=len({task.image for task in tasks}), skipped=dict(sorted(skipped.items())),
+                n_other_size=n_other_size)
+
+
+class _Unusable(Exception):
+  """Why a record is skipped."""
+
+
+def _read(path):
+  """The usable tasks of a file, the others counted by reason, and how many state a wrong size."""
+  tasks, skipped, n_other_size, sizes, uids = [], collections.Counter(), 0, {}, set()
+  for number, line in _lines(path):
+    try:
+      record = _record(line)
+      image = os.path.realpath(os.path.join(os.path.dirname(path), record["image"]))
+      if image not in sizes:
+        sizes[image] = _size_px(image)
+      boxes = tuple(_box(value, sizes[image]) for value in record["boxes"])
+    except _Unusable as reason:
+      skipped[str(reason)] += 1
+      continue
+    uid = f"line {number}" if record.get("id") is None else str(record["id"])
+    while uid in uids:  # a task's uid promises to be unique; a file's ids don't
+      uid = f"{uid} (line {number})"
+    uids.add(uid)
+    stated = tuple(record.get(side) or own for side, own in zip(("width", "height"), sizes[image]))
+    n_other_size += stated != sizes[image]
+    tasks.append(types.Task(
+        uid=uid, image=image, question=record["question"], answers=tuple(record["answers"]), boxes=boxes,
+        options=tuple(record.get("options") or ()) or None, kind=record.get("task") or "jsonl"))
+  return tasks, skipped, n_other_size
+
+
+def _lines(path):
+  """The lines of a file that aren't blank, with their numbers, from 1."""
+  try:
+    with open(path, "rb") as file:
+      for number, line in enumerate(file, start=1):
+        if line.strip():
+          yield number, line
+  except (OSError, ValueError) as error:
+    raise ValueError(f"path must be a readable file of JSON lines. Received: {path!r} ({error})") from error
+
+
+def _record(line):
+  """A line's object, its fields checked as far as that goes without the image."""
+  try:
+    record = json.loads(line.decode("utf-8-sig"))
+  except (ValueError, RecursionError) as error:
+    raise _Unusable("not JSON") from error
+  if not isinstance(record, dict):
+    raise _Unusable("not a JSON object")
+  for field in ("image", "question", "answers", "boxes"):
+    if field not in record:
+      raise _Unusable(f"no {field}")
+  for field, check in _CHECKS.items():
+    if not check(record.get(field)):
+      raise _Unusable(f"bad {field}")
+  if not record["answers"] and not record["boxes"]:
+    raise _Unusable("neither answers nor boxes")
+  return record
+
+
+def _size_px(path):
+  """Width and height of the upright image, from the file's header."""
+  if not os.path.isfile(path):  # also keeps away from pipes, which would block
+    raise _Unusable("no image file")
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # decoding has its own limit
+      with PIL.Image.open(path) as image:
+        # Without this, Pillow decodes the whole of a PNG to look for EXIF behind the pixels.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        turned = has_exif and image.getexif().get(PIL.ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
+  except PIL.Image.DecompressionBombError as error:
+    raise _Unusable("image too large") from error
+  except (OSError, ValueError, SyntaxError) as error:
+    raise _Unusable("no readable image") from error
+
+
+def _box(value, size_px):
+  """A box, clipped to the image."""
+  if not (isinstance(value, list) and len(value) == 4 and all(_is_finite(v) for v in value)):
+    raise _Unusable("box is not 4 finite numbers")
+  x1, y1, x2, y2 = map(float, value)
+  if x1 >= x2 or y1 >= y2:
+    raise _Unusable("box is empty or reversed")
+  box = types.Box(max(x1, 0.0), max(y1, 0.0), min(x2, float(size_px[0])), min(y2, float(size_px[1])))
+  if box.x1 >= box.x2 or box.y1 >= box.y2:
+    raise _Unusable("box is outside the image")
+  return box
+
+
+def _held_out(path, tasks, eval_fraction, seed):
+  """The images of the test side: the first of a shuffled list, up to the nearest to the fraction."""
+  records = collections.Counter(task.image for task in tasks)
+  if len(records) < 2:
+    raise ValueError("path must have usable records on at least 2 images for a train and a test split. "
+                     f"Received: {path}, with 1 image")
+  folder = os.path.realpath(os.path.dirname(path))
+
+  def rank(image):
+    name = os.path.relpath(image, folder)  # so that the folder can move without changing the split
+    return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
+
+  ranked = sorted(records, key=rank)
+  held = np.cumsum([records[image] for image in ranked[:-1]])
+  return set(ranked[:1 + int(np.argmin(np.abs(held - eval_fraction * len(tasks))))])
+
+
+def _is_text(value):
+  if not isinstance(value, str) or not value.strip() or "\0" in value:
+    return False
+  try:
+    value.encode("utf-8")  # JSON can spell lone surrogates, which no tokenizer takes
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def _is_list(value):
+  return isinstance(value, list)
+
+
+def _is_texts(value):
+  return _is_list(value) and all(_is_text(item) for item in value)
+
+
+_CHECKS = {
+    "image": _is_text,
+    "question": _is_text,
+    "answers": _is_texts,
+    "boxes": _is_list,
+    "options": lambda value: value is None or _is_texts(value),
+    "task": lambda value: value is None or _is_text(value),
+    "id": lambda value: value is None or isinstance(value, int) or _is_text(value),
+}
+
+
+def _is_finite(value):
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return False
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # an integer that no float can hold
+    return False
+
+
+def _counts(skipped):
+  if not skipped:
+    return "none"
+  reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+  return f"{sum(skipped.values())} ({reasons})"

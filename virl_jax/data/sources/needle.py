@@ -1,0 +1,311 @@
+"""The needle task: marks that only a good zoom can read.
+
+A picture holds a few coloured objects; each carries a mark made of fine texture with no mean contrast.
+The policy is shown the picture at a third of its size, where every mark averages away to the object's
+own colour; a crop of the object shows it.  The question names one object (or two) by colour and shape.
+
+Families, easiest first (a policy of two million parameters learns the first two in minutes):
+    pattern       which texture covers the object
+    dot           which colour the fine dots on the object have
+    digit         which digit is woven into the object's texture (hours, not minutes)
+    pair_FAMILY   whether two objects carry the same mark; needs two zooms
+
+`draw` is a pure function of (seed, index).  `load` stores a set of drawings as array_record through
+tensorflow-datasets, once, and reads tasks back; from there on a needle picture is a file like any
+photograph's.  Source: ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from virl_jax import types
+
+# Channels stay within [64, 191], so that dots of any colour can be balanced to no mean contrast.
+COLOURS = {
+    "red": (191, 64, 64), "green": (70, 165, 75), "blue": (70, 90, 191), "yellow": (191, 185, 64),
+    "purple": (140, 64, 185), "orange": (191, 122, 64), "cyan": (64, 180, 191), "pink": (191, 115, 165),
+}
+SHAPES = ("tile", "disc")
+PATTERNS = ("rows", "columns", "checks", "rising", "falling", "plain")
+DOTS = {"white": (255, 255, 255), "black": (0, 0, 0), "red": (255, 0, 0), "green": (0, 200, 0),
+        "blue": (0, 0, 255), "yellow": (255, 255, 0)}
+DIGITS = tuple("0123456789")
+MARKS = {"pattern": PATTERNS, "dot": tuple(DOTS), "digit": DIGITS}
+FAMILIES = tuple(MARKS) + tuple("pair_" + m for m in MARKS)
+_CONTRAST = 45     # of patterns and digits, levels around the object's colour
+_PERIOD = 4        # of every texture, pixels: two on, two off
+_NOISE = 5.0       # standard deviation of the pixel noise, levels
+_VERSION = 1       # raise it when `draw` changes: stored sets are named by it
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is drawn; see `config.py`, section `data.needle`."""
+
+  families: tuple[str, ...] = ("pattern", "pair_pattern")
+  objects: tuple[int, int] = (2, 4)
+  side_px: int = 252
+  train_size: int = 2048
+  test_size: int = 512
+  seed: int = 0
+
+  def __post_init__(self):
+    object.__setattr__(self, "families", tuple(self.families))
+    object.__setattr__(self, "objects", tuple(self.objects))
+    unknown = [f for f in self.families if f not in FAMILIES]
+    if unknown or not self.families:
+      raise ValueError(f"data.needle.families must be some of {FAMILIES}. Received: {self.families}")
+    low, high = self.objects
+    if not 1 <= low <= high <= len(COLOURS):
+      raise ValueError(f"data.needle.objects must be 1 <= fewest <= most <= {len(COLOURS)}. Received: {self.objects}")
+    if low < 2 and any(f.startswith("pair_") for f in self.families):
+      raise ValueError(f"data.needle.objects must start at 2 for pair families. Received: {self.objects}")
+    if self.side_px < 84:
+      raise ValueError(f"data.needle.side_px must be at least 84. Received: {self.side_px}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+  """One object of a picture."""
+
+  colour: str
+  shape: str
+  mark: str
+  box: types.Box
+
+  @property
+  def name(self) -> str:
+    return f"{self.colour} {self.shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """A picture and what is on it.
+
+  Attributes:
+    pixels: uint8[side, side, 3].
+    things: the objects.
+    mark: which kind of mark they carry, a key of `MARKS`.
+  """
+
+  pixels: np.ndarray
+  things: tuple[Thing, ...]
+  mark: str
+
+
+def _texture(mark: str, kind: str, colour: np.ndarray, h: int, w: int, rng: np.random.Generator) -> np.ndarray:
+  """float32[h, w, 3]: an object's surface, its mean the object's colour whatever the mark."""
+  y, x = np.mgrid[:h, :w] + rng.integers(0, _PERIOD, 2)[:, None, None]
+  half = _PERIOD // 2
+  rows, columns = y % _PERIOD < half, x % _PERIOD < half
+  surface = np.broadcast_to(colour, (h, w, 3)).astype(np.float32)
+  if kind == "pattern":
+    on = {"rows": rows, "columns": columns, "checks": rows ^ columns, "rising": (x + y) % _PERIOD < half,
+          "falling": (x - y) % _PERIOD < half}.get(mark)
+    return surface if on is None else surface + _CONTRAST * np.where(on, 1, -1)[..., None]
+  if kind == "dot":
+    step = np.asarray(DOTS[mark], np.float32) - colour
+    # A quarter of the pixels take the whole step, the others a third of it back: no mean contrast.
+    return surface + np.where((rows & columns)[..., None], step, -step / 3)
+  glyph = _glyph(mark, h, w)
+  return surface + _CONTRAST * np.where(rows ^ columns, 1, -1)[..., None] * glyph[..., None]
+
+
+@functools.lru_cache(maxsize=None)
+def _glyph(digit: str, h: int, w: int) -> np.ndarray:
+  """bool[h, w]: a digit that fills most of the height."""
+  canvas = Image.new("L", (w, h))
+  font = ImageFont.load_default(size=round(0.8 * min(h, w)))
+  ImageDraw.Draw(canvas).text((w / 2, h / 2), digit, fill=255, font=font, anchor="mm", stroke_width=1)
+  return np.asarray(canvas) > 127
+
+
+def _background(side: int, rng: np.random.Generator) -> np.ndarray:
+  """float32[side, side, 3]: a dull gradient with grey clutter."""
+  grey, tint = rng.uniform(90, 165), rng.uniform(-10, 10, 3).astype(np.float32)
+  slope = rng.uniform(-20, 20, 2).astype(np.float32)
+  y, x = np.mgrid[:side, :side].astype(np.float32) / side - 0.5
+  picture = (np.float32(grey) + slope[0] * y + slope[1] * x)[..., None] + tint
+  clutter = Image.new("L", (side, side), 128)
+  pen = ImageDraw.Draw(clutter)
+  for _ in range(rng.integers(0, 5)):
+    a, b = rng.integers(0, side, 2), rng.integers(0, side, 2)
+    shade = int(rng.integers(100, 157))
+    if rng.random() < 0.5:
+      pen.line([tuple(a), tuple(b)], fill=shade, width=int(rng.integers(2, 7)))
+    else:
+      pen.ellipse([*np.minimum(a, b), *np.maximum(a, b)], fill=shade)
+  return picture + (np.asarray(clutter, np.float32) - 128)[..., None]
+
+
+def _place(n: int, side: int, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
+  """n boxes (x, y, w, h) in pixels that keep clear of each other."""
+  low, high = side // 6, round(side / 3.8)
+  while True:
+    placed: list[tuple[int, int, int, int]] = []
+    for _ in range(60):
+      w, h = (int(v) for v in rng.integers(low, high + 1, 2))
+      x, y = int(rng.integers(0, side - w + 1)), int(rng.integers(0, side - h + 1))
+      gap = side // 42
+      if all(x + w + gap <= a or a + c + gap <= x or y + h + gap <= b or b + d + gap <= y for a, b, c, d in placed):
+        placed.append((x, y, w, h))
+        if len(placed) == n:
+          return placed
+    # Rare: the first few blocked the rest.  Start over with fresh draws.
+    if n > 6:
+      high = max(low + 1, high - 2)
+
+
+def draw_scene(rng: np.random.Generator, mark: str, n_objects: int, side_px: int = 252) -> Scene:
+  """Draws one picture.
+
+  Args:
+    rng: source of everything random.
+    mark: a key of `MARKS`.
+    n_objects: how many objects; all of different colours.
+    side_px: side of the picture.
+  """
+  picture = _background(side_px, rng)
+  colours = rng.permutation(list(COLOURS))[:n_objects]
+  # Marks repeat often enough that "the same?" is a fair question.
+  pool = rng.choice(MARKS[mark], size=max(2, n_objects), replace=True)
+  things = []
+  for colour, (x, y, w, h) in zip(colours, _place(n_objects, side_px, rng)):
+    shape, sign = str(rng.choice(SHAPES)), str(rng.choice(pool))
+    base = np.clip(np.asarray(COLOURS[colour], np.float32) + rng.uniform(-8, 8, 3), 64, 191)
+    surface = _texture(sign, mark, base, h, w, rng)
+    where = np.ones((h, w), bool)
+    if shape == "disc":
+      v, u = (np.mgrid[:h, :w] + 0.5) / np.array([h, w])[:, None, None] * 2 - 1
+      where = u * u + v * v <= 1
+    patch = picture[y:y + h, x:x + w]
+    patch[where] = surface[where]
+    things.append(Thing(str(colour), shape, sign, types.Box(x, y, x + w, y + h)))
+  picture += _NOISE * rng.standard_normal(picture.shape, np.float32)
+  return Scene(np.rint(picture).clip(0, 255).astype(np.uint8), tuple(things), mark)
+
+
+_QUESTIONS = {"pattern": "Which pattern is on the {}?", "dot": "Which colour are the dots on the {}?",
+              "digit": "Which digit is on the {}?"}
+_PAIR_NOUNS = {"pattern": "pattern", "dot": "dot colour", "digit": "digit"}
+
+
+def ask_one(scene: Scene, index: int) -> tuple[str, str, tuple[Thing, ...]]:
+  """Question, answer and the one object that a question about a single mark needs."""
+  thing = scene.things[index]
+  return _QUESTIONS[scene.mark].format(thing.name), thing.mark, (thing,)
+
+
+def ask_pair(scene: Scene, i: int, j: int) -> tuple[str, str, tuple[Thing, ...]]:
+  """Question, answer and the two objects that a comparison needs."""
+  a, b = scene.things[i], scene.things[j]
+  question = f"Do the {a.name} and the {b.name} carry the same {_PAIR_NOUNS[scene.mark]}?"
+  return question, "yes" if a.mark == b.mark else "no", (a, b)
+
+
+def encode(pixels: np.ndarray) -> bytes:
+  """The picture as a JPEG file, fine enough for its textures."""
+  out = io.BytesIO()
+  Image.fromarray(pixels).save(out, "JPEG", quality=92, subsampling=0)
+  return out.getvalue()
+
+
+def rng_for(seed: int, stream: str, index: int) -> np.random.Generator:
+  """The generator of one picture: a pure function of its arguments."""
+  return np.random.default_rng([seed, int.from_bytes(stream.encode()[:8], "big"), index])
+
+
+def draw(seed: int, stream: str, index: int, cfg: Config) -> tuple[types.Task, Scene]:
+  """Picture number `index` of a stream, with one question about it.
+
+  Args:
+    seed: of the set.
+    stream: "train", "test" or any other name; streams are independent.
+    index: which picture.
+    cfg: what to draw.
+
+  Returns:
+    The task, and the scene behind it (for demonstrations and tests).
+  """
+  rng = rng_for(seed, stream, index)
+  family = cfg.families[index % len(cfg.families)]
+  pair = family.startswith("pair_")
+  scene = draw_scene(rng, family.removeprefix("pair_"), int(rng.integers(cfg.objects[0], cfg.objects[1] + 1)),
+                     cfg.side_px)
+  if pair:
+    i, j = choose_pair(scene, rng)
+    question, answer, things = ask_pair(scene, i, j)
+  else:
+    question, answer, things = ask_one(scene, int(rng.integers(len(scene.things))))
+  return types.Task(f"{stream}_{index:06d}", encode(scene.pixels), question, (answer,),
+                    tuple(t.box for t in things), None, family), scene
+
+
+def choose_pair(scene: Scene, rng: np.random.Generator) -> tuple[int, int]:
+  """Two objects, as often of the same mark as of different ones where the picture allows it."""
+  n = len(scene.things)
+  pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+  same = [p for p in pairs if scene.things[p[0]].mark == scene.things[p[1]].mark]
+  other = [p for p in pairs if p not in same]
+  pool = same if same and (not other or rng.random() < 0.5) else other
+  return pool[int(rng.integers(len(pool)))]
+
+
+class Source:
+  """Tasks of one split, read from array_record files.  Build with `load`."""
+
+  def __init__(self, records, name: str):
+    self._records, self._name = records, name
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def task(self, index: int) -> types.Task:
+    """The task at `index`."""
+    r = self._records[index]
+    fields = json.loads(r["task"])
+    return types.Task(fields["uid"], r["image"], fields["question"], tuple(fields["answers"]),
+                      tuple(types.Box(*b) for b in fields["boxes"]), None, fields["kind"])
+
+  def describe(self) -> str:
+    """One line for the log."""
+    return f"needle: {len(self)} {self._name} pictures"
+
+
+def cache_dir() -> pathlib.Path:
+  """Where generated sets are kept unless told otherwise: $VIRL_JAX_CACHE or the user's cache folder."""
+  base = os.environ.get("VIRL_JAX_CACHE")
+  return pathlib.Path(base) if base else pathlib.Path.home() / ".cache" / "virl_jax"
+
+
+def load(path: str, split: str, cfg: Config) -> Source:
+  """The tasks of a split, drawn and stored on first use.
+
+  Args:
+    path: folder to keep the sets in; "" for the user's cache.
+    split: "train" or "test".
+    cfg: what to draw.
+
+  Returns:
+    The source.
+
+  Raises:
+    ValueError: if the split is empty or unknown.
+  """
+  size = {"train": cfg.train_size, "test": cfg.test_size}.get(split)
+  if not size:
+    raise ValueError(f"data.needle split must be 'train' or 'test' with a size above 0. Received: {split!r}, {size}")
+  from virl_jax.data.sources import needle_tfds  # tensorflow-datasets takes seconds to import
+  digest = hashlib.blake2b(repr((_VERSION, cfg)).encode(), digest_size=6).hexdigest()
+  folder = pathlib.Path(path) if path else cache_dir()
+  return Source(needle_tfds.read(folder / f"needle-{digest}", split, cfg), split)

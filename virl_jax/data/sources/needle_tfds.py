@@ -1,0 +1,55 @@
+"""The needle set as a tensorflow-datasets builder, stored as array_record.  TensorFlow is not needed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+
+os.environ.setdefault("TFDS_DISABLE_PROGRESS_BAR", "1")
+import tensorflow_datasets as tfds  # noqa: E402
+
+from virl_jax.data.sources import needle  # noqa: E402
+
+
+class Needle(tfds.core.GeneratorBasedBuilder):
+  """Needle pictures with questions, answers and rationale boxes."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  # One configuration a folder: `needle.load` names the folder by a hash of the configuration.
+  cfg = needle.Config()
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return self.dataset_info_from_configs(
+        features=tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3)),
+                                             "task": tfds.features.Text()}),
+        disable_shuffling=True)
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._examples("train", self.cfg.train_size), "test": self._examples("test", self.cfg.test_size)}
+
+  def _generate_examples(self, split, size):
+    return self._examples(split, size)
+
+  def _examples(self, split: str, size: int):
+    for i in range(size):
+      task, _ = needle.draw(self.cfg.seed, split, i, self.cfg)
+      fields = {"uid": task.uid, "question": task.question, "answers": task.answers, "boxes": task.boxes,
+                "kind": task.kind}
+      # An encoded file, not an array: TFDS would import TensorFlow to encode one.
+      yield i, {"image": io.BytesIO(task.image), "task": json.dumps(fields)}
+
+
+def read(folder: pathlib.Path, split: str, cfg: needle.Config):
+  """The split's records, {"image": bytes, "task": JSON}; generates the set if the folder lacks it.
+
+  Args:
+    folder: of this configuration alone.
+    split: "train" or "test".
+    cfg: what to draw if need be.
+  """
+  Needle.cfg = cfg
+  builder = Needle(data_dir=str(folder), file_format="array_record")
+  builder.download_and_prepare()
+  return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})

@@ -1,0 +1,239 @@
+"""Evaluation metrics with bootstrap intervals, and the paired comparison of two policies.
+
+Each metric is a ratio of two sums over tasks:
+
+    acc_ans              right answers           / tasks with accepted answers
+    acc_rat              actions with IoU >= h0  / actions                      (tasks with boxes)
+    hit_rate             tasks with such an action / tasks with boxes
+    rationale_count      actions                 / tasks
+    mean_iou             sum of IoUs             / actions                      (tasks with boxes)
+    mean_best_iou        sum of best IoUs        / tasks with boxes (0 for a task without actions)
+    invalid_action_rate  refused actions         / actions, refused ones included
+    overlong_rate        tasks that ran out of tokens / tasks
+
+A metric whose denominator is 0 is None.  Intervals are 95% percentile bootstrap intervals over
+tasks: a task is drawn with all of its actions, because actions of one task are not independent.
+
+Our reading: the paper names the first four and the mean IoU; over which tasks each is taken is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+METRICS = ("acc_ans", "acc_rat", "hit_rate", "rationale_count", "mean_iou", "mean_best_iou",
+           "invalid_action_rate", "overlong_rate")
+_BY_KIND = ("acc_ans", "acc_rat", "hit_rate", "rationale_count")
+_COMPARED = ("acc_ans", "acc_rat")
+_DRAWS_AT_ONCE = 2**22  # bounds memory, not results
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What came of one task.
+
+  Attributes:
+    correct: the answer was right.
+    ious: for each visual action its best IoU with a ground-truth box, in [0, 1].
+    invalid_actions: zooms that were asked for and refused.
+    has_boxes: the task has ground-truth boxes.
+    overlong: the trajectory ran out of tokens.
+    kind: the task's family.
+    answerable: the task has accepted answers.
+  """
+
+  correct: bool
+  ious: tuple[float, ...]
+  invalid_actions: int
+  has_boxes: bool
+  overlong: bool
+  kind: str
+  answerable: bool
+
+
+def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int = 0) -> dict:
+  """All metrics with their intervals, and the main ones by kind of task.
+
+  Args:
+    outcomes: one a task; may be empty.
+    h0: IoU in [0, 1] that makes a visual action correct.
+    bootstrap: resamples, 1 or more.
+    seed: of the resampling.
+
+  Returns:
+    {"n": int, METRIC: {"value", "low", "high"}, ..., "by_kind": {kind: {"n", METRIC: value, ...}}},
+    ready for JSON; None stands for what is not defined.
+
+  Raises:
+    ValueError: an argument is out of range.
+
+  Source: ours; the intervals are Efron's percentile bootstrap.
+  """
+  _check(h0, bootstrap)
+  top_NK, bottom_NK = _terms(outcomes, h0)
+  values_K = _ratio(top_NK.sum(0), bottom_NK.sum(0))
+  samples_SK = _ratio(*_resample(len(outcomes), bootstrap, seed, top_NK, bottom_NK))
+  result = {"n": len(outcomes)}
+  result.update({name: _interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS)})
+  kinds = np.array([outcome.kind for outcome in outcomes], dtype=object)
+  result["by_kind"] = {}
+  for kind in sorted(set(kinds)):
+    rows = kinds == kind
+    values_K = _ratio(top_NK[rows].sum(0), bottom_NK[rows].sum(0))
+    result["by_kind"][kind] = {"n": int(rows.sum())} | {
+        name: _number(values_K[METRICS.index(name)]) for name in _BY_KIND}
+  return result
+
+
+def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap: int = 2000,
+               seed: int = 0) -> dict:
+  """After minus before on the same tasks, with paired intervals.
+
+  The same tasks are drawn for both sides of each resample, so what makes a task hard for both
+  cancels out: the interval is narrower than two separate ones suggest.
+
+  Args:
+    before: one outcome a task.
+    after: the outcomes of the same tasks, in the same order.
+    h0: IoU in [0, 1] that makes a visual action correct.
+    bootstrap: resamples, 1 or more.
+    seed: of the resampling.
+
+  Returns:
+    {"n": int, "acc_ans": {"value", "low", "high"}, "acc_rat": {...}}; None stands for what is not
+    defined on one of the sides.
+
+  Raises:
+    ValueError: an argument is out of range, or the outcomes can't be of the same tasks.
+
+  Source: ours; the intervals are Efron's percentile bootstrap, paired.
+  """
+  _check(h0, bootstrap)
+  if len(before) != len(after):
+    raise ValueError("after must have the outcomes of the tasks of before. "
+                     f"Received: {len(after)} outcomes, before has {len(before)}")
+  for index, (old, new) in enumerate(zip(before, after)):
+    if (old.kind, old.has_boxes, old.answerable) != (new.kind, new.has_boxes, new.answerable):
+      raise ValueError("after must have the outcomes of the tasks of before, in the same order. "
+                       f"Received: {new} at {index}, where before has {old}")
+  terms = *_terms(before, h0), *_terms(after, h0)
+  old_top_K, old_bottom_K, new_top_K, new_bottom_K = (term_NK.sum(0) for term_NK in terms)
+  values_K = _ratio(new_top_K, new_bottom_K) - _ratio(old_top_K, old_bottom_K)
+  old_top_SK, old_bottom_SK, new_top_SK, new_bottom_SK = _resample(len(before), bootstrap, seed, *terms)
+  samples_SK = _ratio(new_top_SK, new_bottom_SK) - _ratio(old_top_SK, old_bottom_SK)
+  return {"n": len(before)} | {
+      name: _interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS) if name in _COMPARED}
+
+
+def format_table(before_summary: dict, after_summary: dict, diff: dict) -> str:
+  """A table of two summaries and their difference, for the terminal.
+
+  Args:
+    before_summary: from `summary`.
+    after_summary: from `summary`.
+    diff: from `difference`.
+
+  Returns:
+    Lines of plain ASCII, without a newline at the end.
+
+  Source: ours.
+  """
+  rows = [(f"n = {diff['n']}, 95% intervals", "before", "after", "change")]
+  for name in METRICS:
+    old, new = before_summary[name], after_summary[name]
+    if name in diff:
+      change = _with_interval(diff[name], signed=True)
+    else:
+      defined = old["value"] is not None and new["value"] is not None
+      change = f"{new['value'] - old['value']:+.3f}" if defined else "-"
+    rows.append((name, _with_interval(old), _with_interval(new), change))
+  tables = [rows]
+  kinds = sorted(set(before_summary["by_kind"]) & set(after_summary["by_kind"]))
+  if len(kinds) > 1:
+    rows = [("kind", "n", *_BY_KIND)]
+    for kind in kinds:
+      old, new = before_summary["by_kind"][kind], after_summary["by_kind"][kind]
+      rows.append((kind, str(new["n"]), *(f"{_plain(old[name])} > {_plain(new[name])}" for name in _BY_KIND)))
+    tables.append(rows)
+  return "\n\n".join(map(_aligned, tables))
+
+
+def _check(h0, bootstrap):
+  if not 0.0 <= h0 <= 1.0:
+    raise ValueError(f"h0 must be an IoU in [0, 1]. Received: {h0!r}")
+  if bootstrap < 1:
+    raise ValueError(f"bootstrap must be at least 1. Received: {bootstrap!r}")
+
+
+def _terms(outcomes, h0):
+  """Each task's part in the numerator and the denominator of each metric, K of them."""
+  top_NK, bottom_NK = np.zeros((2, len(outcomes), len(METRICS)))
+  for row, o in enumerate(outcomes):
+    ious = np.asarray(o.ious, np.float32) if o.has_boxes else np.zeros(0, np.float32)
+    hits = int((ious >= np.float32(h0)).sum())  # float32 as in the reward, so that the two agree on ties
+    terms = {
+        "acc_ans": (o.correct and o.answerable, o.answerable),
+        "acc_rat": (hits, len(ious)),
+        "hit_rate": (hits > 0, o.has_boxes),
+        "rationale_count": (len(o.ious), 1),
+        "mean_iou": (ious.sum(), len(ious)),
+        "mean_best_iou": (ious.max(initial=0.0), o.has_boxes),
+        "invalid_action_rate": (o.invalid_actions, len(o.ious) + o.invalid_actions),
+        "overlong_rate": (o.overlong, 1),
+    }
+    top_NK[row], bottom_NK[row] = zip(*(terms[name] for name in METRICS))
+  return top_NK, bottom_NK
+
+
+def _resample(n, bootstrap, seed, *terms):
+  """The sums over each resample of n tasks: one [S, K] for each [N, K]."""
+  if n == 0:
+    return [np.zeros((bootstrap, term_NK.shape[1])) for term_NK in terms]
+  rng = np.random.default_rng(seed)
+  sums, step = [], max(1, _DRAWS_AT_ONCE // n)
+  for start in range(0, bootstrap, step):
+    size = min(step, bootstrap - start)
+    drawn_SN = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+    times_SN = np.bincount(drawn_SN.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+    sums.append([times_SN @ term_NK for term_NK in terms])
+  return [np.concatenate(parts) for parts in zip(*sums)]
+
+
+def _ratio(top, bottom):
+  """NaN where the denominator is 0."""
+  return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom > 0)
+
+
+def _interval(value, samples_S):
+  defined = samples_S[~np.isnan(samples_S)]
+  low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) and not np.isnan(value) else (np.nan, np.nan)
+  return {"value": _number(value), "low": _number(low), "high": _number(high)}
+
+
+def _number(value):
+  return None if np.isnan(value) else float(value)
+
+
+def _plain(value):
+  return "-" if value is None else f"{value:.3f}"
+
+
+def _with_interval(interval, signed=False):
+  if interval["value"] is None:
+    return "-"
+  sign = "+" if signed else ""
+  return (f"{interval['value']:{sign}.3f} [{_limit(interval['low'], sign)}, {_limit(interval['high'], sign)}]")
+
+
+def _limit(value, sign):
+  return "-" if value is None else f"{value:{sign}.3f}"
+
+
+def _aligned(rows):
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  rows = rows[:1] + [tuple("-" * width for width in widths)] + rows[1:]
+  return "\n".join(
+      "  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])])
+      for row in rows)

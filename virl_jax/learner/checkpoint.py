@@ -1,0 +1,69 @@
+"""Orbax checkpoints of a TrainState: written in the background, restored bit for bit."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+  """The checkpoints of one workdir.
+
+  Args:
+    folder: where; created if absent.
+    every: steps between saves.
+    keep: how many of the newest to keep.
+  """
+
+  def __init__(self, folder: str | pathlib.Path, every: int, keep: int):
+    self.folder, self.every = pathlib.Path(folder).absolute(), every
+    # Orbax writes to a temporary name and renames: a killed save leaves the older checkpoints whole.
+    self._manager = ocp.CheckpointManager(
+        self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+
+  def latest(self) -> int | None:
+    """The newest saved step, or None."""
+    return self._manager.latest_step()
+
+  def maybe_save(self, step: int, state, last: bool = False) -> bool:
+    """Saves after `step` steps if it is due or `last`.
+
+    Returns:
+      Whether a save was started; it goes on in the background.
+    """
+    if (step % self.every and not last) or self._manager.latest_step() == step:
+      return False
+    self._manager.save(step, args=ocp.args.StandardSave(state))
+    return True
+
+  def due(self, step: int, last: bool = False) -> bool:
+    """Whether `maybe_save` would save."""
+    return not ((step % self.every and not last) or self._manager.latest_step() == step)
+
+  def restore(self, step: int, state):
+    """The state saved at `step`, placed like `state`.
+
+    Args:
+      step: one that `latest` gave.
+      state: a state of the same shapes, dtypes and shardings; only these are read.
+
+    Raises:
+      ValueError: if the checkpoint does not fit.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    try:
+      return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    except (ValueError, KeyError, TypeError, FileNotFoundError, OSError) as e:
+      raise ValueError(f"checkpoint {step} in {self.folder} does not fit this model and optimiser, or is "
+                       f"damaged: {e}. Delete that step's folder to go on from the one before") from e
+
+  def wait(self) -> None:
+    """Returns when every save is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and releases the manager."""
+    self._manager.wait_until_finished()
+    self._manager.close()

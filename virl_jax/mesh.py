@@ -1,0 +1,74 @@
+"""The device mesh, what each logical axis maps to on it, and placing of batches."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from virl_jax.model import params as params_lib
+
+AXES = ("data", "fsdp", "tensor")
+# Parameters: logical axis -> mesh axis.  Axes not named here are not split.
+RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+# Rows of batches, and images, are split over both of these.
+ROWS = ("data", "fsdp")
+
+
+def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+  """A (data, fsdp, tensor) mesh over all devices.
+
+  Args:
+    data, fsdp, tensor: devices along each axis; one of them may be -1, "what is left".
+    devices: which; all of them by default.
+
+  Raises:
+    ValueError: if the sizes don't multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, tensor]
+  if sizes.count(-1) == 1:
+    rest = math.prod(s for s in sizes if s != -1)
+    sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 else 0
+  if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    raise ValueError(f"mesh data x fsdp x tensor must multiply to the {len(devices)} devices there are. "
+                     f"Received: {data} x {fsdp} x {tensor}")
+  return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def param_shardings(specs: dict, mesh: Mesh) -> dict:
+  """A sharding for each parameter, by `RULES`; a dimension that does not divide stays whole."""
+  def one(spec: params_lib.ParamSpec):
+    names = []
+    for size, axis in zip(spec.shape, spec.axes):
+      name = RULES.get(axis)
+      names.append(name if name and size % mesh.shape[name] == 0 and name not in names else None)
+    return NamedSharding(mesh, PartitionSpec(*names))
+
+  return params_lib.map_specs(one, specs)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Whole on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def row_shards(mesh: Mesh) -> int:
+  """Over how many devices rows are split."""
+  return math.prod(mesh.shape[a] for a in ROWS)
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+  """Leading axis split over data and fsdp."""
+  return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def place(tree, mesh: Mesh):
+  """Puts host arrays on the mesh, leading axis split over data and fsdp.
+
+  Arrays whose leading axis does not divide are kept whole on every device.
+  """
+  split, whole, n = rows(mesh), replicated(mesh), row_shards(mesh)
+  return jax.tree.map(lambda a: jax.device_put(a, split if np.ndim(a) and a.shape[0] % n == 0 else whole), tree)

@@ -1,0 +1,131 @@
+"""One declaration a parameter: shape, logical axes, initialiser, and its name and layout in HF files.
+
+A model's parameters are a nested dict of `ParamSpec`.  Initial values, shapes for `eval_shape`,
+shardings, HF import and HF export are all read off that one table.  Layers are stacked: a spec whose
+first axis is "layers" stands for one HF tensor a layer, and its `hf_name` contains "{layer}".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Params = dict
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+  """How one parameter looks here and in an HF checkpoint.
+
+  Attributes:
+    shape: our shape, the "layers" axis included.
+    axes: one logical axis name (or None) for each dimension; `mesh.py` maps them to mesh axes.
+    init: "normal" (standard deviation `scale`), "ones" or "zeros".
+    hf_name: tensor name in the released layout, with "{layer}" where stacked.
+    hf_shape: shape of one HF tensor.
+    perm: our (unstacked) dimension i is dimension perm[i] of the HF tensor once that is split; None if
+      the HF tensor only needs a reshape.
+    scale: standard deviation for "normal".
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  init: str
+  hf_name: str
+  hf_shape: tuple[int, ...]
+  perm: tuple[int, ...] | None = None
+  scale: float = 0.02
+
+  def __post_init__(self):
+    if len(self.shape) != len(self.axes):
+      raise ValueError(f"{self.hf_name}: axes must name every dimension of {self.shape}. Received: {self.axes}")
+    if math.prod(self.item_shape) != math.prod(self.hf_shape):
+      raise ValueError(f"{self.hf_name}: hf_shape must have as many elements as {self.item_shape}. "
+                       f"Received: {self.hf_shape}")
+
+  @property
+  def stacked(self) -> bool:
+    return bool(self.axes) and self.axes[0] == "layers"
+
+  @property
+  def item_shape(self) -> tuple[int, ...]:
+    """Our shape without the layers axis."""
+    return self.shape[1:] if self.stacked else self.shape
+
+  def hf_names(self) -> list[str]:
+    """The HF tensors that this parameter is made of, in layer order."""
+    return [self.hf_name.format(layer=i) for i in range(self.shape[0])] if self.stacked else [self.hf_name]
+
+
+def stack(n_layers: int, specs: dict) -> dict:
+  """The same parameters once for each of `n_layers` layers, on a leading "layers" axis."""
+  return map_specs(lambda s: dataclasses.replace(s, shape=(n_layers, *s.shape), axes=("layers", *s.axes)), specs)
+
+
+def map_specs(fn: Callable, specs: dict, *rest):
+  """`jax.tree.map` over the specs of a table."""
+  return jax.tree.map(fn, specs, *rest, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def leaves(specs: dict) -> Iterator[tuple[tuple[str, ...], ParamSpec]]:
+  """Each parameter's path in the nested dict, with its spec."""
+  for path, spec in jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: isinstance(x, ParamSpec))[0]:
+    yield tuple(entry.key for entry in path), spec
+
+
+def count(specs: dict) -> int:
+  """How many numbers the parameters hold."""
+  return sum(math.prod(spec.shape) for _, spec in leaves(specs))
+
+
+def abstract(specs: dict, dtype) -> Params:
+  """Shapes and dtypes, nothing allocated."""
+  return map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs)
+
+
+def init(specs: dict, key: jax.Array, dtype) -> Params:
+  """Fresh parameters.
+
+  Args:
+    specs: the table.
+    key: each parameter draws from `key` folded with a hash of its HF name, so that adding a parameter
+      changes no other.
+    dtype: parameter dtype.
+
+  Returns:
+    The nested dict of arrays.
+
+  Source: ours (normal with standard deviation 0.02, as Qwen2.5-VL's `initializer_range`).
+  """
+  def draw(spec: ParamSpec):
+    if spec.init == "normal":
+      k = jax.random.fold_in(key, zlib.crc32(spec.hf_name.encode()))
+      return (spec.scale * jax.random.normal(k, spec.shape, jnp.float32)).astype(dtype)
+    if spec.init == "ones":
+      return jnp.ones(spec.shape, dtype)
+    if spec.init == "zeros":
+      return jnp.zeros(spec.shape, dtype)
+    raise ValueError(f"{spec.hf_name}: init must be 'normal', 'ones' or 'zeros'. Received: {spec.init!r}")
+
+  return map_specs(draw, specs)
+
+
+def from_hf(spec: ParamSpec, tensor: np.ndarray) -> np.ndarray:
+  """One HF tensor in our (unstacked) layout."""
+  if spec.perm is None:
+    return tensor.reshape(spec.item_shape)
+  split = tuple(spec.item_shape[spec.perm.index(i)] for i in range(len(spec.perm)))
+  return tensor.reshape(split).transpose(spec.perm)
+
+
+def to_hf(spec: ParamSpec, array: np.ndarray) -> np.ndarray:
+  """The inverse of `from_hf`."""
+  if spec.perm is None:
+    return array.reshape(spec.hf_shape)
+  return np.ascontiguousarray(array.transpose(np.argsort(spec.perm))).reshape(spec.hf_shape)

@@ -1,0 +1,163 @@
+"""Qwen2.5-VL's vision tower as pure functions over window-grouped patches.
+
+Source: Qwen2.5-VL (arXiv 2502.13923), section 2.1: 2-D rotary embedding, RMSNorm, SwiGLU, windowed
+attention with a few full-attention blocks, 2x2 patch merger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from virl_jax import types
+from virl_jax.data import images
+from virl_jax.model import params as params_lib
+from virl_jax.model import rope
+
+Spec = params_lib.ParamSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Shapes of the vision tower.
+
+  Attributes:
+    depth: blocks.
+    hidden: D.
+    heads: N; H = hidden / heads must be a multiple of 4.
+    intermediate: F.
+    out: width of the merged tokens, the text decoder's D.
+    full_blocks: indexes of the blocks that attend over the whole image; the others stay in windows.
+    patch, temporal, merge: see `images.Grid`.
+    window_px: side of an attention window, pixels.
+    eps: of RMSNorm.
+  """
+
+  depth: int = 32
+  hidden: int = 1280
+  heads: int = 16
+  intermediate: int = 3420
+  out: int = 3584
+  full_blocks: tuple[int, ...] = (7, 15, 23, 31)
+  patch: int = 14
+  temporal: int = 2
+  merge: int = 2
+  window_px: int = 112
+  eps: float = 1e-6
+
+  @property
+  def head_size(self) -> int:
+    return self.hidden // self.heads
+
+  @property
+  def grid(self) -> images.Grid:
+    return images.Grid(self.patch, self.temporal, self.merge, self.window_px // self.merge // self.patch)
+
+
+def specs(cfg: Config) -> dict:
+  """The tower's parameter table."""
+  D, N, H, F, C, M = cfg.hidden, cfg.heads, cfg.head_size, cfg.intermediate, cfg.grid.values, cfg.merge ** 2
+  b = "visual.blocks.{layer}."
+  block = {
+      "norm1": Spec((D,), (None,), "ones", b + "norm1.weight", (D,)),
+      "qkv_w": Spec((D, 3, N, H), ("embed", None, "heads", None), "normal", b + "attn.qkv.weight",
+                    (3 * D, D), (3, 0, 1, 2)),
+      "qkv_b": Spec((3, N, H), (None, "heads", None), "zeros", b + "attn.qkv.bias", (3 * D,)),
+      "proj_w": Spec((N, H, D), ("heads", None, "embed"), "normal", b + "attn.proj.weight", (D, D), (1, 2, 0)),
+      "proj_b": Spec((D,), (None,), "zeros", b + "attn.proj.bias", (D,)),
+      "norm2": Spec((D,), (None,), "ones", b + "norm2.weight", (D,)),
+      "gate_w": Spec((D, F), ("embed", "mlp"), "normal", b + "mlp.gate_proj.weight", (F, D), (1, 0)),
+      "gate_b": Spec((F,), ("mlp",), "zeros", b + "mlp.gate_proj.bias", (F,)),
+      "up_w": Spec((D, F), ("embed", "mlp"), "normal", b + "mlp.up_proj.weight", (F, D), (1, 0)),
+      "up_b": Spec((F,), ("mlp",), "zeros", b + "mlp.up_proj.bias", (F,)),
+      "down_w": Spec((F, D), ("mlp", "embed"), "normal", b + "mlp.down_proj.weight", (D, F), (1, 0)),
+      "down_b": Spec((D,), (None,), "zeros", b + "mlp.down_proj.bias", (D,)),
+  }
+  m = "visual.merger."
+  return {
+      "patch_embed": Spec((C, D), (None, "embed"), "normal", "visual.patch_embed.proj.weight",
+                          (D, 3, cfg.temporal, cfg.patch, cfg.patch), (1, 0)),
+      "blocks": params_lib.stack(cfg.depth, block),
+      "merger": {
+          "norm": Spec((D,), (None,), "ones", m + "ln_q.weight", (D,)),
+          "in_w": Spec((M * D, M * D), ("embed", "mlp"), "normal", m + "mlp.0.weight", (M * D, M * D), (1, 0)),
+          "in_b": Spec((M * D,), ("mlp",), "zeros", m + "mlp.0.bias", (M * D,)),
+          "out_w": Spec((M * D, cfg.out), ("mlp", "embed"), "normal", m + "mlp.2.weight",
+                        (cfg.out, M * D), (1, 0)),
+          "out_b": Spec((cfg.out,), (None,), "zeros", m + "mlp.2.bias", (cfg.out,)),
+      },
+  }
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+  """RMSNorm: float32 inside, cast back before the weight, as the reference does."""
+  x32 = x.astype(jnp.float32)
+  x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  return x32.astype(x.dtype) * weight.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def swiglu(x: jax.Array, p: dict) -> jax.Array:
+  """down(silu(gate(x)) * up(x)), with biases where `p` has them."""
+  def dense(x, name):
+    y = x @ p[name + "_w"].astype(x.dtype)
+    b = p.get(name + "_b")
+    return y if b is None else y + b.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+  return dense(jax.nn.silu(dense(x, "gate")) * dense(x, "up"), "down")
+
+
+def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float32, remat: bool = False
+           ) -> jax.Array:
+  """Merged vision tokens of a bucket of images.
+
+  Args:
+    params: the tower's parameters.
+    cfg: shapes.
+    images_: patches grouped by window; see `types.ImageBatch`.
+    dtype: of the matrix products.
+    remat: recompute blocks in the backward pass.
+
+  Returns:
+    [I, W * Q / merge^2, out] in `dtype`, window by window; `images.layout` says which row is which token.
+    Rows of padding slots hold finite nonsense.
+
+  Source: Qwen2.5-VL, section 2.1.1.
+  """
+  I, W, Q, _ = images_.patches_IWQC.shape
+  N, H = cfg.heads, cfg.head_size
+  x = images_.patches_IWQC.astype(dtype) @ params["patch_embed"].astype(dtype)
+  cos, sin = rope.vision_rope(images_.rowcol_IWQ2, H)
+  mask_IWQ = images_.mask_IWQ
+
+  def attend(q, k, v, mask):
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
+
+  def windowed(qkv):
+    q, k, v = (a.reshape(I * W, Q, N, H) for a in qkv)
+    return attend(q, k, v, mask_IWQ.reshape(I * W, Q)).reshape(I, W, Q, N, H)
+
+  def full(qkv):
+    q, k, v = (a.reshape(I, W * Q, N, H) for a in qkv)
+    return attend(q, k, v, mask_IWQ.reshape(I, W * Q)).reshape(I, W, Q, N, H)
+
+  def block(x, layer):
+    p, is_full = layer
+    h = rms_norm(x, p["norm1"], cfg.eps)
+    qkv = jnp.einsum("iwqd,dcnh->ciwqnh", h, p["qkv_w"].astype(dtype))
+    qkv = qkv + p["qkv_b"].astype(dtype)[:, None, None, None]
+    q, k, v = rope.rotate(qkv[0], cos, sin), rope.rotate(qkv[1], cos, sin), qkv[2]
+    out = jax.lax.cond(is_full, full, windowed, (q, k, v))
+    out = jnp.einsum("iwqnh,nhd->iwqd", out, p["proj_w"].astype(dtype))
+    x = x + out + p["proj_b"].astype(dtype)[None, None, None]
+    return x + swiglu(rms_norm(x, p["norm2"], cfg.eps), p), None
+
+  is_full = jnp.array([i in cfg.full_blocks for i in range(cfg.depth)])
+  x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (params["blocks"], is_full))
+
+  m = params["merger"]
+  x = rms_norm(x, m["norm"], cfg.eps).reshape(I, W * Q // cfg.merge ** 2, -1)
+  x = x @ m["in_w"].astype(dtype) + m["in_b"].astype(dtype)[None, None]
+  x = jax.nn.gelu(x, approximate=False)
+  return x @ m["out_w"].astype(dtype) + m["out_b"].astype(dtype)[None, None]

@@ -1,0 +1,248 @@
+"""HF folders <-> parameters, through the `ParamSpec` table.  No torch.
+
+Reads the three namings that exist (as released: `visual.*`, `model.layers.*`; newer in-memory:
+`model.visual.*`, `model.language_model.*`; in between: `visual.*`, `language_model.*`), flat and nested
+config.json, single and sharded safetensors.  Writes the released layout, which transformers and vLLM load.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import struct
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
+
+from virl_jax.model import params as params_lib
+from virl_jax.model import qwen
+from virl_jax.model import text
+from virl_jax.model import vision
+
+MODEL_TYPE = "qwen2_5_vl"
+SHARD_BYTES = 5 * 1024 ** 3
+# Files that travel with a model beside its weights and config.
+SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+              "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+              "generation_config.json")
+_PREFIXES = (("model.language_model.lm_head.", "lm_head."), ("model.language_model.", "model."),
+             ("model.visual.", "visual."), ("language_model.lm_head.", "lm_head."),
+             ("language_model.model.", "model."), ("language_model.", "model."))
+_IDS = {"image_token": "image_token_id", "video_token": "video_token_id", "vision_start": "vision_start_token_id",
+        "vision_end": "vision_end_token_id", "vision_pad": "vision_token_id"}
+
+
+def released_name(name: str) -> str:
+  """An HF tensor name in the released layout."""
+  for prefix, to in _PREFIXES:
+    if name.startswith(prefix):
+      return to + name[len(prefix):]
+  return name
+
+
+def _listing(names) -> str:
+  names = sorted(names)
+  return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else f" ({len(names)})")
+
+
+def config_from_hf(config: dict, where: str = "config.json") -> qwen.Config:
+  """Reads a parsed config.json, flat or nested.
+
+  Args:
+    config: the parsed file.
+    where: named in errors.
+
+  Raises:
+    ValueError: if it is another architecture's, or lacks a key.
+  """
+  if config.get("model_type") != MODEL_TYPE:
+    raise ValueError(f"{where}: model_type must be {MODEL_TYPE!r}. Received: {config.get('model_type')!r}")
+  t, v = config.get("text_config") or config, config.get("vision_config") or {}
+  try:
+    rope = t.get("rope_parameters") or {"rope_theta": t["rope_theta"], **(t.get("rope_scaling") or {})}
+    tied = config.get("tie_word_embeddings", t.get("tie_word_embeddings", False))
+    txt = text.Config(
+        vocab=t["vocab_size"], hidden=t["hidden_size"], layers=t["num_hidden_layers"],
+        heads=t["num_attention_heads"], kv_heads=t["num_key_value_heads"],
+        head_size=t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"],
+        intermediate=t["intermediate_size"], mrope_section=tuple(rope["mrope_section"]),
+        theta=float(rope["rope_theta"]), eps=t.get("rms_norm_eps", 1e-5), tied=bool(tied))
+    vis = vision.Config(
+        depth=v.get("depth", 32), hidden=v.get("hidden_size", 3584), heads=v.get("num_heads", 16),
+        intermediate=v.get("intermediate_size", 3420), out=v.get("out_hidden_size", 3584),
+        full_blocks=tuple(v.get("fullatt_block_indexes", (7, 15, 23, 31))), patch=v.get("patch_size", 14),
+        temporal=v.get("temporal_patch_size", 2), merge=v.get("spatial_merge_size", 2),
+        window_px=v.get("window_size", 112))
+    ids = {ours: config.get(theirs, t.get(theirs, getattr(qwen.Config, ours))) for ours, theirs in _IDS.items()}
+    eos = config.get("eos_token_id", t.get("eos_token_id", qwen.Config.eos))
+  except KeyError as e:
+    raise ValueError(f"{where}: key {e} is missing for a {MODEL_TYPE} model") from e
+  if vis.out != txt.hidden:
+    raise ValueError(f"{where}: vision out_hidden_size must be hidden_size = {txt.hidden}. Received: {vis.out}")
+  return qwen.Config(text=txt, vision=vis, eos=eos[0] if isinstance(eos, list) else eos, **ids)
+
+
+def config_to_hf(cfg: qwen.Config, dtype: str) -> dict:
+  """config.json in the released (flat) layout."""
+  t, v = cfg.text, cfg.vision
+  return {
+      "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": MODEL_TYPE, "torch_dtype": dtype,
+      "vocab_size": t.vocab, "hidden_size": t.hidden, "num_hidden_layers": t.layers,
+      "num_attention_heads": t.heads, "num_key_value_heads": t.kv_heads, "head_dim": t.head_size,
+      "intermediate_size": t.intermediate, "hidden_act": "silu", "rms_norm_eps": t.eps, "rope_theta": t.theta,
+      "rope_scaling": {"type": "mrope", "mrope_section": list(t.mrope_section)},
+      "tie_word_embeddings": t.tied, "use_sliding_window": False, "attention_dropout": 0.0,
+      "max_position_embeddings": 128000, "initializer_range": 0.02, "use_cache": True, "eos_token_id": cfg.eos,
+      **{theirs: getattr(cfg, ours) for ours, theirs in _IDS.items()},
+      "vision_config": {
+          "model_type": MODEL_TYPE, "depth": v.depth, "hidden_size": v.hidden, "num_heads": v.heads,
+          "intermediate_size": v.intermediate, "out_hidden_size": v.out, "hidden_act": "silu", "in_chans": 3,
+          "in_channels": 3, "patch_size": v.patch, "spatial_patch_size": v.patch, "spatial_merge_size": v.merge,
+          "temporal_patch_size": v.temporal, "window_size": v.window_px, "tokens_per_second": 2,
+          "fullatt_block_indexes": list(v.full_blocks)},
+  }
+
+
+def read_config(hf_dir: str) -> qwen.Config:
+  """The model configuration of an HF folder.
+
+  Raises:
+    ValueError: if the folder or its config.json is missing, unreadable or another architecture's.
+  """
+  path = pathlib.Path(hf_dir) / "config.json"
+  try:
+    config = json.loads(path.read_text())
+  except FileNotFoundError as e:
+    raise ValueError(f"hf_dir must be a folder with a config.json. Received: {hf_dir}") from e
+  except (OSError, ValueError) as e:
+    raise ValueError(f"{path} must be JSON ({e})") from e
+  return config_from_hf(config, str(path))
+
+
+def _open_tensors(folder: pathlib.Path) -> dict:
+  """Released name -> (open file, name in the file), for every tensor of the folder."""
+  index = folder / "model.safetensors.index.json"
+  if index.exists():
+    try:
+      files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as e:
+      raise ValueError(f"{index} must be a safetensors index with a weight_map ({e})") from e
+    absent = [f for f in files if not (folder / f).is_file()]
+    if absent:
+      raise ValueError(f"{index} names files that are not there: {_listing(absent)}. Download the folder again")
+  elif (folder / "model.safetensors").is_file():
+    files = ["model.safetensors"]
+  else:
+    raise ValueError(f"{folder} must hold model.safetensors or model.safetensors.index.json. Received: "
+                     f"{_listing(p.name for p in folder.iterdir())}")
+  tensors = {}
+  for name in files:
+    try:
+      file = safetensors.safe_open(folder / name, framework="np")
+    except (safetensors.SafetensorError, OSError, struct.error) as e:
+      raise ValueError(f"{folder / name} is truncated or corrupt ({e}). Download it again") from e
+    for key in file.keys():
+      tensors[released_name(key)] = (file, key)
+  return tensors
+
+
+def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) -> tuple[qwen.Config, dict]:
+  """Loads an HF folder.
+
+  Args:
+    hf_dir: folder with config.json and safetensors, single or sharded.
+    dtype: parameter dtype, "float32" or "bfloat16".
+    shardings: a tree of shardings like the parameters; None for the default device.
+
+  Returns:
+    The configuration and the parameters.
+
+  Raises:
+    ValueError: names the folder and the first ten missing, extra or misshapen tensors.
+  """
+  folder = pathlib.Path(hf_dir)
+  cfg = read_config(hf_dir)
+  specs = qwen.specs(cfg)
+  tensors = _open_tensors(folder)
+  if cfg.text.tied:
+    tensors.pop("lm_head.weight", None)
+  wanted = {name: spec for _, spec in params_lib.leaves(specs) for name in spec.hf_names()}
+  missing, extra = set(wanted) - set(tensors), set(tensors) - set(wanted)
+  if missing or extra:
+    raise ValueError(f"{folder} does not fit its config.json."
+                     + (f" Missing: {_listing(missing)}." if missing else "")
+                     + (f" Not expected: {_listing(extra)}." if extra else ""))
+  wrong = []
+  for name, spec in wanted.items():
+    file, key = tensors[name]
+    piece = file.get_slice(key)
+    if tuple(piece.get_shape()) != spec.hf_shape or piece.get_dtype() not in ("BF16", "F16", "F32", "F64"):
+      wrong.append(f"{name} (wanted float{list(spec.hf_shape)}, found {piece.get_dtype()}{piece.get_shape()})")
+  if wrong:
+    raise ValueError(f"{folder} has misshapen or wrongly typed tensors: {_listing(wrong)}")
+  np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+  def load(spec, sharding=None):
+    out = np.empty(spec.shape, np_dtype)
+    for i, name in enumerate(spec.hf_names()):
+      file, key = tensors[name]
+      out[i if spec.stacked else ...] = params_lib.from_hf(spec, file.get_tensor(key)).astype(np_dtype)
+    return jax.device_put(out, sharding)
+
+  return cfg, params_lib.map_specs(load, specs, *([shardings] if shardings is not None else []))
+
+
+def save_hf(hf_dir: str, cfg: qwen.Config, params: dict, dtype: str = "bfloat16", like: str | None = None) -> None:
+  """Writes an HF folder that transformers loads, all of it or nothing.
+
+  Args:
+    hf_dir: where; replaced whole if it exists.
+    cfg: the model.
+    params: its parameters.
+    dtype: of the stored tensors.
+    like: a folder whose tokenizer, chat template and processor files come along.
+  """
+  folder = pathlib.Path(hf_dir)
+  tmp = folder.with_name(folder.name + ".tmp")
+  shutil.rmtree(tmp, ignore_errors=True)
+  tmp.mkdir(parents=True)
+  if like is not None:
+    for name in SIDE_FILES:
+      if (pathlib.Path(like) / name).is_file():
+        shutil.copyfile(pathlib.Path(like) / name, tmp / name)
+  (tmp / "config.json").write_text(json.dumps(config_to_hf(cfg, dtype), indent=2) + "\n")
+  np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+  shards, size = [{}], 0
+  flat = dict(params_lib.leaves(qwen.specs(cfg)))
+  for path, spec in flat.items():
+    leaf = params
+    for key in path:
+      leaf = leaf[key]
+    for i, name in enumerate(spec.hf_names()):
+      array = params_lib.to_hf(spec, np.asarray(leaf[i] if spec.stacked else leaf).astype(np_dtype))
+      if size + array.nbytes > SHARD_BYTES and shards[-1]:
+        shards.append({})
+        size = 0
+      shards[-1][name] = np.ascontiguousarray(array)
+      size += array.nbytes
+  if len(shards) == 1:
+    safetensors_numpy.save_file(shards[0], tmp / "model.safetensors", metadata={"format": "pt"})
+  else:
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards):
+      safetensors_numpy.save_file(shard, tmp / name, metadata={"format": "pt"})
+    total = sum(a.nbytes for shard in shards for a in shard.values())
+    index = {"metadata": {"total_size": total},
+             "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+    (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+  old = folder.with_name(folder.name + ".old")
+  shutil.rmtree(old, ignore_errors=True)
+  if folder.exists():
+    folder.rename(old)
+  tmp.rename(folder)
+  shutil.rmtree(old, ignore_errors=True)

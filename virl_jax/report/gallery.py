@@ -1,0 +1,139 @@
+"""Trajectories as JSON, pictures included, so that a page can show them long after the run."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import typing
+from collections.abc import Sequence
+
+from PIL import Image
+
+if typing.TYPE_CHECKING:
+  from virl_jax import types
+
+IMAGE_SIDE_PX = 640     # longer pictures are shrunk to this: enough for a page
+CROP_SIDE_PX = 224
+_LOSSLESS_SIDE_PX = 300  # small pictures stay lossless, so that fine textures stay crisp
+_JPEG_QUALITY = 85
+
+
+def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | None,
+          classes: Sequence[str] | None, modulators: Sequence[float] | None, advantage: float | None,
+          reward: float | None, reward_parts: dict[str, float] | None) -> dict:
+  """Makes one trajectory into a JSON-able dict.
+
+  Args:
+    traj: what the policy did.
+    image: the original picture, decoded; crops are cut from it.
+    ious: for each visual action, its best IoU with a ground-truth box; None if not known.
+    classes: for each visual action "correct", "redundant" or "erroneous"; None if not known.
+    modulators: for each visual action, what its advantage was multiplied by; None if not known.
+    advantage: of the whole trajectory; None outside training.
+    reward: total; None outside training.
+    reward_parts: the terms of the reward by name, or None.
+
+  Returns:
+    uid, rollout, kind, question, options, answers, answer, correct, stop, width, height, boxes_gt,
+    boxes, reward, reward_parts, advantage, image (data URI) and turns; each turn has role, text, box,
+    box_shown, error, iou, class, modulator, advantage and crop (data URI or None).  Boxes are pixels
+    of the original picture.
+
+  Raises:
+    ValueError: a sequence does not have one element for each visual action.
+  """
+  actions = len(traj.boxes)
+  for name, values in (("ious", ious), ("classes", classes), ("modulators", modulators)):
+    if values is not None and len(values) != actions:
+      raise ValueError(f"{name} must have one element for each of the {actions} visual actions. "
+                       f"Received: {len(values)}")
+  image = image.convert("RGB")
+  turns, k = [], 0
+  for turn in traj.turns:
+    shown = {"role": turn.role, "text": turn.text, "box": _floats(turn.box),
+             "box_shown": _floats(turn.box_shown), "error": turn.error,
+             "iou": None, "class": None, "modulator": None, "advantage": None, "crop": None}
+    if turn.box is not None:
+      shown["iou"] = None if ious is None else _number(ious[k])
+      shown["class"] = None if classes is None else str(classes[k])
+      shown["modulator"] = None if modulators is None else _number(modulators[k])
+      shown["crop"] = _crop(image, turn.box)
+      k += 1
+    if turn.role == "assistant" and advantage is not None:
+      shown["advantage"] = _number(advantage * (1.0 if shown["modulator"] is None else shown["modulator"]))
+    turns.append(shown)
+  task = traj.task
+  return {
+      "uid": task.uid, "rollout": int(traj.uid), "kind": task.kind, "question": task.question,
+      "options": None if task.options is None else list(task.options), "answers": list(task.answers),
+      "answer": traj.answer, "correct": bool(traj.correct),
+      "stop": None if traj.stop is None else str(traj.stop.value),
+      "width": image.width, "height": image.height,
+      "boxes_gt": [_floats(box) for box in task.boxes], "boxes": [_floats(box) for box in traj.boxes],
+      "reward": _number(reward), "advantage": _number(advantage),
+      "reward_parts": None if reward_parts is None else {k: _number(v) for k, v in reward_parts.items()},
+      "image": data_uri(image, IMAGE_SIDE_PX), "turns": turns}
+
+
+def data_uri(image: Image.Image, max_side_px: int) -> str:
+  """Encodes a picture into a data URI, shrunk (never enlarged) to a longest side in pixels."""
+  scale = max_side_px / max(image.size)
+  if scale < 1:
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.LANCZOS)
+  buffer = io.BytesIO()
+  if max(image.size) <= _LOSSLESS_SIDE_PX:
+    image.convert("RGB").save(buffer, "PNG", optimize=True)
+    mime = "image/png"
+  else:
+    image.convert("RGB").save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
+    mime = "image/jpeg"
+  return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def save(path: str, entries: list[dict]) -> None:
+  """Writes entries, one JSON object a line, replacing the file whole."""
+  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+  temporary = f"{path}.tmp"
+  with open(temporary, "w", encoding="utf-8") as f:
+    f.writelines(json.dumps(item, allow_nan=False) + "\n" for item in entries)
+  os.replace(temporary, path)
+
+
+def load(path: str) -> list[dict]:
+  """Reads what `save` wrote.
+
+  Raises:
+    ValueError: a line is not JSON.
+  """
+  entries = []
+  with open(path, encoding="utf-8") as f:
+    for number, raw in enumerate(f, start=1):
+      try:
+        entries.append(json.loads(raw))
+      except ValueError as e:
+        raise ValueError(f"{path}, line {number}, must be JSON. Received: {raw[:80]!r}") from e
+  return entries
+
+
+def _crop(image: Image.Image, box: types.Box) -> str | None:
+  """What lies in a box, or None where it holds no pixel of the picture."""
+  if not all(math.isfinite(v) for v in box):
+    return None
+  left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
+  right, bottom = min(image.width, math.ceil(box[2])), min(image.height, math.ceil(box[3]))
+  if left >= right or top >= bottom:
+    return None
+  return data_uri(image.crop((left, top, right, bottom)), CROP_SIDE_PX)
+
+
+def _floats(values) -> list[float | None] | None:
+  return None if values is None else [_number(v) for v in values]
+
+
+def _number(value) -> float | None:
+  """A plain float; None for what strict JSON can't hold."""
+  return None if value is None or not math.isfinite(value) else float(value)

@@ -1,0 +1,256 @@
+"""What a training run writes down while it runs: metrics.jsonl, a line on the terminal, TensorBoard."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_TIMED_STEPS = 20  # the estimate of the time left follows changes of pace within this many steps
+
+# What the terminal line shows: label, key in the metrics, format.
+_SHOWN = (("reward", "reward/total", "+.2f"), ("acc_ans", "acc_ans", ".2f"),
+          ("acc_rat", "acc_rat", ".2f"), ("zooms", "rationale_count", ".1f"))
+
+
+class MetricsLog:
+  """Appends one JSON object a step to a file, one step late.
+
+  A step's values are kept as they came and are read only when the next step is written.  So device
+  arrays have had a whole step to be computed, and reading them does not stall the accelerator.
+
+  A process that is killed loses the pending step: call `flush` before saving a checkpoint.
+  """
+
+  def __init__(self, path: str, start_step: int):
+    """Opens the file, forgetting what a resumed run will do again.
+
+    Lines with "step" >= start_step and a last line that was cut off are dropped, by replacing the
+    file whole; every other line is kept byte for byte.
+
+    Args:
+      path: the metrics file; made, with its folder, if missing.
+      start_step: the first step that will be written.
+
+    Raises:
+      ValueError: a line other than the last is not a JSON object.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _rewind(path, start_step)
+    self._path = path
+    self._next_step = start_step
+    self._pending: tuple[int, dict] | None = None
+    self._last: dict | None = None
+
+  def write(self, step: int, metrics: dict) -> dict | None:
+    """Keeps a step's metrics pending, and writes those of the step before.
+
+    Args:
+      step: later than every step so far.
+      metrics: scalars by name: Python, numpy or device numbers, or short strings.
+
+    Returns:
+      The line that was written now, as plain Python values, or None if there was none.
+
+    Raises:
+      ValueError: the step goes back, or a value is not a scalar.
+    """
+    if step < self._next_step:
+      raise ValueError(f"step must be at least {self._next_step}, the first that is not yet in the log. "
+                       f"Received: {step}")
+    for name, value in metrics.items():
+      if not isinstance(value, str) and getattr(value, "shape", ()) != ():
+        raise ValueError(f"metrics[{name!r}] must be a scalar. Received: shape {tuple(value.shape)}")
+    written = self._write_pending()
+    self._next_step = step + 1
+    self._pending = (step, dict(metrics))
+    return written
+
+  def flush(self) -> dict | None:
+    """Forces everything onto the disk, the pending step included.
+
+    Returns:
+      The last line in this log, as plain Python values; None if this process has written none.
+    """
+    self._write_pending()
+    with open(self._path, "ab") as f:
+      os.fsync(f.fileno())
+    return self._last
+
+  def close(self) -> None:
+    """Flushes; the file itself is open only while a line is written."""
+    self.flush()
+
+  def _write_pending(self) -> dict | None:
+    if self._pending is None:
+      return None
+    step, metrics = self._pending
+    self._pending = None
+    line = {"step": int(step), **{k: _plain(v) for k, v in metrics.items() if k != "step"}}
+    strict = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    with open(self._path, "ab") as f:
+      f.write(json.dumps(strict, allow_nan=False).encode() + b"\n")
+    self._last = line
+    return line
+
+
+def read(path: str) -> list[dict]:
+  """Reads a metrics file; a last line that was cut off is left out.
+
+  Args:
+    path: a file that `MetricsLog` wrote, perhaps one that is still growing.
+
+  Returns:
+    The lines in order.  "nan", "inf" and "-inf" are floats again.
+
+  Raises:
+    ValueError: a line other than the last is not a JSON object.
+  """
+  return [{k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in line.items()}
+          for _, line in _parse(path, _content(path))]
+
+
+class Progress:
+  """Prints a line a step, with the time that is left."""
+
+  def __init__(self, total_steps: int, start_step: int, stream=None,
+               clock: Callable[[], float] = time.monotonic):
+    """Starts the clock.
+
+    Args:
+      total_steps: how many steps the whole run has.
+      start_step: the step this process begins with; 0 unless it resumes.
+      stream: where to print; None is standard output.
+      clock: seconds, never going back.
+    """
+    self._total_steps = total_steps
+    self._start_step = start_step
+    self._stream = stream
+    self._clock = clock
+    self._then = clock()
+    self._step_s: list[float] = []
+
+  def line(self, step: int, metrics: dict) -> None:
+    """Prints one step, counted from 1 as people do.
+
+    The estimate is the median of the last step times: neither a compilation nor a slow checkpoint
+    disturbs it.
+
+    Args:
+      step: the step that is done, counted from 0.
+      metrics: its values as `MetricsLog` returns them; what is missing is left out of the line.
+    """
+    now = self._clock()
+    self._step_s = [*self._step_s, now - self._then][-_TIMED_STEPS:]
+    self._then = now
+    step_s = statistics.median(self._step_s)
+    width = len(str(self._total_steps))
+    parts = [f"step {step + 1:>{width}}/{self._total_steps}"]
+    parts += [f"{label} {metrics[key]:{form}}" for label, key, form in _SHOWN
+              if isinstance(metrics.get(key), (int, float))]
+    parts += [f"{step_s:.{2 if step_s < 1 else 1}f} s/step",
+              f"left {duration(step_s * max(0, self._total_steps - step - 1))}"]
+    print("  ".join(parts), file=self._stream or sys.stdout, flush=True)
+
+
+def duration(seconds: float) -> str:
+  """A length of time for people, in its two largest units: 58s, 10m58s, 3h05m, 2d04h."""
+  whole = round(seconds)
+  for big, big_s, small, small_s in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+    if whole >= big_s:
+      return f"{whole // big_s}{big}{whole % big_s // small_s:02d}{small}"
+  return f"{whole}s"
+
+
+def tensorboard_writer(logdir: str, enabled: bool, start_step: int = 0) -> Callable[[int, dict], None] | None:
+  """Gives a function that writes a step's scalars for TensorBoard.
+
+  Needs the `tensorboard` package, but no TensorFlow.
+
+  Args:
+    logdir: the folder of event files.
+    enabled: False returns None at once.
+    start_step: TensorBoard forgets what an earlier process logged from this step on.
+
+  Returns:
+    write(step, metrics), which skips what is not a number; None if the package is not installed.
+  """
+  if not enabled:
+    return None
+  try:
+    writers = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+    event_pb2 = importlib.import_module("tensorboard.compat.proto.event_pb2")
+    summary_pb2 = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+  except ImportError:
+    return None
+  writer = writers.EventFileWriter(logdir)
+  restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+  writer.add_event(event_pb2.Event(wall_time=time.time(), step=start_step, session_log=restart))
+
+  def write(step, metrics):
+    values = [summary_pb2.Summary.Value(tag=tag, simple_value=float(value)) for tag, value in metrics.items()
+              if tag != "step" and value is not None and not isinstance(value, str)]
+    summary = summary_pb2.Summary(value=values)
+    writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+    writer.flush()
+
+  return write
+
+
+def _plain(value):
+  if value is None or isinstance(value, str):
+    return value
+  array = np.asarray(value)
+  return int(array) if array.dtype.kind in "iub" else float(array)
+
+
+def _parse(path: str, content: bytes) -> list[tuple[bytes, dict]]:
+  """The whole lines of a file's content, each as its bytes and as a dict; blank ones are left out."""
+  lines = content.split(b"\n")
+  parsed = []
+  for number, raw in enumerate(lines, start=1):
+    if not raw.strip():
+      continue
+    line = _object(raw)
+    if line is not None:
+      parsed.append((raw, line))
+    elif number < len(lines):  # only what follows the last newline can be a line cut off in writing
+      raise ValueError(f"{path}, line {number}, must be a JSON object. Received: {raw[:80]!r}")
+  return parsed
+
+
+def _object(raw: bytes) -> dict | None:
+  try:
+    line = json.loads(raw)
+  except ValueError:
+    return None
+  return line if isinstance(line, dict) else None
+
+
+def _rewind(path: str, start_step: int) -> None:
+  if not os.path.exists(path):
+    return
+  content = _content(path)
+  kept = b"".join(raw + b"\n" for raw, line in _parse(path, content)
+                  if not isinstance(line.get("step"), int) or line["step"] < start_step)
+  if kept == content:
+    return
+  temporary = f"{path}.tmp"
+  with open(temporary, "wb") as f:
+    f.write(kept)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, path)
+
+
+def _content(path: str) -> bytes:
+  with open(path, "rb") as f:
+    return f.read()

@@ -1,0 +1,136 @@
+"""Trajectories (host, ragged) -> Batch (padded, static shapes).  Numpy only; the caller places it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from virl_jax import types
+from virl_jax.data import images
+from virl_jax.model import rope
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """How batches are padded.
+
+  Attributes:
+    grid: patch geometry.
+    image_token: id of the image placeholder.
+    max_rounds: R.
+    pad_tokens: T is a multiple of this.
+    pad_images: image counts are multiples of this.
+    mask_overlong: whether rows that ran out of tokens are masked from the loss.
+  """
+
+  grid: images.Grid
+  image_token: int
+  max_rounds: int = 6
+  pad_tokens: int = 64
+  pad_images: int = 8
+  mask_overlong: bool = False
+
+
+def up(n: int, multiple: int) -> int:
+  """The least multiple that is at least n and above 0."""
+  return max(1, -(-n // multiple)) * multiple
+
+
+def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
+  """Pads trajectories into one batch.
+
+  An image that several rows share (the same object) is kept once.
+
+  Args:
+    trajectories: rows; those of one group next to each other.
+    cfg: padding.
+
+  Returns:
+    The batch, with numpy leaves.
+
+  Raises:
+    ValueError: if there are none, or one has more visual actions than `cfg.max_rounds`.
+  """
+  if not trajectories:
+    raise ValueError("trajectories must not be empty")
+  B, R = len(trajectories), cfg.max_rounds
+  most = max(len(t.boxes) for t in trajectories)
+  if most > R:
+    raise ValueError(f"trajectories must have at most max_rounds={R} visual actions. Received: {most}")
+  ids = [t.ids for t in trajectories]
+  T = up(max(map(len, ids)), cfg.pad_tokens)
+  J = 1 << (max(max(len(t.task.boxes) for t in trajectories), 1) - 1).bit_length()
+  f32 = np.float32
+  b = types.Batch(
+      tokens_BT=np.zeros((B, T), np.int32), valid_BT=np.zeros((B, T), bool), sampled_BT=np.zeros((B, T), bool),
+      pos_BXT=np.zeros((B, 3, T), np.int32), vision_BT=np.full((B, T), -1, np.int32),
+      logp_sampler_BT=np.zeros((B, T), f32), action_BT=np.full((B, T), -1, np.int32),
+      box_BR4=np.zeros((B, R, 4), f32), box_mask_BR=np.zeros((B, R), bool), gt_BJ4=np.zeros((B, J, 4), f32),
+      gt_mask_BJ=np.zeros((B, J), bool), answer_B=np.zeros(B, f32), format_B=np.zeros(B, f32),
+      row_mask_B=np.ones(B, bool), images=())
+  batches, where = _images(trajectories, cfg)
+  for r, (t, row) in enumerate(zip(trajectories, ids)):
+    n = len(row)
+    b.tokens_BT[r, :n], b.valid_BT[r, :n] = row, True
+    grids = [images.merged_hw(im, cfg.grid) for im in t.images]
+    b.pos_BXT[r, :, :n], _ = rope.positions(row, cfg.image_token, grids)
+    if t.images:
+      b.vision_BT[r, :n][row == cfg.image_token] = np.concatenate([where[id(im)] for im in t.images])
+    at, action = len(t.prompt_ids), 0
+    for turn in t.turns:
+      span = slice(at, at + len(turn.ids))
+      if turn.logp is not None:
+        b.sampled_BT[r, span], b.logp_sampler_BT[r, span] = True, turn.logp
+      if turn.box is not None:
+        b.action_BT[r, span] = action
+        b.box_BR4[r, action], b.box_mask_BR[r, action] = turn.box, True
+        action += 1
+      at += len(turn.ids)
+    for j, box in enumerate(t.task.boxes):
+      b.gt_BJ4[r, j], b.gt_mask_BJ[r, j] = box, True
+    b.answer_B[r], b.format_B[r] = t.correct, well_formed(t)
+    b.row_mask_B[r] = not (cfg.mask_overlong and t.stop == types.StopReason.OVERLONG)
+  return b.replace(images=batches)
+
+
+def well_formed(trajectory: types.Trajectory) -> bool:
+  """Whether every turn kept to the protocol and the last is an answer."""
+  return trajectory.stop == types.StopReason.ANSWERED and all(t.error is None for t in trajectory.turns)
+
+
+def _images(trajectories, cfg) -> tuple[tuple[types.ImageBatch, ...], dict[int, np.ndarray]]:
+  """Two buckets, shown images and crops; and by id(image) where its merged tokens are in both put flat."""
+  shown, crops = {}, {}
+  for t in trajectories:
+    for i, im in enumerate(t.images):
+      (crops if i else shown)[id(im)] = im
+  batches, where, base = [], {}, 0
+  for bucket in (shown, crops):
+    batch, index = images.layout(list(bucket.values()), cfg.grid, up(len(bucket), cfg.pad_images))
+    where.update({key: at + base for key, at in zip(bucket, index)})
+    batches.append(batch)
+    base += int(np.prod(batch.mask_IWQ.shape)) // cfg.grid.merge ** 2
+  return tuple(batches), where
+
+
+def split(trajectories: list[types.Trajectory], group_size: int, minibatches: int, seed: tuple[int, ...]
+          ) -> list[list[types.Trajectory]]:
+  """Deals whole groups into minibatches, in an order drawn from the seed.
+
+  Args:
+    trajectories: whole groups, one after the other.
+    group_size: G.
+    minibatches: how many; divides the number of groups.
+    seed: of the order; the same seed gives the same split.
+
+  Raises:
+    ValueError: if the groups don't divide.
+  """
+  groups = [trajectories[i:i + group_size] for i in range(0, len(trajectories), group_size)]
+  if len(trajectories) % group_size or len(groups) % minibatches:
+    raise ValueError(f"{len(trajectories)} trajectories in groups of {group_size} must divide into "
+                     f"{minibatches} minibatches")
+  order = np.random.default_rng(seed).permutation(len(groups)) if minibatches > 1 else np.arange(len(groups))
+  each = len(groups) // minibatches
+  return [[t for g in sorted(order[i * each:(i + 1) * each]) for t in groups[g]] for i in range(minibatches)]

@@ -1,0 +1,222 @@
+"""The nouns of the project, and the legend of the axis letters in array names.
+
+An array's name ends in its axes, one capital letter each: `tokens_BT`, `box_BR4`.
+
+    B trajectories (rows)      G rollouts of one prompt     R rounds (visual actions)
+    T tokens                   S cache slots                D model width
+    N query heads              K key/value heads            H head size
+    F MLP width                V vocabulary                 L layers
+    I images                   W attention windows          Q patch slots in a window
+    P patches                  C values in a patch          M merged vision tokens
+    J ground-truth boxes       X rotary axes (time, height, width)
+
+Host data (`Task`, `Turn`, `Trajectory`, `ImageInput`) are plain dataclasses of numpy and Python
+values.  Device data (`ImageBatch`, `Batch`, `ScoredBatch`) are pytrees with static, padded shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import numpy as np
+
+
+class Box(NamedTuple):
+  """A region in pixels of the *original* image: half-open, x1 <= x < x2 and y1 <= y < y2."""
+
+  x1: float
+  y1: float
+  x2: float
+  y2: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One question about one image.
+
+  Attributes:
+    uid: name of the record, unique within its source.
+    image: the encoded image file's bytes, or its path.
+    question: what is asked, without options.
+    answers: accepted answers; empty if the task is only to find the box.
+    boxes: ground-truth rationale boxes, pixels of the original image; may be empty.
+    options: the texts of the options A, B, C ... or None for a free answer.
+    kind: the family the task belongs to, for metrics by kind.
+  """
+
+  uid: str
+  image: bytes | str
+  question: str
+  answers: tuple[str, ...] = ()
+  boxes: tuple[Box, ...] = ()
+  options: tuple[str, ...] | None = None
+  kind: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageInput:
+  """An image as the vision tower sees it, on the host.
+
+  Attributes:
+    patches_PC: float32[P, C] normalised pixel values, patches in merge-block order.
+    grid_hw: patch rows and columns; P = rows * columns.
+    region: which part of the original image this shows, in original pixels.
+  """
+
+  patches_PC: np.ndarray
+  grid_hw: tuple[int, int]
+  region: Box
+
+
+class StopReason(str, enum.Enum):
+  """Why a trajectory ended."""
+
+  ANSWERED = "answered"            # a well-formed answer
+  OUT_OF_ROUNDS = "out_of_rounds"  # asked for a zoom when no round was left
+  OVERLONG = "overlong"            # ran out of tokens in a turn or in all
+  MALFORMED = "malformed"          # neither a tool call nor an answer
+
+
+@dataclasses.dataclass
+class Turn:
+  """A stretch of the token stream that one side wrote.
+
+  Attributes:
+    role: "assistant" (sampled, trained on) or "tool" (observed, carries no loss).
+    ids: int32[T] token ids, exactly as sampled or as appended to the cache.
+    logp: float32[T] nats under the sampling distribution; None for tool turns.
+    text: the ids, decoded.
+    box: the region that this turn zoomed into, or None.
+    box_shown: the four numbers as the policy wrote them, in the shown image's frame, or None.
+    error: what the policy was told was wrong with its call, or None.
+    image_index: which of the trajectory's images this (tool) turn carries, or None.
+  """
+
+  role: str
+  ids: np.ndarray
+  logp: np.ndarray | None = None
+  text: str = ""
+  box: Box | None = None
+  box_shown: tuple[float, ...] | None = None
+  error: str | None = None
+  image_index: int | None = None
+
+
+@dataclasses.dataclass
+class Trajectory:
+  """A prompt and what came of it.
+
+  Attributes:
+    task: the question.
+    uid: int, unique within a step; seeds the sampling of this trajectory alone.
+    prompt_ids: int32[T] the prompt's tokens, placeholders of the first image included.
+    turns: what came after the prompt, in order.
+    images: the shown image, then one crop for each successful zoom.
+    stop: why it ended.
+    answer: the text inside the answer tag, or None.
+    correct: whether `answer` matches one of the task's answers.
+  """
+
+  task: Task
+  uid: int
+  prompt_ids: np.ndarray
+  turns: list[Turn] = dataclasses.field(default_factory=list)
+  images: list[ImageInput] = dataclasses.field(default_factory=list)
+  stop: StopReason | None = None
+  answer: str | None = None
+  correct: bool = False
+
+  @property
+  def ids(self) -> np.ndarray:
+    """int32[T]: the whole token stream."""
+    return np.concatenate([self.prompt_ids, *(turn.ids for turn in self.turns)])
+
+  @property
+  def boxes(self) -> list[Box]:
+    """The boxes of the visual actions, in order, in original pixels."""
+    return [turn.box for turn in self.turns if turn.box is not None]
+
+
+@flax.struct.dataclass
+class ImageBatch:
+  """Images of one bucket, patches grouped by attention window.
+
+  Attributes:
+    patches_IWQC: float32, zero where masked.
+    mask_IWQ: bool, True where a slot holds a patch.
+    rowcol_IWQ2: int32, the patch's row and column, for 2-D rotary embedding.
+  """
+
+  patches_IWQC: jax.Array
+  mask_IWQ: jax.Array
+  rowcol_IWQ2: jax.Array
+
+
+@flax.struct.dataclass
+class Batch:
+  """Trajectories as the learner sees them; rows of one group are neighbours.
+
+  Attributes:
+    tokens_BT: int32, right-padded.
+    valid_BT: bool, True on tokens.
+    sampled_BT: bool, True on tokens that the policy wrote.
+    pos_BXT: int32 M-RoPE positions (time, height, width).
+    vision_BT: int32 index into the merged vision tokens of all `images` put end to end; -1 on text.
+    logp_sampler_BT: float32 nats, as sampled; 0 elsewhere.
+    action_BT: int32, the visual action that the token belongs to; -1 outside actions.
+    box_BR4: float32, boxes of the actions in original pixels.
+    box_mask_BR: bool.
+    gt_BJ4: float32, ground-truth boxes in original pixels.
+    gt_mask_BJ: bool.
+    answer_B: float32, 1 if the answer is right.
+    format_B: float32, 1 if every turn was well formed and the last is an answer.
+    row_mask_B: bool, False on rows that only fill the batch or are masked from the loss.
+    images: the image buckets.
+  """
+
+  tokens_BT: jax.Array
+  valid_BT: jax.Array
+  sampled_BT: jax.Array
+  pos_BXT: jax.Array
+  vision_BT: jax.Array
+  logp_sampler_BT: jax.Array
+  action_BT: jax.Array
+  box_BR4: jax.Array
+  box_mask_BR: jax.Array
+  gt_BJ4: jax.Array
+  gt_mask_BJ: jax.Array
+  answer_B: jax.Array
+  format_B: jax.Array
+  row_mask_B: jax.Array
+  images: tuple[ImageBatch, ...]
+
+
+@flax.struct.dataclass
+class ScoredBatch:
+  """A batch with what the policy before the update made of it.
+
+  Attributes:
+    batch: the trajectories.
+    logp_old_BT: float32 nats, the trainer's own log-probabilities before the update.
+    logp_ref_BT: float32 nats under the frozen reference; equal to logp_old_BT if there is none.
+    advantage_BT: float32, per token, after credit assignment; 0 off sampled tokens.
+    iou_BR: float32, best IoU of each action with a ground-truth box.
+    class_BR: int32, class of each action (`rl.credit`).
+    modulator_BR: float32, what the action's tokens' advantage was multiplied by.
+    advantage_B: float32, per trajectory.
+    reward_B: float32, total reward.
+  """
+
+  batch: Batch
+  logp_old_BT: jax.Array
+  logp_ref_BT: jax.Array
+  advantage_BT: jax.Array
+  iou_BR: jax.Array
+  class_BR: jax.Array
+  modulator_BR: jax.Array
+  advantage_B: jax.Array
+  reward_B: jax.Array
