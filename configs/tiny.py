@@ -17,8 +17,8 @@ def get_config():
   c.data.needle.train_size = 1024
   c.data.needle.test_size = 256
   c.image.max_pixels = 84 * 84
-  c.image.crop_min_pixels = 3 * 28 * 28
-  c.image.crop_max_pixels = 6 * 28 * 28
+  c.image.crop_min_pixels = 2 * 28 * 28
+  c.image.crop_max_pixels = 4 * 28 * 28
   c.prompt.describe_tool = False   # the tiny base learned the tool by example
   c.prompt.image_first = False     # so that image tokens see what is asked
   c.rollout.prompts = 16

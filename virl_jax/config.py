@@ -111,15 +111,15 @@ def default() -> ConfigDict:
   e.bootstrap = 2000               # resamples for the 95% intervals
 
   c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; all [ours]
-  u.steps = 4000                   # optimiser updates
-  u.pictures = 32                  # pictures an update
+  u.steps = 2600                   # optimiser updates
+  u.pictures = 20                  # pictures an update
   u.questions = 3                  # demonstrations a picture
   u.marks = ("pattern",)           # kinds of marks, keys of needle.MARKS
   u.learning_rate = 1e-3           # peak, until the clumsy stage
   u.clumsy_learning_rate = 3e-4    # peak of the clumsy stage
   u.stages = (0.1, 0.25, 0.85)     # shares of the steps at which two, then all objects, then clumsiness come in
   u.workers = 2                    # processes that draw
-  u.save_every = 250               # updates
+  u.save_every = 200               # updates
 
   c.log = g = ConfigDict()
   g.gallery = 8                    # trajectories kept for the report each time

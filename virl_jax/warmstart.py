@@ -88,8 +88,8 @@ def draw_batch(plan: Plan, step: int):
     rng = np.random.default_rng([plan.seed, step, i])
     rows += demos.lesson(rng, plan.marks, objects, plan.questions, noise, learn_noise, plan.side_px, voice,
                          demos.Config())
-  return pack.pack(rows, pack.Config(plan.grid, dict(plan.ids)["image_token"], max_rounds=4,
-                                     pad_images=plan.pictures * plan.questions))
+  return pack.pack(rows, pack.Config(plan.grid, dict(plan.ids)["image_token"], max_rounds=4, pad_tokens=16,
+                                     pad_images=plan.pictures))
 
 
 def _batches(plan: Plan, start: int, workers: int):

@@ -13,7 +13,7 @@ OPTIONS = ("dog", "cat", "parking meter")
 
 @pytest.mark.parametrize("text, expected", [
     ("Cat", "cat"), ("  a\tred \n car. ", "red car"), ("The the cat", "cat"), ("\u201cA cat!\u201d", "cat"),
-    ("\uff23\uff21\uff34", "cat"), ("caf\u0065\u0301", "caf\u00e9"), ("STRASSE", "strasse"), ("stra\u00dfe", "strasse"),
+    ("\uff23\uff21\uff34", "cat"), ("caf\u0065\u0301", "caf\u00e9"), ("stra\u00dfe", "strasse"),
     ("**cat**", "cat"), ("`cat`", "cat"), ("\u200bcat\ufeff", "cat"), ("the \"cat\"", "cat"),
     ("another", "another"), ("theatre", "theatre"), ("an", "an"), ("A", "a"), ("a b", "a b"), ("?!", "?!"),
     ("C++", "c++"), ("$5", "$5"), ("(-.5)", "-.5"), ("...5", "5"), ("\u22123", "-3"), ("item -5", "item -5"),
@@ -23,33 +23,38 @@ def test_normalize(text, expected):
 
 
 @pytest.mark.parametrize("answer, accepted", [
-    ("bird", ("bird",)), ("A Bird.", ("cow", "bird")), ("3", ("3.0",)), ("1000", ("1,000",)), ("three", ("3",)),
-    ("12", ("Twelve",)), ("zero", ("0",)), ("-3", ("\u22123.0",)), (".5", ("0.50",)), ("+4", ("4",)), ("007", ("7",)),
-    ("1,234,567.50", ("1234567.5",)), ("Yes.", ("yes",)), ("nan", ("NaN",)), ("?", ("?",))])
+    ("bird", ("bird",)), ("A Bird.", ("cow", "bird")), ("3", ("3.0",)), ("1000", ("1,000",)),
+    ("three", ("3",)), ("12", ("Twelve",)), ("zero", ("0",)), ("-3", ("\u22123.0",)), (".5", ("0.50",)),
+    ("+4", ("4",)), ("007", ("7",)), ("1,234,567.50", ("1234567.5",)), ("Yes.", ("yes",)), ("nan", ("NaN",)),
+    ("?", ("?",))])
 def test_free_answers_that_match(answer, accepted):
   assert answers.matches(answer, accepted)
 
 
 @pytest.mark.parametrize("answer, accepted", [
-    (None, ("cat",)), ("", ("",)), (" ", ("cat", " ")), ("cat", ()), ("cats", ("cat",)), ("cat and dog", ("cat",)),
-    ("3", ("-3",)), (".5", ("5",)), ("31", ("3.1",)), ("10", ("1,0",)), ("1,00", ("100",)), ("1e3", ("1000",)),
-    ("inf", ("infinity",)), ("thirteen", ("13",)), ("3 4", ("34",)), ("a b", ("b",)), ("?", ("!",)), ("$", ("5",)),
-    ("5" * 100, ("5" * 99 + "6",)), ("the answer is cat", ("cat",)), ("10", ("10" + "0" * 30,))])
+    (None, ("cat",)), ("", ("",)), (" ", ("cat", " ")), ("cat", ()), ("cats", ("cat",)),
+    ("cat and dog", ("cat",)), ("the answer is cat", ("cat",)), ("a b", ("b",)), ("?", ("!",)), ("$", ("5",)),
+    ("3", ("-3",)), (".5", ("5",)), ("31", ("3.1",)), ("10", ("1,0",)), ("1,00", ("100",)),
+    ("1e3", ("1000",)), ("inf", ("infinity",)), ("thirteen", ("13",)), ("3 4", ("34",)),
+    ("5" * 100, ("5" * 99 + "6",)), ("10", ("10" + "0" * 30,))])
 def test_free_answers_that_do_not_match(answer, accepted):
   assert not answers.matches(answer, accepted)
 
 
 @pytest.mark.parametrize("accepted", [("cat",), ("B",), ("(b)",), ("horse", "a Cat.")])
-@pytest.mark.parametrize("answer, expected", [
-    ("B", True), ("(B)", True), ("B.", True), ("b", True), ("[B]", True), ("**B**", True), ("B)", True), (" B:\n", True),
-    ("B) cat", True), ("(B) The cat.", True), ("B. cat", True), ("b: CAT", True), ("cat", True), ("A cat", True),
-    ("\uff22", True),
-    ("A", False), ("(C)", False), ("D", False), ("Z.", False), ("dog", False), ("A dog", False), ("A cat is there", False),
-    ("A dog is there", False), ("B) dog", False), ("A) cat", False), ("B or C", False), ("A B", False), ("A, B", False),
-    ("B, C", False), ("A. dog B. cat", False), ("AB", False), ("Because", False), ("I see a cat", False), ("2", False),
-    ("", False), (None, False)])
-def test_options(answer, accepted, expected):
-  assert answers.matches(answer, accepted, OPTIONS) is expected
+@pytest.mark.parametrize("answer", [
+    "B", "(B)", "B.", "b", "[B]", "**B**", "B)", " B:\n", "\uff22", "B) cat", "(B) The cat.", "B. cat",
+    "b: CAT", "cat", "A cat"])
+def test_answers_that_name_the_right_option(answer, accepted):
+  assert answers.matches(answer, accepted, OPTIONS)
+
+
+@pytest.mark.parametrize("accepted", [("cat",), ("B",), ("(b)",), ("horse", "a Cat.")])
+@pytest.mark.parametrize("answer", [
+    "A", "(C)", "D", "Z.", "2", "dog", "A dog", "A cat is there", "A dog is there", "I see a cat", "Because",
+    "B) dog", "A) cat", "B or C", "A B", "A, B", "B, C", "AB", "A. dog B. cat", "", None])
+def test_answers_that_name_another_option_or_none(answer, accepted):
+  assert not answers.matches(answer, accepted, OPTIONS)
 
 
 def test_a_letter_means_the_option_and_not_the_word():
@@ -83,8 +88,9 @@ def test_matching_is_symmetric_and_reflexive(a, b):
   assert answers.matches(a, (a,)) == bool(answers.normalize(a))
 
 
-@pytest.mark.parametrize("unit", ["a", "!", "a ", "the \"", "\ud800", "\u0301\u0323", "1", "1,111", "(", "\ufdfa", "a)", " \t",
-                                  "\0", "-.", "B) "])
+@pytest.mark.parametrize("unit", [
+    "a", "!", "a ", "the \"", "\ud800", "\u0301\u0323", "1", "1,111", "(", "\ufdfa", "a)", " \t", "\0", "-.",
+    "B) "])
 def test_hostile_text_is_only_wrong_and_soon_done(unit):
   text = "a" + unit * (100_000 // len(unit))
   started = time.perf_counter()

@@ -75,16 +75,19 @@ def test_uids_are_unique(tmp_path):
 
 
 @pytest.mark.parametrize("record, reason", [
-    (b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[" * 100_000, "not JSON"), (b"[1]", "not a JSON object"),
+    (b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[" * 100_000, "not JSON"),
+    (b"[1]", "not a JSON object"),
     *(({k: v for k, v in GOOD.items() if k != field}, f"no {field}") for field in GOOD),
     *(({**GOOD, field: None}, f"bad {field}") for field in GOOD),
     ({**GOOD, "question": "\ud800"}, "bad question"), ({**GOOD, "question": " "}, "bad question"),
     ({**GOOD, "answers": "cat"}, "bad answers"), ({**GOOD, "answers": [3]}, "bad answers"),
-    ({**GOOD, "options": "AB"}, "bad options"), ({**GOOD, "task": 3}, "bad task"), ({**GOOD, "id": []}, "bad id"),
+    ({**GOOD, "options": "AB"}, "bad options"), ({**GOOD, "task": 3}, "bad task"),
+    ({**GOOD, "id": []}, "bad id"),
     ({**GOOD, "answers": [], "boxes": []}, "neither answers nor boxes"),
     ({**GOOD, "image": "b.png"}, "no image file"), ({**GOOD, "image": "."}, "no image file"),
     ({**GOOD, "image": "x" * 5000}, "no image file"), ({**GOOD, "image": "a\0.png"}, "bad image"),
-    ({**GOOD, "image": "records.jsonl"}, "no readable image"), ({**GOOD, "image": "cut.png"}, "no readable image"),
+    ({**GOOD, "image": "records.jsonl"}, "no readable image"),
+    ({**GOOD, "image": "cut.png"}, "no readable image"),
     ({**GOOD, "image": "bomb.gif"}, "image too large"),
     ({**GOOD, "boxes": [[1, 2, 3]]}, "box is not 4 finite numbers"),
     ({**GOOD, "boxes": [1, 2, 3, 4]}, "box is not 4 finite numbers"),
@@ -112,7 +115,8 @@ def test_bad_records_are_skipped_and_counted(tmp_path, record, reason):
 
 
 def test_boxes_are_clipped_to_the_image_whatever_the_record_says(tmp_path):
-  source = read(tmp_path, {**GOOD, "boxes": [[-5, 10.5, 1e9, 99], [0, 0, 40, 30]], "width": 4000, "height": 3000})
+  boxes = [[-5, 10.5, 1e9, 99], [0, 0, 40, 30]]
+  source = read(tmp_path, {**GOOD, "boxes": boxes, "width": 4000, "height": 3000})
   assert source.task(0).boxes == ((0.0, 10.5, 40.0, 30.0), (0.0, 0.0, 40.0, 30.0))
   assert source.describe().endswith("; 1 state another size than their image")
   assert read(tmp_path, {**GOOD, "width": 40, "height": 30}).n_other_size == 0
@@ -123,7 +127,8 @@ def test_the_frame_is_the_upright_image(tmp_path, suffix):
   exif = PIL.Image.Exif()
   exif[PIL.ExifTags.Base.Orientation] = 6  # stored 40 x 30, shown 30 x 40
   write_image(tmp_path / f"b.{suffix}", exif=exif)
-  source = read(tmp_path, {**GOOD, "image": f"b.{suffix}", "boxes": [[0, 0, 99, 99]], "width": 30, "height": 40})
+  record = {**GOOD, "image": f"b.{suffix}", "boxes": [[0, 0, 99, 99]], "width": 30, "height": 40}
+  source = read(tmp_path, record)
   assert source.task(0).boxes == ((0.0, 0.0, 30.0, 40.0),)
   assert source.n_other_size == 0
 

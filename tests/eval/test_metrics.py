@@ -21,8 +21,9 @@ def random_outcomes(n, skill, seed=0):
   """Tasks of one seed are the same tasks, whatever the skill."""
   rng = np.random.default_rng(seed)
   hard = rng.random(n)
-  return [outcome(correct=bool(h < skill), ious=tuple(np.round(rng.random(int(rng.integers(0, 4))) * skill * 1.5, 2)),
-                  invalid_actions=int(rng.integers(0, 2)), kind="ab"[i % 2]) for i, h in enumerate(hard)]
+  ious = [tuple(np.round(rng.random(int(rng.integers(0, 4))) * skill * 1.2, 2)) for _ in range(n)]
+  return [outcome(correct=bool(hard[i] < skill), ious=ious[i], invalid_actions=int(rng.integers(0, 2)),
+                  kind="ab"[i % 2]) for i in range(n)]
 
 
 HAND = [
@@ -30,7 +31,7 @@ HAND = [
     outcome(correct=False, ious=(0.4, 0.9, 0.0), overlong=True, kind="a"),
     outcome(correct=True, ious=(), kind="b"),
     outcome(correct=True, ious=(0.0, 0.0), has_boxes=False, kind="b"),   # its zooms can't be judged
-    outcome(correct=False, ious=(0.1,), answerable=False, kind="b"),     # only to find the box
+    outcome(correct=True, ious=(0.1,), answerable=False, kind="b"),      # only to find the box
 ]
 
 
@@ -112,7 +113,8 @@ def test_seeded_and_independent_of_chunks(monkeypatch):
 
 def test_difference_golden():
   before = [outcome(ious=(0.0, 0.5)), outcome(correct=True), outcome(), outcome()]
-  after = [outcome(ious=(0.5,), correct=True), outcome(correct=True), outcome(ious=(0.9,)), outcome(correct=True)]
+  after = [outcome(ious=(0.5,), correct=True), outcome(correct=True), outcome(ious=(0.9,)),
+           outcome(correct=True)]
   result = metrics.difference(before, after, 0.4)
   assert result["n"] == 4
   assert result["acc_ans"]["value"] == pytest.approx(0.5)
@@ -121,7 +123,8 @@ def test_difference_golden():
 
 
 def test_difference_is_paired():
-  before, after = ([dataclasses.replace(o, kind="x") for o in random_outcomes(200, skill)] for skill in (0.5, 0.55))
+  before, after = (
+      [dataclasses.replace(o, kind="x") for o in random_outcomes(200, skill)] for skill in (0.5, 0.55))
   paired = metrics.difference(before, after, 0.4)["acc_ans"]
   shuffled = [after[i] for i in np.random.default_rng(0).permutation(200)]
   unpaired = metrics.difference(before, shuffled, 0.4)["acc_ans"]

@@ -16,7 +16,8 @@ policy_loss = jax.jit(loss.policy_loss, static_argnames="cfg")
 clipped_surrogate = jax.jit(loss.clipped_surrogate, static_argnames="cfg")
 kl_k3 = jax.jit(loss.kl_k3)
 loss_and_grad = jax.jit(jax.value_and_grad(loss.policy_loss, has_aux=True), static_argnames="cfg")
-surrogate_grad = jax.jit(jax.grad(lambda *a, cfg: loss.clipped_surrogate(*a, cfg)[0].sum()), static_argnames="cfg")
+surrogate_grad = jax.jit(
+    jax.grad(lambda *a, cfg: loss.clipped_surrogate(*a, cfg)[0].sum()), static_argnames="cfg")
 
 CFG = loss.Config(clip_low=0.2, clip_high=0.3, kl_coef=0.1, entropy_coef=0.01)
 
@@ -149,7 +150,8 @@ def test_an_empty_mask_gives_nothing():
   assert set(map(float, metrics.values())) == {0.0}
 
 
-@pytest.mark.parametrize("logp, old", [(0.0, -1000.0), (-1000.0, 0.0), (-float("inf"), 0.0), (0.0, -float("inf"))])
+@pytest.mark.parametrize("logp, old", [
+    (0.0, -1000.0), (-1000.0, 0.0), (-float("inf"), 0.0), (0.0, -float("inf"))])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_extreme_log_probabilities_stay_finite(logp, old, sign):
   one = np.ones((1, 1), np.float32)

@@ -60,8 +60,9 @@ def slow_fidelity(boxes, box_mask, targets, gt_mask, cfg):
     r = (1 if correct else -1) + cfg.lam * max(0.0, value - (best or 0.0)) - (cfg.rho if redundant else 0)
     rows.append((r, value, target, redundant, correct))
     history.append((target, value))
-  mean = 0.0 if not live else np.mean([row[0] for row, m in zip(rows, box_mask) if m]) if any(box_mask) else cfg.no_action
-  return [np.array(column) for column in zip(*rows)] + [mean]
+  rewards = [row[0] for row, is_action in zip(rows, box_mask) if is_action]
+  mean = np.mean(rewards) if rewards else cfg.no_action
+  return [np.array(column) for column in zip(*rows)] + [mean if live else 0.0]
 
 
 def random_batch(seed=0, n=64, rounds=6, targets=3):
@@ -177,13 +178,15 @@ def test_masked_slots_leave_no_trace():
   assert with_gap.target_R.tolist() == [-1, 1, 1]
 
 
-@pytest.mark.parametrize("boxes, box_mask, pad", [([], [], (5, 3)), ([SQUARE], [0], (5, 3)), ([], [], (0, 0))])
+@pytest.mark.parametrize("boxes, box_mask, pad", [
+    ([], [], (5, 3)), ([SQUARE], [0], (5, 3)), ([], [], (0, 0))])
 def test_no_action(boxes, box_mask, pad):
   assert score(boxes, [SQUARE], box_mask=box_mask, pad=pad).mean == np.float32(CFG.no_action)
   assert score(boxes, [], box_mask=box_mask, pad=pad).mean == 0.0
 
 
-@pytest.mark.parametrize("targets, gt_mask, pad", [([], [], (5, 3)), ([SQUARE], [0], (5, 3)), ([], [], (0, 0))])
+@pytest.mark.parametrize("targets, gt_mask, pad", [
+    ([], [], (5, 3)), ([SQUARE], [0], (5, 3)), ([], [], (0, 0))])
 def test_a_task_without_boxes_judges_nothing(targets, gt_mask, pad):
   f = score([SQUARE, SQUARE], targets, cfg=reward.Config(h0=0.0), gt_mask=gt_mask, pad=pad)
   assert f.mean == 0.0
@@ -243,7 +246,8 @@ def test_gradients_are_finite_whatever_is_masked():
 def test_total():
   cfg = reward.Config(w_answer=2.0, w_format=0.2, w_fidelity=0.5)
   assert reward.total(1.0, 1.0, -1.0, cfg) == pytest.approx(1.7)
-  np.testing.assert_allclose(reward.total(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros(2), cfg), [0.2, 2])
+  total_B = reward.total(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros(2), cfg)
+  np.testing.assert_allclose(total_B, [0.2, 2.0])
 
 
 def test_defaults_are_the_configuration_s():

@@ -118,7 +118,7 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
   thought, read = "", []
   for target in targets:
     others = [t.box for t in scene.things if t is not target]
-    for attempt in range(2):
+    for attempt in range(2 if learn_noise else 1):
       clumsy = rng.random() < noise
       box = (_clumsy_box(target.box, others, scene.pixels.shape[0], rng, cfg) if clumsy
              else _careful_box(target.box, rng, cfg))

@@ -25,7 +25,8 @@ def batch_indices(seed: int, step: int, n_items: int, batch: int) -> np.ndarray:
 
   Source: ours.
   """
-  for name, value, least in (("seed", seed, 0), ("step", step, 0), ("n_items", n_items, 1), ("batch", batch, 1)):
+  arguments = (("seed", seed, 0), ("step", step, 0), ("n_items", n_items, 1), ("batch", batch, 1))
+  for name, value, least in arguments:
     if value < least:
       raise ValueError(f"{name} must be at least {least}. Received: {value}")
   first, last = step * batch, (step + 1) * batch  # half-open, counted from the start of training

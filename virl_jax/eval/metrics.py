@@ -80,10 +80,9 @@ def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int
   kinds = np.array([outcome.kind for outcome in outcomes], dtype=object)
   result["by_kind"] = {}
   for kind in sorted(set(kinds)):
-    rows = kinds == kind
-    values_K = _ratio(top_NK[rows].sum(0), bottom_NK[rows].sum(0))
-    result["by_kind"][kind] = {"n": int(rows.sum())} | {
-        name: _number(values_K[METRICS.index(name)]) for name in _BY_KIND}
+    rows_N = kinds == kind
+    values = dict(zip(METRICS, _ratio(top_NK[rows_N].sum(0), bottom_NK[rows_N].sum(0))))
+    result["by_kind"][kind] = {"n": int(rows_N.sum())} | {name: _number(values[name]) for name in _BY_KIND}
   return result
 
 
@@ -155,7 +154,8 @@ def format_table(before_summary: dict, after_summary: dict, diff: dict) -> str:
     rows = [("kind", "n", *_BY_KIND)]
     for kind in kinds:
       old, new = before_summary["by_kind"][kind], after_summary["by_kind"][kind]
-      rows.append((kind, str(new["n"]), *(f"{_plain(old[name])} > {_plain(new[name])}" for name in _BY_KIND)))
+      changes = (f"{_plain(old[name])} > {_plain(new[name])}" for name in _BY_KIND)
+      rows.append((kind, str(new["n"]), *changes))
     tables.append(rows)
   return "\n\n".join(map(_aligned, tables))
 
@@ -207,8 +207,9 @@ def _ratio(top, bottom):
 
 
 def _interval(value, samples_S):
-  defined = samples_S[~np.isnan(samples_S)]
-  low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) and not np.isnan(value) else (np.nan, np.nan)
+  samples_S = samples_S[~np.isnan(samples_S)]
+  known = len(samples_S) > 0 and not np.isnan(value)
+  low, high = np.percentile(samples_S, (2.5, 97.5)) if known else (np.nan, np.nan)
   return {"value": _number(value), "low": _number(low), "high": _number(high)}
 
 
@@ -216,19 +217,16 @@ def _number(value):
   return None if np.isnan(value) else float(value)
 
 
-def _plain(value):
-  return "-" if value is None else f"{value:.3f}"
+def _plain(value, sign=""):
+  return "-" if value is None else f"{value:{sign}.3f}"
 
 
 def _with_interval(interval, signed=False):
   if interval["value"] is None:
     return "-"
   sign = "+" if signed else ""
-  return (f"{interval['value']:{sign}.3f} [{_limit(interval['low'], sign)}, {_limit(interval['high'], sign)}]")
-
-
-def _limit(value, sign):
-  return "-" if value is None else f"{value:{sign}.3f}"
+  low, high = (_plain(interval[side], sign) for side in ("low", "high"))
+  return f"{_plain(interval['value'], sign)} [{low}, {high}]"
 
 
 def _aligned(rows):

@@ -136,7 +136,7 @@ def score_step(params: dict, ref_params: dict | None, batch: types.Batch, cfg: C
       batch.box_BR4, batch.box_mask_BR, batch.gt_BJ4, batch.gt_mask_BJ)
   total_B = jax.vmap(lambda *a: reward.total(*a, cfg.reward))(batch.answer_B, batch.format_B, fid.mean)
   advantage_B = advantage.group_relative(total_B, cfg.group_size, cfg.advantage, batch.row_mask_B)
-  class_BR = jax.vmap(credit.classify)(fid.correct_R, fid.redundant_R, batch.box_mask_BR)
+  class_BR = jax.vmap(credit.classify)(fid.correct_R, fid.redundant_R, fid.target_R >= 0)
   modulator_BR = jax.vmap(lambda c, a: credit.modulator(c, a, cfg.credit))(class_BR, advantage_B)
   advantage_BT = jax.vmap(credit.token_advantages)(advantage_B, modulator_BR, batch.action_BT, mask(batch))
   gap = jnp.where(mask(batch), jnp.abs(logp - batch.logp_sampler_BT), 0.0)

@@ -70,7 +70,7 @@ def tiny(vocab: int, ids: dict[str, int]) -> Config:
     ids: values for the token id fields of `Config`, by name.
   """
   return Config(
-      text=text.Config(vocab=vocab, hidden=128, layers=4, heads=4, kv_heads=2, head_size=32, intermediate=384,
+      text=text.Config(vocab=vocab, hidden=128, layers=4, heads=4, kv_heads=2, head_size=32, intermediate=320,
                        mrope_section=(4, 6, 6), tied=True),
       vision=vision.Config(depth=3, hidden=128, heads=4, intermediate=256, out=128, full_blocks=(2,)),
       **ids)
@@ -114,8 +114,7 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, pos_BXT: jax.Array, 
 
 def logits(params: dict, cfg: Config, hidden_BTD: jax.Array) -> jax.Array:
   """float32[B, T, V]."""
-  head = text.head(params["text"]).astype(hidden_BTD.dtype)
-  return (hidden_BTD @ head).astype(jnp.float32)
+  return vision.dense(hidden_BTD, text.head(params["text"])).astype(jnp.float32)
 
 
 def policy_logits(params: dict, cfg: Config, hidden_BTD: jax.Array, temperature: float) -> jax.Array:

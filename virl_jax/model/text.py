@@ -121,14 +121,13 @@ def new_cache(cfg: Config, rows: int, slots: int, dtype=jnp.float32) -> Cache:
 def _project(p: dict, cfg: Config, x, cos, sin):
   """Rotated q [B,T,N,H], rotated k and v [B,T,K,H] of a block's input."""
   h = vision.rms_norm(x, p["norm1"], cfg.eps)
-  q, k, v = (jnp.einsum("btd,dnh->btnh", h, p[n + "_w"].astype(h.dtype)) + p[n + "_b"].astype(h.dtype)[None, None]
-             for n in "qkv")
+  q, k, v = (vision.dense(h, p[n + "_w"]) + p[n + "_b"].astype(h.dtype)[None, None] for n in "qkv")
   return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
 
 
 def _finish(p: dict, cfg: Config, x, out):
   """Adds the attention output and the MLP to the residual stream."""
-  x = x + jnp.einsum("btnh,nhd->btd", out, p["o_w"].astype(x.dtype))
+  x = x + vision.dense(out, p["o_w"], 2)
   return x + vision.swiglu(vision.rms_norm(x, p["norm2"], cfg.eps), p)
 
 

@@ -53,7 +53,6 @@ def group_relative(reward_B: jax.Array, group_size: int, cfg: Config,
     raise ValueError(f"mask_B must have shape {reward_B.shape}. Received: {mask_B.shape}")
 
   def one_group(reward_G, mask_G):
-    reward_G = jnp.where(mask_G, reward_G, 0.0)
     count = jnp.maximum(mask_G.sum(), 1)
     # Measured from one of the group's own rewards, equal rewards are 0, and so is their mean:
     # the mean of the rewards themselves is rounded, and dividing by the deviation would amplify that.

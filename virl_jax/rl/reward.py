@@ -131,7 +131,7 @@ def fidelity(box_R4: jax.Array, box_mask_R: jax.Array, gt_J4: jax.Array, gt_mask
     iou_J, judged = inputs
     target = jnp.argmax(jnp.where(gt_mask_J, iou_J, -1.0))
     value, best = iou_J[target], best_J[target]
-    correct = judged & (value > cfg.h0)
+    correct = judged & (value >= cfg.h0)
     redundant = correct & (best >= cfg.h0) & (value <= best)
     reward = (jnp.where(correct, 1.0, -1.0) + cfg.lam * jnp.maximum(0.0, value - jnp.maximum(best, 0.0))
               - jnp.where(redundant, cfg.rho, 0.0))
