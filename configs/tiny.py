@@ -23,9 +23,10 @@ def get_config():
   c.prompt.image_first = False     # so that image tokens see what is asked
   c.rollout.prompts = 16
   c.rollout.group_size = 8
-  c.rollout.max_rounds = 4
+  c.rollout.max_rounds = 3
   c.rollout.max_turn_tokens = 32
-  c.rollout.max_total_tokens = 320
+  c.rollout.pad_tokens = 32
+  c.rollout.max_total_tokens = 256
   c.optim.learning_rate = 3e-4
   c.optim.warmup_steps = 5
   c.optim.b2 = 0.98

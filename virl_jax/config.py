@@ -111,13 +111,12 @@ def default() -> ConfigDict:
   e.bootstrap = 2000               # resamples for the 95% intervals
 
   c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; all [ours]
-  u.steps = 2600                   # optimiser updates
-  u.pictures = 20                  # pictures an update
-  u.questions = 3                  # demonstrations a picture
+  u.steps = 2000                   # optimiser updates
+  u.rows = 60                      # demonstrations an update, a multiple of 6
   u.marks = ("pattern",)           # kinds of marks, keys of needle.MARKS
-  u.learning_rate = 1e-3           # peak, until the clumsy stage
+  u.learning_rate = 1.5e-3         # peak, until the clumsy stage
   u.clumsy_learning_rate = 3e-4    # peak of the clumsy stage
-  u.stages = (0.1, 0.25, 0.85)     # shares of the steps at which two, then all objects, then clumsiness come in
+  u.stages = (0.2, 0.4, 0.88)      # shares of the steps at which two, then all objects, then clumsiness come in
   u.workers = 2                    # processes that draw
   u.save_every = 200               # updates
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import numpy as np
+from PIL import Image
 
 
 class Box(NamedTuple):
@@ -40,7 +41,7 @@ class Task:
 
   Attributes:
     uid: name of the record, unique within its source.
-    image: the encoded image file's bytes, or its path.
+    image: the encoded image file's bytes, its path, or the decoded picture (PIL, RGB).
     question: what is asked, without options.
     answers: accepted answers; empty if the task is only to find the box.
     boxes: ground-truth rationale boxes, pixels of the original image; may be empty.
@@ -49,7 +50,7 @@ class Task:
   """
 
   uid: str
-  image: bytes | str
+  image: bytes | str | Image.Image
   question: str
   answers: tuple[str, ...] = ()
   boxes: tuple[Box, ...] = ()

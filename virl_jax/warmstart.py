@@ -53,8 +53,7 @@ class Plan:
   grid: images.Grid
   seed: int
   steps: int
-  pictures: int
-  questions: int
+  rows: int
   marks: tuple[str, ...]
   objects: tuple[int, int]
   stages: tuple[float, float, float]
@@ -82,14 +81,16 @@ def draw_batch(plan: Plan, step: int):
   # Before the clumsy stage some zooms are clumsy already, but only looked at: reading what a poor crop
   # shows, and saying "unclear", is learned all along.
   learn_noise = progress >= clumsy
-  noise = 1.0 if learn_noise else 0.25
+  noise = 1.0 if learn_noise else 0.15
+  # As many questions as there are objects to ask about: new pictures teach more than old ones.
+  questions = min(objects[1], 3)
   rows = []
-  for i in range(plan.pictures):
+  for i in range(plan.rows // questions):
     rng = np.random.default_rng([plan.seed, step, i])
-    rows += demos.lesson(rng, plan.marks, objects, plan.questions, noise, learn_noise, plan.side_px, voice,
+    rows += demos.lesson(rng, plan.marks, objects, questions, noise, learn_noise, plan.side_px, voice,
                          demos.Config())
   return pack.pack(rows, pack.Config(plan.grid, dict(plan.ids)["image_token"], max_rounds=4, pad_tokens=16,
-                                     pad_images=plan.pictures))
+                                     pad_images=plan.rows // 3))
 
 
 def _batches(plan: Plan, start: int, workers: int):
@@ -131,7 +132,7 @@ def main(argv):
   ids = tiny_tokenizer.token_ids(tokenizer)
   cfg = qwen.tiny(-(-len(tokenizer) // 64) * 64, ids)
   plan = Plan(str(workdir / "tokenizer"), tuple(ids.items()), prompt.Config(**c.prompt), images.Config(**c.image),
-              cfg.vision.grid, c.seed, u.steps, u.pictures, u.questions, tuple(u.marks),
+              cfg.vision.grid, c.seed, u.steps, u.rows, tuple(u.marks),
               tuple(c.data.needle.objects), tuple(u.stages), c.data.needle.side_px)
   careful, clumsy = (step_lib.Config(cfg, 1, optim=optim_config(c, k)) for k in (False, True))
   params = params_lib.init(qwen.specs(cfg), jax.random.key(c.seed), jnp.float32)

@@ -36,7 +36,7 @@ class Config:
   p_wrong: float = 0.2
   loose: float = 0.7
   shift: float = 0.15
-  jitter: float = 0.04
+  jitter: float = 0.01
   p_retry: float = 0.6
 
 

@@ -38,10 +38,6 @@ class Checkpoints:
     self._manager.save(step, args=ocp.args.StandardSave(state))
     return True
 
-  def due(self, step: int, last: bool = False) -> bool:
-    """Whether `maybe_save` would save."""
-    return not ((step % self.every and not last) or self._manager.latest_step() == step)
-
   def restore(self, step: int, state):
     """The state saved at `step`, placed like `state`.
 

@@ -26,12 +26,11 @@ class ParamSpec:
   Attributes:
     shape: our shape, the "layers" axis included.
     axes: one logical axis name (or None) for each dimension; `mesh.py` maps them to mesh axes.
-    init: "normal" (standard deviation `scale`), "ones" or "zeros".
+    init: "normal" (variance 1 / fan-in, read off `hf_shape`), "ones" or "zeros".
     hf_name: tensor name in the released layout, with "{layer}" where stacked.
     hf_shape: shape of one HF tensor.
     perm: our (unstacked) dimension i is dimension perm[i] of the HF tensor once that is split; None if
       the HF tensor only needs a reshape.
-    scale: standard deviation for "normal".
   """
 
   shape: tuple[int, ...]
@@ -40,7 +39,6 @@ class ParamSpec:
   hf_name: str
   hf_shape: tuple[int, ...]
   perm: tuple[int, ...] | None = None
-  scale: float = 0.02
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
@@ -101,12 +99,14 @@ def init(specs: dict, key: jax.Array, dtype) -> Params:
   Returns:
     The nested dict of arrays.
 
-  Source: ours (normal with standard deviation 0.02, as Qwen2.5-VL's `initializer_range`).
+  Source: ours.  Variance 1 / fan-in is close to the released `initializer_range` (0.02) at released
+  widths, and lets a model 128 wide learn to see, which 0.02 does not.
   """
   def draw(spec: ParamSpec):
     if spec.init == "normal":
       k = jax.random.fold_in(key, zlib.crc32(spec.hf_name.encode()))
-      return (spec.scale * jax.random.normal(k, spec.shape, jnp.float32)).astype(dtype)
+      fan_in = math.prod(spec.hf_shape[1:])
+      return (fan_in ** -0.5 * jax.random.normal(k, spec.shape, jnp.float32)).astype(dtype)
     if spec.init == "ones":
       return jnp.ones(spec.shape, dtype)
     if spec.init == "zeros":

@@ -10,6 +10,7 @@ import numpy as np
 
 from virl_jax import types
 from virl_jax.data import images
+from virl_jax.model import layers
 from virl_jax.model import params as params_lib
 from virl_jax.model import rope
 from virl_jax.model import text
@@ -65,13 +66,16 @@ SIZES = {
 def tiny(vocab: int, ids: dict[str, int]) -> Config:
   """A Qwen2.5-VL of about two million parameters, for the needle task.
 
+  Its rotary sections take turns (time, height, width, time, ...).  In three blocks, as released, the width
+  of a head this small would get only frequencies too low to tell neighbouring columns apart.
+
   Args:
     vocab: rows of the embedding.
     ids: values for the token id fields of `Config`, by name.
   """
   return Config(
       text=text.Config(vocab=vocab, hidden=128, layers=4, heads=4, kv_heads=2, head_size=32, intermediate=320,
-                       mrope_section=(4, 6, 6), tied=True),
+                       mrope_section=(1,) * 12 + (2, 1, 1), theta=1e4, tied=True),
       vision=vision.Config(depth=3, hidden=128, heads=4, intermediate=256, out=128, full_blocks=(2,)),
       **ids)
 
@@ -114,7 +118,7 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, pos_BXT: jax.Array, 
 
 def logits(params: dict, cfg: Config, hidden_BTD: jax.Array) -> jax.Array:
   """float32[B, T, V]."""
-  return vision.dense(hidden_BTD, text.head(params["text"])).astype(jnp.float32)
+  return layers.dense(hidden_BTD, text.head(params["text"])).astype(jnp.float32)
 
 
 def policy_logits(params: dict, cfg: Config, hidden_BTD: jax.Array, temperature: float) -> jax.Array:

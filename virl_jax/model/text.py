@@ -13,9 +13,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from virl_jax.model import layers
 from virl_jax.model import params as params_lib
 from virl_jax.model import rope
-from virl_jax.model import vision
 
 Spec = params_lib.ParamSpec
 
@@ -120,15 +120,15 @@ def new_cache(cfg: Config, rows: int, slots: int, dtype=jnp.float32) -> Cache:
 
 def _project(p: dict, cfg: Config, x, cos, sin):
   """Rotated q [B,T,N,H], rotated k and v [B,T,K,H] of a block's input."""
-  h = vision.rms_norm(x, p["norm1"], cfg.eps)
-  q, k, v = (vision.dense(h, p[n + "_w"]) + p[n + "_b"].astype(h.dtype)[None, None] for n in "qkv")
+  h = layers.rms_norm(x, p["norm1"], cfg.eps)
+  q, k, v = (layers.dense(h, p[n + "_w"]) + p[n + "_b"].astype(h.dtype)[None, None] for n in "qkv")
   return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
 
 
 def _finish(p: dict, cfg: Config, x, out):
   """Adds the attention output and the MLP to the residual stream."""
-  x = x + vision.dense(out, p["o_w"], 2)
-  return x + vision.swiglu(vision.rms_norm(x, p["norm2"], cfg.eps), p)
+  x = x + layers.dense(out, p["o_w"], 2)
+  return x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p)
 
 
 def apply(params: dict, cfg: Config, x_BTD: jax.Array, pos_BXT: jax.Array, valid_BT: jax.Array,
@@ -155,7 +155,7 @@ def apply(params: dict, cfg: Config, x_BTD: jax.Array, pos_BXT: jax.Array, valid
     return _finish(p, cfg, x, jax.nn.dot_product_attention(q, k, v, mask=mask)), None
 
   x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x_BTD, params["blocks"])
-  return vision.rms_norm(x, params["norm"], cfg.eps)
+  return layers.rms_norm(x, params["norm"], cfg.eps)
 
 
 def _attend_cache(q_BTNH: jax.Array, cache: Cache, layer: jax.Array, slot_BT: jax.Array, n_blocks: jax.Array
@@ -236,6 +236,6 @@ def extend(params: dict, cfg: Config, x_BTD: jax.Array, pos_BXT: jax.Array, n_ne
     out = _attend_cache(q, Cache(k_all, v_all, len_B), l, offset_BT, n_blocks)
     return (_finish(p, cfg, x, out), k_all, v_all), None
 
-  layers = (params["blocks"], jnp.arange(cfg.layers))
-  (x, k_all, v_all), _ = jax.lax.scan(block, (x_BTD, cache.k_LBKSH, cache.v_LBKSH), layers)
-  return vision.rms_norm(x, params["norm"], cfg.eps), Cache(k_all, v_all, len_B)
+  numbered = (params["blocks"], jnp.arange(cfg.layers))
+  (x, k_all, v_all), _ = jax.lax.scan(block, (x_BTD, cache.k_LBKSH, cache.v_LBKSH), numbered)
+  return layers.rms_norm(x, params["norm"], cfg.eps), Cache(k_all, v_all, len_B)

@@ -7,13 +7,13 @@ attention with a few full-attention blocks, 2x2 patch merger.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from virl_jax import types
 from virl_jax.data import images
+from virl_jax.model import layers
 from virl_jax.model import params as params_lib
 from virl_jax.model import rope
 
@@ -92,33 +92,6 @@ def specs(cfg: Config) -> dict:
   }
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-  """RMSNorm: float32 inside, cast back before the weight, as the reference does."""
-  x32 = x.astype(jnp.float32)
-  x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-  return x32.astype(x.dtype) * weight.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def swiglu(x: jax.Array, p: dict) -> jax.Array:
-  """down(silu(gate(x)) * up(x)), with biases where `p` has them."""
-  def layer(x, name):
-    y, b = dense(x, p[name + "_w"]), p.get(name + "_b")
-    return y if b is None else y + b.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-
-  return layer(jax.nn.silu(layer(x, "gate")) * layer(x, "up"), "down")
-
-
-def dense(x: jax.Array, w: jax.Array, n_in: int = 1) -> jax.Array:
-  """x times w over the last `n_in` axes of x and the first `n_in` of w, in x's dtype.
-
-  One plain matrix product: XLA's CPU backend takes a third longer for the gradient of the same product
-  written over several axes.
-  """
-  lead, tail = x.shape[:x.ndim - n_in], w.shape[n_in:]
-  size = math.prod(w.shape[:n_in])
-  return (x.reshape(-1, size) @ w.astype(x.dtype).reshape(size, -1)).reshape(*lead, *tail)
-
-
 def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float32, remat: bool = False
            ) -> jax.Array:
   """Merged vision tokens of a bucket of images.
@@ -138,7 +111,7 @@ def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float
   """
   I, W, Q, _ = images_.patches_IWQC.shape
   N, H = cfg.heads, cfg.head_size
-  x = dense(images_.patches_IWQC.astype(dtype), params["patch_embed"])
+  x = layers.dense(images_.patches_IWQC.astype(dtype), params["patch_embed"])
   cos, sin = rope.vision_rope(images_.rowcol_IWQ2, H)
   mask_IWQ = images_.mask_IWQ
 
@@ -155,19 +128,19 @@ def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float
 
   def block(x, layer):
     p, is_full = layer
-    h = rms_norm(x, p["norm1"], cfg.eps)
-    qkv = dense(h, p["qkv_w"]) + p["qkv_b"].astype(dtype)[None, None, None]
+    h = layers.rms_norm(x, p["norm1"], cfg.eps)
+    qkv = layers.dense(h, p["qkv_w"]) + p["qkv_b"].astype(dtype)[None, None, None]
     q, k, v = (qkv[..., i, :, :] for i in range(3))
     q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
     out = jax.lax.cond(is_full, full, windowed, (q, k, v))
-    x = x + dense(out, p["proj_w"], 2) + p["proj_b"].astype(dtype)[None, None, None]
-    return x + swiglu(rms_norm(x, p["norm2"], cfg.eps), p), None
+    x = x + layers.dense(out, p["proj_w"], 2) + p["proj_b"].astype(dtype)[None, None, None]
+    return x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p), None
 
   is_full = jnp.array([i in cfg.full_blocks for i in range(cfg.depth)])
   x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (params["blocks"], is_full))
 
   m = params["merger"]
-  x = rms_norm(x, m["norm"], cfg.eps).reshape(I, W * Q // cfg.merge ** 2, -1)
-  x = dense(x, m["in_w"]) + m["in_b"].astype(dtype)[None, None]
+  x = layers.rms_norm(x, m["norm"], cfg.eps).reshape(I, W * Q // cfg.merge ** 2, -1)
+  x = layers.dense(x, m["in_w"]) + m["in_b"].astype(dtype)[None, None]
   x = jax.nn.gelu(x, approximate=False)
-  return dense(x, m["out_w"]) + m["out_b"].astype(dtype)[None, None]
+  return layers.dense(x, m["out_w"]) + m["out_b"].astype(dtype)[None, None]

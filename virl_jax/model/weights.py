@@ -121,6 +121,8 @@ def read_config(hf_dir: str) -> qwen.Config:
     raise ValueError(f"hf_dir must be a folder with a config.json. Received: {hf_dir}") from e
   except (OSError, ValueError) as e:
     raise ValueError(f"{path} must be JSON ({e})") from e
+  if not isinstance(config, dict):
+    raise ValueError(f"{path} must hold a JSON object. Received: {type(config).__name__}")
   return config_from_hf(config, str(path))
 
 

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from virl_jax import types
 
-# Channels stay within [64, 191], so that dots of any colour can be balanced to no mean contrast.
+# Channels stay within [64, 191], so that every texture can be balanced to no mean contrast.
 COLOURS = {
     "red": (191, 64, 64), "green": (70, 165, 75), "blue": (70, 90, 191), "yellow": (191, 185, 64),
     "purple": (140, 64, 185), "orange": (191, 122, 64), "cyan": (64, 180, 191), "pink": (191, 115, 165),
@@ -42,10 +42,12 @@ DOTS = {"white": (255, 255, 255), "black": (0, 0, 0), "red": (255, 0, 0), "green
 DIGITS = tuple("0123456789")
 MARKS = {"pattern": PATTERNS, "dot": tuple(DOTS), "digit": DIGITS}
 FAMILIES = tuple(MARKS) + tuple("pair_" + m for m in MARKS)
-_CONTRAST = 45     # of patterns and digits, levels around the object's colour
-_PERIOD = 4        # of every texture, pixels: two on, two off
+_CONTRAST = {"pattern": 45, "digit": 34}   # standard deviation around the object's colour, levels
+# Of the texture, pixels.  Resizing to a third leaves nothing at all of a period of 3 with no mean contrast.
+_PERIOD = {"pattern": 4, "dot": 3, "digit": 3}
+_BLOTCH = 6.0      # of digits' surfaces, levels: hides what the glyph's edges leave when resized
 _NOISE = 5.0       # standard deviation of the pixel noise, levels
-_VERSION = 1       # raise it when `draw` changes: stored sets are named by it
+_VERSION = 2       # raise it when `draw` changes: stored sets are named by it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,23 +107,37 @@ class Scene:
 
 def _texture(mark: str, kind: str, colour: np.ndarray, h: int, w: int, rng: np.random.Generator) -> np.ndarray:
   """float32[h, w, 3]: an object's surface, its mean the object's colour whatever the mark."""
-  y, x = np.mgrid[:h, :w] + rng.integers(0, _PERIOD, 2)[:, None, None]
-  half = _PERIOD // 2
-  rows, columns = y % _PERIOD < half, x % _PERIOD < half
+  period = _PERIOD[kind]
+  half = period // 2
+  y, x = np.mgrid[:h, :w] + rng.integers(0, period, 2)[:, None, None]
+  rows, columns, rising = y % period < half, x % period < half, (x + y) % period < half
+  share = half / period
   surface = np.broadcast_to(colour, (h, w, 3)).astype(np.float32)
   if kind == "pattern":
-    on = {"rows": rows, "columns": columns, "checks": rows ^ columns, "rising": (x + y) % _PERIOD < half,
-          "falling": (x - y) % _PERIOD < half}.get(mark)
-    return surface if on is None else surface + _CONTRAST * np.where(on, 1, -1)[..., None]
+    on = {"rows": rows, "columns": columns, "checks": rows ^ columns, "rising": rising,
+          "falling": (x - y) % period < half}.get(mark)
+    if on is None:
+      return surface
+    share = 2 * share * (1 - share) if mark == "checks" else share
+    return surface + _CONTRAST[kind] * _balanced(on, share)[..., None]
   if kind == "dot":
-    step = np.asarray(DOTS[mark], np.float32) - colour
-    # A quarter of the pixels take the whole step, the others a third of it back: no mean contrast.
-    return surface + np.where((rows & columns)[..., None], step, -step / 3)
-  glyph = _glyph(mark, h, w)
-  return surface + _CONTRAST * np.where(rows ^ columns, 1, -1)[..., None] * glyph[..., None]
+    # Short of pure black and white, so that noise is not cut off on one side.
+    step = np.clip(np.asarray(DOTS[mark], np.float32), 15, 240) - colour
+    share = share ** 2  # dots take the whole step, all else takes it back: no mean contrast
+    return surface + np.where((rows & columns)[..., None], step, -step * share / (1 - share))
+  # The glyph is made of whole cells of the texture, so that its edges have no mean contrast either.
+  middle = [np.clip(v - v % period + half - v[0, 0], 0, n - 1) for v, n in ((y, h), (x, w))]
+  surface += _CONTRAST[kind] * (_balanced(rising, share) * _glyph(mark, h, w)[tuple(middle)])[..., None]
+  blotches = rng.normal(0, _BLOTCH, (-(-h // period), -(-w // period), 3)).astype(np.float32)
+  return surface + blotches.repeat(period, 0).repeat(period, 1)[:h, :w]
 
 
-@functools.lru_cache(maxsize=None)
+def _balanced(on: np.ndarray, share: float) -> np.ndarray:
+  """`on`, a `share` of it True, as numbers of mean 0 and standard deviation 1."""
+  return (on - share) / np.sqrt(share * (1 - share))
+
+
+@functools.cache
 def _glyph(digit: str, h: int, w: int) -> np.ndarray:
   """bool[h, w]: a digit that fills most of the height."""
   canvas = Image.new("L", (w, h))

@@ -1,0 +1,43 @@
+"""Packaging.  No accelerator build of JAX is ever pinned here: that is the extras' and the user's choice."""
+
+import setuptools
+
+setuptools.setup(
+    name="virl-jax",
+    version="0.1.0",
+    description="Reinforcement learning of visual rationales (ViRL) for Qwen2.5-VL, in JAX",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["virl_jax", "virl_jax.*"]),
+    package_data={"virl_jax": ["assets/**", "**/*.css"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.7",            # tensorflow-datasets reads it without TensorFlow
+        "flax>=0.11",
+        "importlib-resources>=6",       # tensorflow-datasets needs it and does not say so
+        "jax>=0.7.2",
+        "jinja2>=3.1",                  # transformers' chat templates
+        "ml-collections>=1.0",
+        "ml-dtypes>=0.5",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "pillow>=11.3,<13",             # 13 resizes in another order of axes: other pixels
+        "safetensors>=0.6",
+        "tensorflow-datasets>=4.9.7",
+        "tokenizers>=0.22",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "test": ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.12"],
+        # The reference implementation, for tests.  A CPU build of torch will do; get that one first.
+        "parity": ["safetensors>=0.6", "torch>=2.6"],
+        "tpu": ["jax[tpu]"],
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
+        "tensorboard": ["tensorboard>=2.17"],
+        "wandb": ["wandb>=0.17"],
+    },
+)

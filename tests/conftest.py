@@ -1,0 +1,96 @@
+"""Eight CPU devices, strict shapes, no writes outside temporary folders; a tiny model to share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+# Before JAX starts: a GPU on this host stays out of the tests unless someone asks for it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most tests run each program a few times: compiling it costs more than running it, unoptimised, does.
+jax.config.update("jax_disable_most_optimizations", True)
+# Compiling can take longer than hypothesis grants an example; CI draws the same examples each time.
+hypothesis.settings.register_profile("house", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("house")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model to test with.
+
+  Attributes:
+    cfg: `qwen.Config`.
+    params: float32, drawn so wide that every part of the model matters to the logits.
+    folder: its tokenizer's files, or None.
+    tokenizer: or None.
+  """
+
+  cfg: Any
+  params: dict
+  folder: pathlib.Path | None = None
+  tokenizer: Any = None
+
+
+def _draw(cfg, scale: float) -> dict:
+  """Parameters from numpy: nothing to compile."""
+  from virl_jax.model import params as params_lib
+  from virl_jax.model import qwen
+  rng = np.random.default_rng(0)
+
+  def one(spec):
+    x = scale * rng.standard_normal(spec.shape, np.float32)
+    return jax.numpy.asarray(1 + x if spec.init == "ones" else x)
+
+  return params_lib.map_specs(one, qwen.specs(cfg))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache():
+  """Generated sets go to a folder of this test run, not to the user's cache."""
+  with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    patch.setenv("VIRL_JAX_CACHE", folder)
+    yield
+
+
+@pytest.fixture
+def optimized():
+  """For tests that run one program many times: what they compile is optimised."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def small() -> Model:
+  """Two layers of each kind and 24 channels, without a tokenizer: compiles in no time."""
+  from virl_jax.model import qwen
+  from virl_jax.model import text
+  from virl_jax.model import vision
+  cfg = qwen.Config(
+      text=text.Config(vocab=64, hidden=24, layers=2, heads=4, kv_heads=2, head_size=8, intermediate=40,
+                       mrope_section=(1, 1, 2), tied=False),
+      vision=vision.Config(depth=2, hidden=16, heads=2, intermediate=24, out=24, full_blocks=(1,)),
+      image_token=5, video_token=6, vision_start=7, vision_end=8, vision_pad=9, eos=3)
+  return Model(cfg, _draw(cfg, 0.2))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Model:
+  """The shape of the base that ships, untrained, with its tokenizer."""
+  from virl_jax.data import tiny_tokenizer
+  from virl_jax.model import qwen
+  folder = tmp_path_factory.mktemp("tokenizer")
+  tokenizer = tiny_tokenizer.build(folder, "You are a helpful assistant.")
+  cfg = qwen.tiny(-(-len(tokenizer) // 64) * 64, tiny_tokenizer.token_ids(tokenizer))
+  return Model(cfg, _draw(cfg, 0.05), folder, tokenizer)

@@ -1,0 +1,347 @@
+"""Files of every kind, the reference's pixels, the two frames, and the window layout."""
+
+import io
+import math
+import struct
+import zlib
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+from PIL import Image
+import pytest
+
+from virl_jax import config
+from virl_jax import types
+from virl_jax.data import images
+
+GRID = images.Grid()
+LIMITS = images.Config()
+
+
+def file_of(image, fmt="PNG", **kwargs):
+  out = io.BytesIO()
+  image.save(out, fmt, **kwargs)
+  return out.getvalue()
+
+
+def noise(h, w, seed=0):
+  return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
+
+
+# --- decoding ---------------------------------------------------------------------------------------
+
+
+def test_plain_files_come_back_pixel_for_pixel(tmp_path):
+  picture = noise(20, 31)
+  (tmp_path / "a.png").write_bytes(file_of(picture))
+  for image in (file_of(picture), file_of(picture, "BMP"), str(tmp_path / "a.png")):
+    found = images.decode(image)
+    assert found.mode == "RGB" and found.size == (31, 20)
+    np.testing.assert_array_equal(found, picture)
+
+
+def test_photographs_are_turned_upright():
+  # Stored: red on the left, blue on the right.
+  pixels = np.zeros((8, 16, 3), np.uint8)
+  pixels[:, :8], pixels[:, 8:] = (255, 0, 0), (0, 0, 255)
+  stored = Image.fromarray(pixels)
+  for orientation, size, red in ((1, (16, 8), (0, 4)), (3, (16, 8), (15, 4)), (6, (8, 16), (4, 0)),
+                                 (8, (8, 16), (4, 15))):
+    exif = stored.getexif()
+    exif[0x0112] = orientation
+    found = images.decode(file_of(stored, "PNG", exif=exif))
+    assert found.size == size and found.getpixel(red) == (255, 0, 0), orientation
+
+
+WHITE, RED, PINK = (255, 255, 255), (200, 0, 0), (227, 127, 127)  # pink: red at half opacity on white
+
+
+def transparency_cases():
+  half = Image.new("RGBA", (4, 1), (200, 0, 0, 128))
+  half.putpixel((0, 0), (0, 0, 0, 0))
+  half.putpixel((1, 0), (200, 0, 0, 255))
+  palette = Image.new("P", (4, 1), 1)
+  palette.putpalette([9, 9, 9, 200, 0, 0])
+  palette.putpixel((0, 0), 0)
+  grey = Image.new("LA", (4, 1), (100, 255))
+  grey.putpixel((0, 0), (0, 0))
+  keyed = Image.new("RGB", (4, 1), RED)
+  keyed.putpixel((0, 0), (1, 2, 3))
+  return {
+      "RGBA": (file_of(half), [WHITE, RED, PINK, PINK]),
+      "palette": (file_of(palette, transparency=0), [WHITE, RED, RED, RED]),
+      "palette GIF": (file_of(palette, "GIF", transparency=0), [WHITE, RED, RED, RED]),
+      "grey": (file_of(grey), [WHITE] + [(100,) * 3] * 3),
+      "one colour is transparent": (file_of(keyed, transparency=(1, 2, 3)), [WHITE, RED, RED, RED]),
+  }
+
+
+@pytest.mark.parametrize("kind", transparency_cases())
+def test_transparency_lies_on_white(kind):
+  file, want = transparency_cases()[kind]
+  found = images.decode(file)
+  assert found.mode == "RGB"
+  np.testing.assert_allclose(np.asarray(found)[0].astype(int), want, atol=1)
+
+
+def test_other_modes():
+  ramp = np.arange(0, 250, 10, dtype=np.uint8)[None]
+  three = np.repeat(ramp[..., None], 3, -1)
+  np.testing.assert_array_equal(images.decode(file_of(Image.fromarray(ramp))), three)
+  for fmt in ("PNG", "TIFF"):
+    deep = Image.fromarray(ramp.astype(np.uint16) * 256 + 77)
+    assert deep.mode == "I;16"
+    np.testing.assert_array_equal(images.decode(file_of(deep, fmt)), three, err_msg=fmt)
+  bits = Image.fromarray(ramp > 100)
+  np.testing.assert_array_equal(np.asarray(images.decode(file_of(bits)))[0, :, 0] > 0, ramp[0] > 100)
+  cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))  # red ink
+  found = np.asarray(images.decode(file_of(cmyk, "JPEG")))[2, 2]
+  assert found[0] > 200 and found[1] < 60 and found[2] < 60
+
+
+def test_the_first_frame_of_an_animation_counts():
+  file = file_of(Image.new("RGB", (5, 5), RED), "GIF", save_all=True, append_images=[Image.new("RGB", (5, 5))])
+  assert images.decode(file).getpixel((2, 2)) == RED
+
+
+def huge_png(side):
+  """A valid header that promises side x side pixels, and nothing behind it."""
+  chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+  return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+          + chunk(b"IDAT", zlib.compress(b"\0" * 1000)))
+
+
+@pytest.mark.parametrize("image, message", [
+    (b"", "0 bytes"), (b"not an image at all", "19 bytes"), (b"\x89PNG\r\n\x1a\n", "8 bytes"),
+    (file_of(noise(40, 40))[:900], "900 bytes"), (file_of(noise(40, 40), "JPEG")[:600], "600 bytes"),
+    (huge_png(5000), "at most 1000000 pixels are decoded, it has 5000 x 5000"),
+    (huge_png(100_000), "bomb"), (file_of(noise(1001, 1000)), "1000 x 1001"),
+    ("no/such/file.png", "no/such/file.png"), (".", r"Received: \. ")])
+def test_what_is_no_picture_is_named(image, message):
+  with pytest.raises(ValueError, match=f"^image must be a decodable file.*{message}"):
+    images.decode(image, 1_000_000)
+
+
+@hypothesis.given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "AVIF"]),
+                  st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6), st.floats(0.5, 1))
+def test_damaged_files_give_a_picture_or_a_value_error(fmt, edits, keep):
+  if fmt == "AVIF" and ".avif" not in Image.registered_extensions():
+    fmt = "PNG"
+  file = bytearray(file_of(noise(16, 16), fmt))
+  for where, byte in edits:
+    file[int(where * where * (len(file) - 1))] = byte  # squared: the header gets most of it
+  try:
+    assert images.decode(bytes(file[:math.ceil(keep * len(file))]), 10_000).mode == "RGB"
+  except ValueError as e:
+    assert "image must be a decodable file" in str(e)
+
+
+# --- resizing and pixels ----------------------------------------------------------------------------
+
+
+sides = st.integers(1, 5000)
+FACTOR = 28
+
+
+@hypothesis.given(sides, sides, st.sampled_from([(3136, 7056), (1568, 3136), (3136, 1003520), (784, 784)]))
+def test_shown_sizes_keep_to_the_limits(h, w, limits):
+  low, high = limits
+  found = images.smart_resize(h, w, FACTOR, low, high)
+  assert all(v % FACTOR == 0 and v >= FACTOR for v in found)
+  area = found[0] * found[1]
+  rounded = [max(FACTOR, round(v / FACTOR) * FACTOR) for v in (h, w)]
+  if rounded[0] * rounded[1] > high:
+    assert area <= high
+    scale = math.sqrt(high / (h * w))
+    longest = high // FACTOR // FACTOR * FACTOR
+    assert all(f + FACTOR >= min(v * scale, longest) - 1e-6 for f, v in zip(found, (h, w)))
+  elif rounded[0] * rounded[1] >= low:
+    assert found == tuple(rounded)
+  else:
+    assert area >= low
+  # Turning the picture turns the answer.
+  assert images.smart_resize(w, h, FACTOR, low, high) == found[::-1]
+  # A long side never ends up shorter than the short one.
+  assert (found[0] - found[1]) * (h - w) >= 0
+
+
+@hypothesis.given(st.integers(15, 3000), st.integers(15, 3000),
+                  st.sampled_from([(3136, 1003520), (3136, 12845056), (3136, 7056)]))
+def test_shown_sizes_are_the_reference_s(h, w, limits):
+  reference = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+  hypothesis.assume(max(h, w) <= 200 * min(h, w))
+  want = reference.smart_resize(h, w, FACTOR, *limits)
+  if want[0] * want[1] <= limits[1]:  # the reference overshoots on long thin pictures
+    assert images.smart_resize(h, w, FACTOR, *limits) == want
+
+
+@pytest.mark.parametrize("h, w, limits, want", [
+    (100, 100, (3136, 1003520), (112, 112)), (42, 42, (3136, 1003520), (56, 56)),  # 1.5 rounds to the even 2
+    (70, 70, (3136, 1003520), (56, 56)),  # and so does 2.5
+    (1, 1, (3136, 1003520), (56, 56)), (252, 252, (3136, 7056), (84, 84)), (4000, 3000, (3136, 1003520), (1148, 840)),
+    (8, 200, (1568, 3136), (28, 112)), (10_000, 10, (3136, 7056), (252, 28))])
+def test_shown_sizes_by_hand(h, w, limits, want):
+  assert images.smart_resize(h, w, FACTOR, *limits) == want
+
+
+@pytest.mark.parametrize("h, w", [(0, 5), (5, -1)])
+def test_sides_must_be_positive(h, w):
+  with pytest.raises(ValueError, match=f"must be positive. Received: {h} x {w}"):
+    images.smart_resize(h, w, FACTOR, 3136, 7056)
+
+
+@pytest.mark.parametrize("h, w, limits", [
+    (84, 84, (3136, 7056)), (252, 252, (3136, 7056)), (123, 301, (3136, 1003520)), (20, 40, (3136, 1003520)),
+    (400, 60, (3136, 12845056)), (57, 99, (1568, 3136)), (60, 500, (3136, 7056))])
+def test_pixels_are_the_reference_s(h, w, limits):
+  transformers = pytest.importorskip("transformers")
+  picture = noise(h, w, h)
+  reference = transformers.Qwen2VLImageProcessorPil(min_pixels=limits[0], max_pixels=limits[1])
+  want = reference(images=[picture], return_tensors="np")
+  found = images.prepare(picture, None, *limits, GRID)
+  assert [1, *found.grid_hw] == want["image_grid_thw"][0].tolist()
+  assert found.patches_PC.dtype == np.float32
+  np.testing.assert_allclose(found.patches_PC, want["pixel_values"], atol=1e-6)
+
+
+def test_patches_come_cell_by_cell():
+  """Each pixel knows where it is; each value of a patch must say so."""
+  y, x = np.mgrid[:56, :84]
+  pixels = np.stack([y, x, np.full_like(y, 7)], -1).astype(np.uint8)
+  patches = images.patchify(pixels, GRID).reshape(-1, 3, 2, 14, 14)
+  assert len(patches) == 4 * 6
+  back = np.rint((patches * images.STD[:, None, None, None] + images.MEAN[:, None, None, None]) * 255)
+  np.testing.assert_array_equal(back[:, :, 0], back[:, :, 1])  # a still image, twice
+  for p in range(24):
+    cell, sub = divmod(p, 4)
+    top, left = (cell // 3 * 2 + sub // 2) * 14, (cell % 3 * 2 + sub % 2) * 14
+    np.testing.assert_array_equal(back[p, :, 0], pixels[top:top + 14, left:left + 14].transpose(2, 0, 1))
+
+
+def test_crops_are_cut_from_the_original_and_rounded_outwards():
+  picture = noise(100, 200)
+  found = images.prepare(picture, types.Box(10.2, 20.9, 66.1, 76.0), 3136, 1003520, GRID)
+  assert found.region == types.Box(10, 20, 67, 76)
+  want = images.prepare(picture.crop((10, 20, 67, 76)), None, 3136, 1003520, GRID)
+  np.testing.assert_array_equal(found.patches_PC, want.patches_PC)
+  for region in (types.Box(-5, -5, 300, 300), None):
+    assert images.prepare(picture, region, 3136, 1003520, GRID).region == types.Box(0, 0, 200, 100)
+  assert images.prepare(picture, types.Box(199.5, 99.9, 200, 100), 3136, 7056, GRID).region == (199, 99, 200, 100)
+  assert images.merged_hw(found, GRID) == (2, 2) and images.shown_wh(found, GRID) == (56, 56)
+
+
+# --- frames -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def frames(draw):
+  number = st.floats(-1e4, 1e4, allow_nan=False)
+  x, y, w, h = draw(number), draw(number), draw(st.floats(1, 1e4)), draw(st.floats(1, 1e4))
+  shown = (28 * draw(st.integers(1, 100)), 28 * draw(st.integers(1, 100)))
+  return types.Box(x, y, x + w, y + h), shown, types.Box(*draw(st.tuples(number, number, number, number)))
+
+
+@hypothesis.given(frames())
+def test_there_and_back_is_the_same_box(case):
+  region, shown, box = case
+  there = images.to_shown(box, region, shown)
+  size = max(map(abs, (*region, *box, 1.0)))
+  np.testing.assert_allclose(images.to_original(there, region, shown), box, atol=1e-9 * size)
+  np.testing.assert_allclose(images.to_shown(region, region, shown), (0, 0, *shown), atol=1e-9 * size * max(shown))
+
+
+def test_frames_by_hand():
+  region, shown = types.Box(100, 50, 300, 100), (400, 200)  # twice as large across, four times down
+  assert images.to_shown(types.Box(150, 60, 200, 75), region, shown) == (100, 40, 200, 100)
+  assert images.to_original((100, 40, 200, 100), region, shown) == types.Box(150, 60, 200, 75)
+
+
+WHOLE, SHOWN = types.Box(0, 0, 840, 420), (84, 42)  # a tenth
+
+
+@pytest.mark.parametrize("box, found", [
+    ((10, 10, 20, 20), types.Box(100, 100, 200, 200)),
+    ((-5, -1000, 20, 20), types.Box(0, 0, 200, 200)),
+    ((80.5, 40, 1e6, 1e6), types.Box(805, 400, 840, 420)),
+    ((-1e6, -1e6, 1e6, 1e6), WHOLE),
+    ((0, 0, 60, 0.8), types.Box(0, 0, 600, 8)),
+    ((20, 10, 10, 20), "x1 < x2"), ((10, 20, 20, 10), "y1 < y2"), ((10, 10, 10, 20), "x1 < x2"),
+    ((84, 0, 90, 10), "outside the image of 84 x 42"), ((0, 42, 10, 50), "outside"), ((-9, -9, -1, -1), "outside"),
+    ((10, 10, 10.7, 20), "too small"), ((83.9, 10, 90, 20), "too small"), ((0, 0, 60, 0.79), "too small")])
+def test_zooms(box, found):
+  got = images.check_zoom(box, WHOLE, SHOWN, LIMITS)
+  if isinstance(found, str):
+    assert isinstance(got, str) and found in got
+  else:
+    np.testing.assert_allclose(got, found)
+
+
+def test_long_thin_zooms_are_refused():
+  limits = images.Config(crop_max_aspect=10.0)
+  assert images.check_zoom((0, 0, 50, 5), WHOLE, SHOWN, limits) == types.Box(0, 0, 500, 50)
+  for box in ((0, 0, 51, 5), (0, 0, 2, 42)):
+    assert images.check_zoom(box, WHOLE, SHOWN, limits) == "bbox_2d is too long and thin"
+
+
+def test_a_zoom_into_a_part_is_clamped_to_that_part():
+  region = types.Box(100, 100, 140, 140)
+  assert images.check_zoom((-9, 0, 28, 99), region, (56, 56), LIMITS) == types.Box(100, 100, 120, 140)
+
+
+def test_defaults_are_the_configuration_s():
+  assert images.Config(**config.default().image) == LIMITS
+
+
+# --- layout -----------------------------------------------------------------------------------------
+
+
+def numbered(rows, cols, start, grid):
+  """An image of rows x cols merged cells whose patches carry their own numbers, from `start` on."""
+  count = rows * cols * grid.merge ** 2
+  patches = np.repeat(np.arange(start, start + count, dtype=np.float32)[:, None], grid.values, 1)
+  return types.ImageInput(patches, (rows * grid.merge, cols * grid.merge), types.Box(0, 0, 1, 1))
+
+
+@pytest.mark.parametrize("grid", [images.Grid(2, 1, 2, 4), images.Grid(2, 1, 2, 2), images.Grid(2, 1, 1, 3)])
+@pytest.mark.parametrize("sizes", [[(1, 1)], [(4, 4)], [(3, 5), (6, 9)], [(1, 7), (9, 2), (2, 2)]])
+def test_every_token_is_made_of_its_own_patches(grid, sizes):
+  start, pictures = 1, []
+  for rows, cols in sizes:
+    pictures.append(numbered(rows, cols, start, grid))
+    start += len(pictures[-1].patches_PC)
+  batch, index = images.layout(pictures, grid, len(sizes) + 2)
+  I, W, Q = batch.mask_IWQ.shape
+  per = grid.merge ** 2
+  slots = batch.patches_IWQC[..., 0].reshape(-1, per)  # a merged token reads `per` neighbouring slots
+  place = batch.rowcol_IWQ2.reshape(-1, per, 2)
+  first = 1
+  for i, ((rows, cols), at) in enumerate(zip(sizes, index)):
+    assert at.dtype == np.int32 and at.shape == (rows * cols,)
+    np.testing.assert_array_equal(slots[at], first + np.arange(rows * cols * per).reshape(-1, per))
+    for m, slot in enumerate(at):
+      r, c = divmod(m, cols)
+      want = [(r * grid.merge + a, c * grid.merge + b) for a in range(grid.merge) for b in range(grid.merge)]
+      np.testing.assert_array_equal(place[slot], want)
+      # Its window is the one of its row and column.
+      assert slot // (Q // per) == i * W + r // grid.window * -(-cols // grid.window) + c // grid.window
+    first += rows * cols * per
+  np.testing.assert_array_equal(batch.mask_IWQ, batch.patches_IWQC[..., 0] > 0)
+  assert batch.mask_IWQ.sum() == start - 1 and I == len(sizes) + 2
+  assert not batch.mask_IWQ[len(sizes):].any()
+
+
+def test_buckets_come_in_few_sizes():
+  shape = lambda *sizes: images.layout([numbered(r, c, 1, GRID) for r, c in sizes], GRID)[0].mask_IWQ.shape
+  assert shape((1, 1)) == shape((2, 2)) == shape((1, 2)) == (1, 1, 16)
+  assert shape((3, 3)) == (1, 1, 36) and shape((4, 4)) == (1, 1, 64)
+  assert shape((5, 4)) == (1, 2, 64) and shape((9, 4)) == (1, 4, 64) and shape((9, 9)) == (1, 16, 64)
+  assert shape((1, 9)) == (1, 4, 16)  # flat windows are small
+  empty, index = images.layout([], GRID, 3)
+  assert empty.mask_IWQ.shape == (3, 1, 16) and not empty.mask_IWQ.any() and index == []
+  assert images.layout([], GRID)[0].mask_IWQ.shape[0] == 1
+
+
+def test_more_images_than_room():
+  with pytest.raises(ValueError, match="at most count=1 images. Received: 2"):
+    images.layout([numbered(1, 1, 1, GRID)] * 2, GRID, 1)

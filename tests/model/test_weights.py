@@ -1,0 +1,240 @@
+"""HF folders: written and read back bit for bit, in every naming, and every way they can be broken."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+from safetensors import numpy as safetensors_numpy
+
+from virl_jax import mesh as mesh_lib
+from virl_jax.model import qwen
+from virl_jax.model import text
+from virl_jax.model import vision
+from virl_jax.model import weights
+
+SAME = np.testing.assert_array_equal
+
+
+@pytest.fixture
+def saved(small, tmp_path):
+  """A folder with the small model in float32."""
+  weights.save_hf(tmp_path / "hf", small.cfg, small.params, "float32")
+  return tmp_path / "hf"
+
+
+def tensors_of(folder):
+  with safetensors.safe_open(folder / "model.safetensors", "np") as f:
+    return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+
+
+def rewrite(folder, change):
+  """Passes the tensors through `change` and stores what it returns."""
+  safetensors_numpy.save_file(change(tensors_of(folder)), folder / "model.safetensors")
+
+
+def edit_config(folder, change):
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(change(config)))
+
+
+def test_float32_comes_back_bit_for_bit(small, saved):
+  cfg, params = weights.load_hf(saved)
+  assert cfg == small.cfg
+  jax.tree.map(SAME, params, small.params)
+  weights.save_hf(saved.with_name("again"), cfg, params, "float32")
+  assert (saved / "model.safetensors").read_bytes() == (saved.with_name("again") / "model.safetensors").read_bytes()
+
+
+def test_bfloat16_comes_back_bit_for_bit(small, tmp_path):
+  half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), small.params)
+  weights.save_hf(tmp_path / "hf", small.cfg, half)
+  assert all(a.dtype == ml_dtypes.bfloat16 for a in tensors_of(tmp_path / "hf").values())
+  assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+  for dtype in ("bfloat16", "float32"):
+    _, params = weights.load_hf(tmp_path / "hf", dtype)
+    jax.tree.map(lambda got, want: SAME(got, want.astype(dtype)), params, half)
+    assert {a.dtype.name for a in jax.tree.leaves(params)} == {dtype}
+
+
+NAMINGS = {
+    "released": lambda k: k,
+    "in memory": lambda k: (k.replace("model.", "model.language_model.", 1) if k.startswith("model.")
+                            else k.replace("visual.", "model.visual.", 1)),
+    "in between": lambda k: k.replace("model.", "language_model.model.", 1) if k.startswith("model.") else k,
+    "in between, shorter": lambda k: k.replace("model.", "language_model.", 1) if k.startswith("model.") else k,
+    "head inside": lambda k: "language_model." + k if k.startswith(("model.", "lm_head.")) else k,
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_every_naming_is_read(small, saved, naming):
+  renamed = {}
+  rewrite(saved, lambda ts: renamed.update({NAMINGS[naming](k): v for k, v in ts.items()}) or renamed)
+  assert {weights.released_name(k) for k in renamed} == {
+      n for _, s in weights.params_lib.leaves(qwen.specs(small.cfg)) for n in s.hf_names()}
+  jax.tree.map(SAME, weights.load_hf(saved)[1], small.params)
+
+
+def test_nested_flat_and_sparse_configs(small, saved):
+  flat = json.loads((saved / "config.json").read_text())
+  of_text = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "intermediate_size", "rms_norm_eps")
+  nested = {k: v for k, v in flat.items() if k not in (*of_text, "rope_theta", "rope_scaling", "torch_dtype")}
+  nested["text_config"] = {k: flat[k] for k in of_text} | {"rope_parameters": {
+      "rope_type": "default", "rope_theta": flat["rope_theta"], "mrope_section": [1, 1, 2]}}
+  assert weights.config_from_hf(flat) == weights.config_from_hf(nested) == small.cfg
+
+  assert weights.config_from_hf(flat | {"eos_token_id": [3, 4]}).eos == 3
+  assert weights.config_from_hf({k: v for k, v in flat.items() if k != "head_dim"}).text.head_size == 24 // 4
+  # What a released file leaves out, the reference's class defaults fill in.
+  sparse = {k: v for k, v in flat.items() if not k.endswith("_token_id") and k != "rms_norm_eps"}
+  sparse["vision_config"] = {"out_hidden_size": 24}
+  cfg = weights.config_from_hf(sparse)
+  assert cfg.vision == vision.Config(hidden=3584, out=24) and cfg.text.eps == 1e-5
+  assert (cfg.image_token, cfg.eos) == (151655, 151645)
+
+
+def test_shards(small, saved, tmp_path, monkeypatch):
+  monkeypatch.setattr(weights, "SHARD_BYTES", 40_000)
+  folder = tmp_path / "sharded"
+  weights.save_hf(folder, small.cfg, small.params, "float32")
+  files = sorted(p.name for p in folder.glob("*.safetensors"))
+  assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+  index = json.loads((folder / "model.safetensors.index.json").read_text())
+  whole = tensors_of(saved)
+  assert index["weight_map"].keys() == whole.keys() and set(index["weight_map"].values()) == set(files)
+  assert index["metadata"]["total_size"] == sum(a.nbytes for a in whole.values())
+  # A file is its tensors and a header; one tensor alone may be larger than the limit.
+  assert sum((folder / f).stat().st_size > 40_000 + 5_000 for f in files) <= sum(
+      a.nbytes > 40_000 for a in whole.values())
+  jax.tree.map(SAME, weights.load_hf(folder)[1], small.params)
+
+  (folder / files[1]).unlink()
+  with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*not there: {files[1]}"):
+    weights.load_hf(folder)
+  (folder / "model.safetensors.index.json").write_text("{}")
+  with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*weight_map"):
+    weights.load_hf(folder)
+
+
+def test_a_tied_model_has_no_head(small, tmp_path):
+  cfg = weights.config_from_hf(weights.config_to_hf(small.cfg, "float32") | {"tie_word_embeddings": True})
+  params = {**small.params, "text": {k: v for k, v in small.params["text"].items() if k != "head"}}
+  weights.save_hf(tmp_path / "hf", cfg, params, "float32")
+  assert "lm_head.weight" not in tensors_of(tmp_path / "hf")
+  found, again = weights.load_hf(tmp_path / "hf")
+  assert found.text.tied
+  jax.tree.map(SAME, again, params)
+  SAME(text.head(again["text"]), np.asarray(params["text"]["embed"]).T)
+  # Some files carry a copy all the same.
+  rewrite(tmp_path / "hf", lambda ts: ts | {"lm_head.weight": ts["model.embed_tokens.weight"]})
+  jax.tree.map(SAME, weights.load_hf(tmp_path / "hf")[1], params)
+
+
+def test_loading_onto_a_mesh(small, saved):
+  mesh = mesh_lib.make(-1, 2, 2)
+  shardings = mesh_lib.param_shardings(qwen.specs(small.cfg), mesh)
+  _, params = weights.load_hf(saved, shardings=shardings)
+  jax.tree.map(SAME, params, small.params)
+  jax.tree.map(lambda a, s: SAME(a.sharding == s, True), params, shardings)
+  weights.save_hf(saved.with_name("again"), small.cfg, params, "float32")
+  assert (saved / "model.safetensors").read_bytes() == (saved.with_name("again") / "model.safetensors").read_bytes()
+
+
+HEAD, NORM = "lm_head.weight", "model.norm.weight"
+BROKEN = {
+    "missing": (lambda ts: {k: v for k, v in ts.items() if "layers.1.mlp" not in k},
+                r"Missing: model\.layers\.1\.mlp\.down_proj\.weight, .* \(3\)"),
+    "missing head": (lambda ts: {k: v for k, v in ts.items() if k != HEAD}, r"Missing: lm_head\.weight \(1\)"),
+    "extra": (lambda ts: ts | {"model.layers.2.mlp.bias": np.zeros(3, np.float32)},
+              r"Not expected: model\.layers\.2\.mlp\.bias \(1\)"),
+    "many extra": (lambda ts: ts | {f"x{i:02d}": np.zeros(1, np.float32) for i in range(12)},
+                   r"Not expected: x00, .*x09, \.\.\. \(12 in all\)"),
+    "misshapen": (lambda ts: ts | {NORM: np.ones((1, 24), np.float32)},
+                  r"misshapen.*model\.norm\.weight \(wanted float\[24\], found F32\[1, 24\]\)"),
+    "transposed": (lambda ts: ts | {HEAD: np.ascontiguousarray(ts[HEAD].T)},
+                   r"lm_head\.weight \(wanted float\[64, 24\], found F32\[24, 64\]\)"),
+    "quantised": (lambda ts: ts | {NORM: np.ones(24, np.int8)}, r"model\.norm\.weight.*found I8\[24\]"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_tensors_are_named(saved, how):
+  change, message = BROKEN[how]
+  rewrite(saved, change)
+  with pytest.raises(ValueError, match=re.escape(str(saved)) + ".*" + message):
+    weights.load_hf(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file_is_named(saved, keep):
+  file = saved / "model.safetensors"
+  file.write_bytes(file.read_bytes()[:keep])
+  with pytest.raises(ValueError, match=re.escape(str(file)) + ".*truncated or corrupt"):
+    weights.load_hf(saved)
+
+
+def test_folders_that_are_not_this_model(saved, tmp_path):
+  here = re.escape(str(saved))
+  with pytest.raises(ValueError, match="hf_dir must be a folder with a config.json.*nowhere"):
+    weights.load_hf(tmp_path / "nowhere")
+  edit_config(saved, lambda c: c | {"model_type": "qwen2_vl"})
+  with pytest.raises(ValueError, match=f"{here}.*model_type must be 'qwen2_5_vl'. Received: 'qwen2_vl'"):
+    weights.load_hf(saved)
+  edit_config(saved, lambda c: c | {"model_type": "qwen2_5_vl", "vision_config": c["vision_config"] | {
+      "out_hidden_size": 99}})
+  with pytest.raises(ValueError, match=f"{here}.*out_hidden_size must be hidden_size = 24. Received: 99"):
+    weights.load_hf(saved)
+  edit_config(saved, lambda c: {k: v for k, v in c.items() if k != "num_hidden_layers"})
+  with pytest.raises(ValueError, match=f"{here}.*'num_hidden_layers' is missing"):
+    weights.load_hf(saved)
+  (saved / "config.json").write_text('{"model_type": ')
+  with pytest.raises(ValueError, match=f"{here}.*must be JSON"):
+    weights.load_hf(saved)
+  (saved / "config.json").write_text("[]")
+  with pytest.raises(ValueError, match=f"{here}.*must hold a JSON object. Received: list"):
+    weights.load_hf(saved)
+
+
+def test_a_folder_without_weights_says_what_it_holds(saved):
+  (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+  with pytest.raises(ValueError, match=re.escape(str(saved)) + r".*must hold model\.safetensors.*pytorch_model\.bin"):
+    weights.load_hf(saved)
+
+
+def test_an_interrupted_save_leaves_the_old_folder_whole(small, saved, monkeypatch):
+  before = {p.name: p.read_bytes() for p in saved.iterdir()}
+
+  def fail(tensors, path, **kwargs):
+    pathlib.Path(path).write_bytes(b"half")
+    raise OSError("no space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(safetensors_numpy, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+      weights.save_hf(saved, small.cfg, jax.tree.map(lambda a: a + 1, small.params), "float32")
+  assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+  # And the next save goes through, what the interrupted one left behind or not.
+  weights.save_hf(saved, small.cfg, jax.tree.map(lambda a: a + 1, small.params), "float32")
+  jax.tree.map(lambda a, b: SAME(a, b + 1), weights.load_hf(saved)[1], small.params)
+  assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_saving_replaces_all_and_brings_the_tokenizer_along(tiny, small, saved):
+  (saved / "stale.safetensors").write_bytes(b"")
+  weights.save_hf(saved, small.cfg, small.params, "float32", like=tiny.folder)
+  names = {p.name for p in saved.iterdir()}
+  assert names == {"config.json", "model.safetensors", *os.listdir(tiny.folder)} - {"stale.safetensors"}
+  assert (saved / "tokenizer.json").read_bytes() == (tiny.folder / "tokenizer.json").read_bytes()
+  # A folder may be saved over itself: its own files are what comes along.
+  weights.save_hf(saved, small.cfg, small.params, "float32", like=saved)
+  assert {p.name for p in saved.iterdir()} == names
+  shutil.rmtree(saved)

@@ -1,0 +1,167 @@
+"""Whole runs of the entry point, small."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from virl_jax import config as config_lib
+from virl_jax import setup_run
+from virl_jax import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+PHOTOS = ROOT.parent / "shared" / "realdata" / "records.jsonl"
+SMALL = ("--config.rollout.prompts=8", "--config.rollout.group_size=4", "--config.eval.tasks=8",
+         "--config.data.needle.train_size=32", "--config.data.needle.test_size=8", "--config.checkpoint.every=1",
+         "--config.log.gallery_every=2", "--config.log.tensorboard=False")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+  """A folder for runs, and the environment that they share (drawn pictures, compiled programs)."""
+  folder = tmp_path_factory.mktemp("runs")
+  env = dict(os.environ, JAX_PLATFORMS="cpu", VIRL_JAX_CACHE=str(folder / "cache"), PYTHONUNBUFFERED="1",
+             JAX_COMPILATION_CACHE_DIR=str(folder / "xla"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+  return folder, env
+
+
+def _start(places, workdir, *more, config="configs/tiny.py"):
+  return subprocess.Popen([sys.executable, "-m", "virl_jax.train", f"--config={config}", f"--workdir={workdir}", *more],
+                          cwd=ROOT, env=places[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _lines(workdir):
+  file = pathlib.Path(workdir) / "metrics.jsonl"
+  return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _timeless(lines):
+  return [{k: v for k, v in line.items() if not k.startswith(("time/", "compile/"))} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def six_steps(places):
+  """An uninterrupted run of six steps."""
+  workdir = places[0] / "whole"
+  run = _start(places, workdir, *SMALL, "--config.steps=6")
+  out, _ = run.communicate(timeout=600)
+  assert run.returncode == 0, out
+  return workdir, out
+
+
+def test_a_run_leaves_what_it_should(six_steps):
+  workdir, out = six_steps
+  lines = _lines(workdir)
+  assert [line["step"] for line in lines] == list(range(6))
+  wanted = {"reward/total", "reward/answer", "reward/fidelity", "acc_ans", "acc_rat", "rationale_count", "hit_rate",
+            "mean_iou", "loss/policy", "loss/kl", "ppo/clip_frac", "ppo/ratio_max", "rollout/logp_gap_max",
+            "time/rollout_s", "time/update_s", "tokens/generated"}
+  assert wanted <= lines[0].keys()
+  for name in ("config.json", "eval_before.json", "eval_after.json", "report.html", "rollouts/before.jsonl",
+               "rollouts/step_000002.jsonl", "rollouts/after.jsonl"):
+    assert (workdir / name).is_file(), name
+  assert "acc_rat" in out and "95% intervals" in out and "left" in out
+  after = json.loads((workdir / "eval_after.json").read_text())
+  assert after["n"] == 8 and {"value", "low", "high"} <= after["difference"]["acc_rat"].keys()
+
+
+def test_sampler_and_trainer_agree(six_steps):
+  assert max(line["rollout/logp_gap_max"] for line in _lines(six_steps[0])) < 1e-4
+
+
+def test_few_compilations_after_the_first_step(six_steps):
+  counts = [line["compile/count"] for line in _lines(six_steps[0])]
+  assert counts[0] > 0 and counts[-1] - counts[0] <= 12, counts
+
+
+def test_killed_and_started_again_ends_the_same(places, six_steps):
+  workdir = places[0] / "killed"
+  at = random.randint(1, 4)
+  run = _start(places, workdir, *SMALL, "--config.steps=6")
+  give_up = time.monotonic() + 600
+  while len(_lines(workdir)) <= at and run.poll() is None and time.monotonic() < give_up:
+    time.sleep(0.02)
+  run.send_signal(signal.SIGKILL)
+  run.communicate()
+  assert run.returncode == -signal.SIGKILL, "it was still running"
+  again = _start(places, workdir, *SMALL, "--config.steps=6")
+  out, _ = again.communicate(timeout=600)
+  assert again.returncode == 0, out
+  assert "going on from step" in out, f"killed after step {at}"
+  assert _timeless(_lines(workdir)) == _timeless(_lines(six_steps[0])), f"killed after step {at}"
+  ours, theirs = (json.loads((w / "eval_after.json").read_text()) for w in (workdir, six_steps[0]))
+  assert ours == theirs, f"killed after step {at}"
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs (shared/realdata) are not here")
+def test_real_photographs_run_through(places):
+  workdir = places[0] / "photos"
+  run = _start(places, workdir, "--config.data.source=jsonl", f"--config.data.path={PHOTOS}", "--config.steps=2",
+               "--config.rollout.prompts=8", "--config.rollout.group_size=2", "--config.eval.tasks=8",
+               "--config.rollout.max_total_tokens=512")
+  out, _ = run.communicate(timeout=600)
+  assert run.returncode == 0, out
+  assert len(_lines(workdir)) == 2 and (workdir / "report.html").stat().st_size > 10_000
+
+
+def _fails(places, workdir, *more, config="configs/tiny.py"):
+  run = _start(places, workdir, *more, config=config)
+  out, _ = run.communicate(timeout=120)
+  assert run.returncode != 0
+  return out
+
+
+def test_v7b_without_weights_says_what_to_do(places, tmp_path):
+  out = _fails(places, tmp_path / "w", config="configs/v7b.py")
+  assert "hf download Qwen/Qwen2.5-VL-7B-Instruct" in out and "Traceback" not in out
+  assert not (tmp_path / "w").exists(), "nothing is left behind"
+
+
+def test_an_unknown_key_is_named(places, tmp_path):
+  assert "learning_rat" in _fails(places, tmp_path / "w", "--config.optim.learning_rat=1e-3")
+
+
+def test_another_runs_workdir_is_refused_and_kept(six_steps):
+  workdir, _ = six_steps
+  c = config_lib.default()
+  before = {f: f.read_bytes() for f in workdir.iterdir() if f.is_file()}
+  with pytest.raises(ValueError, match="another configuration"):
+    setup_run.claim_workdir(str(workdir), c)
+  assert before == {f: f.read_bytes() for f in workdir.iterdir() if f.is_file()}
+
+
+def test_an_empty_data_set_is_named(tmp_path):
+  (tmp_path / "none.jsonl").write_text("")
+  c = config_lib.default()
+  c.model.path, c.data.source, c.data.path = "@tiny", "jsonl", str(tmp_path / "none.jsonl")
+  with pytest.raises(ValueError, match="at least one usable record"):
+    train.train(c, str(tmp_path / "w"))
+
+
+def test_truncated_weights_are_named(tmp_path):
+  base = pathlib.Path(setup_run.model_dir("@tiny"))
+  broken = tmp_path / "broken"
+  broken.mkdir()
+  for f in base.iterdir():
+    (broken / f.name).write_bytes(f.read_bytes()[:-1000] if f.suffix == ".safetensors" else f.read_bytes())
+  c = config_lib.default()
+  c.model.path = str(broken)
+  c.data.needle.train_size, c.data.needle.test_size = 4, 2
+  with pytest.raises(ValueError, match="truncated or corrupt"):
+    train.train(c, str(tmp_path / "w"))
+
+
+@pytest.mark.parametrize("key, value", [("rollout.temperature", 0.0), ("reward.h0", 1.5), ("ppo.minibatches", 3),
+                                        ("rollout.group_size", 1), ("model.dtype", "float8")])
+def test_bad_values_are_named(key, value):
+  c = config_lib.default()
+  section, name = key.split(".")
+  c[section][name] = value
+  with pytest.raises(ValueError, match=f"config.{key}"):
+    config_lib.validate(c)

@@ -1,0 +1,105 @@
+"""Runs a policy on held-out tasks and reads off what came of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from virl_jax import types
+from virl_jax.eval import metrics
+from virl_jax.report import gallery
+from virl_jax.rl import credit
+from virl_jax.rl import reward
+from virl_jax.rollout import zoom
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """A trajectory with its visual actions judged.
+
+  Attributes:
+    trajectory: what the policy did.
+    ious: for each visual action, its best IoU with a ground-truth box.
+    classes: for each visual action, a name from `credit.NAMES`.
+  """
+
+  trajectory: types.Trajectory
+  ious: tuple[float, ...]
+  classes: tuple[str, ...]
+
+  @property
+  def outcome(self) -> metrics.Outcome:
+    t = self.trajectory
+    return metrics.Outcome(
+        correct=t.correct, ious=self.ious, invalid_actions=sum(turn.error is not None for turn in t.turns),
+        has_boxes=bool(t.task.boxes), overlong=t.stop == types.StopReason.OVERLONG, kind=t.task.kind,
+        answerable=bool(t.task.answers))
+
+  @property
+  def entry(self) -> dict:
+    """For the report's gallery."""
+    t = self.trajectory
+    return gallery.entry(t, t.task.image, self.ious, self.classes, None, None, None, None)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _judge(box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ, cfg):
+  fid = jax.vmap(lambda *a: reward.fidelity(*a, cfg))(box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ)
+  return fid.iou_R, jax.vmap(credit.classify)(fid.correct_R, fid.redundant_R, fid.target_R >= 0)
+
+
+def judge(trajectories: list[types.Trajectory], max_rounds: int, cfg: reward.Config) -> list[Judged]:
+  """IoU and class of every visual action.
+
+  Args:
+    trajectories: any number.
+    max_rounds: most visual actions in one.
+    cfg: the reward, for h0.
+  """
+  B, J = len(trajectories), max(max(len(t.task.boxes) for t in trajectories), 1)
+  box, mask = np.zeros((B, max_rounds, 4), np.float32), np.zeros((B, max_rounds), bool)
+  gt, gt_mask = np.zeros((B, J, 4), np.float32), np.zeros((B, J), bool)
+  for b, t in enumerate(trajectories):
+    for r, found in enumerate(t.boxes):
+      box[b, r], mask[b, r] = found, True
+    for j, true in enumerate(t.task.boxes):
+      gt[b, j], gt_mask[b, j] = true, True
+  iou_BR, class_BR = jax.device_get(_judge(box, mask, gt, gt_mask, cfg))
+  return [Judged(t, tuple(float(v) for v in iou_BR[b, :len(t.boxes)]),
+                 tuple(credit.NAMES[int(k)] for k in class_BR[b, :len(t.boxes)]))
+          for b, t in enumerate(trajectories)]
+
+
+def run(policy: zoom.Policy, params: dict, tasks: list[types.Task], key: jax.Array, batch: int,
+        temperature: float, cfg: reward.Config) -> list[Judged]:
+  """One rollout of each task.
+
+  Args:
+    policy: everything but the parameters.
+    params: the policy's parameters.
+    tasks: what to ask, pictures decoded.
+    key: of the sampling.
+    batch: rows at a time; the last batch is filled up with tasks that come round again.
+    temperature: 0 is greedy.
+    cfg: the reward, for h0.
+  """
+  done = []
+  for i, at in enumerate(range(0, len(tasks), batch)):
+    mine = tasks[at:at + batch]
+    padded = [mine[j % len(mine)] for j in range(batch)]
+    done += zoom.rollout(policy, params, padded, jax.random.fold_in(key, i), 1, temperature)[:len(mine)]
+  return judge(done, policy.rollout.max_rounds, cfg)
+
+
+def result(judged: list[Judged], h0: float, bootstrap: int) -> dict:
+  """What `eval_before.json` and `eval_after.json` hold: the summary, and each task's outcome."""
+  outcomes = [j.outcome for j in judged]
+  return metrics.summary(outcomes, h0, bootstrap) | {"outcomes": [dataclasses.asdict(o) for o in outcomes]}
+
+
+def outcomes(saved: dict) -> list[metrics.Outcome]:
+  """The outcomes of a saved result."""
+  return [metrics.Outcome(**{**o, "ious": tuple(o["ious"])}) for o in saved["outcomes"]]

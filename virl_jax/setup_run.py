@@ -1,0 +1,148 @@
+"""From a ConfigDict to the frozen pieces that a run is made of, and the workdir that it owns."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import os
+import pathlib
+
+import jax
+
+from virl_jax import config as config_lib
+from virl_jax import mesh as mesh_lib
+from virl_jax.data import images
+from virl_jax.data import prompt
+from virl_jax.data.sources import jsonl
+from virl_jax.data.sources import needle
+from virl_jax.learner import step as step_lib
+from virl_jax.model import qwen
+from virl_jax.model import weights
+from virl_jax.rl import advantage
+from virl_jax.rl import credit
+from virl_jax.rl import loss
+from virl_jax.rl import reward
+from virl_jax.rollout import pack
+from virl_jax.rollout import zoom
+
+
+def model_dir(path: str) -> str:
+  """The HF folder that `config.model.path` means.
+
+  Raises:
+    ValueError: says what is missing and how to get it.
+  """
+  if path == "@tiny":
+    return str(importlib.resources.files("virl_jax") / "assets" / "tiny_base")
+  if not path or not os.path.isfile(os.path.join(path, "config.json")):
+    raise ValueError(
+        f"config.model.path must be a folder with a Qwen2.5-VL checkpoint, but {path or 'nothing'!r} is not one: get "
+        "it with `hf download Qwen/Qwen2.5-VL-7B-Instruct --local-dir=weights/Qwen2.5-VL-7B-Instruct`, or name "
+        "another folder with --config.model.path=HF_DIR")
+  return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+  """Everything of a run that is fixed.
+
+  Attributes:
+    policy: for rollouts.
+    step: static argument of the learner's steps.
+    pack: how batches are padded.
+    mesh: where arrays go.
+    hf_dir: the folder that the base came from.
+  """
+
+  policy: zoom.Policy
+  step: step_lib.Config
+  pack: pack.Config
+  mesh: jax.sharding.Mesh
+  hf_dir: str
+
+
+def pieces(c: config_lib.ConfigDict) -> Pieces:
+  """Builds them, reading only the base's config and tokenizer.
+
+  Raises:
+    ValueError: if something that the configuration names is missing or does not fit.
+  """
+  config_lib.validate(c)
+  hf_dir = model_dir(c.model.path)
+  model = dataclasses.replace(weights.read_config(hf_dir), compute_dtype=c.model.compute_dtype, remat=c.model.remat)
+  import transformers  # seconds to import
+  codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(hf_dir), model.image_token, model.eos)
+  mesh = mesh_lib.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+  rows = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
+  shards = mesh_lib.row_shards(mesh)
+  if rows % shards:
+    raise ValueError(f"config.rollout.prompts * group_size / ppo.minibatches must be a multiple of the mesh's "
+                     f"data x fsdp = {shards}. Received: {rows}")
+  r = c.rollout
+  return Pieces(
+      policy=zoom.Policy(model, codec, prompt.Config(**c.prompt), images.Config(**c.image),
+                         zoom.Config(r.max_rounds, r.max_turn_tokens, r.max_total_tokens, r.temperature,
+                                     r.pad_tokens), mesh),
+      step=step_lib.Config(model, r.group_size, r.temperature, reward.Config(**c.reward), credit.Config(**c.credit),
+                           advantage.Config(**c.advantage), loss.Config(**c.loss), step_lib.OptimConfig(**c.optim)),
+      pack=pack.Config(model.vision.grid, model.image_token, r.max_rounds, r.pad_tokens,
+                       pad_images=max(shards, rows // 4), mask_overlong=r.mask_overlong),
+      mesh=mesh, hf_dir=hf_dir)
+
+
+def source(c: config_lib.ConfigDict, split: str):
+  """The tasks of "train" or "test"."""
+  if c.data.source == "needle":
+    return needle.load(c.data.path, split, needle.Config(**c.data.needle))
+  return jsonl.load(c.data.path, split, c.data.eval_fraction, c.seed)
+
+
+def load_params(p: Pieces, dtype: str) -> dict:
+  """The base's parameters, placed on the mesh."""
+  _, params = weights.load_hf(p.hf_dir, dtype, mesh_lib.param_shardings(qwen.specs(p.policy.model), p.mesh))
+  return params
+
+
+def claim_workdir(path: str, c: config_lib.ConfigDict) -> pathlib.Path:
+  """Makes the folder, or makes sure that it belongs to this configuration.
+
+  Args:
+    path: the workdir.
+    c: the run's configuration; only `steps` may differ from what the folder holds.
+
+  Raises:
+    ValueError: names the keys that differ; nothing in the folder is touched.
+  """
+  folder = pathlib.Path(path)
+  file = folder / "config.json"
+  text = config_lib.to_json(c)
+  if file.exists():
+    try:
+      found = json.loads(file.read_text())
+    except ValueError as e:
+      raise ValueError(f"{file} must be JSON ({e}); use another --workdir") from e
+    old, new = _flat(found), _flat(json.loads(text))
+    differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "steps")
+    if differ:
+      shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differ[:5])
+      raise ValueError(f"{folder} holds a run with another configuration ({shown}"
+                       f"{f'; {len(differ) - 5} more' if len(differ) > 5 else ''}); use another --workdir")
+  elif folder.exists() and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+    raise ValueError(f"{folder} holds a run but no config.json to tell whose; use another --workdir")
+  (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+  write_text(file, text)
+  return folder
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  tmp = path.with_name(path.name + ".tmp")
+  tmp.write_text(text)
+  os.replace(tmp, path)
+
+
+def _flat(tree, prefix: str = "") -> dict:
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
