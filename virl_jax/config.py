@@ -111,14 +111,13 @@ def default() -> ConfigDict:
   e.bootstrap = 2000               # resamples for the 95% intervals
 
   c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; all [ours]
-  u.steps = 2000                   # optimiser updates
-  u.rows = 60                      # demonstrations an update, a multiple of 6
+  u.steps = 1200                   # optimiser updates
+  u.pictures = 4000                # different pictures in each stage
   u.marks = ("pattern",)           # kinds of marks, keys of needle.MARKS
   u.learning_rate = 1.5e-3         # peak, until the clumsy stage
   u.clumsy_learning_rate = 3e-4    # peak of the clumsy stage
-  u.stages = (0.2, 0.4, 0.88)      # shares of the steps at which two, then all objects, then clumsiness come in
   u.workers = 2                    # processes that draw
-  u.save_every = 200               # updates
+  u.save_every = 100               # updates
 
   c.log = g = ConfigDict()
   g.gallery = 8                    # trajectories kept for the report each time

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from virl_jax.model import params as params_lib
 

@@ -85,7 +85,8 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
                          zoom.Config(r.max_rounds, r.max_turn_tokens, r.max_total_tokens, r.temperature,
                                      r.pad_tokens), mesh),
       step=step_lib.Config(model, r.group_size, r.temperature, reward.Config(**c.reward), credit.Config(**c.credit),
-                           advantage.Config(**c.advantage), loss.Config(**c.loss), step_lib.OptimConfig(**c.optim)),
+                           advantage.Config(**c.advantage), loss.Config(**c.loss), step_lib.OptimConfig(**c.optim),
+                           mesh),
       pack=pack.Config(model.vision.grid, model.image_token, r.max_rounds, r.pad_tokens,
                        pad_images=max(shards, rows // 4), mask_overlong=r.mask_overlong),
       mesh=mesh, hf_dir=hf_dir)

@@ -2,9 +2,9 @@
 
     python -m virl_jax.warmstart --config=configs/tiny.py --out=HF_DIR
 
-Supervised learning on demonstrations, from easy to hard: one object in the picture, then two, then all;
-careful zooms first, clumsy ones at the end, so that the base reads marks well and zooms badly.  Worker
-processes draw the pictures.  Interrupt it at any time and start it again: it goes on where it was.
+Supervised learning on demonstrations, from easy to hard (`STAGES`): finding the only object, finding the one
+that is asked for, reading its mark, and at the end zooming clumsily, so that the base reads marks well and zooms
+badly.  Worker processes draw the pictures.  Interrupt it at any time and start it again: it goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,6 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
-from virl_jax import config as config_lib
 from virl_jax.data import demos
 from virl_jax.data import images
 from virl_jax.data import prompt
@@ -43,6 +43,39 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and log; OUT.work b
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+  """A part of the curriculum.
+
+  Attributes:
+    until: share of all steps at which it ends.
+    rows: demonstrations an update.
+    questions: demonstrations a picture; divides `rows`.
+    objects: fewest and most objects in a picture; 0 stands for the configured most.
+    whole: whole demonstrations; else only their first zoom.
+    noise: share of clumsy zooms.
+    learn_noise: whether clumsy zooms are learned, or only looked at.
+  """
+
+  until: float
+  rows: int
+  questions: int
+  objects: tuple[int, int]
+  whole: bool
+  noise: float
+  learn_noise: bool
+
+
+# Where is it?  Which one is it?  What is on it?  And at last: how to zoom badly.  Finding the only object takes
+# some 20,000 samples before anything is learned, then goes fast; without it the rest is not learned at all.
+STAGES = (
+    Stage(0.34, 96, 1, (1, 1), False, 0.0, False),
+    Stage(0.60, 96, 3, (2, 0), False, 0.0, False),
+    Stage(0.90, 60, 3, (2, 0), True, 0.15, False),
+    Stage(1.00, 60, 3, (2, 0), True, 1.0, True),
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
   """What a worker needs to draw any batch: a pure function of (plan, step)."""
 
@@ -53,10 +86,9 @@ class Plan:
   grid: images.Grid
   seed: int
   steps: int
-  rows: int
+  pictures: int
   marks: tuple[str, ...]
-  objects: tuple[int, int]
-  stages: tuple[float, float, float]
+  most_objects: int
   side_px: int
 
 
@@ -72,25 +104,30 @@ def _voice(plan: Plan) -> demos.Voice:
   return _VOICE[plan.tokenizer_dir]
 
 
+@functools.cache
+def _picture(plan: Plan, objects: tuple[int, int], index: int) -> demos.Picture:
+  """Picture number `index` of a stage.  Drawing is dear: a worker keeps what it has drawn."""
+  rng = np.random.default_rng([plan.seed, *objects, index])
+  return demos.picture(rng, plan.marks, objects, plan.side_px, _voice(plan))
+
+
+def stage_of(step: int, steps: int) -> Stage:
+  """The stage that a step belongs to."""
+  return next(stage for stage in STAGES if step < round(stage.until * steps) or stage is STAGES[-1])
+
+
 def draw_batch(plan: Plan, step: int):
   """The batch of one step (numpy leaves)."""
-  voice, progress = _voice(plan), step / plan.steps
-  two, every, clumsy = plan.stages
-  most = plan.objects[1]
-  objects = (1, 1) if progress < two else (1, 2) if progress < every else (2, most)
-  # Before the clumsy stage some zooms are clumsy already, but only looked at: reading what a poor crop
-  # shows, and saying "unclear", is learned all along.
-  learn_noise = progress >= clumsy
-  noise = 1.0 if learn_noise else 0.15
-  # As many questions as there are objects to ask about: new pictures teach more than old ones.
-  questions = min(objects[1], 3)
+  stage = stage_of(step, plan.steps)
+  objects = (stage.objects[0], stage.objects[1] or plan.most_objects)
+  pictures = stage.rows // stage.questions
   rows = []
-  for i in range(plan.rows // questions):
-    rng = np.random.default_rng([plan.seed, step, i])
-    rows += demos.lesson(rng, plan.marks, objects, questions, noise, learn_noise, plan.side_px, voice,
-                         demos.Config())
+  for i in range(pictures):
+    drawn = _picture(plan, objects, (step * pictures + i) % plan.pictures)
+    rows += demos.lesson(drawn, np.random.default_rng([plan.seed, step, i]), stage.questions, stage.noise,
+                         stage.learn_noise, _voice(plan), demos.Config(), None if stage.whole else 1)
   return pack.pack(rows, pack.Config(plan.grid, dict(plan.ids)["image_token"], max_rounds=4, pad_tokens=16,
-                                     pad_images=plan.rows // 3))
+                                     pad_images=32))
 
 
 def _batches(plan: Plan, start: int, workers: int):
@@ -109,12 +146,16 @@ def _batches(plan: Plan, start: int, workers: int):
 
 
 def optim_config(c, clumsy: bool) -> step_lib.OptimConfig:
-  """AdamW for the careful or the clumsy stage."""
-  first = round(c.warmstart.stages[2] * c.warmstart.steps)
-  steps = c.warmstart.steps - first if clumsy else first
+  """AdamW for the careful or the clumsy stages."""
+  first = turning(c.warmstart.steps)
   return step_lib.OptimConfig(
       learning_rate=c.warmstart.clumsy_learning_rate if clumsy else c.warmstart.learning_rate,
-      warmup_steps=100 if not clumsy else 20, decay_steps=steps, b2=0.98, clip_norm=1.0)
+      warmup_steps=20 if clumsy else 50, decay_steps=c.warmstart.steps - first if clumsy else first, b2=0.98)
+
+
+def turning(steps: int) -> int:
+  """The first step that learns to be clumsy."""
+  return next(step for step in range(steps + 1) if step == steps or stage_of(step, steps).learn_noise)
 
 
 def main(argv):
@@ -132,8 +173,7 @@ def main(argv):
   ids = tiny_tokenizer.token_ids(tokenizer)
   cfg = qwen.tiny(-(-len(tokenizer) // 64) * 64, ids)
   plan = Plan(str(workdir / "tokenizer"), tuple(ids.items()), prompt.Config(**c.prompt), images.Config(**c.image),
-              cfg.vision.grid, c.seed, u.steps, u.rows, tuple(u.marks),
-              tuple(c.data.needle.objects), tuple(u.stages), c.data.needle.side_px)
+              cfg.vision.grid, c.seed, u.steps, u.pictures, tuple(u.marks), c.data.needle.objects[1], c.data.needle.side_px)
   careful, clumsy = (step_lib.Config(cfg, 1, optim=optim_config(c, k)) for k in (False, True))
   params = params_lib.init(qwen.specs(cfg), jax.random.key(c.seed), jnp.float32)
   state = step_lib.init_state(params, careful.optim)
@@ -144,12 +184,12 @@ def main(argv):
   if start:
     state = saves.restore(start, state)
     print(f"going on from step {start}", flush=True)
-  turning = round(u.stages[2] * u.steps)
+  turn = turning(u.steps)
   began, log = time.time(), open(workdir / "metrics.jsonl", "a")
   for step, batch in enumerate(_batches(plan, start, u.workers), start):
-    if step == turning:  # a new optimiser: the careful stage's schedule has run out
+    if step == turn:  # a new optimiser: the careful stage's schedule has run out
       state = step_lib.init_state(state.params, clumsy.optim)
-    state, metrics = step_lib.imitate_step(state, batch, careful if step < turning else clumsy)
+    state, metrics = step_lib.imitate_step(state, batch, careful if step < turn else clumsy)
     if step % 25 == 0 or step + 1 == u.steps:
       nll = float(metrics["loss/total"])
       if not np.isfinite(nll):

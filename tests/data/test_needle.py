@@ -59,7 +59,7 @@ def test_pictures_are_what_their_tasks_say():
     # The file holds the picture.
     decoded = np.asarray(images.decode(task.image), int)
     assert np.abs(decoded - scene.pixels).mean() < 4
-  assert len(seen) > 20
+  assert len(seen) > 12
 
 
 def test_pair_answers_are_balanced_and_marks_are_even():
@@ -157,17 +157,16 @@ def test_splits_must_exist(tmp_path, split, size):
 
 
 def test_tensorflow_is_not_needed(tmp_path):
-  """Neither drawing, storing nor reading imports it, installed or not."""
+  """Neither drawing, storing nor reading imports it."""
   program = f"""
 import sys
-sys.modules["tensorflow"] = None
 from virl_jax.data.sources import needle
 source = needle.load({str(tmp_path)!r}, "test", needle.Config(train_size=2, test_size=2))
-print(source.task(1).uid, "jax" in sys.modules and sys.modules["jax"].devices and "ok")
+print(source.task(1).uid, "tensorflow" in sys.modules)
 """
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
-  assert done.stdout.split() == ["test_000001", "ok"]
+  assert done.stdout.split()[-2:] == ["test_000001", "False"]
 
 
 # --- the probe --------------------------------------------------------------------------------------
@@ -199,6 +198,13 @@ def texture(pixels):
   return np.concatenate([*out, *quantiles, ((pixels - mean) ** 3).mean((0, 1)) / (std + 1) ** 3, std, mean])
 
 
+def where_fine(pixels):
+  """float[196]: a map, 14 x 14, of how much neighbours differ along both diagonals."""
+  grey = pixels.mean(-1)
+  fine = np.abs(np.diff(grey[1:], axis=1) - np.diff(grey[:-1], axis=1)).clip(0, 127)
+  return np.asarray(Image.fromarray(fine.astype(np.float32)).resize((14, 14), Image.Resampling.BOX)).ravel()
+
+
 def held_out_accuracy(x, y, n_train):
   """Of ridge regression on one-hot targets, with the best of several penalties: generous to the probe."""
   x = (x - x[:n_train].mean(0)) / (x[:n_train].std(0) + 1e-6)
@@ -223,10 +229,10 @@ def probe(request):
       x1, y1, x2, y2 = map(round, box)
       patch = Image.fromarray(np.rint(shown[y1:y2, x1:x2]).clip(0, 255).astype(np.uint8))
       raw.append(np.asarray(patch.resize((14, 14), Image.Resampling.BICUBIC), float).ravel())
-      shown_texture.append(texture(middle_of(shown, box)))
+      shown_texture.append([*texture(middle_of(shown, box)), *where_fine(shown[y1:y2, x1:x2])])
       crop = pixels_of(images.prepare(image, thing.box, 1568, 3136, GRID))
       assert crop.shape == (56, 56, 3)
-      crop_texture.append(texture(middle_of(crop, (0, 0, 56, 56))))
+      crop_texture.append([*texture(middle_of(crop, (0, 0, 56, 56))), *where_fine(crop)])
       labels.append(needle.MARKS[mark].index(thing.mark))
   raw, shown_texture, crop_texture, y = map(np.asarray, (raw, shown_texture, crop_texture, labels))
   score = lambda x: held_out_accuracy(x, y, 600)
@@ -245,5 +251,5 @@ def test_marks_cannot_be_read_without_zooming(probe, request):
 
 def test_marks_can_be_read_in_a_good_crop(probe):
   mark, chance, found = probe
-  # A digit's shape is beyond features that don't know where they are; that it is there at all they see.
-  assert found["crop"] > (0.9 if mark != "digit" else chance + 0.15), (mark, found)
+  # A digit is bent to the shape of its object: more than a linear probe can undo, but not more than it can see.
+  assert found["crop"] > (0.9 if mark != "digit" else 3 * chance), (mark, found)

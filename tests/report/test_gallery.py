@@ -6,8 +6,8 @@ import json
 import math
 
 import numpy as np
-import pytest
 from PIL import Image
+import pytest
 
 from virl_jax import types
 from virl_jax.report import gallery

@@ -5,12 +5,14 @@ import json
 import re
 
 import numpy as np
-import pytest
 from PIL import Image
+import pytest
 
 from virl_jax import types
-from virl_jax.report import gallery, log, trajectory
+from virl_jax.report import gallery
 from virl_jax.report import html as page_html
+from virl_jax.report import log
+from virl_jax.report import trajectory
 
 _VOID = {"meta", "link", "img", "input", "br", "hr"}
 _IDS = np.zeros(1, np.int32)

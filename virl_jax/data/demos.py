@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from PIL import Image
 
 from virl_jax import types
 from virl_jax.data import images
@@ -118,7 +119,7 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
   thought, read = "", []
   for target in targets:
     others = [t.box for t in scene.things if t is not target]
-    for attempt in range(2 if learn_noise else 1):
+    for _ in range(2 if learn_noise else 1):
       clumsy = rng.random() < noise
       box = (_clumsy_box(target.box, others, scene.pixels.shape[0], rng, cfg) if clumsy
              else _careful_box(target.box, rng, cfg))
@@ -142,29 +143,60 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
   return traj
 
 
-def lesson(rng: np.random.Generator, marks: tuple[str, ...], objects: tuple[int, int], questions: int,
-           noise: float, learn_noise: bool, side_px: int, voice: Voice, cfg: Config) -> list[types.Trajectory]:
-  """Several demonstrations on one picture: every object asked about in turn, and comparisons.
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A drawn scene, ready to be shown.
+
+  Attributes:
+    scene: what is on it.
+    image: the picture, PIL.
+    shown: as the policy is shown it.
+  """
+
+  scene: needle.Scene
+  image: Image.Image
+  shown: types.ImageInput
+
+
+def picture(rng: np.random.Generator, marks: tuple[str, ...], objects: tuple[int, int], side_px: int, voice: Voice
+            ) -> Picture:
+  """Draws a picture to hold a lesson on.
 
   Args:
     rng: source of everything random.
     marks: kinds of marks to draw, keys of `needle.MARKS`.
     objects: fewest and most objects.
-    questions: how many demonstrations.
-    noise, learn_noise: see `demonstrate`.
     side_px: of the picture.
-    voice: tokens.
-    cfg: how clumsy.
+    voice: for the pixel limits.
   """
   scene = needle.draw_scene(rng, str(rng.choice(marks)), int(rng.integers(objects[0], objects[1] + 1)), side_px)
   image = images.decode(needle.encode(scene.pixels))
-  shown = images.prepare(image, None, voice.image.min_pixels, voice.image.max_pixels, voice.grid)
+  return Picture(scene, image, images.prepare(image, None, voice.image.min_pixels, voice.image.max_pixels, voice.grid))
+
+
+def lesson(seen: Picture, rng: np.random.Generator, questions: int, noise: float, learn_noise: bool, voice: Voice,
+           cfg: Config, turns: int | None = None) -> list[types.Trajectory]:
+  """Several demonstrations on one picture: its objects asked about in turn, every third a comparison.
+
+  Args:
+    seen: the picture.
+    rng: source of everything random.
+    questions: how many demonstrations.
+    noise, learn_noise: see `demonstrate`.
+    voice: tokens.
+    cfg: how clumsy.
+    turns: keep only so many turns of each; None for all.
+  """
+  scene, out = seen.scene, []
   order = rng.permutation(len(scene.things))
-  out = []
   for q in range(questions):
     if len(scene.things) > 1 and q % 3 == 2:
       asked = needle.ask_pair(scene, *needle.choose_pair(scene, rng))
     else:
       asked = needle.ask_one(scene, int(order[q % len(order)]))
-    out.append(demonstrate(scene, *asked, image, shown, noise, learn_noise, rng, voice, cfg))
+    demo = demonstrate(scene, *asked, seen.image, seen.shown, noise, learn_noise, rng, voice, cfg)
+    if turns is not None:
+      del demo.turns[turns:]
+      del demo.images[1 + sum(t.image_index is not None for t in demo.turns):]
+    out.append(demo)
   return out

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from virl_jax import mesh as mesh_lib
 from virl_jax import types
 from virl_jax.model import qwen
 from virl_jax.rl import advantage
@@ -39,7 +40,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Everything the steps need that is no array; hashable, so that it can be a static argument."""
+  """Everything the steps need that is no array; hashable, so that it can be a static argument.
+
+  With a mesh, updated parameters and moments stay where `mesh.param_shardings` puts them.  Left alone, the
+  partitioner moves some about, and the next step is compiled again.
+  """
 
   model: qwen.Config
   group_size: int
@@ -49,6 +54,7 @@ class Config:
   advantage: advantage.Config = advantage.Config()
   loss: loss.Config = loss.Config()
   optim: OptimConfig = OptimConfig()
+  mesh: jax.sharding.Mesh | None = None
 
 
 @flax.struct.dataclass
@@ -80,15 +86,25 @@ def schedule(cfg: OptimConfig) -> optax.Schedule:
 
 def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
   """AdamW behind global-norm clipping; vectors (norms, biases) are not decayed."""
+  # By name, not by rank: layers are stacked, and a stacked bias has as many axes as a matrix.
+  decayed = lambda path, _: not (path[-1].key.startswith("norm") or path[-1].key.endswith("_b"))
   return optax.chain(
       optax.clip_by_global_norm(cfg.clip_norm),
       optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay,
-                  mask=lambda p: jax.tree.map(lambda a: a.ndim > 2, p)))
+                  mask=lambda p: jax.tree_util.tree_map_with_path(decayed, p)))
 
 
 def init_state(params: dict, cfg: OptimConfig) -> TrainState:
   """A fresh state around parameters; moments take the parameters' shardings."""
-  return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer(cfg).init)(params))
+  opt, first = optimizer(cfg), jax.tree.leaves(params)[0].sharding
+  if not isinstance(first, jax.sharding.NamedSharding):
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(opt.init)(params))
+  # Zeros depend on no input, so that jit by itself would put them whole on every device.
+  whole = mesh_lib.replicated(first.mesh)
+  shardings = optax.tree.map_params(opt, lambda _, p: p.sharding, jax.eval_shape(opt.init, params), params,
+                                    transform_non_params=lambda _: whole)
+  return TrainState(jax.device_put(jnp.zeros((), jnp.int32), whole), params,
+                    jax.jit(opt.init, out_shardings=shardings)(params))
 
 
 def logp_entropy(params: dict, cfg: Config, batch: types.Batch) -> tuple[jax.Array, jax.Array]:
@@ -160,12 +176,18 @@ def score_step(params: dict, ref_params: dict | None, batch: types.Batch, cfg: C
                            total_B), metrics
 
 
-def _apply(state: TrainState, loss_fn, cfg: OptimConfig) -> tuple[TrainState, dict]:
+def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, dict]:
   (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-  updates, opt_state = optimizer(cfg).update(grads, state.opt_state, state.params)
+  updates, opt_state = optimizer(cfg.optim).update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  if cfg.mesh is not None:
+    shardings = mesh_lib.param_shardings(qwen.specs(cfg.model), cfg.mesh)
+    pin = jax.lax.with_sharding_constraint
+    params = jax.tree.map(pin, params, shardings)
+    opt_state = optax.tree.map_params(optimizer(cfg.optim), pin, opt_state, shardings)
   metrics = dict(metrics, **{"optim/grad_norm": optax.global_norm(grads),
-                             "optim/learning_rate": schedule(cfg)(state.update)})
-  return TrainState(state.update + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+                             "optim/learning_rate": schedule(cfg.optim)(state.update)})
+  return TrainState(state.update + 1, params, opt_state), metrics
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
@@ -188,7 +210,7 @@ def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tu
     return loss.policy_loss(logp, scored.logp_old_BT, scored.logp_ref_BT, entropy, scored.advantage_BT,
                             mask(scored.batch), cfg.loss)
 
-  return _apply(state, loss_fn, cfg.optim)
+  return _apply(state, loss_fn, cfg)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
@@ -208,4 +230,4 @@ def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[Tr
     nll = -loss.masked_mean(logp, mask(batch))
     return nll, {"loss/total": nll}
 
-  return _apply(state, loss_fn, cfg.optim)
+  return _apply(state, loss_fn, cfg)

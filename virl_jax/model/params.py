@@ -7,10 +7,10 @@ first axis is "layers" stands for one HF tensor a layer, and its `hf_name` conta
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp

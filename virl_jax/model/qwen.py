@@ -75,7 +75,7 @@ def tiny(vocab: int, ids: dict[str, int]) -> Config:
   """
   return Config(
       text=text.Config(vocab=vocab, hidden=128, layers=4, heads=4, kv_heads=2, head_size=32, intermediate=320,
-                       mrope_section=(1,) * 12 + (2, 1, 1), theta=1e4, tied=True),
+                       mrope_section=(1,) * 12 + (2, 1, 1), theta=100.0, tied=True),
       vision=vision.Config(depth=3, hidden=128, heads=4, intermediate=256, out=128, full_blocks=(2,)),
       **ids)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import html
 import math
 import statistics
-from collections.abc import Sequence
 
 _WIDTH, _HEIGHT = 360, 196
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 54, 34, 24  # margins around the plot: tick labels, last value, title

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 import io
 import json
 import math
 import os
 import typing
-from collections.abc import Sequence
 
 from PIL import Image
 

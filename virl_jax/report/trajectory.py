@@ -5,9 +5,9 @@ Everything a model or a data set wrote is hostile text here: it reaches the page
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import html
 import re
-from collections.abc import Sequence
 
 from virl_jax.report import curves
 

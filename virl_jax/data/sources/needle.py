@@ -44,8 +44,12 @@ MARKS = {"pattern": PATTERNS, "dot": tuple(DOTS), "digit": DIGITS}
 FAMILIES = tuple(MARKS) + tuple("pair_" + m for m in MARKS)
 _CONTRAST = {"pattern": 45, "digit": 34}   # standard deviation around the object's colour, levels
 # Of the texture, pixels.  Resizing to a third leaves nothing at all of a period of 3 with no mean contrast.
+# TODO before the next base is trained: "pattern": 3 and a contrast of 34.  With a period of 4, rows and columns
+# survive resizing to a third at +-3 levels, and a linear probe names 62% of patterns without a zoom; with 3 it
+# is at chance (0.19 to 0.23, true crop 0.99).  tests/data/test_needle.py expects that failure until then.
 _PERIOD = {"pattern": 4, "dot": 3, "digit": 3}
 _BLOTCH = 6.0      # of digits' surfaces, levels: hides what the glyph's edges leave when resized
+_LIGHT = 70        # how much the wall's red grows to the right, and its blue downwards, levels
 _NOISE = 5.0       # standard deviation of the pixel noise, levels
 _VERSION = 2       # raise it when `draw` changes: stored sets are named by it
 
@@ -147,11 +151,14 @@ def _glyph(digit: str, h: int, w: int) -> np.ndarray:
 
 
 def _background(side: int, rng: np.random.Generator) -> np.ndarray:
-  """float32[side, side, 3]: a dull gradient with grey clutter."""
-  grey, tint = rng.uniform(90, 165), rng.uniform(-10, 10, 3).astype(np.float32)
-  slope = rng.uniform(-20, 20, 2).astype(np.float32)
+  """float32[side, side, 3]: a dull wall, warm light from the right and cold light from below, grey clutter.
+
+  The light is always from there: it tells places apart for a vision tower that has no learned positions and
+  only two million parameters to make up for that.
+  """
+  grey, tint = rng.uniform(115, 140), rng.uniform(-8, 8, 3).astype(np.float32)
   y, x = np.mgrid[:side, :side].astype(np.float32) / side - 0.5
-  picture = (np.float32(grey) + slope[0] * y + slope[1] * x)[..., None] + tint
+  picture = np.float32(grey) + tint + _LIGHT * np.stack([x, np.zeros_like(x), y], -1)
   clutter = Image.new("L", (side, side), 128)
   pen = ImageDraw.Draw(clutter)
   for _ in range(rng.integers(0, 5)):
@@ -165,21 +172,17 @@ def _background(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _place(n: int, side: int, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
-  """n boxes (x, y, w, h) in pixels that keep clear of each other."""
+  """n boxes (x, y, w, h) in pixels, each somewhere in its own ninth of the picture."""
+  cell = side // 3
   low, high = side // 6, round(side / 3.8)
-  while True:
-    placed: list[tuple[int, int, int, int]] = []
-    for _ in range(60):
-      w, h = (int(v) for v in rng.integers(low, high + 1, 2))
-      x, y = int(rng.integers(0, side - w + 1)), int(rng.integers(0, side - h + 1))
-      gap = side // 42
-      if all(x + w + gap <= a or a + c + gap <= x or y + h + gap <= b or b + d + gap <= y for a, b, c, d in placed):
-        placed.append((x, y, w, h))
-        if len(placed) == n:
-          return placed
-    # Rare: the first few blocked the rest.  Start over with fresh draws.
-    if n > 6:
-      high = max(low + 1, high - 2)
+  placed = []
+  for at in rng.permutation(9)[:n]:
+    row, column = divmod(int(at), 3)
+    w, h = (int(v) for v in rng.integers(low, high + 1, 2))
+    x = column * cell + int(rng.integers(0, cell - w + 1))
+    y = row * cell + int(rng.integers(0, cell - h + 1))
+    placed.append((x, y, w, h))
+  return placed
 
 
 def draw_scene(rng: np.random.Generator, mark: str, n_objects: int, side_px: int = 252) -> Scene:

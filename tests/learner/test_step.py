@@ -1,0 +1,252 @@
+"""Scores worked out by hand, updates, and the same update on any mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from virl_jax import config
+from virl_jax import mesh as mesh_lib
+from virl_jax import types
+from virl_jax.learner import step as step_lib
+from virl_jax.model import qwen
+from virl_jax.rl import credit
+from virl_jax.rollout import pack
+
+TARGET = types.Box(0, 0, 40, 40)
+HALF = types.Box(0, 0, 40, 20)     # IoU 0.5 with the target
+AWAY = types.Box(100, 100, 140, 140)
+# eps far above rounding noise, so that a gradient of 1e-9 is not blown up into a step.
+OPTIM = step_lib.OptimConfig(learning_rate=1e-2, eps=1e-3)
+
+
+def make_config(model, group_size=4, **kwargs):
+  return step_lib.Config(model.cfg, group_size, optim=OPTIM, **kwargs)
+
+
+def trajectories(cfg):
+  """Two groups of four: what each row does is in its name; tokens and pictures are random."""
+  rng = np.random.default_rng(0)
+  grid = cfg.vision.grid
+
+  def picture(rows, cols):
+    patches = rng.normal(size=(4 * rows * cols, grid.values)).astype(np.float32)
+    return types.ImageInput(patches, (2 * rows, 2 * cols), types.Box(0, 0, 200, 200))
+
+  def row(task, shown, boxes, correct, stop=types.StopReason.ANSWERED):
+    t = types.Trajectory(task, 0, np.array([10, *[cfg.image_token] * 4, 11, 12], np.int32), [], [shown], stop,
+                         correct=correct)
+    for box in boxes:
+      t.turns.append(types.Turn("assistant", rng.integers(13, 60, 3).astype(np.int32), np.full(3, -1.0, np.float32),
+                                box=box))
+      t.images.append(picture(1, 2))
+      t.turns.append(types.Turn("tool", np.array([cfg.image_token] * 2 + [13], np.int32)))
+    t.turns.append(types.Turn("assistant", rng.integers(13, 60, 2).astype(np.int32), np.full(2, -2.0, np.float32)))
+    return t
+
+  with_box, without = types.Task("a", b"", "?", ("x",), (TARGET,)), types.Task("b", b"", "?", ("x",))
+  one, two = picture(2, 2), picture(2, 2)
+  return [row(with_box, one, [HALF, TARGET], True), row(with_box, one, [AWAY], False),
+          row(with_box, one, [], True), row(with_box, one, [TARGET, TARGET], False, types.StopReason.OVERLONG),
+          row(without, two, [AWAY], True), row(without, two, [], False), row(without, two, [], False),
+          row(without, two, [AWAY], False)]
+
+
+@pytest.fixture(scope="module")
+def batch(small):
+  return pack.pack(trajectories(small.cfg), pack.Config(small.cfg.vision.grid, small.cfg.image_token, 2, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def scored(small, batch):
+  return step_lib.score_step(small.params, None, batch, make_config(small))
+
+
+REWARD = np.array([
+    1 + 0.2 + np.mean([1 + 0.5 * 0.5, 1 + 0.5 * 0.5]),  # 0.5, then refined by 0.5
+    0 + 0.2 - 1,
+    1 + 0.2 - 1,                                        # never looked where it should have
+    0 + 0.0 + np.mean([1 + 0.5 * 1.0, 1 - 0.5]),        # the second look is redundant
+    1.2, 0.2, 0.2, 0.2])                                # nothing to look for: no fidelity
+
+
+def test_rewards_classes_and_advantages_by_hand(batch, scored):
+  s, _ = scored
+  np.testing.assert_allclose(s.reward_B, REWARD, atol=1e-6)
+  groups = REWARD.reshape(2, 4)
+  advantage = ((groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)).ravel()
+  np.testing.assert_allclose(s.advantage_B, advantage, atol=1e-4)
+  good, again, bad, none = credit.CORRECT, credit.REDUNDANT, credit.ERRONEOUS, credit.NONE
+  assert s.class_BR.tolist() == [[good, good], [bad, none], [none, none], [good, again], *[[none, none]] * 4]
+  np.testing.assert_allclose(s.iou_BR[:4], [[0.5, 1], [0, 0], [0, 0], [1, 1]], atol=1e-6)
+  assert advantage[0] > 0 > advantage[1] and advantage[3] > 0
+  modulator = np.array([[1.5, 1.5], [1.5, 1], [1, 1], [1.5, 0.75], *[[1, 1]] * 4])
+  np.testing.assert_allclose(s.modulator_BR, modulator)
+  for b in range(8):
+    for t in range(batch.tokens_BT.shape[1]):
+      k = batch.action_BT[b, t]
+      want = advantage[b] * (modulator[b, k] if k >= 0 else 1) if batch.sampled_BT[b, t] else 0
+      np.testing.assert_allclose(s.advantage_BT[b, t], want, atol=2e-4)
+
+
+def test_log_probabilities_are_about_the_token_at_their_place(small, batch, scored):
+  s, metrics = scored
+  hidden = jax.jit(qwen.hidden, static_argnums=1)(
+      small.params, small.cfg, batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT, batch.images)
+  logits = np.asarray(jax.jit(qwen.logits, static_argnums=1)(small.params, small.cfg, hidden), np.float64)
+  logits[..., list(small.cfg.banned)] = -np.inf
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  B, T = batch.tokens_BT.shape
+  want = np.zeros((B, T))
+  for b in range(B):
+    for t in range(1, T):
+      want[b, t] = logp[b, t - 1, batch.tokens_BT[b, t]]
+  np.testing.assert_allclose(np.asarray(s.logp_old_BT)[batch.sampled_BT], want[batch.sampled_BT], atol=1e-5)
+  np.testing.assert_array_equal(s.logp_ref_BT, s.logp_old_BT)
+  gap = np.abs(want - batch.logp_sampler_BT)[batch.sampled_BT]
+  np.testing.assert_allclose([metrics["rollout/logp_gap_max"], metrics["rollout/logp_gap_mean"]],
+                             [gap.max(), gap.mean()], rtol=1e-4)
+
+
+def test_metrics_by_hand(batch, scored):
+  _, m = scored
+  want = {
+      "reward/total": REWARD.mean(), "reward/answer": 3 / 8, "acc_ans": 3 / 8, "reward/format": 7 / 8,
+      "reward/fidelity": (1.25 - 1 - 1 + 1.0) / 8,
+      "acc_rat": 4 / 5, "mean_iou": (0.5 + 1 + 0 + 1 + 1) / 5, "credit/redundant_share": 1 / 5,  # of judged actions
+      "rationale_count": 7 / 8, "hit_rate": 2 / 4,  # of tasks with boxes
+      "tokens/generated": batch.sampled_BT.sum(),
+  }
+  for name, value in want.items():
+    np.testing.assert_allclose(m[name], value, rtol=1e-5, err_msg=name)
+  assert all(v.shape == () and np.isfinite(v) for v in m.values())
+
+
+def test_a_reference_has_log_probabilities_of_its_own(small, batch, scored):
+  other = jax.tree.map(lambda a: a * 0.9, small.params)
+  s, _ = step_lib.score_step(small.params, other, batch, make_config(small))
+  np.testing.assert_allclose(s.logp_old_BT, scored[0].logp_old_BT, atol=1e-5)
+  alone, _ = step_lib.score_step(other, None, batch, make_config(small))
+  np.testing.assert_allclose(s.logp_ref_BT, alone.logp_old_BT, atol=1e-5)
+  assert np.abs(np.asarray(s.logp_ref_BT - s.logp_old_BT)[batch.sampled_BT]).max() > 0.1
+
+
+def fresh(small):
+  """A state of its own: updates donate it."""
+  return step_lib.init_state(jax.tree.map(jnp.copy, small.params), OPTIM)
+
+
+@pytest.fixture(scope="module")
+def updated(small, scored):
+  """The update that every other way of computing it must give."""
+  state, metrics = step_lib.update_step(fresh(small), scored[0], make_config(small))
+  return jax.device_get(state), jax.device_get(metrics)
+
+
+def test_an_update_moves_every_parameter_and_starts_on_policy(small, updated):
+  state, metrics = updated
+  assert state.update == 1
+  for path, moved in jax.tree_util.tree_flatten_with_path(
+      jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, small.params))[0]:
+    name = jax.tree_util.keystr(path)
+    assert moved < 1.01 * OPTIM.learning_rate, name
+    assert moved > (0 if "k_b" in name else 1e-6), name
+  np.testing.assert_allclose([metrics["ppo/ratio_max"], metrics["ppo/clip_frac"], metrics["ppo/kl_old"]], [1, 0, 0],
+                             atol=1e-5)
+  np.testing.assert_allclose(metrics["optim/learning_rate"], OPTIM.learning_rate)
+  assert metrics["optim/grad_norm"] > 0 and metrics["loss/entropy"] > 0
+  assert all(np.isfinite(v) for v in metrics.values())
+
+
+def test_the_loss_is_minus_the_mean_advantage(batch, scored, updated):
+  want = -np.asarray(scored[0].advantage_BT)[batch.sampled_BT].mean()
+  np.testing.assert_allclose(updated[1]["loss/policy"], want, atol=1e-5)
+
+
+def test_masked_rows_count_for_nothing(small, batch, scored):
+  """Whatever stands in them: the gradient, and so the update, stays the same to the last bit."""
+  s, cfg = scored[0], make_config(small)
+  mask = np.array([True] * 4 + [False] * 4)
+  s = s.replace(batch=s.batch.replace(row_mask_B=mask))
+  first, m = step_lib.update_step(fresh(small), s, cfg)
+  tokens = np.where(mask[:, None], batch.tokens_BT, 33)
+  junk = s.replace(batch=s.batch.replace(tokens_BT=tokens), advantage_BT=jnp.where(mask[:, None], s.advantage_BT, 9.0),
+                   logp_old_BT=jnp.where(mask[:, None], s.logp_old_BT, jnp.nan))
+  second, m_junk = step_lib.update_step(fresh(small), junk, cfg)
+  jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+  assert m == m_junk and np.isfinite(m["loss/total"])
+  # And they count when they are not masked.
+  third, _ = step_lib.update_step(fresh(small), scored[0], cfg)
+  assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(third.params)))
+
+
+def test_masked_rows_leave_the_others_advantages_alone(small, batch):
+  mask = np.array([True, True, True, False] * 2)
+  s, _ = step_lib.score_step(small.params, None, batch.replace(row_mask_B=mask), make_config(small))
+  groups = REWARD.reshape(2, 4)[:, :3]
+  want = np.pad((groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True), ((0, 0), (0, 1))).ravel()
+  np.testing.assert_allclose(s.advantage_B, want, atol=1e-4)
+  assert not np.asarray(s.advantage_BT)[3].any()
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_eight_devices_compute_what_one_does(small, batch, scored, updated, sizes):
+  mesh = mesh_lib.make(*sizes)
+  # Through numpy copies: what is donated must not share memory with the fixture.
+  params = jax.device_put(jax.tree.map(np.array, small.params), mesh_lib.param_shardings(qwen.specs(small.cfg), mesh))
+  cfg = make_config(small, mesh=mesh)
+  got = mesh_lib.place(jax.device_get(scored[0]), mesh)
+  if sizes == (2, 2, 2):  # the others would compile for nothing new
+    got, _ = step_lib.score_step(params, None, mesh_lib.place(batch, mesh), cfg)
+    np.testing.assert_allclose(got.reward_B, REWARD, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(got.logp_old_BT)[batch.valid_BT],
+                               np.asarray(scored[0].logp_old_BT)[batch.valid_BT], atol=1e-4)
+  state = step_lib.init_state(params, OPTIM)
+  where = [a.sharding for a in jax.tree.leaves(state)]
+  moments = [a.sharding for a in jax.tree.leaves(state.opt_state) if a.ndim]
+  assert moments == 2 * [a.sharding for a in jax.tree.leaves(params)]  # Adam's two, split as the parameters
+  state, update_metrics = step_lib.update_step(state, got, cfg)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, updated[0].params)
+  # An update leaves everything where it is, so that the next finds its program compiled.
+  assert all(a.sharding.is_equivalent_to(s, a.ndim) for a, s in zip(jax.tree.leaves(state), where))
+  for name, value in updated[1].items():
+    np.testing.assert_allclose(update_metrics[name], value, atol=1e-4, err_msg=name)
+
+
+def test_imitation_lowers_the_loss(small, batch):
+  cfg, state, losses = make_config(small, 1), fresh(small), []
+  for _ in range(5):
+    state, metrics = step_lib.imitate_step(state, batch, cfg)
+    losses.append(float(metrics["loss/total"]))
+  assert all(b < a for a, b in zip(losses, losses[1:])) and losses[-1] < losses[0] - 0.1
+  assert int(state.update) == 5
+  logp = step_lib.logp_entropy(small.params, cfg, batch)[0]
+  np.testing.assert_allclose(losses[0], -np.asarray(logp)[batch.sampled_BT].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("cfg, want", [
+    (step_lib.OptimConfig(2.0), {0: 2, 1: 2, 1000: 2}),
+    (step_lib.OptimConfig(2.0, warmup_steps=3), {0: 0.5, 1: 1, 2: 1.5, 3: 2, 4: 2, 1000: 2}),
+    (step_lib.OptimConfig(2.0, decay_steps=10), {0: 2, 5: 1.1, 10: 0.2, 11: 0.2, 1000: 0.2}),
+    (step_lib.OptimConfig(2.0, warmup_steps=1, decay_steps=10), {0: 1, 1: 2, 6: 1.1, 11: 0.2, 50: 0.2})])
+def test_schedules_by_hand(cfg, want):
+  schedule = step_lib.schedule(cfg)
+  np.testing.assert_allclose([schedule(i) for i in want], list(want.values()), rtol=1e-6)
+
+
+def test_only_matrices_are_decayed(small):
+  optimizer = step_lib.optimizer(dataclasses.replace(OPTIM, weight_decay=0.5))
+  ones = jax.tree.map(lambda a: np.ones(a.shape, np.float32), small.params)
+  zeros = jax.tree.map(np.zeros_like, ones)
+  updates, _ = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p))(ones, zeros)
+  vectors = ("norm", "norm1", "norm2")
+  for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
+    name = path[-1].key
+    want = 0 if name in vectors or name.endswith("_b") else -0.5 * OPTIM.learning_rate
+    np.testing.assert_allclose(update, want, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_defaults_are_the_configuration_s():
+  assert step_lib.OptimConfig(**config.default().optim) == step_lib.OptimConfig()
