@@ -173,7 +173,8 @@ def main(argv):
   ids = tiny_tokenizer.token_ids(tokenizer)
   cfg = qwen.tiny(-(-len(tokenizer) // 64) * 64, ids)
   plan = Plan(str(workdir / "tokenizer"), tuple(ids.items()), prompt.Config(**c.prompt), images.Config(**c.image),
-              cfg.vision.grid, c.seed, u.steps, u.pictures, tuple(u.marks), c.data.needle.objects[1], c.data.needle.side_px)
+              cfg.vision.grid, c.seed, u.steps, u.pictures, tuple(u.marks), c.data.needle.objects[1],
+              c.data.needle.side_px)
   careful, clumsy = (step_lib.Config(cfg, 1, optim=optim_config(c, k)) for k in (False, True))
   params = params_lib.init(qwen.specs(cfg), jax.random.key(c.seed), jnp.float32)
   state = step_lib.init_state(params, careful.optim)
