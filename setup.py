@@ -24,15 +24,15 @@ setuptools.setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20",
         "pillow>=11.3,<13",             # 13 resizes in another order of axes: other pixels
-        "safetensors>=0.6",
-        "tensorflow-datasets>=4.9.7",
-        "tokenizers>=0.22",
+        "safetensors>=0.6.2",
+        "tensorflow-datasets>=4.9.10",  # earlier ones import TensorFlow when offline
+        "tokenizers>=0.22.2",
         "transformers>=5.0",
     ],
     extras_require={
         "test": ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.12"],
         # The reference implementation, for tests.  A CPU build of torch will do; get that one first.
-        "parity": ["safetensors>=0.6", "torch>=2.6"],
+        "parity": ["safetensors>=0.6.2", "torch>=2.6"],
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

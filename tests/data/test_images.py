@@ -195,9 +195,9 @@ def test_sides_must_be_positive(h, w):
     (84, 84, (3136, 7056)), (252, 252, (3136, 7056)), (123, 301, (3136, 1003520)), (20, 40, (3136, 1003520)),
     (400, 60, (3136, 12845056)), (57, 99, (1568, 3136)), (60, 500, (3136, 7056))])
 def test_pixels_are_the_reference_s(h, w, limits):
-  transformers = pytest.importorskip("transformers")
+  module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
   picture = noise(h, w, h)
-  reference = transformers.Qwen2VLImageProcessorPil(min_pixels=limits[0], max_pixels=limits[1])
+  reference = module.Qwen2VLImageProcessorPil(min_pixels=limits[0], max_pixels=limits[1])
   want = reference(images=[picture], return_tensors="np")
   found = images.prepare(picture, None, *limits, GRID)
   assert [1, *found.grid_hw] == want["image_grid_thw"][0].tolist()

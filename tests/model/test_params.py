@@ -59,9 +59,9 @@ def test_names_are_the_released_ones(small):
 
 
 def test_initial_values_are_reproducible_and_independent():
-  normal = lambda name, scale: params_lib.ParamSpec((2, 40, 50), ("layers", None, None), "normal", name, (40, 50),
-                                                    None, scale)
-  specs = {"a": normal("a.{layer}", 0.02), "b": normal("b.{layer}", 0.5),
+  wide = lambda name: params_lib.ParamSpec((2, 20, 50), ("layers", None, None), "normal", name, (50, 20), (1, 0))
+  specs = {"a": wide("a.{layer}"), "b": wide("b.{layer}"),
+           "flat": params_lib.ParamSpec((800, 2), (None, None), "normal", "flat", (2, 10, 80), (1, 0)),
            "one": params_lib.ParamSpec((3,), (None,), "ones", "one", (3,)),
            "zero": params_lib.ParamSpec((3,), (None,), "zeros", "zero", (3,))}
   draw = lambda table, seed: params_lib.init(table, jax.random.key(seed), "float32")
@@ -71,11 +71,12 @@ def test_initial_values_are_reproducible_and_independent():
   assert abs(np.corrcoef(first["a"].ravel(), first["b"].ravel())[0, 1]) < 0.1
   assert abs(np.corrcoef(first["a"][0].ravel(), first["a"][1].ravel())[0, 1]) < 0.1
 
-  longer = draw({"aa": normal("aa.{layer}", 0.02), **specs}, 0)
+  longer = draw({"aa": wide("aa.{layer}"), **specs}, 0)
   longer.pop("aa")
   jax.tree.map(np.testing.assert_array_equal, first, longer)
 
-  np.testing.assert_allclose([np.std(first["a"]), np.std(first["b"])], [0.02, 0.5], rtol=0.05)
+  # One over the root of the inputs: 20 of each matrix, 10 * 80 of the patch projection.
+  np.testing.assert_allclose([np.std(first["a"]), np.std(first["flat"])], [20 ** -0.5, 800 ** -0.5], rtol=0.06)
   assert first["one"].tolist() == [1, 1, 1] and first["zero"].tolist() == [0, 0, 0]
   assert draw(specs, 0)["a"].dtype == np.float32
 

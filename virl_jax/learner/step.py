@@ -185,7 +185,7 @@ def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, dict]:
     pin = jax.lax.with_sharding_constraint
     params = jax.tree.map(pin, params, shardings)
     opt_state = optax.tree.map_params(optimizer(cfg.optim), pin, opt_state, shardings)
-  metrics = dict(metrics, **{"optim/grad_norm": optax.global_norm(grads),
+  metrics = dict(metrics, **{"optim/grad_norm": optax.tree.norm(grads),
                              "optim/learning_rate": schedule(cfg.optim)(state.update)})
   return TrainState(state.update + 1, params, opt_state), metrics
 
