@@ -1,7 +1,9 @@
 """Checkpoints: bit for bit, only when due, the newest few, and a clear word about damaged ones."""
 
+import gc
 import logging
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,12 @@ OPTIM = step_lib.OptimConfig()
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def quiet(monkeypatch):
+  """Orbax logs at length, and drops its half-done reads when one fails, for which Python scolds it."""
   logging.getLogger("absl").setLevel(logging.ERROR)
+  monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+  yield
+  gc.collect()
 
 
 def make_state(seed=0, update=3, sharding=None):
