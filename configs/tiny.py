@@ -18,7 +18,7 @@ def get_config():
   c.data.needle.test_size = 256
   c.image.max_pixels = 84 * 84
   c.image.crop_min_pixels = 2 * 28 * 28
-  c.image.crop_max_pixels = 4 * 28 * 28
+  c.image.crop_max_pixels = 6 * 28 * 28   # with 4, a crop that is not quite square loses a row: 28 x 56
   c.prompt.describe_tool = False   # the tiny base learned the tool by example
   c.prompt.image_first = False     # so that image tokens see what is asked
   c.rollout.prompts = 16

@@ -14,6 +14,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import logging
 import multiprocessing
 import os
 import pathlib
@@ -68,8 +69,8 @@ class Stage:
 # Where is it?  Which one is it?  What is on it?  And at last: how to zoom badly.  Finding the only object takes
 # some 20,000 samples before anything is learned, then goes fast; without it the rest is not learned at all.
 STAGES = (
-    Stage(0.34, 96, 1, (1, 1), False, 0.0, False),
-    Stage(0.60, 96, 3, (2, 0), False, 0.0, False),
+    Stage(0.22, 96, 1, (1, 1), False, 0.0, False),
+    Stage(0.52, 96, 3, (2, 0), False, 0.0, False),
     Stage(0.90, 60, 3, (2, 0), True, 0.15, False),
     Stage(1.00, 60, 3, (2, 0), True, 1.0, True),
 )
@@ -164,6 +165,7 @@ def main(argv):
   c, out = _CONFIG.value, _OUT.value
   if not out:
     raise app.UsageError("--out=HF_DIR is missing")
+  logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file it writes
   workdir = pathlib.Path(_WORKDIR.value or out.rstrip("/") + ".work")
   workdir.mkdir(parents=True, exist_ok=True)
   u = c.warmstart

@@ -230,7 +230,7 @@ def probe(request):
       patch = Image.fromarray(np.rint(shown[y1:y2, x1:x2]).clip(0, 255).astype(np.uint8))
       raw.append(np.asarray(patch.resize((14, 14), Image.Resampling.BICUBIC), float).ravel())
       shown_texture.append([*texture(middle_of(shown, box)), *where_fine(shown[y1:y2, x1:x2])])
-      crop = pixels_of(images.prepare(image, thing.box, 1568, 3136, GRID))
+      crop = pixels_of(images.prepare(image, thing.box, 2 * 784, 6 * 784, GRID))
       assert crop.shape == (56, 56, 3)
       crop_texture.append([*texture(middle_of(crop, (0, 0, 56, 56))), *where_fine(crop)])
       labels.append(needle.MARKS[mark].index(thing.mark))
@@ -241,10 +241,8 @@ def probe(request):
       "both": score(np.concatenate([raw, shown_texture], 1)), "crop": score(crop_texture)}
 
 
-def test_marks_cannot_be_read_without_zooming(probe, request):
+def test_marks_cannot_be_read_without_zooming(probe):
   mark, chance, found = probe
-  if mark == "pattern":
-    request.applymarker(pytest.mark.xfail(strict=True, reason="rows and columns survive resizing at +-3 levels"))
   for what in ("pixels", "texture", "both"):
     assert found[what] < chance + 0.12, (mark, found)
 

@@ -19,7 +19,7 @@ from virl_jax.data.sources import needle
 
 # A mark is readable when a crop holds this share of the object at this many shown pixels a picture pixel.
 _COVERAGE = 0.6
-_SCALE = 0.62
+_SCALE = 0.65
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config:
   """
 
   p_wrong: float = 0.2
-  loose: float = 0.7
+  loose: float = 0.6
   shift: float = 0.15
   jitter: float = 0.01
   p_retry: float = 0.6
