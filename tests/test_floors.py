@@ -11,6 +11,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in {
     0: "types config model.params rl",
     1: "data.images data.prompt data.answers data.order data.sources.needle_tfds data.sources model.rope model.layers "
        "mesh",
+    1.5: "model.attention",
     2: "data.tiny_tokenizer data.demos data.batches model.vision model.text",
     3: "model.qwen",
     4: "model.weights rollout.sample rollout.pack learner.step learner.compiles",

@@ -163,3 +163,29 @@ def validate(c: ConfigDict) -> None:
 def to_json(c: ConfigDict) -> str:
   """The configuration as stable, readable JSON, as a workdir keeps it."""
   return json.dumps(json.loads(c.to_json(sort_keys=True)), indent=1, sort_keys=True) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> ConfigDict:
+  """The inverse of `to_json`; keys that the text lacks keep their defaults.
+
+  Args:
+    text: what a workdir's config.json holds.
+    where: named in errors.
+
+  Raises:
+    ValueError: if it is no JSON, or has keys or types that no configuration has.
+  """
+  try:
+    found = json.loads(text)
+    c = default().lock()
+    c.update(_tuples(found))
+    return c.unlock()
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise ValueError(f"{where} must be a configuration as a run writes it ({e})") from e
+
+
+def _tuples(tree):
+  """JSON has no tuples; every sequence of a configuration is one."""
+  if isinstance(tree, dict):
+    return {k: _tuples(v) for k, v in tree.items()}
+  return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree

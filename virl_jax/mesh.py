@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import jax
@@ -48,6 +49,11 @@ def param_shardings(specs: dict, mesh: Mesh) -> dict:
     return NamedSharding(mesh, PartitionSpec(*names))
 
   return params_lib.map_specs(one, specs)
+
+
+def context(mesh: Mesh | None):
+  """A `with` block, within which kernels that the partitioner can't look into are told of the mesh."""
+  return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

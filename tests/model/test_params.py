@@ -96,3 +96,15 @@ def test_bad_specs_are_named():
   odd = params_lib.ParamSpec((2,), (None,), "twos", "thing", (2,))
   with pytest.raises(ValueError, match="thing: init must be.*'twos'"):
     params_lib.init({"odd": odd}, jax.random.key(0), "float32")
+
+
+@pytest.mark.parametrize("split, hf", [((3, 4, 5, 7), (60, 7)), ((6, 5), (6, 5)), ((9,), (9,)), ((4, 6), (4, 2, 3))])
+@pytest.mark.parametrize("most", [1, 3, 7, 20, 36, 1000])
+def test_strips_are_whole_rows_and_miss_nothing(split, hf, most):
+  tensor = np.arange(np.prod(hf)).reshape(hf)
+  target, times = np.zeros(split, int), np.zeros(split, int)
+  for index, rows in params_lib.strips(split, hf[0], most):
+    assert tensor[rows].size <= max(most, tensor[0].size)
+    target[index] = tensor[rows].reshape(target[index].shape)
+    times[index] += 1
+  assert (times == 1).all() and (target == tensor.reshape(split)).all()

@@ -139,7 +139,15 @@ def test_a_tied_model_has_no_head(small, tmp_path):
   jax.tree.map(SAME, weights.load_hf(tmp_path / "hf")[1], params)
 
 
-def test_loading_onto_a_mesh(small, saved):
+@pytest.mark.parametrize("strip", [40, 700, 4_000])
+def test_reading_strip_by_strip_changes_nothing(small, saved, strip, monkeypatch):
+  monkeypatch.setattr(weights, "STRIP_BYTES", strip)
+  jax.tree.map(SAME, weights.load_hf(saved)[1], small.params)
+
+
+@pytest.mark.parametrize("strip", [700, 2 ** 20])
+def test_loading_onto_a_mesh(small, saved, strip, monkeypatch):
+  monkeypatch.setattr(weights, "STRIP_BYTES", strip)
   mesh = mesh_lib.make(-1, 2, 2)
   shardings = mesh_lib.param_shardings(qwen.specs(small.cfg), mesh)
   _, params = weights.load_hf(saved, shardings=shardings)

@@ -27,6 +27,10 @@ class Checkpoints:
     """The newest saved step, or None."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """Every saved step, oldest first."""
+    return sorted(self._manager.all_steps())
+
   def maybe_save(self, step: int, state, last: bool = False) -> bool:
     """Saves after `step` steps if it is due or `last`.
 
@@ -48,9 +52,26 @@ class Checkpoints:
     Raises:
       ValueError: if the checkpoint does not fit.
     """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    return self._restore(step, ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
+
+  def restore_params(self, step: int, params):
+    """Only the parameters saved at `step`: a third of what a state takes.
+
+    Args:
+      step: one that `latest` gave.
+      params: `jax.ShapeDtypeStruct`s with shardings, or arrays to be placed like.
+
+    Raises:
+      ValueError: if the checkpoint does not fit.
+    """
+    item = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
+    found = self._restore(step, ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True))
+    return found["params"]
+
+  def _restore(self, step: int, args):
     try:
-      return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+      return self._manager.restore(step, args=args)
     except (ValueError, KeyError, TypeError, FileNotFoundError, OSError) as e:
       raise ValueError(f"checkpoint {step} in {self.folder} does not fit this model and optimiser, or is "
                        f"damaged: {e}. Delete that step's folder to go on from the one before") from e

@@ -118,7 +118,9 @@ def logp_entropy(params: dict, cfg: Config, batch: types.Batch) -> tuple[jax.Arr
   Returns:
     float32[B, T] each, nats; position t is about token t, position 0 holds 0.
   """
-  h = qwen.hidden(params, cfg.model, batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT, batch.images)
+  with mesh_lib.context(cfg.mesh):
+    h = qwen.hidden(params, cfg.model, batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT, batch.images,
+                    right_padded=True)
   targets = jnp.roll(batch.tokens_BT, -1, axis=1)
   logp, entropy = qwen.token_logp(params, cfg.model, h, targets, cfg.temperature)
   shift = lambda a: jnp.pad(a[:, :-1], ((0, 0), (1, 0)))

@@ -116,12 +116,43 @@ def init(specs: dict, key: jax.Array, dtype) -> Params:
   return map_specs(draw, specs)
 
 
+def hf_split(spec: ParamSpec) -> tuple[int, ...]:
+  """The shape of one HF tensor, its dimensions split as `perm` has them."""
+  if spec.perm is None:
+    return spec.hf_shape
+  return tuple(spec.item_shape[spec.perm.index(i)] for i in range(len(spec.perm)))
+
+
 def from_hf(spec: ParamSpec, tensor: np.ndarray) -> np.ndarray:
   """One HF tensor in our (unstacked) layout."""
   if spec.perm is None:
     return tensor.reshape(spec.item_shape)
-  split = tuple(spec.item_shape[spec.perm.index(i)] for i in range(len(spec.perm)))
-  return tensor.reshape(split).transpose(spec.perm)
+  return tensor.reshape(hf_split(spec)).transpose(spec.perm)
+
+
+def strips(split: tuple[int, ...], rows: int, most: int) -> Iterator[tuple[tuple, slice]]:
+  """Cuts a tensor into strips of whole rows.
+
+  Args:
+    split: its shape with its dimensions split; the first few make up the rows.
+    rows: how many rows the unsplit tensor has.
+    most: numbers that a strip should hold at most; a strip has one row at least.
+
+  Yields:
+    The strip's index into the split tensor, and its rows of the unsplit one.
+  """
+  def cut(shape, rows, start, prefix):
+    inner = math.prod(shape[1:])
+    if inner > most and rows > shape[0]:  # one entry is too much, and has rows to cut between
+      for i in range(shape[0]):
+        yield from cut(shape[1:], rows // shape[0], start + i * (rows // shape[0]), (*prefix, i))
+      return
+    step, per = max(1, most // inner), rows // shape[0]
+    for i in range(0, shape[0], step):
+      end = min(i + step, shape[0])
+      yield (*prefix, slice(i, end)), slice(start + i * per, start + end * per)
+
+  yield from cut(split, rows, 0, ())
 
 
 def to_hf(spec: ParamSpec, array: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from virl_jax.model import attention
 from virl_jax.model import layers
 from virl_jax.model import params as params_lib
 from virl_jax.model import rope
@@ -132,7 +133,7 @@ def _finish(p: dict, cfg: Config, x, out):
 
 
 def apply(params: dict, cfg: Config, x_BTD: jax.Array, pos_BXT: jax.Array, valid_BT: jax.Array,
-          remat: bool = False) -> jax.Array:
+          remat: bool = False, right_padded: bool = False) -> jax.Array:
   """Hidden states of whole sequences.
 
   Args:
@@ -142,20 +143,30 @@ def apply(params: dict, cfg: Config, x_BTD: jax.Array, pos_BXT: jax.Array, valid
     pos_BXT: int32 M-RoPE positions.
     valid_BT: bool, False on padding, on either side.
     remat: recompute blocks in the backward pass.
+    right_padded: promise that padding only follows the tokens; some kernels need it.
 
   Returns:
     [B, T, D] after the final norm.
   """
+  return _run(params, cfg, x_BTD, pos_BXT, valid_BT, remat, right_padded, keep=False)[0]
+
+
+def every_layer(params: dict, cfg: Config, x_BTD: jax.Array, pos_BXT: jax.Array, valid_BT: jax.Array) -> jax.Array:
+  """The residual stream [L + 1, B, T, D]: before the first block, between blocks, and after the final norm."""
+  last, before = _run(params, cfg, x_BTD, pos_BXT, valid_BT, False, False, keep=True)
+  return jnp.concatenate([before, last[None]])
+
+
+def _run(params, cfg, x_BTD, pos_BXT, valid_BT, remat, right_padded, keep):
   cos, sin = rope.mrope(pos_BXT, cfg.head_size, cfg.mrope_section, cfg.theta)
-  T = x_BTD.shape[1]
-  mask = jnp.tril(jnp.ones((T, T), bool))[None, None] & valid_BT[:, None, None, :]
 
   def block(x, p):
     q, k, v = _project(p, cfg, x, cos, sin)
-    return _finish(p, cfg, x, jax.nn.dot_product_attention(q, k, v, mask=mask)), None
+    out = attention.attend(q, k, v, valid_BT, causal=True, right_padded=right_padded)
+    return _finish(p, cfg, x, out), x if keep else None
 
-  x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x_BTD, params["blocks"])
-  return layers.rms_norm(x, params["norm"], cfg.eps)
+  x, before = jax.lax.scan(jax.checkpoint(block) if remat else block, x_BTD, params["blocks"])
+  return layers.rms_norm(x, params["norm"], cfg.eps), before
 
 
 def _attend_cache(q_BTNH: jax.Array, cache: Cache, layer: jax.Array, slot_BT: jax.Array, n_blocks: jax.Array

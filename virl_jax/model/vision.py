@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from virl_jax import types
 from virl_jax.data import images
+from virl_jax.model import attention
 from virl_jax.model import layers
 from virl_jax.model import params as params_lib
 from virl_jax.model import rope
@@ -116,7 +117,7 @@ def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float
   mask_IWQ = images_.mask_IWQ
 
   def attend(q, k, v, mask):
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
+    return attention.attend(q, k, v, mask, causal=False)
 
   def windowed(qkv):
     q, k, v = (a.reshape(I * W, Q, N, H) for a in qkv)

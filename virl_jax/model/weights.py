@@ -7,12 +7,15 @@ config.json, single and sharded safetensors.  Writes the released layout, which 
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import pathlib
 import shutil
 import struct
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -25,6 +28,8 @@ from virl_jax.model import vision
 
 MODEL_TYPE = "qwen2_5_vl"
 SHARD_BYTES = 5 * 1024 ** 3
+# Tensors are read this much at a time, and stacks no larger than this are put together on the host.
+STRIP_BYTES = 32 * 1024 ** 2
 # Files that travel with a model beside its weights and config.
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -190,13 +195,57 @@ def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) 
   np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
   def load(spec, sharding=None):
-    out = np.empty(spec.shape, np_dtype)
-    for i, name in enumerate(spec.hf_names()):
-      file, key = tensors[name]
-      out[i if spec.stacked else ...] = params_lib.from_hf(spec, file.get_tensor(key)).astype(np_dtype)
-    return jax.device_put(out, sharding)
+    pieces = [tensors[name] for name in spec.hf_names()]
+    if not spec.stacked:
+      return jax.device_put(_read(spec, *pieces[0], np_dtype), sharding)
+    if math.prod(spec.shape) * np_dtype.itemsize <= STRIP_BYTES:
+      return jax.device_put(np.stack([_read(spec, *piece, np_dtype) for piece in pieces]), sharding)
+    # Layer by layer into an array that is on its devices already: the host holds one layer at a time.
+    stack = jnp.zeros(spec.shape, np_dtype, device=sharding)
+    for i, piece in enumerate(pieces):
+      stack = _set_layer(stack, jax.device_put(_read(spec, *piece, np_dtype), _without_layers(sharding)), i)
+      stack.block_until_ready()
+    return stack
 
   return cfg, params_lib.map_specs(load, specs, *([shardings] if shardings is not None else []))
+
+
+_set_layer = jax.jit(lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0),
+                     donate_argnums=0)
+
+
+def _without_layers(sharding):
+  """The sharding of one layer of a stack that is sharded so."""
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return sharding
+  return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+
+
+def _read(spec: params_lib.ParamSpec, file, key: str, dtype: np.dtype) -> np.ndarray:
+  """One tensor of a file in our layout and dtype, a strip of rows at a time."""
+  piece, out = file.get_slice(key), np.empty(spec.item_shape, dtype)
+  if not spec.hf_shape:
+    out[...] = file.get_tensor(key)
+    return out
+  split = params_lib.hf_split(spec)
+  target = out.reshape(split) if spec.perm is None else out.transpose(np.argsort(spec.perm))
+  for index, rows in params_lib.strips(split, spec.hf_shape[0], STRIP_BYTES // max(4, dtype.itemsize)):
+    target[index] = piece[rows].reshape(target[index].shape).astype(dtype)
+  return out
+
+
+def _plan_shards(specs: dict, itemsize: int) -> tuple[list[dict], int]:
+  """Files of at most `SHARD_BYTES`: HF name -> (path in the parameters, spec, layer or None); and all bytes."""
+  shards, size, total = [{}], 0, 0
+  for path, spec in params_lib.leaves(specs):
+    for i, name in enumerate(spec.hf_names()):
+      nbytes = math.prod(spec.hf_shape) * itemsize
+      if size + nbytes > SHARD_BYTES and shards[-1]:
+        shards.append({})
+        size = 0
+      shards[-1][name] = (path, spec, i if spec.stacked else None)
+      size, total = size + nbytes, total + nbytes
+  return shards, total
 
 
 def save_hf(hf_dir: str, cfg: qwen.Config, params: dict, dtype: str = "bfloat16", like: str | None = None) -> None:
@@ -219,26 +268,17 @@ def save_hf(hf_dir: str, cfg: qwen.Config, params: dict, dtype: str = "bfloat16"
         shutil.copyfile(pathlib.Path(like) / name, tmp / name)
   (tmp / "config.json").write_text(json.dumps(config_to_hf(cfg, dtype), indent=2) + "\n")
   np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-  shards, size = [{}], 0
-  flat = dict(params_lib.leaves(qwen.specs(cfg)))
-  for path, spec in flat.items():
-    leaf = params
-    for key in path:
-      leaf = leaf[key]
-    for i, name in enumerate(spec.hf_names()):
-      array = params_lib.to_hf(spec, np.asarray(leaf[i] if spec.stacked else leaf).astype(np_dtype))
-      if size + array.nbytes > SHARD_BYTES and shards[-1]:
-        shards.append({})
-        size = 0
-      shards[-1][name] = np.ascontiguousarray(array)
-      size += array.nbytes
-  if len(shards) == 1:
-    safetensors_numpy.save_file(shards[0], tmp / "model.safetensors", metadata={"format": "pt"})
-  else:
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-      safetensors_numpy.save_file(shard, tmp / name, metadata={"format": "pt"})
-    total = sum(a.nbytes for shard in shards for a in shard.values())
+  shards, total = _plan_shards(qwen.specs(cfg), np_dtype.itemsize)
+  names = (["model.safetensors"] if len(shards) == 1 else
+           [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
+  for file, shard in zip(names, shards):  # only one shard at a time is on the host
+    arrays = {}
+    for name, (path, spec, i) in shard.items():
+      leaf = functools.reduce(lambda tree, key: tree[key], path, params)
+      array = np.asarray(leaf if i is None else leaf[i]).astype(np_dtype)
+      arrays[name] = np.ascontiguousarray(params_lib.to_hf(spec, array))
+    safetensors_numpy.save_file(arrays, tmp / file, metadata={"format": "pt"})
+  if len(shards) > 1:
     index = {"metadata": {"total_size": total},
              "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
     (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,48 @@
+"""Configurations: as JSON and back, and every value that can't work is named."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from virl_jax import config as config_lib
+
+FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_json_there_and_back(path):
+  c = runpy.run_path(str(path))["get_config"]()
+  again = config_lib.from_json(config_lib.to_json(c))
+  assert again == c and config_lib.to_json(again) == config_lib.to_json(c)
+
+
+def test_a_key_that_an_older_run_lacks_keeps_its_default():
+  c = config_lib.default()
+  c.steps = 3
+  assert config_lib.from_json('{"steps": 3}') == c
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "Expecting property name"), ("[]", "no attribute"), ('{"stepz": 1}', "stepz"),
+    ('{"steps": "x"}', "steps"), ('{"model": 3}', "no attribute")])
+def test_what_is_no_configuration_is_named(text, message):
+  with pytest.raises(ValueError, match=f"^W/config.json must be a configuration.*{message}"):
+    config_lib.from_json(text, "W/config.json")
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("steps", -1, "steps must be 0 or more"), ("rollout.group_size", 0, "rollout.group_size must be at least 1"),
+    ("rollout.group_size", 1, "at least 2"), ("data.source", "web", "data.source must be 'needle' or 'jsonl'"),
+    ("data.source", "jsonl", "data.path must be the path"), ("data.eval_fraction", 1.0, "between 0 and 1"),
+    ("reward.h0", 1.5, "an IoU"), ("rollout.temperature", 0.0, "positive"), ("eval.temperature", -1.0, "greedy"),
+    ("ppo.minibatches", 3, "a divisor of config.rollout.prompts = 16"), ("model.dtype", "float8", "'float32' or"),
+    ("image.max_pixels", 1000, "image.min_pixels must be at least 784 and at most image.max_pixels = 1000")])
+def test_values_that_cannot_work_are_named(key, value, message):
+  c = config_lib.default()
+  config_lib.validate(c)
+  with c.unlocked():
+    c.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=message) as e:
+    config_lib.validate(c)
+  assert repr(value) in str(e.value) or key in ("image.max_pixels", "data.source")

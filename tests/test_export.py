@@ -1,0 +1,73 @@
+"""A run's policy as an HF folder."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from virl_jax import config as config_lib
+from virl_jax import export
+from virl_jax import setup_run
+from virl_jax.learner import checkpoint
+from virl_jax.learner import step as step_lib
+from virl_jax.model import weights
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A workdir with two checkpoints, and the parameters of each."""
+  workdir = tmp_path_factory.mktemp("run")
+  c = config_lib.default()
+  c.model.path = "@tiny"
+  (workdir / "config.json").write_text(config_lib.to_json(c))
+  _, base = weights.load_hf(setup_run.model_dir("@tiny"))
+  saves, saved = checkpoint.Checkpoints(workdir / "checkpoints", 10, 5), {}
+  for step, factor in ((10, 2.0), (20, 3.0)):
+    saved[step] = jax.tree.map(lambda a, f=factor: f * a, base)
+    saves.maybe_save(step, step_lib.init_state(saved[step], step_lib.OptimConfig()))
+  saves.close()
+  return workdir, saved
+
+
+@pytest.mark.parametrize("step", [None, 10])
+def test_the_policy_comes_out_bit_for_bit(run, step, tmp_path):
+  workdir, saved = run
+  assert export.export(str(workdir), str(tmp_path / "hf"), step, "float32") == (step or 20)
+  cfg, params = weights.load_hf(tmp_path / "hf")
+  assert cfg == weights.read_config(setup_run.model_dir("@tiny"))
+  jax.tree.map(np.testing.assert_array_equal, params, saved[step or 20])
+
+
+def test_the_command_writes_what_transformers_loads(run, tmp_path):
+  import transformers
+  out = tmp_path / "hf"
+  done = subprocess.run([sys.executable, "-m", "virl_jax.export", f"--workdir={run[0]}", f"--out={out}"], cwd=ROOT,
+                        capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  report = json.loads(done.stdout.splitlines()[-1])
+  assert (report["step"], report["dtype"], report["bytes"]) == (20, "bfloat16", sum(
+      f.stat().st_size for f in out.iterdir()))
+  assert transformers.AutoConfig.from_pretrained(out).text_config.hidden_size == weights.read_config(out).text.hidden
+  assert transformers.AutoTokenizer.from_pretrained(out).encode("<|im_end|>") == [weights.read_config(out).eos]
+  torch = pytest.importorskip("torch")
+  model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
+  want = np.asarray(run[1][20]["text"]["embed"]).astype("bfloat16").astype(np.float32)
+  np.testing.assert_array_equal(model.get_input_embeddings().weight.detach().numpy(), want)
+
+
+def test_what_is_missing_is_named(run, tmp_path):
+  for workdir, step, message in [
+      (tmp_path / "none", None, "must be a run's folder, with a config.json. Received: .*none"),
+      (run[0], 15, r"must hold step 15. Received: steps \[10, 20\]")]:
+    with pytest.raises(ValueError, match=message):
+      export.export(str(workdir), str(tmp_path / "hf"), step)
+  (tmp_path / "config.json").write_text((run[0] / "config.json").read_text())
+  with pytest.raises(ValueError, match="must hold a checkpoint. Received: none"):
+    export.export(str(tmp_path), str(tmp_path / "hf"))
+  assert not (tmp_path / "hf").exists()
