@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import json
@@ -105,7 +106,7 @@ def _voice(plan: Plan) -> demos.Voice:
   return _VOICE[plan.tokenizer_dir]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8192)  # about 3 GB
 def _picture(plan: Plan, objects: tuple[int, int], index: int) -> demos.Picture:
   """Picture number `index` of a stage.  Drawing is dear: a worker keeps what it has drawn."""
   rng = np.random.default_rng([plan.seed, *objects, index])
@@ -138,12 +139,17 @@ def _batches(plan: Plan, start: int, workers: int):
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
     ahead = collections.deque()
-    for step in range(start, plan.steps):
-      ahead.append(pool.submit(draw_batch, plan, step))
-      if len(ahead) > 3 * workers:
+    try:
+      for step in range(start, plan.steps):
+        ahead.append(pool.submit(draw_batch, plan, step))
+        if len(ahead) > 3 * workers:
+          yield ahead.popleft().result()
+      while ahead:
         yield ahead.popleft().result()
-    while ahead:
-      yield ahead.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool as e:  # the kernel kills without a word
+      raise SystemExit(f"a process that draws pictures was killed, likely for want of memory: each of {workers} keeps "
+                       f"up to {plan.pictures} of 0.4 MB. Lower config.warmstart.pictures or workers, or just give "
+                       "the same command again: it goes on from the last checkpoint") from e
 
 
 def optim_config(c, clumsy: bool) -> step_lib.OptimConfig:

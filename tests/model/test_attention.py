@@ -101,6 +101,7 @@ def test_blocks_bound_the_scores():
     (("gpu", jnp.bfloat16, 5000, 128, True, True), "cudnn"), (("gpu", jnp.float32, 5000, 128, True, True), "blocks"),
     (("gpu", jnp.bfloat16, 5000, 128, True, False), "blocks"), (("gpu", jnp.bfloat16, 5000, 80, False, True), "blocks"),
     (("gpu", jnp.bfloat16, 100, 12, True, True), "plain"), (("tpu", jnp.bfloat16, 4096, 128, True, True), "splash"),
-    (("tpu", jnp.bfloat16, 4100, 128, True, True), "blocks"), (("tpu", jnp.bfloat16, 4096, 80, False, False), "blocks")])
+    (("tpu", jnp.bfloat16, 4100, 128, True, True), "blocks"),
+    (("tpu", jnp.bfloat16, 4096, 80, False, False), "blocks")])
 def test_the_kernel_follows_from_where_it_runs(where, kind):
   assert attention.choose(*where) == kind

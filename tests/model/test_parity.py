@@ -1,11 +1,12 @@
 """Agreement with the reference implementation, transformers' Qwen2.5-VL, on small random models."""
 
+import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
+from tests.model import agreement
 from virl_jax.model import params as params_lib
 from virl_jax.model import qwen
 from virl_jax.model import text
@@ -15,70 +16,47 @@ from virl_jax.model import weights
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch: pip install 'virl-jax[parity]'")
 transformers = pytest.importorskip("transformers")
 
-IDS = {"image_token": 5, "video_token": 6, "vision_start": 7, "vision_end": 8, "vision_pad": 9, "eos": 3}
-CONFIGS = {
-    # Windows of 4 x 4 merged cells, tied head, one full block at the end.
-    "tied": qwen.Config(
-        text=text.Config(vocab=96, hidden=48, layers=2, heads=4, kv_heads=2, head_size=12, intermediate=64,
-                         mrope_section=(2, 2, 2), tied=True),
-        vision=vision.Config(depth=3, hidden=32, heads=2, intermediate=48, out=48, full_blocks=(1,)), **IDS),
-    # Windows of 2 x 2, one key head for all, other constants throughout.
-    "untied": qwen.Config(
-        text=text.Config(vocab=80, hidden=32, layers=3, heads=4, kv_heads=1, head_size=8, intermediate=56,
-                         mrope_section=(1, 1, 2), theta=5000.0, eps=1e-5, tied=False),
-        vision=vision.Config(depth=2, hidden=24, heads=3, intermediate=40, out=32, full_blocks=(0,), window_px=56),
-        **IDS),
-}
-# Patch rows and columns, not multiples of the window: ragged edges on both sides.
-IMAGES = [(6, 6), (4, 10), (12, 18)]
+UNTIED = qwen.Config(
+    text=text.Config(vocab=80, hidden=32, layers=3, heads=4, kv_heads=1, head_size=8, intermediate=56,
+                     mrope_section=(1, 1, 2), theta=5000.0, eps=1e-5, tied=False),
+    vision=vision.Config(depth=2, hidden=24, heads=3, intermediate=40, out=32, full_blocks=(0,), window_px=56),
+    **agreement.IDS)
 
 
-def sequence(rng, parts):
-  """Token ids of (number of words | image grid) parts."""
-  out = []
-  for part in parts:
-    if isinstance(part, int):
-      out += rng.integers(10, 80, part).tolist()
-    else:
-      out += [IDS["vision_start"]] + [IDS["image_token"]] * (part[0] * part[1] // 4) + [IDS["vision_end"]]
-  return out
+@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(s, marks=pytest.mark.slow) for s in range(12, 72))])
+def test_the_model_agrees(seed, tmp_path):
+  """Positions, vision tokens, hidden states, logits, NLL, gradients, and greedy turns over a growing cache."""
+  found = agreement.compare(seed, str(tmp_path / "hf"))
+  print(found)
+  assert {k: found[k] for k, limit in agreement.LIMITS.items() if found.get(k, 0) > limit} == {}, found
+  assert found["scale"] > 1 and found["sampled"] > 6  # there is something to agree on
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_logits_agree(name, tmp_path):
-  cfg, rng = CONFIGS[name], np.random.default_rng(7)
-
-  def draw(spec):
-    x = 0.2 * rng.standard_normal(spec.shape, np.float32)
-    return jax.numpy.asarray(1 + x if spec.init == "ones" else x)
-
-  params = params_lib.map_specs(draw, qwen.specs(cfg))
-  weights.save_hf(tmp_path / "hf", cfg, params, "float32")
-  reference = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-  assert sum(p.numel() for p in reference.parameters()) == params_lib.count(qwen.specs(cfg))
-
-  # Three rows: two images, padded on the left; one image, padded on the right; text alone.
-  rows = [sequence(rng, [4, IMAGES[0], 5, IMAGES[1], 7]), sequence(rng, [3, IMAGES[2], 9]), sequence(rng, [20])]
-  T = max(map(len, rows)) + 2
-  ids, mask = np.zeros((3, T), np.int64), np.zeros((3, T), np.int64)
-  for b, (row, start) in enumerate(zip(rows, (T - len(rows[0]), 0, 5))):
-    ids[b, start:start + len(row)], mask[b, start:start + len(row)] = row, 1
-  grids = np.array([[1, *hw] for hw in IMAGES])
-  pixels = rng.standard_normal((grids.prod(1).sum(), cfg.vision.grid.values), np.float32)
-  with torch.no_grad():
-    want = reference.eval()(
-        input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), pixel_values=torch.tensor(pixels),
-        image_grid_thw=torch.tensor(grids), mm_token_type_ids=torch.tensor(ids == IDS["image_token"]).int(),
-    ).logits.numpy()
-  got = np.asarray(qwen.logits_from_hf_inputs(params, cfg, ids, mask, pixels, grids))
-
-  seen = mask.astype(bool)
-  assert np.abs(want[seen]).max() > 1  # there is something to agree on
-  np.testing.assert_allclose(got[seen], want[seen], atol=2e-4)
+def test_half_precision_rounds_as_the_reference_s_does(tmp_path):
+  """bfloat16 compute is about as far from float32 here as it is there, and nearer to it than to float32."""
+  rng = np.random.default_rng(3)
+  cfg = agreement.draw_config(np.random.default_rng(0))
+  folder = tmp_path / "hf"
+  weights.save_hf(folder, cfg, agreement.draw_params(cfg, rng), "bfloat16")
+  ids, mask, pixels, grids = agreement.batch_of([agreement.draw_part(cfg, rng, n) for n in (2, 1)], rng)
+  logits = {}
+  for dtype in ("float32", "bfloat16"):
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+      out = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), pixel_values=torch.tensor(pixels),
+                  image_grid_thw=torch.tensor(grids), mm_token_type_ids=torch.tensor(ids == cfg.image_token).int())
+    logits["theirs", dtype] = out.logits.float().numpy()[mask.astype(bool)]
+    _, params = weights.load_hf(folder, dtype)
+    ours = qwen.logits_from_hf_inputs(params, dataclasses.replace(cfg, compute_dtype=dtype), ids, mask, pixels, grids)
+    logits["ours", dtype] = np.asarray(ours)[mask.astype(bool)]
+  error = lambda a, b: np.sqrt(np.mean((logits[a] - logits[b]) ** 2))
+  theirs = error(("theirs", "bfloat16"), ("theirs", "float32"))
+  ours = error(("ours", "bfloat16"), ("ours", "float32"))
+  assert 0.003 < theirs and 0.6 * theirs < ours < 1.4 * theirs, (ours, theirs)
 
 
 def test_a_folder_that_the_reference_wrote_is_read(tmp_path):
-  cfg = CONFIGS["untied"]
+  cfg = UNTIED
   hf = transformers.Qwen2_5_VLConfig(**weights.config_to_hf(cfg, "float32"))
   torch.manual_seed(0)
   reference = transformers.Qwen2_5_VLForConditionalGeneration(hf)

@@ -121,7 +121,7 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
     others = [t.box for t in scene.things if t is not target]
     for _ in range(2 if learn_noise else 1):
       clumsy = rng.random() < noise
-      box = (_clumsy_box(target.box, others, scene.pixels.shape[0], rng, cfg) if clumsy
+      box = (_clumsy_box(target.box, others, image.width, rng, cfg) if clumsy
              else _careful_box(target.box, rng, cfg))
       written = _integer_box(box, shown.region, size)
       actual = images.to_original(written, shown.region, size)
@@ -148,7 +148,7 @@ class Picture:
   """A drawn scene, ready to be shown.
 
   Attributes:
-    scene: what is on it.
+    scene: what is on it, without its pixels.
     image: the picture, PIL.
     shown: as the policy is shown it.
   """
@@ -171,6 +171,7 @@ def picture(rng: np.random.Generator, marks: tuple[str, ...], objects: tuple[int
   """
   scene = needle.draw_scene(rng, str(rng.choice(marks)), int(rng.integers(objects[0], objects[1] + 1)), side_px)
   image = images.decode(needle.encode(scene.pixels))
+  scene = dataclasses.replace(scene, pixels=None)  # thousands of pictures are kept
   return Picture(scene, image, images.prepare(image, None, voice.image.min_pixels, voice.image.max_pixels, voice.grid))
 
 

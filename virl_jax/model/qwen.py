@@ -165,12 +165,10 @@ def token_logp(params: dict, cfg: Config, hidden_BTD: jax.Array, targets_BT: jax
   return join(logp), join(entropy)
 
 
-def logits_from_hf_inputs(params: dict, cfg: Config, input_ids, attention_mask, pixel_values=None,
-                          image_grid_thw=None) -> jax.Array:
-  """Logits for inputs as transformers' processor makes them.
+def hf_inputs(cfg: Config, input_ids, attention_mask, pixel_values=None, image_grid_thw=None) -> tuple:
+  """The arguments of `hidden` for inputs as transformers' processor makes them.
 
   Args:
-    params: the model's parameters.
     cfg: the model.
     input_ids: int[B, T], padded on either side.
     attention_mask: int[B, T], 1 on tokens.
@@ -178,7 +176,7 @@ def logits_from_hf_inputs(params: dict, cfg: Config, input_ids, attention_mask, 
     image_grid_thw: int[I, 3], (frames, patch rows, patch columns) of each image, or None.
 
   Returns:
-    float32[B, T, V].
+    tokens_BT, pos_BXT, valid_BT, vision_BT and the image batches, as numpy arrays.
 
   Raises:
     ValueError: if placeholders and images don't match, or an image has more than one frame.
@@ -210,9 +208,14 @@ def logits_from_hf_inputs(params: dict, cfg: Config, input_ids, attention_mask, 
       vision_BT[b, here] = np.concatenate(index[used - len(mine):used])
   if used != len(inputs):
     raise ValueError(f"input_ids must have placeholders for {len(inputs)} images. Received: for {used}")
-  h = hidden(params, cfg, jnp.asarray(input_ids), jnp.asarray(pos_BXT), jnp.asarray(valid),
-             jnp.asarray(vision_BT), jax.tree.map(jnp.asarray, batches))
-  return logits(params, cfg, h)
+  return input_ids.astype(np.int32), pos_BXT, valid, vision_BT, batches
+
+
+def logits_from_hf_inputs(params: dict, cfg: Config, input_ids, attention_mask, pixel_values=None,
+                          image_grid_thw=None) -> jax.Array:
+  """float32[B, T, V]: logits for inputs as transformers' processor makes them; see `hf_inputs`."""
+  inputs = hf_inputs(cfg, input_ids, attention_mask, pixel_values, image_grid_thw)
+  return logits(params, cfg, hidden(params, cfg, *jax.tree.map(jnp.asarray, inputs)))
 
 
 def abstract_params(cfg: Config, dtype="float32") -> dict:

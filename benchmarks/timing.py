@@ -1,0 +1,56 @@
+"""What every benchmark here does: interleaved timing, a table for people, and JSON as the last line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+
+
+def interleaved(sides: dict, repeat: int) -> dict[str, list[float]]:
+  """Seconds that each side took, side after side, `repeat` times over, after one run of each that is thrown away.
+
+  Args:
+    sides: name -> function without arguments that returns when its work is done.
+    repeat: how often.
+
+  Returns:
+    name -> seconds of each run; the first, thrown away, is under name + "/first".
+  """
+  seconds = {}
+  for turn in range(repeat + 1):
+    for name, run in sides.items():
+      began = time.perf_counter()
+      run()
+      seconds.setdefault(name if turn else f"{name}/first", []).append(time.perf_counter() - began)
+  return seconds
+
+
+def median(seconds: list[float]) -> float:
+  return statistics.median(seconds)
+
+
+def spread(seconds: list[float]) -> str:
+  """"0.123 (0.120-0.130)"."""
+  return f"{median(seconds):.3f} ({min(seconds):.3f}-{max(seconds):.3f})"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+  """A Markdown table, padded so that it can be read as it is."""
+  widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+  line = lambda row: "| " + " | ".join(str(v).ljust(w) for v, w in zip(row, widths)) + " |"
+  return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+def last_line(figures: dict, packages: tuple[str, ...] = ()) -> str:
+  """The figures with what they were made by, as one line of JSON."""
+  import jax
+  device = jax.devices()[0]
+  versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", *packages)}
+  return json.dumps({"command": " ".join(["python", *sys.argv]), "device": device.device_kind,
+                     "devices": jax.device_count(), "cores": os.cpu_count(), "machine": platform.machine(),
+                     "python": platform.python_version(), "versions": versions, **figures})
