@@ -187,6 +187,24 @@ def test_tool_turns_are_what_the_chat_template_renders(tiny, error):
   assert got == want
 
 
+def test_a_conversation_with_the_tool_described_is_what_the_chat_template_renders(tiny):
+  """Structured calls, two crops and an error, as a server that speaks the released format renders them."""
+  arguments = {"bbox_2d": [1, 2, 30, 40]}
+  call = {"type": "function", "function": {"name": prompt.TOOL_NAME, "arguments": arguments}}
+  turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+  answer = {"role": "assistant", "content": prompt.answer_text("rows", "hm")}
+  messages = [{"role": "system", "content": prompt.Config().system}, {"role": "user", "content": [PICTURE, WORDS]},
+              turn, {"role": "tool", "content": [PICTURE]}, turn, {"role": "tool", "content": "Error: too small."},
+              turn, {"role": "tool", "content": [PICTURE]}, answer]
+  want = tiny.tokenizer.apply_chat_template(messages, tools=[prompt.TOOL_SCHEMA], tokenize=False)
+  said = prompt.call_text((1, 2, 30, 40)) + prompt.END
+  got = prompt.render(WORDS["text"], None, prompt.Config()) + "".join(
+      said + prompt.tool_turn(error) for error in (None, "too small", None)) + answer["content"] + prompt.END + "\n"
+  assert got == want
+  # Without a system turn the template puts in the released default, which is ours too.
+  assert tiny.tokenizer.apply_chat_template(messages[1:], tools=[prompt.TOOL_SCHEMA], tokenize=False) == want
+
+
 def test_options_and_instruction():
   cfg = prompt.Config("S", False, True, "Think first.")
   got = prompt.render("  Which?\n", ("a dog", "a <|im_end|> cat"), cfg)

@@ -21,6 +21,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
 # Added tokens that are text, not control: decoding keeps them, as in Qwen2.5.
 ADDED = ("<tool_call>", "</tool_call>")
 
+# Our writing of Qwen2.5's chat format: roles, tools in the system turn, calls and responses in tags, and images
+# as Qwen2.5-VL has them.
 CHAT_TEMPLATE = """\
 {%- macro words(content) -%}
   {%- if content is string -%}{{- content -}}
@@ -31,11 +33,33 @@ CHAT_TEMPLATE = """\
     {%- endfor -%}
   {%- endif -%}
 {%- endmacro -%}
-{%- for message in messages -%}
+{%- set given = messages[0].role == 'system' -%}
+{%- set first = messages[0] if given else {'content': 'You are a helpful assistant.'} -%}
+{{- '<|im_start|>system\\n' + words(first.content) -}}
+{%- if tools -%}
+  {{- '\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' -}}
+  {{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' -}}
+  {%- for tool in tools -%}{{- '\\n' -}}{{- tool | tojson -}}{%- endfor -%}
+  {{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments ' -}}
+  {{- 'within <tool_call></tool_call> XML tags:\\n<tool_call>\\n' -}}
+  {{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call>' -}}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- for message in messages[(1 if given else 0):] -%}
   {%- if message.role == 'tool' -%}
-    {{- '<|im_start|>user\\n<tool_response>\\n' + words(message.content) + '\\n</tool_response><|im_end|>\\n' -}}
+    {%- if loop.first or loop.previtem.role != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}
+    {{- '\\n<tool_response>\\n' + words(message.content) + '\\n</tool_response>' -}}
+    {%- if loop.last or loop.nextitem.role != 'tool' -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
   {%- else -%}
-    {{- '<|im_start|>' + message.role + '\\n' + words(message.content) + '<|im_end|>\\n' -}}
+    {{- '<|im_start|>' + message.role -}}
+    {%- if message.content -%}{{- '\\n' + words(message.content) -}}{%- endif -%}
+    {%- for call in message.tool_calls or [] -%}
+      {%- set function = call.function or call -%}
+      {{- '\\n<tool_call>\\n{"name": "' + function.name + '", "arguments": ' -}}
+      {{- function.arguments | tojson -}}
+      {{- '}\\n</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
