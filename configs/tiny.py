@@ -2,8 +2,8 @@
 
     python -m virl_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-The picture (252 px) is shown at 84 px, where no mark can be read; a crop comes back at about 56 px, which
-reads a mark only if the zoom was tight.  All numbers here are ours, chosen for two CPU cores.
+The picture (252 px) is shown at 84 px, where no mark can be read; a crop comes back at about 84 px too, which
+shows an object's mark the better the tighter the zoom was.  All numbers here are ours, chosen for two CPU cores.
 """
 
 from virl_jax import config as config_lib
@@ -17,8 +17,8 @@ def get_config():
   c.data.needle.train_size = 1024
   c.data.needle.test_size = 256
   c.image.max_pixels = 84 * 84
-  c.image.crop_min_pixels = 2 * 28 * 28
-  c.image.crop_max_pixels = 6 * 28 * 28   # with 4, a crop that is not quite square loses a row: 28 x 56
+  c.image.crop_min_pixels = 5 * 28 * 28    # crops are about 84 px a side, whatever their size was
+  c.image.crop_max_pixels = 10 * 28 * 28
   c.prompt.describe_tool = False   # the tiny base learned the tool by example
   c.prompt.image_first = False     # so that image tokens see what is asked
   c.rollout.prompts = 16

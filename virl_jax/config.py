@@ -111,10 +111,10 @@ def default() -> ConfigDict:
   e.bootstrap = 2000               # resamples for the 95% intervals
 
   c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; all [ours]
-  u.steps = 3000                   # optimiser updates
+  u.steps = 2500                   # optimiser updates
   u.pictures = 8000                # different pictures in each stage
   u.marks = ("pattern",)           # kinds of marks, keys of needle.MARKS
-  u.learning_rate = 1.5e-3         # peak, until the clumsy stage
+  u.learning_rate = 1.2e-3         # peak, until the clumsy stage
   u.clumsy_learning_rate = 3e-4    # peak of the clumsy stage
   u.workers = 2                    # processes that draw
   u.save_every = 100               # updates

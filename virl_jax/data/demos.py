@@ -19,7 +19,9 @@ from virl_jax.data.sources import needle
 
 # A mark is readable when a crop holds this share of the object at this many shown pixels a picture pixel.
 _COVERAGE = 0.6
-_SCALE = 0.65
+# Every turn; every turn but clumsy zooms; no zoom, only what is said of the crops.
+LEARN = ("all", "careful", "reading")
+_SCALE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _readable(crop: types.ImageInput, target: types.Box, grid: images.Grid) -> b
 
 
 def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[needle.Thing, ...], image,
-                shown: types.ImageInput, noise: float, learn_noise: bool, rng, voice: Voice, cfg: Config
+                shown: types.ImageInput, noise: float, learn: str, rng, voice: Voice, cfg: Config
                 ) -> types.Trajectory:
   """One demonstration.
 
@@ -98,7 +100,7 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
     image: the picture, PIL.
     shown: the picture as the policy is shown it.
     noise: chance that a zoom is clumsy.
-    learn_noise: whether clumsy zooms are trained on, or only looked at.
+    learn: what is trained on, one of `LEARN`; the rest is only looked at.
     rng: source of everything random.
     voice: tokens.
     cfg: how clumsy.
@@ -119,13 +121,13 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
   thought, read = "", []
   for target in targets:
     others = [t.box for t in scene.things if t is not target]
-    for _ in range(2 if learn_noise else 1):
+    for _ in range(2 if learn == "all" else 1):
       clumsy = rng.random() < noise
       box = (_clumsy_box(target.box, others, image.width, rng, cfg) if clumsy
              else _careful_box(target.box, rng, cfg))
       written = _integer_box(box, shown.region, size)
       actual = images.to_original(written, shown.region, size)
-      say(prompt.call_text(written, thought), actual, learn_noise or not clumsy)
+      say(prompt.call_text(written, thought), actual, learn == "all" or (learn == "careful" and not clumsy))
       crop = images.prepare(image, actual, voice.image.crop_min_pixels, voice.image.crop_max_pixels, grid)
       traj.images.append(crop)
       ids = codec.encode(prompt.tool_turn(), (int(np.prod(images.merged_hw(crop, grid))),))
@@ -175,7 +177,7 @@ def picture(rng: np.random.Generator, marks: tuple[str, ...], objects: tuple[int
   return Picture(scene, image, images.prepare(image, None, voice.image.min_pixels, voice.image.max_pixels, voice.grid))
 
 
-def lesson(seen: Picture, rng: np.random.Generator, questions: int, noise: float, learn_noise: bool, voice: Voice,
+def lesson(seen: Picture, rng: np.random.Generator, questions: int, noise: float, learn: str, voice: Voice,
            cfg: Config, turns: int | None = None) -> list[types.Trajectory]:
   """Several demonstrations on one picture: its objects asked about in turn, every third a comparison.
 
@@ -183,7 +185,7 @@ def lesson(seen: Picture, rng: np.random.Generator, questions: int, noise: float
     seen: the picture.
     rng: source of everything random.
     questions: how many demonstrations.
-    noise, learn_noise: see `demonstrate`.
+    noise, learn: see `demonstrate`.
     voice: tokens.
     cfg: how clumsy.
     turns: keep only so many turns of each; None for all.
@@ -195,7 +197,7 @@ def lesson(seen: Picture, rng: np.random.Generator, questions: int, noise: float
       asked = needle.ask_pair(scene, *needle.choose_pair(scene, rng))
     else:
       asked = needle.ask_one(scene, int(order[q % len(order)]))
-    demo = demonstrate(scene, *asked, seen.image, seen.shown, noise, learn_noise, rng, voice, cfg)
+    demo = demonstrate(scene, *asked, seen.image, seen.shown, noise, learn, rng, voice, cfg)
     if turns is not None:
       del demo.turns[turns:]
       del demo.images[1 + sum(t.image_index is not None for t in demo.turns):]
