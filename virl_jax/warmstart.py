@@ -163,7 +163,7 @@ def optim_config(c, clumsy: bool) -> step_lib.OptimConfig:
 
 def turning(steps: int) -> int:
   """The first step that learns to be clumsy."""
-  return next(step for step in range(steps + 1) if step == steps or stage_of(step, steps).learn_noise)
+  return next(step for step in range(steps + 1) if step == steps or stage_of(step, steps).learn == "all")
 
 
 def main(argv):
