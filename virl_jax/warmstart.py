@@ -67,8 +67,8 @@ class Stage:
 # are learned from scratch in 10,000 samples, and not at all by a vision tower that has first learned to find things.
 # Finding the only object takes some 20,000 samples before anything is learned, then goes fast.
 STAGES = (
-    Stage(0.10, (2, 0), 1, 0.0, "reading"),
-    Stage(0.34, (1, 1), 3, 0.0, "careful"),
+    Stage(0.14, (2, 0), 1, 0.0, "reading"),
+    Stage(0.36, (1, 1), 3, 0.0, "careful"),
     Stage(0.90, (2, 0), 3, 0.0, "careful"),
     Stage(1.00, (2, 0), 1, 1.0, "all"),
 )
