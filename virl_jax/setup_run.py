@@ -88,7 +88,8 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
                            advantage.Config(**c.advantage), loss.Config(**c.loss), step_lib.OptimConfig(**c.optim),
                            mesh),
       pack=pack.Config(model.vision.grid, model.image_token, r.max_rounds, r.pad_tokens,
-                       pad_images=max(shards, rows // 4), mask_overlong=r.mask_overlong),
+                       pad_images=rows, pad_shown=max(shards, rows // r.group_size),
+                       mask_overlong=r.mask_overlong),
       mesh=mesh, hf_dir=hf_dir)
 
 

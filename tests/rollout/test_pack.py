@@ -11,7 +11,7 @@ from virl_jax.rollout import pack
 
 GRID = images.Grid(patch=2, temporal=1, merge=2, window=2)
 PAD = 5
-CFG = pack.Config(GRID, PAD, max_rounds=3, pad_tokens=4, pad_images=2)
+CFG = pack.Config(GRID, PAD, max_rounds=3, pad_tokens=4, pad_images=2, pad_shown=2)
 
 
 def image(rows, cols, value):
@@ -94,7 +94,7 @@ def test_shapes_grow_in_steps():
     return [x.shape for x in (b.tokens_BT, b.gt_BJ4, b.images[0].mask_IWQ, b.images[1].mask_IWQ)]
 
   assert shapes([other]) == [(1, 8), (1, 1, 4), (2, 1, 16), (2, 1, 16)]  # no crop at all, and a bucket for it
-  assert shapes([other], pad_tokens=64, pad_images=8) == [(1, 64), (1, 1, 4), (8, 1, 16), (8, 1, 16)]
+  assert shapes([other], pad_tokens=64, pad_images=8) == [(1, 64), (1, 1, 4), (2, 1, 16), (8, 1, 16)]
   three = dataclasses.replace(one.task, boxes=(types.Box(0, 0, 1, 1),) * 3)
   many = [dataclasses.replace(one, task=three, images=[image(1, 2, 0.0), image(2, 1, 0.0)]) for _ in range(3)]
   assert shapes(many) == [(3, 12), (3, 4, 4), (4, 1, 16), (4, 1, 16)]

@@ -20,7 +20,8 @@ class Config:
     image_token: id of the image placeholder.
     max_rounds: R.
     pad_tokens: T is a multiple of this.
-    pad_images: image counts are multiples of this.
+    pad_shown: counts of shown images are multiples of this.
+    pad_images: counts of crops are multiples of this.
     mask_overlong: whether rows that ran out of tokens are masked from the loss.
   """
 
@@ -29,6 +30,7 @@ class Config:
   max_rounds: int = 6
   pad_tokens: int = 64
   pad_images: int = 8
+  pad_shown: int = 8
   mask_overlong: bool = False
 
 
@@ -106,8 +108,8 @@ def _images(trajectories, cfg) -> tuple[tuple[types.ImageBatch, ...], dict[int, 
     for i, im in enumerate(t.images):
       (crops if i else shown)[id(im)] = im
   batches, where, base = [], {}, 0
-  for bucket in (shown, crops):
-    batch, index = images.layout(list(bucket.values()), cfg.grid, up(len(bucket), cfg.pad_images))
+  for bucket, pad in ((shown, cfg.pad_shown), (crops, cfg.pad_images)):
+    batch, index = images.layout(list(bucket.values()), cfg.grid, up(len(bucket), pad))
     where.update({key: at + base for key, at in zip(bucket, index)})
     batches.append(batch)
     base += int(np.prod(batch.mask_IWQ.shape)) // cfg.grid.merge ** 2
