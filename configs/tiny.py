@@ -11,7 +11,7 @@ from virl_jax import config as config_lib
 
 def get_config():
   c = config_lib.default()
-  c.steps = 60
+  c.steps = 40
   c.model.path = "@tiny"
   c.data.needle.families = ("pattern", "pair_pattern")
   c.data.needle.train_size = 1024

@@ -259,7 +259,7 @@ def layout(images: list[types.ImageInput], grid: Grid, count: int | None = None
   Returns:
     The batch (numpy leaves), and for each image int32[M]: where its merged tokens, row by row, stand in
     the vision tower's output put flat.  Windows are padded to a power of two, slots within a window to the
-    fewest of 4, 16, 64 ... cells that hold every window, or all that a window has.
+    fewest of 4, 9, 16 ... cells that hold every window.
 
   Raises:
     ValueError: if there are more images than `count`.
@@ -270,7 +270,6 @@ def layout(images: list[types.ImageInput], grid: Grid, count: int | None = None
   cells = [_window_slots(im.grid_hw, grid) for im in images]
   n_windows = 1 << (max((int(w.max()) for w, _ in cells), default=0)).bit_length()
   side = max(2, math.isqrt(max((int(s.max()) for _, s in cells), default=0)) + 1)
-  side = min(1 << (side - 1).bit_length(), max(2, grid.window))  # few shapes: each is compiled
   per_cell = grid.merge ** 2
   n_slots = side * side * per_cell
   batch = types.ImageBatch(
