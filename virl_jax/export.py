@@ -24,12 +24,6 @@ from virl_jax.learner import checkpoint
 from virl_jax.model import qwen
 from virl_jax.model import weights
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
-_OUT = flags.DEFINE_string("out", None, "HF folder to write; replaced whole if it exists.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the stored tensors.")
-
-
 def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat16") -> int:
   """Exports a checkpoint.
 
@@ -69,17 +63,23 @@ def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  args = flags.FLAGS
   logging.getLogger("absl").setLevel(logging.WARNING)
   try:
-    step = export(_WORKDIR.value, _OUT.value, _STEP.value, _DTYPE.value)
+    step = export(args.workdir, args.out, args.step, args.dtype)
   except ValueError as e:
     if os.environ.get("VIRL_JAX_DEBUG"):
       raise
     raise SystemExit(f"error: {e}\n(VIRL_JAX_DEBUG=1 shows where)") from e
-  files = list(pathlib.Path(_OUT.value).iterdir())
-  print(json.dumps({"out": _OUT.value, "step": step, "dtype": _DTYPE.value, "files": len(files),
+  files = list(pathlib.Path(args.out).iterdir())
+  print(json.dumps({"out": args.out, "step": step, "dtype": args.dtype, "files": len(files),
                     "bytes": sum(f.stat().st_size for f in files)}))
 
 
 if __name__ == "__main__":
+  # Here and not above: another entry point's flags have the same names, and both can be imported.
+  flags.DEFINE_string("workdir", None, "The run.", required=True)
+  flags.DEFINE_string("out", None, "HF folder to write; replaced whole if it exists.", required=True)
+  flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
+  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the stored tensors.")
   app.run(main)
