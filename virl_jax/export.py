@@ -24,6 +24,7 @@ from virl_jax.learner import checkpoint
 from virl_jax.model import qwen
 from virl_jax.model import weights
 
+
 def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat16") -> int:
   """Exports a checkpoint.
 
