@@ -63,6 +63,13 @@ def _own_cache():
     yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+  """Each program compiled for the CPU holds memory maps, of which Linux grants a process 65,530: then XLA crashes."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def optimized():
   """For tests that run one program many times: what they compile is optimised."""
