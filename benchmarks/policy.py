@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing  # of this folder
 
+from virl_jax import host_memory
 from virl_jax import types
 from virl_jax.learner import step as step_lib
 from virl_jax.model import params as params_lib
@@ -34,7 +35,7 @@ from virl_jax.rollout import sample
 # 50.5 million parameters, large enough that matrix products decide.
 BENCH = qwen.Config(
     text=text.Config(vocab=8192, hidden=512, layers=12, heads=8, kv_heads=2, head_size=64, intermediate=1408,
-                     mrope_section=(8, 12, 12), tied=True),
+                     mrope_section=(8, 12, 12), tied=False),
     vision=vision.Config(depth=8, hidden=256, heads=4, intermediate=688, out=512, full_blocks=(3, 7)),
     image_token=8000, video_token=8001, vision_start=8002, vision_end=8003, vision_pad=8004, eos=8005)
 
@@ -211,6 +212,7 @@ def main():
   if args.peer != "none" and (args.size, args.dtype) != ("bench", "float32"):
     p.error("--peer=transformers compares the bench model in float32")
 
+  host_memory.keep_when_on_cpu()  # for both sides: they share the process
   cfg = BENCH if args.size == "bench" else qwen.SIZES[args.size]
   cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, remat=args.size != "bench")
   params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.dtype(args.dtype)))(jax.random.key(0))

@@ -23,6 +23,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
+from virl_jax import host_memory
 from virl_jax import mesh as mesh_lib
 from virl_jax import setup_run
 from virl_jax import types
@@ -208,6 +209,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file it writes
+  host_memory.keep_when_on_cpu()
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   try:
     train(_CONFIG.value, _WORKDIR.value or os.path.join("runs", name))

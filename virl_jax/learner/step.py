@@ -225,7 +225,7 @@ def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[Tr
     cfg: static.
 
   Returns:
-    The next state, and metrics: "loss/total" in nats a token, "accuracy" of actions' and answers' tokens.
+    The next state, and metrics; "loss/total" is in nats a token.
   """
   def loss_fn(params):
     logp, _ = logp_entropy(params, cfg, batch)

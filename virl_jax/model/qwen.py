@@ -125,8 +125,9 @@ def logits(params: dict, cfg: Config, hidden_BTD: jax.Array) -> jax.Array:
 def policy_logits(params: dict, cfg: Config, hidden_BTD: jax.Array, temperature: float) -> jax.Array:
   """float32[B, T, V]: what is sampled from, and what the loss is about: placeholders out, temperature in."""
   x = logits(params, cfg, hidden_BTD) / temperature
+  banned_V = np.isin(np.arange(cfg.text.vocab), cfg.banned)
   # Finite, so that entropy and its gradient stay finite; exp(-1e30) is 0 all the same.
-  return x.at[..., np.array(cfg.banned)].set(-1e30)
+  return jnp.where(banned_V[None, None], -1e30, x)
 
 
 def token_logp(params: dict, cfg: Config, hidden_BTD: jax.Array, targets_BT: jax.Array, temperature: float,
@@ -152,7 +153,6 @@ def token_logp(params: dict, cfg: Config, hidden_BTD: jax.Array, targets_BT: jax
   h = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, chunk, D).swapaxes(0, 1)
   y = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(B, -1, chunk).swapaxes(0, 1)
 
-  @jax.checkpoint
   def one(args):
     h_BCD, y_BC = args
     x = policy_logits(params, cfg, h_BCD, temperature)
@@ -160,7 +160,8 @@ def token_logp(params: dict, cfg: Config, hidden_BTD: jax.Array, targets_BT: jax
     entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
     return jnp.take_along_axis(logp, y_BC[..., None], axis=-1)[..., 0], entropy
 
-  logp, entropy = jax.lax.map(one, (h, y))
+  # A single chunk's logits may stay for the backward pass; more than one would add up.
+  logp, entropy = jax.lax.map(jax.checkpoint(one) if len(h) > 1 else one, (h, y))
   join = lambda a: a.swapaxes(0, 1).reshape(B, -1)[:, :T]
   return join(logp), join(entropy)
 

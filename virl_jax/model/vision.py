@@ -7,6 +7,7 @@ attention with a few full-attention blocks, 2x2 patch merger.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -116,29 +117,29 @@ def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float
   cos, sin = rope.vision_rope(images_.rowcol_IWQ2, H)
   mask_IWQ = images_.mask_IWQ
 
-  def attend(q, k, v, mask):
-    return attention.attend(q, k, v, mask, causal=False)
+  def run(x, blocks, rows_and_length):
+    """Blocks of one kind, one after the other; attention stays within each row of `rows_and_length`."""
+    together = (*rows_and_length, N, H)
+    mask = mask_IWQ.reshape(rows_and_length)
 
-  def windowed(qkv):
-    q, k, v = (a.reshape(I * W, Q, N, H) for a in qkv)
-    return attend(q, k, v, mask_IWQ.reshape(I * W, Q)).reshape(I, W, Q, N, H)
+    def block(x, p):
+      h = layers.rms_norm(x, p["norm1"], cfg.eps)
+      qkv = layers.dense(h, p["qkv_w"]) + p["qkv_b"].astype(dtype)[None, None, None]
+      q, k, v = (qkv[..., i, :, :] for i in range(3))
+      q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+      out = attention.attend(q.reshape(together), k.reshape(together), v.reshape(together), mask, causal=False)
+      out = out.reshape(I, W, Q, N, H)
+      x = x + layers.dense(out, p["proj_w"], 2) + p["proj_b"].astype(dtype)[None, None, None]
+      return x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p), None
 
-  def full(qkv):
-    q, k, v = (a.reshape(I, W * Q, N, H) for a in qkv)
-    return attend(q, k, v, mask_IWQ.reshape(I, W * Q)).reshape(I, W, Q, N, H)
+    return jax.lax.scan(jax.checkpoint(block) if remat else block, x, blocks)[0]
 
-  def block(x, layer):
-    p, is_full = layer
-    h = layers.rms_norm(x, p["norm1"], cfg.eps)
-    qkv = layers.dense(h, p["qkv_w"]) + p["qkv_b"].astype(dtype)[None, None, None]
-    q, k, v = (qkv[..., i, :, :] for i in range(3))
-    q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-    out = jax.lax.cond(is_full, full, windowed, (q, k, v))
-    x = x + layers.dense(out, p["proj_w"], 2) + p["proj_b"].astype(dtype)[None, None, None]
-    return x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p), None
-
-  is_full = jnp.array([i in cfg.full_blocks for i in range(cfg.depth)])
-  x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (params["blocks"], is_full))
+  # Runs of equal blocks are known beforehand: no branch, whose gradient would hold what both sides need.
+  runs = [(full, len(list(same))) for full, same in itertools.groupby(i in cfg.full_blocks for i in range(cfg.depth))]
+  leaves, tree = jax.tree.flatten(params["blocks"])
+  split = zip(*(jax.lax.split(leaf, [n for _, n in runs]) for leaf in leaves))
+  for (full, _), blocks in zip(runs, split):
+    x = run(x, tree.unflatten(blocks), (I, W * Q) if full else (I * W, Q))
 
   m = params["merger"]
   x = layers.rms_norm(x, m["norm"], cfg.eps).reshape(I, W * Q // cfg.merge ** 2, -1)
