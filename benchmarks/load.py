@@ -4,7 +4,8 @@
 
 Writes a checkpoint with 7B's shapes, `--layers` text layers deep and random, to a temporary folder and loads
 it.  A thread reads the process's anonymous memory all the while; on a CPU the devices' arrays are in it too,
-so those that are live at that moment are taken off.  Mapped file pages are the kernel's to drop and don't count.
+so those that are live at that moment, or on their way, are taken off.  Mapped file pages are the kernel's to drop
+and don't count.
 """
 
 from __future__ import annotations
@@ -37,22 +38,36 @@ class Watch:
   """The largest of (anonymous memory - live device arrays) while it is open, relative to when it was opened."""
 
   def __enter__(self):
-    self.base, self.peak, self._stop = anonymous_bytes() - self._live(), 0, threading.Event()
+    self._on_host, self._coming = jax.default_backend() == "cpu", 0
+    self._put, self._set_layer = jax.device_put, weights._set_layer
+    self.base, self.peak, self._stop = anonymous_bytes() - self._held(), 0, threading.Event()
+    # An array that is being copied, or written in place, is its device's, but not among the live ones meanwhile.
+    jax.device_put, weights._set_layer = self._counted(self._put), self._counted(self._set_layer)
     self._thread = threading.Thread(target=self._run)
     self._thread.start()
     return self
 
   def __exit__(self, *_):
+    jax.device_put, weights._set_layer = self._put, self._set_layer
     self._stop.set()
     self._thread.join()
 
-  def _live(self):
-    on_host = jax.default_backend() == "cpu"
-    return sum(a.nbytes for a in jax.live_arrays()) if on_host else 0
+  def _counted(self, call):
+    def run(x, *args, **kwargs):
+      self._coming = x.nbytes if self._on_host else 0
+      try:
+        return call(x, *args, **kwargs).block_until_ready()
+      finally:
+        self._coming = 0
+
+    return run
+
+  def _held(self):
+    return (sum(a.nbytes for a in jax.live_arrays()) if self._on_host else 0) + self._coming
 
   def _run(self):
     while not self._stop.wait(0.002):
-      self.peak = max(self.peak, anonymous_bytes() - self._live() - self.base)
+      self.peak = max(self.peak, anonymous_bytes() - self._held() - self.base)
 
 
 def write(folder: str, cfg: qwen.Config) -> int:

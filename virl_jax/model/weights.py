@@ -8,6 +8,7 @@ config.json, single and sharded safetensors.  Writes the released layout, which 
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import math
 import pathlib
@@ -194,16 +195,22 @@ def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) 
     raise ValueError(f"{folder} has misshapen or wrongly typed tensors: {_listing(wrong)}")
   np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
+  def put(array, sharding):
+    """Waits, and has JAX let go of the host's array (it does when Python collects garbage) before the next is read."""
+    array = jax.device_put(array, sharding).block_until_ready()
+    gc.collect(0)
+    return array
+
   def load(spec, sharding=None):
     pieces = [tensors[name] for name in spec.hf_names()]
     if not spec.stacked:
-      return jax.device_put(_read(spec, *pieces[0], np_dtype), sharding)
+      return put(_read(spec, *pieces[0], np_dtype), sharding)
     if math.prod(spec.shape) * np_dtype.itemsize <= STRIP_BYTES:
       return jax.device_put(np.stack([_read(spec, *piece, np_dtype) for piece in pieces]), sharding)
     # Layer by layer into an array that is on its devices already: the host holds one layer at a time.
     stack = jnp.zeros(spec.shape, np_dtype, device=sharding)
     for i, piece in enumerate(pieces):
-      stack = _set_layer(stack, jax.device_put(_read(spec, *piece, np_dtype), _without_layers(sharding)), i)
+      stack = _set_layer(stack, put(_read(spec, *piece, np_dtype), _without_layers(sharding)), i)
       stack.block_until_ready()
     return stack
 
