@@ -51,18 +51,10 @@ if [[ -z $platforms ]]; then
 fi
 export JAX_PLATFORMS=$platforms
 
-case $platforms in
-  cpu*)
-    # Huge pages for the heap: fewer page faults, steps about 1.2 to 2 times as fast.
-    if [[ $(uname -s) == Linux ]] && getconf GNU_LIBC_VERSION > /dev/null 2>&1; then
-      export GLIBC_TUNABLES=${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1
-    fi
-    ;;
-  cuda* | gpu*)
-    # Lets collectives run beside compute.
-    export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
-    ;;
-esac
+if [[ $platforms == cuda* || $platforms == gpu* ]]; then
+  # Lets collectives run beside compute.
+  export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
+fi
 
-echo "config $config, JAX_PLATFORMS=$JAX_PLATFORMS, GLIBC_TUNABLES=${GLIBC_TUNABLES:-}, XLA_FLAGS=${XLA_FLAGS:-}"
+echo "config $config, JAX_PLATFORMS=$JAX_PLATFORMS, XLA_FLAGS=${XLA_FLAGS:-}"
 exec "$python" -m virl_jax.train --config="$config" "$@"

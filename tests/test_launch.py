@@ -18,11 +18,11 @@ def launch(tmp_path):
   """Runs the script; the stand-in prints its arguments, and finds no module that it is asked for."""
   fake = tmp_path / "fake_python"
   fake.write_text('#!/usr/bin/env bash\n[[ $1 == -c ]] && exit 1\nfor a in "$@"; do echo "<$a>"; done\n'
-                  'echo "$JAX_PLATFORMS|${GLIBC_TUNABLES:-}|${XLA_FLAGS:-}"\n')
+                  'echo "$JAX_PLATFORMS|${XLA_FLAGS:-}"\n')
   fake.chmod(0o755)
 
   def run(*args, **env):
-    clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "GLIBC_TUNABLES", "XLA_FLAGS")}
+    clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     return subprocess.run(["bash", SCRIPT, *args], cwd=ROOT, env=clean | {"PYTHON": str(fake)} | env,
                           capture_output=True, text=True, timeout=60)
 
@@ -40,12 +40,10 @@ def test_arguments_go_through_as_they_stand(launch):
 
 @pytest.mark.parametrize("platforms, flagged", [("cpu", False), ("cuda", True), ("cuda,cpu", True), ("tpu", False)])
 def test_each_platform_gets_its_settings(launch, platforms, flagged):
-  done = launch("configs/tiny.py", JAX_PLATFORMS=platforms, XLA_FLAGS="--mine", GLIBC_TUNABLES="a.b=1")
-  chosen, tunables, flags = done.stdout.splitlines()[-1].split("|")
-  assert chosen == platforms and flags.endswith("--mine") and tunables.startswith("a.b=1")
+  done = launch("configs/tiny.py", JAX_PLATFORMS=platforms, XLA_FLAGS="--mine")
+  chosen, flags = done.stdout.splitlines()[-1].split("|")
+  assert chosen == platforms and flags.endswith("--mine")
   assert ("--xla_gpu_enable_latency_hiding_scheduler=true" in flags) == flagged
-  glibc = os.uname().sysname == "Linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
-  assert ("glibc.malloc.hugetlb=1" in tunables) == (glibc and platforms == "cpu")
 
 
 @pytest.mark.parametrize("args, message", [
