@@ -27,6 +27,7 @@ from virl_jax import host_memory
 from virl_jax import mesh as mesh_lib
 from virl_jax import setup_run
 from virl_jax import types
+from virl_jax import user_cache
 from virl_jax.data import batches
 from virl_jax.eval import harness
 from virl_jax.eval import metrics as metrics_lib
@@ -210,6 +211,7 @@ def main(argv):
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file it writes
   host_memory.keep_when_on_cpu()
+  user_cache.keep_programs()
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   try:
     train(_CONFIG.value, _WORKDIR.value or os.path.join("runs", name))

@@ -29,6 +29,7 @@ from ml_collections import config_flags
 import numpy as np
 
 from virl_jax import host_memory
+from virl_jax import user_cache
 from virl_jax.data import demos
 from virl_jax.data import images
 from virl_jax.data import prompt
@@ -175,6 +176,7 @@ def main(argv):
     raise app.UsageError("--out=HF_DIR is missing")
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file it writes
   host_memory.keep_when_on_cpu()
+  user_cache.keep_programs()
   workdir = pathlib.Path(_WORKDIR.value or out.rstrip("/") + ".work")
   workdir.mkdir(parents=True, exist_ok=True)
   u = c.warmstart

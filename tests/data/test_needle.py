@@ -10,6 +10,7 @@ from PIL import Image
 import pytest
 
 from virl_jax import config
+from virl_jax import user_cache
 from virl_jax.data import images
 from virl_jax.data.sources import needle
 
@@ -146,7 +147,7 @@ def test_sets_go_to_the_cache_unless_told_otherwise(tmp_path, monkeypatch):
   assert [p.name[:7] for p in (tmp_path / "cache").iterdir()] == ["needle-"]
   monkeypatch.delenv("VIRL_JAX_CACHE")
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
-  assert needle.cache_dir() == tmp_path / "home" / ".cache" / "virl_jax"
+  assert user_cache.folder() == tmp_path / "home" / ".cache" / "virl_jax"
 
 
 @pytest.mark.parametrize("split, size", [("validation", 3), ("test", 0)])

@@ -22,13 +22,13 @@ import functools
 import hashlib
 import io
 import json
-import os
 import pathlib
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from virl_jax import types
+from virl_jax import user_cache
 
 # Channels stay within [64, 191], so that every texture can be balanced to no mean contrast.
 COLOURS = {
@@ -297,12 +297,6 @@ class Source:
     return f"needle: {len(self)} {self._name} pictures"
 
 
-def cache_dir() -> pathlib.Path:
-  """Where generated sets are kept unless told otherwise: $VIRL_JAX_CACHE or the user's cache folder."""
-  base = os.environ.get("VIRL_JAX_CACHE")
-  return pathlib.Path(base) if base else pathlib.Path.home() / ".cache" / "virl_jax"
-
-
 def load(path: str, split: str, cfg: Config) -> Source:
   """The tasks of a split, drawn and stored on first use.
 
@@ -322,5 +316,5 @@ def load(path: str, split: str, cfg: Config) -> Source:
     raise ValueError(f"data.needle split must be 'train' or 'test' with a size above 0. Received: {split!r}, {size}")
   from virl_jax.data.sources import needle_tfds  # tensorflow-datasets takes seconds to import
   digest = hashlib.blake2b(repr((_VERSION, cfg)).encode(), digest_size=6).hexdigest()
-  folder = pathlib.Path(path) if path else cache_dir()
+  folder = pathlib.Path(path) if path else user_cache.folder()
   return Source(needle_tfds.read(folder / f"needle-{digest}", split, cfg), split)

@@ -1,0 +1,23 @@
+"""Where things are kept that can be made again."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import jax
+
+
+def folder(name: str = "") -> pathlib.Path:
+  """$VIRL_JAX_CACHE/NAME, or ~/.cache/virl_jax/NAME."""
+  base = os.environ.get("VIRL_JAX_CACHE")
+  return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache" / "virl_jax") / name
+
+
+def keep_programs() -> None:
+  """What XLA compiles in this process is kept for later ones, unless $JAX_COMPILATION_CACHE_DIR says where.
+
+  JAX knows a program by its code, shapes, options, version and device, so that none is taken for another.
+  """
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(folder("xla")))
