@@ -209,7 +209,8 @@ def _keep(path: pathlib.Path, trajectories, scored) -> None:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file it writes
+  for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
+    logging.getLogger(chatty).setLevel(logging.WARNING)
   host_memory.keep_when_on_cpu()
   user_cache.keep_programs()
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem

@@ -174,7 +174,8 @@ def main(argv):
   c, out = _CONFIG.value, _OUT.value
   if not out:
     raise app.UsageError("--out=HF_DIR is missing")
-  logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file it writes
+  for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
+    logging.getLogger(chatty).setLevel(logging.WARNING)
   host_memory.keep_when_on_cpu()
   user_cache.keep_programs()
   workdir = pathlib.Path(_WORKDIR.value or out.rstrip("/") + ".work")

@@ -104,6 +104,7 @@ def config_to_hf(cfg: qwen.Config, dtype: str) -> dict:
       "rope_scaling": {"type": "mrope", "mrope_section": list(t.mrope_section)},
       "tie_word_embeddings": t.tied, "use_sliding_window": False, "attention_dropout": 0.0,
       "max_position_embeddings": 128000, "initializer_range": 0.02, "use_cache": True, "eos_token_id": cfg.eos,
+      "bos_token_id": None,  # no text begins with it; left out, readers assume the released vocabulary's
       **{theirs: getattr(cfg, ours) for ours, theirs in _IDS.items()},
       "vision_config": {
           "model_type": MODEL_TYPE, "depth": v.depth, "hidden_size": v.hidden, "num_heads": v.heads,
