@@ -87,8 +87,10 @@ class Ours:
     B, T = self.tokens_BT.shape
     state = sample.start(self.cfg, B, pack.up(T + self.new_tokens, text.CACHE_BLOCK))
     state = sample.append(self.params, self.cfg, state, self.chunk)
-    _, out, _, _ = sample.decode(self.params, self.cfg, state, jnp.ones(B, bool), jnp.arange(B), jnp.int32(0),
-                                 jax.random.key(0), jnp.float32(0), self.new_tokens)
+    none = jnp.zeros(B, jnp.int32)
+    turns = sample.Turns(jnp.arange(B), none, none, none + self.new_tokens)
+    _, out, _, _ = sample.decode(self.params, self.cfg, state, turns, jax.random.key(0), jnp.float32(0),
+                                 self.new_tokens)
     self.out = np.asarray(out)
 
 

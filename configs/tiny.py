@@ -20,6 +20,7 @@ def get_config():
   c.image.crop_min_pixels = 5 * 28 * 28    # crops are about 84 px a side, whatever their size was
   c.image.crop_max_pixels = 10 * 28 * 28
   c.prompt.describe_tool = False   # the tiny base learned the tool by example
+  c.prompt.last_notice = ""        # and never heard this one
   c.prompt.image_first = False     # so that image tokens see what is asked
   c.rollout.prompts = 16
   c.rollout.group_size = 8

@@ -15,6 +15,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in {
     2: "data.tiny_tokenizer data.demos data.batches model.vision model.text",
     3: "model.qwen",
     4: "model.weights rollout.sample rollout.pack learner.step learner.compiles",
+    4.5: "rollout.turns rollout.plan",
+    4.6: "rollout.chunks",
     5: "rollout.zoom learner.checkpoint",
     6: "data.curation eval.metrics eval.benchmarks report.style report.curves report.log report.gallery",
     6.1: "report.trajectory",

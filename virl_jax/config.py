@@ -45,6 +45,7 @@ def default() -> ConfigDict:
   i.crop_max_pixels = 1003520      # crops, after resizing [ours]
   i.crop_min_side_px = 8           # smaller boxes are refused, in original pixels [ours]
   i.crop_max_aspect = 100.0        # longer boxes are refused [DeepEyes]
+  i.crop_expand = False            # cut a larger region for such boxes instead of refusing them [ours]
   i.decode_max_pixels = 178956970  # larger files are skipped as decompression bombs [Pillow]
 
   c.prompt = p = ConfigDict()
@@ -52,6 +53,8 @@ def default() -> ConfigDict:
   p.describe_tool = True           # put the tool's JSON schema into the system turn [Hermes]
   p.image_first = True             # image before the question [Qwen2.5-VL]
   p.instruction = ""               # appended to every question
+  p.zoom_into_crops = False        # a call may name an earlier crop, by target_image [Pixel-Reasoner]
+  p.last_notice = "No further zoom is possible. Answer now."  # told with the last crop; "" for nothing [ours]
 
   c.rollout = r = ConfigDict()
   r.prompts = 16                   # prompts a step [ours]
@@ -62,6 +65,16 @@ def default() -> ConfigDict:
   r.temperature = 1.0              # [DeepEyes, Pixel-Reasoner, Mini-o3]
   r.mask_overlong = False          # drop trajectories that ran out of tokens from the loss
   r.pad_tokens = 64                # token buckets are multiples of this [ours]
+  r.max_images = 0                 # images a trajectory, the shown one too; 0 for no limit
+  r.max_vision_tokens = 0          # vision tokens a trajectory; 0 for no limit
+  r.top_k = 0                      # sample from the k likeliest tokens; 0 for all. PPO's loss knows of no cut:
+  r.top_p = 1.0                    #   these three bias it, and are for evaluation [DeepEyes, Mini-o3: none]
+  r.min_p = 0.0                    # tokens at least this share as likely as the likeliest; 0 for all
+  r.stop_strings = ()              # text that ends a turn, such as ("</tool_call>", "</answer>")
+  r.slots = 0                      # decode slots on all devices; 0 for as many as trajectories
+  r.segment_tokens = 32            # tokens decoded before the host looks at who has ended [ours]
+  r.serve_share = 0.125            # a segment ends early when this share of the slots has [ours]
+  r.threads = 2                    # host threads that parse, crop and patchify [ours]
 
   c.reward = w = ConfigDict()
   w.h0 = 0.4                       # IoU that makes a visual action correct [ours, within the published sweep 0.2-0.5]
@@ -137,7 +150,8 @@ def validate(c: ConfigDict) -> None:
       raise ValueError(f"config.{key} must be {wanted}. Received: {got!r}")
 
   for key in ("rollout.prompts", "rollout.group_size", "rollout.max_rounds", "rollout.max_turn_tokens",
-              "rollout.pad_tokens", "ppo.minibatches", "ppo.epochs", "checkpoint.every", "checkpoint.keep"):
+              "rollout.pad_tokens", "rollout.segment_tokens", "rollout.threads",
+              "ppo.minibatches", "ppo.epochs", "checkpoint.every", "checkpoint.keep"):
     section, name = key.split(".")
     need(c[section][name] >= 1, key, "at least 1", c[section][name])
   need(c.steps >= 0, "steps", "0 or more", c.steps)
@@ -149,6 +163,14 @@ def validate(c: ConfigDict) -> None:
   need(c.rollout.temperature > 0, "rollout.temperature",
        "positive (PPO needs a distribution to sample from)", c.rollout.temperature)
   need(c.eval.temperature >= 0, "eval.temperature", "0 (greedy) or positive", c.eval.temperature)
+  for key in ("max_images", "max_vision_tokens", "top_k", "slots"):
+    need(c.rollout[key] >= 0, f"rollout.{key}", "0 or more", c.rollout[key])
+  need(c.rollout.max_images != 1, "rollout.max_images", "0 (no limit) or at least 2: the shown image is one", 1)
+  need(0 < c.rollout.top_p <= 1, "rollout.top_p", "above 0 and at most 1", c.rollout.top_p)
+  for key in ("min_p", "serve_share"):
+    need(0 <= c.rollout[key] <= 1, f"rollout.{key}", "between 0 and 1", c.rollout[key])
+  need(all(isinstance(s, str) and s for s in c.rollout.stop_strings), "rollout.stop_strings", "non-empty strings",
+       c.rollout.stop_strings)
   need(c.rollout.prompts % c.ppo.minibatches == 0, "ppo.minibatches",
        f"a divisor of config.rollout.prompts = {c.rollout.prompts}", c.ppo.minibatches)
   need(c.rollout.group_size > 1 or not c.advantage.normalize_std, "rollout.group_size",

@@ -24,7 +24,8 @@ from virl_jax.rl import credit
 from virl_jax.rl import loss
 from virl_jax.rl import reward
 from virl_jax.rollout import pack
-from virl_jax.rollout import zoom
+from virl_jax.rollout import sample
+from virl_jax.rollout import turns
 
 
 def model_dir(path: str) -> str:
@@ -55,7 +56,7 @@ class Pieces:
     hf_dir: the folder that the base came from.
   """
 
-  policy: zoom.Policy
+  policy: turns.Policy
   step: step_lib.Config
   pack: pack.Config
   mesh: jax.sharding.Mesh
@@ -81,9 +82,9 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
                      f"data x fsdp = {shards}. Received: {rows}")
   r = c.rollout
   return Pieces(
-      policy=zoom.Policy(model, codec, prompt.Config(**c.prompt), images.Config(**c.image),
-                         zoom.Config(r.max_rounds, r.max_turn_tokens, r.max_total_tokens, r.temperature,
-                                     r.pad_tokens), mesh),
+      policy=turns.Policy(model, codec, prompt.Config(**c.prompt), images.Config(**c.image),
+                          turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),
+                          mesh),
       step=step_lib.Config(model, r.group_size, r.temperature, reward.Config(**c.reward), credit.Config(**c.credit),
                            advantage.Config(**c.advantage), loss.Config(**c.loss), step_lib.OptimConfig(**c.optim),
                            mesh),
@@ -91,6 +92,11 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
                        pad_images=rows, pad_shown=max(shards, rows // r.group_size),
                        mask_overlong=r.mask_overlong),
       mesh=mesh, hf_dir=hf_dir)
+
+
+def _fields(kind, section) -> dict:
+  """What of a section of the configuration a dataclass has fields for."""
+  return {f.name: section[f.name] for f in dataclasses.fields(kind) if f.name in section}
 
 
 def source(c: config_lib.ConfigDict, split: str):

@@ -39,6 +39,7 @@ from virl_jax.report import html
 from virl_jax.report import log as log_lib
 from virl_jax.rl import credit
 from virl_jax.rollout import pack
+from virl_jax.rollout import plan
 from virl_jax.rollout import zoom
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -85,6 +86,9 @@ def train(c, workdir: str) -> dict:
   if start:
     state = checkpoints.restore(start, state)
     print(f"going on from step {start}", flush=True)
+  rows = c.rollout.prompts * c.rollout.group_size
+  print(plan.cache(p.policy.model, c.rollout.max_total_tokens, c.rollout.slots, rows, p.mesh, plan.free_bytes()),
+        flush=True)
   log = log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start)
   progress = log_lib.Progress(c.steps, start)
   tensorboard = log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard, start)
@@ -99,7 +103,7 @@ def train(c, workdir: str) -> dict:
     key = jax.random.fold_in(root_key, step)  # so that resuming needs no RNG state
     drawn, upcoming = upcoming.result(), draw(step + 1)
     skipped += _report_skips(drawn)
-    trajectories = zoom.rollout(p.policy, state.params, drawn.tasks, key, c.rollout.group_size)
+    trajectories, rolled_out = zoom.run(p.policy, state.params, drawn.tasks, key, c.rollout.group_size)
     rolled = time.perf_counter()
     dealt = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches, (c.seed, step))
     scored, score_metrics = zip(*[
@@ -112,7 +116,7 @@ def train(c, workdir: str) -> dict:
     metrics = _merge(score_metrics) | _merge(updates)  # waits for the update
     metrics |= {"time/rollout_s": rolled - began, "time/update_s": time.perf_counter() - rolled,
                 "time/compile_s": compiled.seconds, "compile/count": compiled.count, "data/skipped": skipped,
-                **_stops(trajectories)}
+                **_stops(trajectories), **rolled_out.metrics()}
     log.write(step, metrics)
     line = log.flush()  # before the checkpoint: it never runs ahead of the log
     progress.line(step, line)
@@ -152,7 +156,7 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
   print(f"evaluating {when} training: {len(tasks)} held-out tasks", flush=True)
   began = time.perf_counter()
   judged = harness.run(p.policy, params, tasks, jax.random.fold_in(root_key, _EVAL_STREAM),
-                       c.rollout.prompts * c.rollout.group_size, c.eval.temperature, p.step.reward)
+                       c.rollout.slots or c.rollout.prompts * c.rollout.group_size, c.eval.temperature, p.step.reward)
   result = harness.result(judged, c.reward.h0, c.eval.bootstrap)
   if before is not None:
     result["difference"] = metrics_lib.difference(harness.outcomes(before), harness.outcomes(result), c.reward.h0,

@@ -92,7 +92,8 @@ class Turn:
     logp: float32[T] nats under the sampling distribution; None for tool turns.
     text: the ids, decoded.
     box: the region that this turn zoomed into, or None.
-    box_shown: the four numbers as the policy wrote them, in the shown image's frame, or None.
+    box_shown: the four numbers as the policy wrote them, in the frame of the image that they are of, or None.
+    target_image: which of the trajectory's images that is.
     error: what the policy was told was wrong with its call, or None.
     image_index: which of the trajectory's images this (tool) turn carries, or None.
   """
@@ -103,6 +104,7 @@ class Turn:
   text: str = ""
   box: Box | None = None
   box_shown: tuple[float, ...] | None = None
+  target_image: int = 0
   error: str | None = None
   image_index: int | None = None
 

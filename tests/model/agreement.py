@@ -235,8 +235,8 @@ def compare_turns(cfg, params, model, turns: list[list[Part]]) -> dict:
              for tail, p, ok in zip(last, given, alive)]
     chunk = _chunk(cfg, parts, starts, T, max(1, n_images))
     state = sample.append(params, cfg, state, jax.tree.map(jnp.asarray, chunk))
-    state, out, _, count = sample.decode(params, cfg, state, jnp.asarray(alive), jnp.arange(B), jnp.int32(0),
-                                         jax.random.key(0), jnp.float32(0), MAX_NEW)
+    writes = sample.Turns(jnp.arange(B), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), MAX_NEW * jnp.asarray(alive))
+    state, out, _, count = sample.decode(params, cfg, state, writes, jax.random.key(0), jnp.float32(0), MAX_NEW)
     for b in range(B):
       if not alive[b]:
         continue

@@ -16,6 +16,7 @@ from virl_jax.data.sources import needle
 from virl_jax.learner import step as step_lib
 from virl_jax.model import weights
 from virl_jax.rollout import pack
+from virl_jax.rollout import turns
 from virl_jax.rollout import zoom
 
 
@@ -28,8 +29,8 @@ def base():
   import transformers
   codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(folder), cfg.image_token, cfg.eos)
   image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
-  policy = zoom.Policy(cfg, codec, prompt.Config(c.prompt.system, False, False), image,
-                       zoom.Config(3, 32, 256, 1.0, 32), mesh_lib.make(devices=jax.devices()[:1]))
+  policy = turns.Policy(cfg, codec, prompt.Config(c.prompt.system, False, False), image,
+                       turns.Config(3, 32, 256, 1.0, 32), mesh_lib.make(devices=jax.devices()[:1]))
   return policy, params, pack.Config(cfg.vision.grid, cfg.image_token, 3, 32, 8)
 
 
@@ -89,49 +90,16 @@ def test_the_step_key_changes_samples_and_greedy_ignores_it(base):
   assert all(np.array_equal(x.ids, y.ids) for x, y in zip(a, b))
 
 
-def _row(policy, task):
-  row = zoom._prompt(policy, task)
-  row.traj = dataclasses.replace(row.traj, uid=0)
-  return row
-
-
-def _say(policy, row, text, turn=0, end=True):
-  ids = policy.codec.encode(text + (prompt.END if end else ""))
-  return zoom._take_turn(policy, row, ids, np.zeros(len(ids), np.float32), turn)
-
-
-def test_turns_are_read_as_the_protocol_says(base):
-  policy = base[0]
-  task = _tasks(1)[0]
-  row = _row(policy, task)
-  assert _say(policy, row, prompt.answer_text(task.answers[0])) is None
-  assert row.traj.stop == types.StopReason.ANSWERED and row.traj.correct
-
-  row = _row(policy, task)
-  ids, crops = _say(policy, row, prompt.call_text((10, 12, 40, 48)))
-  assert row.traj.stop is None and len(crops) == 1 and ids[0] == policy.codec.eos
-  assert row.traj.boxes == [types.Box(30, 36, 120, 144)], "shown at a third of the size"
-
-  row = _row(policy, task)
-  ids, crops = _say(policy, row, prompt.call_text((40, 12, 10, 48)))
-  assert row.traj.stop is None and not crops and not row.traj.boxes
-  assert "x1 < x2" in row.traj.turns[0].error and "Error: bbox_2d" in row.traj.turns[1].text
-
-  row = _row(policy, task)
-  assert _say(policy, row, prompt.call_text((10, 12, 40, 48)), turn=policy.rollout.max_rounds) is None
-  assert row.traj.stop == types.StopReason.OUT_OF_ROUNDS and not row.traj.boxes
-
-  row = _row(policy, task)
-  assert _say(policy, row, "hm") is None and row.traj.stop == types.StopReason.MALFORMED
-
-  row = _row(policy, task)
-  assert _say(policy, row, prompt.answer_text("rows"), end=False) is None
-  assert row.traj.stop == types.StopReason.OVERLONG
-
-  short = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, max_total_tokens=90))
-  row = _row(short, task)
-  assert _say(short, row, prompt.call_text((10, 12, 40, 48))) is None
-  assert row.traj.stop == types.StopReason.OVERLONG
+def test_slots_do_not_matter(base):
+  policy, params, _ = base
+  tasks = _tasks(6) + _tasks(3, "pair_pattern")
+  run = lambda **kw: zoom.rollout(dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, **kw)),
+                                  params, tasks, jax.random.key(6), group_size=3)
+  want = run(slots=64)
+  for kw in ({"slots": 4}, {"slots": 16, "segment_tokens": 5}, {"slots": 1, "threads": 1}):
+    for a, b in zip(want, run(**kw), strict=True):
+      assert a.uid == b.uid and a.stop == b.stop
+      np.testing.assert_array_equal(a.ids, b.ids, str((kw, a.uid)))
 
 
 def test_errors_name_the_thing(base):

@@ -32,6 +32,7 @@ class Config:
   crop_max_pixels: int = 1003520
   crop_min_side_px: int = 8
   crop_max_aspect: float = 100.0
+  crop_expand: bool = False
   decode_max_pixels: int = 178956970
 
 
@@ -229,11 +230,43 @@ def check_zoom(box: tuple[float, ...], region: types.Box, shown: tuple[int, int]
     return f"bbox_2d lies outside the image of {shown[0]} x {shown[1]}"
   found = to_original(clamped, region, shown)
   w, h = found.x2 - found.x1, found.y2 - found.y1
+  if cfg.crop_expand:
+    return found
   if min(w, h) < cfg.crop_min_side_px:
     return "bbox_2d is too small"
   if max(w, h) > cfg.crop_max_aspect * min(w, h):
     return "bbox_2d is too long and thin"
   return found
+
+
+def expand(box: types.Box, picture_wh: tuple[int, int], cfg: Config) -> types.Box:
+  """What is cut for a box that is too small or too thin: a larger region about the same centre.
+
+  A box too thin grows across until `cfg.crop_max_aspect` holds; one too small then grows along both sides
+  alike until its short side has `cfg.crop_min_side_px`.
+
+  Args:
+    box: original pixels, inside the picture.
+    picture_wh: the picture's width and height, pixels.
+    cfg: limits.
+
+  Returns:
+    A region inside the picture that holds the box; at the picture's edge it is moved, and where the picture
+    itself is too small it is all there is along that side.
+  """
+  w, h = box.x2 - box.x1, box.y2 - box.y1
+  w, h = max(w, h / cfg.crop_max_aspect), max(h, w / cfg.crop_max_aspect)
+  scale = max(1.0, cfg.crop_min_side_px / min(w, h))
+
+  def along(low, high, size, whole):
+    size = min(size, float(whole))
+    start = min(max((low + high - size) / 2, 0.0), whole - size)
+    # Rounding must not cost the box its edge.
+    return min(start, low), max(start + size, high)
+
+  x1, x2 = along(box.x1, box.x2, w * scale, picture_wh[0])
+  y1, y2 = along(box.y1, box.y2, h * scale, picture_wh[1])
+  return types.Box(x1, y1, x2, y2)
 
 
 def _window_slots(grid_hw: tuple[int, int], grid: Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -247,14 +280,15 @@ def _window_slots(grid_hw: tuple[int, int], grid: Grid) -> tuple[np.ndarray, np.
   return window, (r % side) * width + c % side
 
 
-def layout(images: list[types.ImageInput], grid: Grid, count: int | None = None
+def layout(images: list[types.ImageInput | None], grid: Grid, count: int | None = None, least: tuple[int, int] = (1, 2)
            ) -> tuple[types.ImageBatch, list[np.ndarray]]:
   """Lays images out by attention window, padded to a bucket.
 
   Args:
-    images: of any sizes; may be none.
+    images: of any sizes; may be none.  None keeps a place empty.
     grid: patch geometry.
     count: pad with empty images up to this many; None for as many as there are, at least one.
+    least: windows, and cells along a window's side, that the bucket has at least.
 
   Returns:
     The batch (numpy leaves), and for each image int32[M]: where its merged tokens, row by row, stand in
@@ -267,9 +301,7 @@ def layout(images: list[types.ImageInput], grid: Grid, count: int | None = None
   count = max(1, len(images)) if count is None else count
   if len(images) > count:
     raise ValueError(f"images must be at most count={count} images. Received: {len(images)}")
-  cells = [_window_slots(im.grid_hw, grid) for im in images]
-  n_windows = 1 << (max((int(w.max()) for w, _ in cells), default=0)).bit_length()
-  side = max(2, math.isqrt(max((int(s.max()) for _, s in cells), default=0)) + 1)
+  n_windows, side = np.maximum(least, bucket(images, grid)).tolist()
   per_cell = grid.merge ** 2
   n_slots = side * side * per_cell
   batch = types.ImageBatch(
@@ -277,7 +309,11 @@ def layout(images: list[types.ImageInput], grid: Grid, count: int | None = None
       mask_IWQ=np.zeros((count, n_windows, n_slots), bool),
       rowcol_IWQ2=np.zeros((count, n_windows, n_slots, 2), np.int32))
   index = []
-  for i, (im, (window, slot)) in enumerate(zip(images, cells)):
+  for i, im in enumerate(images):
+    if im is None:
+      index.append(np.zeros(0, np.int32))
+      continue
+    window, slot = _window_slots(im.grid_hw, grid)
     cols = im.grid_hw[1] // grid.merge
     w = np.repeat(window, per_cell)
     q = (slot[:, None] * per_cell + np.arange(per_cell)).ravel()
@@ -289,3 +325,10 @@ def layout(images: list[types.ImageInput], grid: Grid, count: int | None = None
     batch.rowcol_IWQ2[i, w, q] = np.stack([row, col], -1)
     index.append(((i * n_windows + window) * (n_slots // per_cell) + slot).astype(np.int32))
   return batch, index
+
+
+def bucket(images: list[types.ImageInput | None], grid: Grid) -> tuple[int, int]:
+  """Windows (a power of two) and cells along a window's side (at least 2) that hold each of the images."""
+  cells = [_window_slots(im.grid_hw, grid) for im in images if im is not None]
+  n_windows = 1 << (max((int(w.max()) for w, _ in cells), default=0)).bit_length()
+  return n_windows, max(2, math.isqrt(max((int(s.max()) for _, s in cells), default=0)) + 1)

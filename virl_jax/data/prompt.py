@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import re
+import threading
 
 import numpy as np
 
@@ -33,6 +34,10 @@ TOOL_SCHEMA = {
         },
     },
 }
+_TARGET_IMAGE = {
+    "type": "integer", "minimum": 0,
+    "description": "Which image the region is of: 0 is the first, k the k-th that came back.",
+}
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 END = "<|im_end|>"
 # A tool call longer than this is refused unread: no honest call comes near it.
@@ -47,13 +52,21 @@ class Config:
   describe_tool: bool = True
   image_first: bool = True
   instruction: str = ""
+  zoom_into_crops: bool = False
+  last_notice: str = "No further zoom is possible. Answer now."
 
 
 @dataclasses.dataclass(frozen=True)
 class Zoom:
-  """A tool call: the box as written, in the shown image's frame."""
+  """A tool call.
+
+  Attributes:
+    box: as written, in the frame of the image that it is of, as that was shown.
+    target_image: which image that is: 0 the first, k the k-th crop.
+  """
 
   box: tuple[float, float, float, float]
+  target_image: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +105,20 @@ def question_text(question: str, options: tuple[str, ...] | None, cfg: Config) -
   return "\n".join(lines)
 
 
+def tool_schema(zoom_into_crops: bool = False) -> dict:
+  """The tool as the system turn describes it.
+
+  Args:
+    zoom_into_crops: whether a call may name another image than the first.
+  """
+  if not zoom_into_crops:
+    return TOOL_SCHEMA
+  tool = TOOL_SCHEMA["function"]
+  parameters = tool["parameters"]
+  properties = parameters["properties"] | {"target_image": _TARGET_IMAGE}
+  return TOOL_SCHEMA | {"function": tool | {"parameters": parameters | {"properties": properties}}}
+
+
 def render(question: str, options: tuple[str, ...] | None, cfg: Config) -> str:
   """The whole prompt, ready for the assistant's first word.
 
@@ -107,7 +134,7 @@ def render(question: str, options: tuple[str, ...] | None, cfg: Config) -> str:
   if cfg.describe_tool:
     system += ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
                "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
-               + json.dumps(TOOL_SCHEMA) +
+               + json.dumps(tool_schema(cfg.zoom_into_crops)) +
                "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
                'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
                "<args-json-object>}\n</tool_call>")
@@ -116,13 +143,16 @@ def render(question: str, options: tuple[str, ...] | None, cfg: Config) -> str:
   return f"<|im_start|>system\n{system}{END}\n<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
 
 
-def tool_turn(error: str | None = None) -> str:
+def tool_turn(error: str | None = None, notice: str = "") -> str:
   """What follows the assistant's end-of-turn token: a crop, or an error, and the next assistant turn.
 
   Args:
     error: what was wrong with the call; None if the crop comes back.
+    notice: a line after it, such as that no other zoom will be granted.
   """
   body = IMAGE if error is None else f"Error: {plain(error)}."
+  if notice:
+    body += f"\n{notice}"
   return (f"\n<|im_start|>user\n<tool_response>\n{body}\n</tool_response>{END}\n<|im_start|>assistant\n")
 
 
@@ -199,7 +229,10 @@ def _parse_call(text: str) -> Zoom | ParseFailure:
   # Integers beyond float's range would overflow below; no image is that wide.
   if any(abs(v) > 1e6 or not math.isfinite(v) for v in box):
     return ParseFailure("bbox_2d lies outside the image", True)
-  return Zoom(tuple(float(v) for v in box))
+  target = arguments.get("target_image", 0)
+  if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target <= 10 ** 6:
+    return ParseFailure("target_image must be a whole number, 0 or more", True)
+  return Zoom(tuple(float(v) for v in box), target)
 
 
 class Codec:
@@ -220,6 +253,8 @@ class Codec:
       if found != wanted:
         raise ValueError(f"tokenizer must map {name} to {wanted}, as config.json does. Received: {found}")
     self.tokenizer, self.image_token, self.eos = tokenizer, image_token, eos
+    # A fast tokenizer refuses a second thread while it sets its padding, which each call does.
+    self._one_at_a_time = threading.Lock()
 
   def encode(self, text: str, vision_tokens: tuple[int, ...] = ()) -> np.ndarray:
     """Ids of chat text.
@@ -234,7 +269,8 @@ class Codec:
     Raises:
       ValueError: if placeholders and `vision_tokens` differ in number.
     """
-    ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
+    with self._one_at_a_time:
+      ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
     at = ids == self.image_token
     if at.sum() != len(vision_tokens):
       raise ValueError(f"text must hold {len(vision_tokens)} image placeholders. Received: {int(at.sum())}")
@@ -244,8 +280,9 @@ class Codec:
 
   def decode(self, ids) -> str:
     """Text of ids, control tokens included; bytes that are no UTF-8 become U+FFFD."""
-    return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False,
-                                 clean_up_tokenization_spaces=False)
+    with self._one_at_a_time:
+      return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False,
+                                   clean_up_tokenization_spaces=False)
 
 
 def readable(text: str) -> str:

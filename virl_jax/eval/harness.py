@@ -13,6 +13,7 @@ from virl_jax.eval import metrics
 from virl_jax.report import gallery
 from virl_jax.rl import credit
 from virl_jax.rl import reward
+from virl_jax.rollout import turns
 from virl_jax.rollout import zoom
 
 
@@ -73,7 +74,7 @@ def judge(trajectories: list[types.Trajectory], max_rounds: int, cfg: reward.Con
           for b, t in enumerate(trajectories)]
 
 
-def run(policy: zoom.Policy, params: dict, tasks: list[types.Task], key: jax.Array, batch: int,
+def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Array, slots: int,
         temperature: float, cfg: reward.Config) -> list[Judged]:
   """One rollout of each task.
 
@@ -82,16 +83,12 @@ def run(policy: zoom.Policy, params: dict, tasks: list[types.Task], key: jax.Arr
     params: the policy's parameters.
     tasks: what to ask, pictures decoded.
     key: of the sampling.
-    batch: rows at a time; the last batch is filled up with tasks that come round again.
+    slots: rollouts at a time.
     temperature: 0 is greedy.
     cfg: the reward, for h0.
   """
-  done = []
-  for i, at in enumerate(range(0, len(tasks), batch)):
-    mine = tasks[at:at + batch]
-    padded = [mine[j % len(mine)] for j in range(batch)]
-    done += zoom.rollout(policy, params, padded, jax.random.fold_in(key, i), 1, temperature)[:len(mine)]
-  return judge(done, policy.rollout.max_rounds, cfg)
+  policy = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, slots=slots))
+  return judge(zoom.rollout(policy, params, tasks, key, 1, temperature), policy.rollout.max_rounds, cfg)
 
 
 def result(judged: list[Judged], h0: float, bootstrap: int) -> dict:

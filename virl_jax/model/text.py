@@ -169,84 +169,134 @@ def _run(params, cfg, x_BTD, pos_BXT, valid_BT, remat, right_padded, keep):
   return layers.rms_norm(x, params["norm"], cfg.eps), before
 
 
-def _attend_cache(q_BTNH: jax.Array, cache: Cache, layer: jax.Array, slot_BT: jax.Array, n_blocks: jax.Array
-                  ) -> jax.Array:
+def _read(stack_LBKSH: jax.Array, layer: jax.Array, i: jax.Array, row_A: jax.Array | None, shards: int) -> jax.Array:
+  """float32[A, K, CACHE_BLOCK, H]: block i of a layer, of the rows `row_A` or of all."""
+  L, B, K, S, H = stack_LBKSH.shape
+  at = i * CACHE_BLOCK
+  if row_A is None:
+    return jax.lax.dynamic_slice(stack_LBKSH, (layer, 0, 0, at, 0), (1, B, K, CACHE_BLOCK, H))[0].astype(jnp.float32)
+
+  def shard(stack, rows):
+    one = lambda r: jax.lax.dynamic_slice(stack, (layer, r, 0, at, 0), (1, 1, K, CACHE_BLOCK, H))[0, 0]
+    return jax.vmap(one)(rows)
+
+  return by_shard(shard, shards)(stack_LBKSH, row_A).astype(jnp.float32)
+
+
+def by_shard(fn, shards: int, out_axis: int = 0):
+  """`fn(stack, *arrays)` on each shard's own rows: no device reads another's cache.
+
+  The stack has its rows on axis 1, the arrays theirs on axis 0, the result its own on `out_axis`.
+  """
+  if shards == 1:
+    return fn
+  cut = lambda a, axis: a.reshape(*a.shape[:axis], shards, -1, *a.shape[axis + 1:])
+
+  def run(stack, *arrays):
+    out = jax.vmap(fn, (1, *(0 for _ in arrays)), out_axis)(cut(stack, 1), *(cut(a, 0) for a in arrays))
+    return out.reshape(*out.shape[:out_axis], -1, *out.shape[out_axis + 2:])
+
+  return run
+
+
+def _write(stack_LBKSH: jax.Array, layer: jax.Array, row_A: jax.Array | None, slot_AT: jax.Array, new_ATKH: jax.Array,
+           shards: int) -> jax.Array:
+  """Puts keys or values into their slots; what lies past the last slot or row is dropped."""
+  if row_A is None:
+    row_A, shards = jnp.arange(stack_LBKSH.shape[1]), 1
+  put = lambda stack, rows, slots, new: stack.at[layer, rows[:, None], :, slots].set(new, mode="drop")
+  return by_shard(put, shards, 1)(stack_LBKSH, row_A, slot_AT, new_ATKH.astype(stack_LBKSH.dtype))
+
+
+def _attend_cache(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax.Array, slot_AT: jax.Array,
+                  n_blocks: jax.Array, row_A: jax.Array | None, shards: int) -> jax.Array:
   """Attention of new tokens over the filled blocks of the cache, by online softmax.
 
   A row's token in slot s sees slots 0..s.  Only `n_blocks` blocks are read, so the cost follows what is
   filled and not what is allocated.
 
   Args:
-    q_BTNH: rotated queries.
-    cache: already holds the new keys and values.
+    q_ATNH: rotated queries.
+    k_LBKSH: already holds the new keys.
+    v_LBKSH: already holds the new values.
     layer: int32 scalar.
-    slot_BT: int32, the slot of each new token.
+    slot_AT: int32, the slot of each new token.
     n_blocks: int32 scalar, blocks that hold anything a query may see.
+    row_A: int32, the cache row of each query row; None for all rows in order.
+    shards: see `extend`.
 
   Returns:
-    [B, T, N, H].
+    [A, T, N, H].
   """
-  B, T, N, H = q_BTNH.shape
-  K = cache.k_LBKSH.shape[2]
-  q = (q_BTNH.astype(jnp.float32) * (H ** -0.5)).reshape(B, T, K, N // K, H)
-
-  def read(stack, i):
-    block = jax.lax.dynamic_slice(stack, (layer, 0, 0, i * CACHE_BLOCK, 0), (1, B, K, CACHE_BLOCK, H))
-    return block[0].astype(jnp.float32)
+  A, T, N, H = q_ATNH.shape
+  K = k_LBKSH.shape[2]
+  q = (q_ATNH.astype(jnp.float32) * (H ** -0.5)).reshape(A, T, K, N // K, H)
 
   def step(i, carry):
     top, total, acc = carry
-    logits = jnp.einsum("btkgh,bksh->btkgs", q, read(cache.k_LBKSH, i))
-    seen = (i * CACHE_BLOCK + jnp.arange(CACHE_BLOCK))[None, None] <= slot_BT[:, :, None]
+    logits = jnp.einsum("btkgh,bksh->btkgs", q, _read(k_LBKSH, layer, i, row_A, shards))
+    seen = (i * CACHE_BLOCK + jnp.arange(CACHE_BLOCK))[None, None] <= slot_AT[:, :, None]
     logits = jnp.where(seen[:, :, None, None], logits, -jnp.inf)
     new_top = jnp.maximum(top, logits.max(-1))
     weight = jnp.exp(logits - new_top[..., None])
     keep = jnp.exp(top - new_top)
-    acc = acc * keep[..., None] + jnp.einsum("btkgs,bksh->btkgh", weight, read(cache.v_LBKSH, i))
+    acc = acc * keep[..., None] + jnp.einsum("btkgs,bksh->btkgh", weight, _read(v_LBKSH, layer, i, row_A, shards))
     return new_top, total * keep + weight.sum(-1), acc
 
   # A finite floor: block 0 always holds slot 0, which every query sees, so no row divides by zero.
-  top = jnp.full((B, T, K, N // K), -1e30, jnp.float32)
-  start = (top, jnp.zeros_like(top), jnp.zeros((B, T, K, N // K, H), jnp.float32))
+  top = jnp.full((A, T, K, N // K), -1e30, jnp.float32)
+  start = (top, jnp.zeros_like(top), jnp.zeros((A, T, K, N // K, H), jnp.float32))
   _, total, acc = jax.lax.fori_loop(0, n_blocks, step, start)
-  return (acc / total[..., None]).reshape(B, T, N, H).astype(q_BTNH.dtype)
+  return (acc / total[..., None]).reshape(A, T, N, H).astype(q_ATNH.dtype)
 
 
-def extend(params: dict, cfg: Config, x_BTD: jax.Array, pos_BXT: jax.Array, n_new_B: jax.Array, cache: Cache
-           ) -> tuple[jax.Array, Cache]:
-  """Appends a right-padded chunk to each row of a cache.
+def extend(params: dict, cfg: Config, x_ATD: jax.Array, pos_AXT: jax.Array, n_new_A: jax.Array, cache: Cache,
+           row_A: jax.Array | None = None, shards: int = 1) -> tuple[jax.Array, Cache]:
+  """Appends a right-padded chunk to rows of a cache.
 
   Args:
     params: the decoder's parameters.
     cfg: shapes.
-    x_BTD: embeddings of the chunk.
-    pos_BXT: int32 M-RoPE positions of the chunk.
-    n_new_B: int32, how many of the T tokens are real; 0 leaves a row as it is.
+    x_ATD: embeddings of the chunk.
+    pos_AXT: int32 M-RoPE positions of the chunk.
+    n_new_A: int32, how many of the T tokens are real; 0 leaves a row as it is.
     cache: what came before.  Donate it.
+    row_A: int32, the cache row of each chunk row, no row twice; None for all rows in order.  Within its
+      shard, if there are several; a number past the last row is a chunk row that does nothing.
+    shards: over how many devices the cache's rows are split.  Chunk rows are split likewise, so that each
+      device appends to what it holds.
 
   Returns:
-    [B, T, D] after the final norm (nonsense on padding), and the longer cache.  Tokens past the last slot
+    [A, T, D] after the final norm (nonsense on padding), and the longer cache.  Tokens past the last slot
     are dropped: the caller sees to it that there is room.
   """
-  B, T, _ = x_BTD.shape
+  T = x_ATD.shape[1]
   S = cache.k_LBKSH.shape[3]
-  cos, sin = rope.mrope(pos_BXT, cfg.head_size, cfg.mrope_section, cfg.theta)
-  offset_BT = jnp.arange(T)[None] + cache.len_B[:, None]
-  real_BT = jnp.arange(T)[None] < n_new_B[:, None]
-  write_BT = jnp.where(real_BT, offset_BT, S)  # out of range: dropped by the scatter
-  rows = jnp.arange(B)[:, None]
-  len_B = cache.len_B + n_new_B
-  n_blocks = (jnp.max(len_B) + CACHE_BLOCK - 1) // CACHE_BLOCK
+  cos, sin = rope.mrope(pos_AXT, cfg.head_size, cfg.mrope_section, cfg.theta)
+  len_B = cache.len_B
+  len_A = len_B if row_A is None else len_B[global_rows(row_A, len(len_B), shards)]
+  slot_AT = jnp.arange(T)[None] + len_A[:, None]
+  real_AT = jnp.arange(T)[None] < n_new_A[:, None]
+  write_AT = jnp.where(real_AT, slot_AT, S)  # out of range: dropped by the scatter
+  n_blocks = (jnp.max(jnp.where(n_new_A > 0, len_A + n_new_A, 0)) + CACHE_BLOCK - 1) // CACHE_BLOCK
 
   def block(carry, layer):
     x, k_all, v_all = carry
     p, l = layer
     q, k, v = _project(p, cfg, x, cos, sin)
-    k_all = k_all.at[l, rows, :, write_BT].set(k.astype(k_all.dtype), mode="drop")
-    v_all = v_all.at[l, rows, :, write_BT].set(v.astype(v_all.dtype), mode="drop")
-    out = _attend_cache(q, Cache(k_all, v_all, len_B), l, offset_BT, n_blocks)
+    k_all, v_all = _write(k_all, l, row_A, write_AT, k, shards), _write(v_all, l, row_A, write_AT, v, shards)
+    out = _attend_cache(q, k_all, v_all, l, slot_AT, n_blocks, row_A, shards)
     return (_finish(p, cfg, x, out), k_all, v_all), None
 
   numbered = (params["blocks"], jnp.arange(cfg.layers))
-  (x, k_all, v_all), _ = jax.lax.scan(block, (x_BTD, cache.k_LBKSH, cache.v_LBKSH), numbered)
+  (x, k_all, v_all), _ = jax.lax.scan(block, (x_ATD, cache.k_LBKSH, cache.v_LBKSH), numbered)
+  len_B = len_B + n_new_A if row_A is None else (
+      len_B.at[global_rows(row_A, len(len_B), shards)].add(n_new_A, mode="drop"))
   return layers.rms_norm(x, params["norm"], cfg.eps), Cache(k_all, v_all, len_B)
+
+
+def global_rows(row_A: jax.Array, rows: int, shards: int) -> jax.Array:
+  """Numbers among all `rows` rows of numbers within a shard; one past its shard's last row becomes `rows`."""
+  each = rows // shards
+  base_A = jnp.arange(shards).repeat(len(row_A) // shards, total_repeat_length=len(row_A)) * each
+  return jnp.where(row_A < each, base_A + row_A, rows)

@@ -1,22 +1,41 @@
-"""Jitted prefill, append and decode over a visible key/value cache.
+"""Jitted prefill, append, restart and decode over a visible key/value cache.
 
-Three calls, all with a donated state: `append` puts a right-padded chunk (a prompt, a tool turn with its
-crop) behind each row; `fan_out` repeats prefilled prompts for their group; `decode` samples until every
-running row has ended its turn.  A turn's last token (end of turn) is sampled but not yet in the cache:
-the next chunk starts with it.
+The cache has a fixed number of rows, the decode slots; a trajectory lives in one until it ends, then the
+next moves in.  Three calls, all with a donated state: `append` puts right-padded chunks (prompts, tool turns
+with their crops) behind some rows; `restart` sets rows back to the end of a prompt that this or another row
+holds, so that a prompt is prefilled once for its whole group; `decode` samples a segment of tokens in all
+rows that have a turn to write.  A token that ends a turn is sampled but not yet in the cache: the next chunk
+starts with it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from virl_jax import mesh as mesh_lib
 from virl_jax import types
 from virl_jax.model import qwen
 from virl_jax.model import text
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+  """What of the policy's distribution is sampled from.
+
+  Attributes:
+    top_k: the k likeliest tokens; 0 for all.
+    top_p: the fewest tokens whose probabilities add up to this; 1 for all.
+    min_p: tokens at least this share as likely as the likeliest; 0 for all.
+  """
+
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
 
 
 @flax.struct.dataclass
@@ -26,45 +45,79 @@ class State:
   Attributes:
     cache: what it has seen.
     pos_B: int32, M-RoPE position of its next token.
-    hidden_BD: final hidden state of its last appended token, from which the next is sampled.
+    hidden_BD: final hidden state of its last token in the cache, from which the next is sampled.
+    prompt_BD: the same at the end of its prompt.
   """
 
   cache: text.Cache
   pos_B: jax.Array
   hidden_BD: jax.Array
+  prompt_BD: jax.Array
 
 
 @flax.struct.dataclass
 class Chunk:
-  """What is appended to each row.
+  """What is appended, to which rows.
 
   Attributes:
-    tokens_BT: int32, right-padded.
-    n_new_B: int32, real tokens; 0 leaves a row alone.
-    pos_BXT: int32 M-RoPE positions.
-    next_pos_B: int32, the position after the chunk.
-    vision_BT: int32 index into the merged tokens of `images`; -1 on text.
+    tokens_AT: int32, right-padded.
+    n_new_A: int32, real tokens; 0 leaves a row alone.
+    pos_AXT: int32 M-RoPE positions.
+    next_pos_A: int32, the position after the chunk.
+    vision_AT: int32 index into the merged tokens of `images`; -1 on text.
     images: buckets of new images.
+    row_A: int32, which row of its shard each is for, no row twice; None for all rows in order.
+    start_A: int32, how many tokens the row keeps before the chunk; None to keep all.
   """
 
-  tokens_BT: jax.Array
-  n_new_B: jax.Array
-  pos_BXT: jax.Array
-  next_pos_B: jax.Array
-  vision_BT: jax.Array
+  tokens_AT: jax.Array
+  n_new_A: jax.Array
+  pos_AXT: jax.Array
+  next_pos_A: jax.Array
+  vision_AT: jax.Array
   images: tuple[types.ImageBatch, ...]
+  row_A: jax.Array | None = None
+  start_A: jax.Array | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots"))
-def start(cfg: qwen.Config, rows: int, slots: int) -> State:
-  """An empty state of `rows` rows with room for `slots` tokens each."""
+@flax.struct.dataclass
+class Turns:
+  """What each row is to write.
+
+  Attributes:
+    uid_B: int32, the trajectory; its samples depend on (key, uid, turn) and on nothing beside it.
+    turn_B: int32, which of its turns this is.
+    said_B: int32, tokens of the turn that were sampled before.
+    left_B: int32, most tokens that it may still sample in this turn; 0 for a row that rests.
+  """
+
+  uid_B: jax.Array
+  turn_B: jax.Array
+  said_B: jax.Array
+  left_B: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "mesh"))
+def start(cfg: qwen.Config, rows: int, slots: int, mesh: jax.sharding.Mesh | None = None) -> State:
+  """An empty state of `rows` rows with room for `slots` tokens each.
+
+  Args:
+    cfg: static.
+    rows: B.
+    slots: S.
+    mesh: what to split rows and heads over; None for one device.
+  """
   dtype = jnp.dtype(cfg.compute_dtype)
-  return State(text.new_cache(cfg.text, rows, slots, dtype), jnp.zeros((rows,), jnp.int32),
-               jnp.zeros((rows, cfg.text.hidden), dtype))
+  hidden = jnp.zeros((rows, cfg.text.hidden), dtype)
+  state = State(text.new_cache(cfg.text, rows, slots, dtype), jnp.zeros((rows,), jnp.int32), hidden, hidden)
+  if mesh is None:
+    return state
+  kv, rest = mesh_lib.cache(mesh, cfg.text.kv_heads), mesh_lib.rows(mesh)
+  return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, kv if a.ndim == 5 else rest), state)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def append(params: dict, cfg: qwen.Config, state: State, chunk: Chunk) -> State:
+@functools.partial(jax.jit, static_argnames=("cfg", "prompt", "shards"), donate_argnames="state")
+def append(params: dict, cfg: qwen.Config, state: State, chunk: Chunk, prompt: bool = False, shards: int = 1) -> State:
   """Runs a chunk through the model, encoding only its new images.
 
   Args:
@@ -72,77 +125,117 @@ def append(params: dict, cfg: qwen.Config, state: State, chunk: Chunk) -> State:
     cfg: static.
     state: donated.
     chunk: what to append; the caller sees to it that the cache has room.
+    prompt: whether the chunk is what `restart` goes back to the end of.
+    shards: over how many devices rows are split; see `text.extend`.
   """
-  x = qwen.embed(params, cfg, chunk.tokens_BT, chunk.vision_BT, chunk.images)
-  h, cache = text.extend(params["text"], cfg.text, x, chunk.pos_BXT, chunk.n_new_B, state.cache)
-  last = jnp.take_along_axis(h, jnp.maximum(chunk.n_new_B - 1, 0)[:, None, None], axis=1)[:, 0]
-  new = chunk.n_new_B > 0
-  return State(cache, jnp.where(new, chunk.next_pos_B, state.pos_B),
-               jnp.where(new[:, None], last, state.hidden_BD))
+  B, cache = len(state.pos_B), state.cache
+  row_A = None if chunk.row_A is None else text.global_rows(chunk.row_A, B, shards)
+  at = slice(None) if row_A is None else row_A
+  if chunk.start_A is not None:
+    cache = cache.replace(len_B=cache.len_B.at[at].set(chunk.start_A, mode="drop"))
+  x = qwen.embed(params, cfg, chunk.tokens_AT, chunk.vision_AT, chunk.images)
+  h, cache = text.extend(params["text"], cfg.text, x, chunk.pos_AXT, chunk.n_new_A, cache, chunk.row_A, shards)
+  last = jnp.take_along_axis(h, jnp.maximum(chunk.n_new_A - 1, 0)[:, None, None], axis=1)[:, 0]
+  new = chunk.n_new_A > 0
+  # A chunk row without tokens puts back what was there.
+  put = lambda old, value: old.at[at].set(
+      jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), value, old[at]), mode="drop")
+  return State(cache, put(state.pos_B, chunk.next_pos_A), put(state.hidden_BD, last),
+               put(state.prompt_BD, last) if prompt else state.prompt_BD)
 
 
-@functools.partial(jax.jit, static_argnames="copies")
-def fan_out(state: State, copies: int) -> State:
-  """Every row `copies` times, copies next to each other: a prompt prefilled once serves its group."""
-  cache = text.Cache(jnp.repeat(state.cache.k_LBKSH, copies, axis=1),
-                     jnp.repeat(state.cache.v_LBKSH, copies, axis=1),
-                     jnp.repeat(state.cache.len_B, copies))
-  return State(cache, jnp.repeat(state.pos_B, copies), jnp.repeat(state.hidden_BD, copies, axis=0))
+@functools.partial(jax.jit, static_argnames=("width", "shards"), donate_argnames="state")
+def restart(state: State, to_A: jax.Array, from_A: jax.Array, len_A: jax.Array, pos_A: jax.Array, width: int,
+            shards: int = 1) -> State:
+  """Sets rows to the end of a prompt.
+
+  Args:
+    state: donated.
+    to_A: int32, rows within their shard, none twice; past the last for nothing.
+    from_A: int32, the row of the same shard that holds the prompt: the row itself, or another.
+    len_A: int32, the prompt's tokens.
+    pos_A: int32, the position after it.
+    width: static, at least the longest of these prompts.
+    shards: over how many devices rows are split.
+  """
+  copy = lambda stack, to, source: stack.at[:, to, :, :width].set(stack[:, source, :, :width], mode="drop")
+  k, v = (text.by_shard(copy, shards, 1)(a, to_A, from_A) for a in (state.cache.k_LBKSH, state.cache.v_LBKSH))
+  B = len(state.pos_B)
+  to, source = (text.global_rows(a, B, shards) for a in (to_A, from_A))
+  prompt = state.prompt_BD[source]
+  return State(text.Cache(k, v, state.cache.len_B.at[to].set(len_A, mode="drop")),
+               state.pos_B.at[to].set(pos_A, mode="drop"), state.hidden_BD.at[to].set(prompt, mode="drop"),
+               state.prompt_BD.at[to].set(prompt, mode="drop"))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "max_new"), donate_argnames="state")
-def decode(params: dict, cfg: qwen.Config, state: State, running_B: jax.Array, uid_B: jax.Array, turn: jax.Array,
-           key: jax.Array, temperature: jax.Array, max_new: int
+def _filtered(logits_BV: jax.Array, keep: Filter) -> jax.Array:
+  """-1e30 on what is not sampled from."""
+  x, ban = logits_BV, lambda x, where: jnp.where(where, -1e30, x)
+  if keep.top_k:
+    x = ban(x, x < jax.lax.top_k(x, keep.top_k)[0][:, -1:])
+  if keep.min_p > 0:
+    x = ban(x, x < x.max(-1, keepdims=True) + jnp.log(keep.min_p))
+  if keep.top_p < 1:
+    ranked = jnp.sort(x, axis=-1, descending=True)
+    p = jax.nn.softmax(ranked)
+    # The first token always stays: nothing comes before it.
+    kept = jnp.cumsum(p, axis=-1) - p < keep.top_p
+    x = ban(x, x < jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True))
+  return x
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "steps", "keep"), donate_argnames="state")
+def decode(params: dict, cfg: qwen.Config, state: State, turns: Turns, key: jax.Array, temperature: jax.Array,
+           steps: int, serve: jax.Array | int = 2 ** 30, keep: Filter = Filter()
            ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
-  """Samples one turn of each running row.
+  """Samples a segment: the next tokens of every row that has a turn to write.
 
   Args:
     params: the policy.
     cfg: static.
     state: donated.
-    running_B: bool, rows that take part.
-    uid_B: int32; a row's samples depend on (key, its uid, turn) and on nothing beside it.
-    turn: int32 scalar.
+    turns: who writes what.
     key: of the step.
     temperature: float32 scalar; 0 is greedy.
-    max_new: most tokens a turn.
+    steps: most tokens a row in this segment.
+    serve: int32 scalar; the segment ends early when this many rows have ended their turns.
+    keep: static; what is sampled from.
 
   Returns:
-    The state, tokens int32[B, max_new], their log-probabilities float32[B, max_new] in nats under the
-    distribution that they were sampled from (at temperature 1 if greedy), and int32[B] how many each row
-    sampled.  A row that ended its turn has `cfg.eos` last.
+    The state, tokens int32[B, steps], their log-probabilities float32[B, steps] in nats, and int32[B] how
+    many each row sampled.  A row that ended its turn has `cfg.eos` last.  Log-probabilities are those of the
+    policy that the loss is about, temperature in and placeholders out, before `keep` takes anything away
+    (at temperature 1 if greedy).
   """
-  B = running_B.shape[0]
-  keys = jax.vmap(lambda uid: jax.random.fold_in(jax.random.fold_in(key, uid), turn))(uid_B)
+  B = len(state.pos_B)
+  keys = jax.vmap(lambda uid, turn: jax.random.fold_in(jax.random.fold_in(key, uid), turn))(turns.uid_B, turns.turn_B)
   greedy = temperature <= 0
   scale = jnp.where(greedy, 1.0, temperature)
 
-  def pick(hidden_BD, t):
+  def pick(hidden_BD, t_B):
     logits = qwen.policy_logits(params, cfg, hidden_BD[:, None], scale)[:, 0]
-    drawn = jax.vmap(lambda k, row: jax.random.categorical(jax.random.fold_in(k, t), row))(keys, logits)
+    drawn = jax.vmap(lambda k, t, row: jax.random.categorical(jax.random.fold_in(k, t), row))(
+        keys, t_B, _filtered(logits, keep))
     token = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-    return token, logp
-
-  def record(t, token, logp, running, out, logps, count):
-    out = out.at[:, t].set(jnp.where(running, token, 0))
-    logps = logps.at[:, t].set(jnp.where(running, logp, 0.0))
-    return out, logps, count + running, running & (token != cfg.eos)
+    return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
 
   def body(carry):
-    t, token, state, running, out, logps, count = carry
+    t, state, writes, out, logps, count = carry
+    token, logp = pick(state.hidden_BD, turns.said_B + count)
+    out = out.at[:, t].set(jnp.where(writes, token, 0))
+    logps = logps.at[:, t].set(jnp.where(writes, logp, 0.0))
+    count = count + writes
+    feed = writes & (token != cfg.eos)
     x = qwen.embed(params, cfg, token[:, None], jnp.full((B, 1), -1), ())
     pos_BXT = jnp.broadcast_to(state.pos_B[:, None, None], (B, 3, 1))
-    h, cache = text.extend(params["text"], cfg.text, x, pos_BXT, running.astype(jnp.int32), state.cache)
-    state = State(cache, state.pos_B + running, jnp.where(running[:, None], h[:, 0], state.hidden_BD))
-    token, logp = pick(state.hidden_BD, t)
-    out, logps, count, running = record(t, token, logp, running, out, logps, count)
-    return t + 1, token, state, running, out, logps, count
+    h, cache = text.extend(params["text"], cfg.text, x, pos_BXT, feed.astype(jnp.int32), state.cache)
+    state = state.replace(cache=cache, pos_B=state.pos_B + feed,
+                          hidden_BD=jnp.where(feed[:, None], h[:, 0], state.hidden_BD))
+    return t + 1, state, feed & (count < turns.left_B), out, logps, count
 
-  token, logp = pick(state.hidden_BD, 0)
-  out, logps = jnp.zeros((B, max_new), jnp.int32), jnp.zeros((B, max_new), jnp.float32)
-  out, logps, count, running = record(0, token, logp, running_B, out, logps, jnp.zeros((B,), jnp.int32))
-  carry = (jnp.int32(1), token, state, running, out, logps, count)
-  _, _, state, _, out, logps, count = jax.lax.while_loop(
-      lambda c: (c[0] < max_new) & c[3].any(), body, carry)
+  writes = turns.left_B > 0
+  carry = (jnp.int32(0), state, writes, jnp.zeros((B, steps), jnp.int32), jnp.zeros((B, steps), jnp.float32),
+           jnp.zeros((B,), jnp.int32))
+  goes_on = lambda c: (c[0] < steps) & c[2].any() & (writes.sum() - c[2].sum() < serve)
+  _, state, _, out, logps, count = jax.lax.while_loop(goes_on, body, carry)
   return state, out, logps, count

@@ -1,72 +1,114 @@
 """The zoom loop: a policy decodes to a tool call or an answer, the host crops, the policy goes on.
 
-The device holds one cache for all rows.  The host parses turns, maps boxes to the original images, cuts
-crops out of them at full resolution, and appends only what is new.  What was sampled is kept as it was
-sampled: nothing is tokenised a second time.
+A fixed number of decode slots serves any number of trajectories.  The device decodes a segment of tokens in
+all slots that have a turn to write; meanwhile threads read the turns that ended before, cut crops out of the
+original pictures at full resolution and patchify them; between two segments what is ready is appended and
+freed slots are filled from the queue.  A prompt is prefilled once for its group.  What was sampled is kept
+as it was sampled, and depends on (key, uid, turn) alone: not on slots, neighbours or order.
+
+Several processes run this in lock-step, each with its own rows and pictures: before each call to the
+device they agree on its shape, which is all they need to know of each other.
 """
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
+import itertools
+import time
 
 import jax
 import numpy as np
 
 from virl_jax import mesh as mesh_lib
 from virl_jax import types
-from virl_jax.data import answers
-from virl_jax.data import images
-from virl_jax.data import prompt
-from virl_jax.model import qwen
-from virl_jax.model import rope
 from virl_jax.model import text
+from virl_jax.rollout import chunks
 from virl_jax.rollout import pack
 from virl_jax.rollout import sample
+from virl_jax.rollout import turns
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """See `config.py`, section `rollout`."""
-
-  max_rounds: int = 6
-  max_turn_tokens: int = 1024
-  max_total_tokens: int = 16384
-  temperature: float = 1.0
-  pad_tokens: int = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-  """Everything a rollout needs but the parameters.
-
-  Attributes:
-    model: the model's configuration.
-    codec: text <-> ids.
-    prompt: how prompts are worded.
-    image: pixel limits.
-    rollout: budgets and temperature.
-    mesh: where rows go.
-  """
-
-  model: qwen.Config
-  codec: prompt.Codec
-  prompt: prompt.Config
-  image: images.Config
-  rollout: Config
-  mesh: jax.sharding.Mesh
+_TOOL_BUCKETS = 24  # powers of two
 
 
 @dataclasses.dataclass
-class _Row:
-  """Host side of one row: its trajectory, its picture, and the position of its next token."""
+class Stats:
+  """What a rollout did.
 
-  traj: types.Trajectory
-  image: object
-  next_pos: int = 0
+  Attributes:
+    seconds: from start to end.
+    idle_s: of these, the device had nothing to do.
+    prompt_tokens, appended_tokens, sampled_tokens: prefilled, appended after turns, sampled.
+    steps: decode steps.
+    slot_steps: steps times slots; `sampled_tokens` of them gave a token.
+    appends: calls that appended, prompts and tool turns.
+  """
+
+  seconds: float = 0.0
+  idle_s: float = 0.0
+  prompt_tokens: int = 0
+  appended_tokens: int = 0
+  sampled_tokens: int = 0
+  steps: int = 0
+  slot_steps: int = 0
+  appends: int = 0
+
+  def metrics(self) -> dict[str, float]:
+    """For the log."""
+    return {"rollout/idle_share": self.idle_s / max(self.seconds, 1e-9),
+            "rollout/slot_use": self.sampled_tokens / max(self.slot_steps, 1),
+            "rollout/tokens_s": self.sampled_tokens / max(self.seconds, 1e-9)}
 
 
-def rollout(policy: Policy, params: dict, tasks: list[types.Task], key: jax.Array, group_size: int = 1,
+@dataclasses.dataclass
+class _Group:
+  """A task, its prompt once that is made, and the uids of those of its rollouts that wait for a slot."""
+
+  task: types.Task
+  waiting: collections.deque
+  prompt: concurrent.futures.Future | None = None
+  reply: turns.Reply | None = None
+
+  def row(self) -> turns.Row:
+    """The next rollout, at the end of the prompt."""
+    begun = self.prompt.result()
+    traj = types.Trajectory(self.task, self.waiting.popleft(), begun.traj.prompt_ids, images=list(begun.traj.images))
+    return turns.Row(traj, begun.picture, len(begun.traj.prompt_ids), self.reply.next_pos)
+
+
+@dataclasses.dataclass
+class _Lane:
+  """The slots of one part of the mesh and what waits for them.
+
+  Attributes:
+    rows: who is in each slot, or None.
+    holds: whose prompt each slot's cache begins with.
+    queue: groups that are not prefilled yet.
+  """
+
+  rows: list[turns.Row | None]
+  holds: list[_Group | None]
+  queue: collections.deque
+
+
+@dataclasses.dataclass(frozen=True)
+class _Restart:
+  lane: int
+  to: int
+  source: int
+  tokens: int
+  pos: int
+
+
+def rollout(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Array, group_size: int = 1,
             temperature: float | None = None) -> list[types.Trajectory]:
+  """Rolls out every task `group_size` times; see `run`."""
+  return run(policy, params, tasks, key, group_size, temperature)[0]
+
+
+def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Array, group_size: int = 1,
+        temperature: float | None = None, game=turns) -> tuple[list[types.Trajectory], Stats]:
   """Rolls out every task `group_size` times.
 
   Args:
@@ -76,143 +118,206 @@ def rollout(policy: Policy, params: dict, tasks: list[types.Task], key: jax.Arra
     key: of the step.  A row's samples depend on (key, uid, turn) and nothing else.
     group_size: G.
     temperature: overrides `policy.rollout.temperature`; 0 is greedy.
+    game: has `begin`, `left`, `hear` and `read` as `turns` does: what a turn leads to.
 
   Returns:
-    len(tasks) * group_size trajectories, groups together, each with a stop reason.
+    The trajectories by uid, groups together, each with a stop reason; with several processes, those of
+    this process's rows.  And what it took.
 
   Raises:
     ValueError: if there are no tasks, an image can't be decoded, or a prompt leaves no room to answer.
   """
   if not tasks:
     raise ValueError("tasks must not be empty")
-  cfg = policy.rollout
-  temperature = cfg.temperature if temperature is None else temperature
-  prompts = [_prompt(policy, task) for task in tasks]
-  slots = pack.up(cfg.max_total_tokens, text.CACHE_BLOCK)
-  state = sample.start(policy.model, len(tasks), slots)
-  state = sample.append(params, policy.model, state,
-                        _chunk(policy, prompts, [r.traj.prompt_ids for r in prompts],
-                               [r.traj.images for r in prompts], cfg.pad_tokens, len(prompts)))
-  if group_size > 1:
-    state = sample.fan_out(state, group_size)
-  rows = [_Row(types.Trajectory(r.traj.task, i * group_size + g, r.traj.prompt_ids, images=list(r.traj.images)),
-               r.image, r.next_pos) for i, r in enumerate(prompts) for g in range(group_size)]
-  place = lambda a: mesh_lib.place(a, policy.mesh)
-  uid_B = place(np.array([r.traj.uid for r in rows], np.int32))
-  for turn in range(cfg.max_rounds + 1):
-    running = np.array([r.traj.stop is None for r in rows])
-    state, out, logp, count = sample.decode(params, policy.model, state, place(running), uid_B, np.int32(turn), key,
-                                            np.float32(temperature), cfg.max_turn_tokens)
-    out, logp, count = jax.device_get((out, logp, count))
-    new_ids, new_images = [np.zeros(0, np.int32)] * len(rows), [[] for _ in rows]
-    for b in np.flatnonzero(running):
-      reply = _take_turn(policy, rows[b], out[b, :count[b]], logp[b, :count[b]], turn)
-      if reply is not None:
-        new_ids[b], new_images[b] = reply
-    if all(r.traj.stop is not None for r in rows):
-      break
-    n_crops = sum(map(len, new_images))
-    # Two sizes of crop bucket, so that few crops don't pay for many and few shapes are compiled.
-    few = max(1, len(rows) // 4)
-    state = sample.append(params, policy.model, state, _chunk(
-        policy, rows, new_ids, new_images, 0, few if n_crops <= few else len(rows)))
-  return [r.traj for r in rows]
+  with concurrent.futures.ThreadPoolExecutor(policy.rollout.threads) as pool:
+    try:
+      return _Loop(policy, params, tasks, key, group_size, temperature, game, pool).run()
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
 
 
-def _prompt(policy: Policy, task: types.Task) -> _Row:
-  """A row that holds only its prompt."""
-  image = images.decode(task.image, policy.image.decode_max_pixels)
-  grid = policy.model.vision.grid
-  shown = images.prepare(image, None, policy.image.min_pixels, policy.image.max_pixels, grid)
-  words = prompt.render(task.question, task.options, policy.prompt)
-  ids = policy.codec.encode(words, (int(np.prod(images.merged_hw(shown, grid))),))
-  room = policy.rollout.max_total_tokens - policy.rollout.max_turn_tokens
-  if len(ids) > room:
-    raise ValueError(f"task {task.uid}: the prompt must leave room for a turn: at most {room} tokens "
-                     f"(rollout.max_total_tokens - rollout.max_turn_tokens). Received: {len(ids)}")
-  return _Row(types.Trajectory(task, -1, ids, images=[shown]), image)
+class _Loop:
+  """One rollout under way."""
 
+  def __init__(self, policy, params, tasks, key, group_size, temperature, game, pool):
+    cfg = policy.rollout
+    self.policy, self.params, self.key, self.game, self.pool = policy, params, key, game, pool
+    self.temperature = np.float32(cfg.temperature if temperature is None else temperature)
+    self.shards, mine = mesh_lib.row_shards(policy.mesh), mesh_lib.row_lanes(policy.mesh)
+    self.before, self.n_lanes = mine.start, len(mine)
+    self.slots = -(-(cfg.slots or len(tasks) * group_size) // self.shards)
+    self.group_size = group_size
+    self.lanes = []
+    for lane in mine:
+      groups = [_Group(task, collections.deque(range(i * group_size, (i + 1) * group_size)))
+                for i, task in enumerate(tasks) if i % self.shards == lane]
+      self.lanes.append(_Lane([None] * self.slots, [None] * self.slots, collections.deque(groups)))
+    self.reading: dict[concurrent.futures.Future, tuple[int, int]] = {}
+    self.done: list[types.Trajectory] = []
+    self.stats = Stats()
+    length = pack.up(cfg.max_total_tokens, text.CACHE_BLOCK)
+    self.state = sample.start(policy.model, self.slots * self.shards, length, policy.mesh)
+    self.length = length
 
-def _take_turn(policy: Policy, row: _Row, ids: np.ndarray, logp: np.ndarray, turn: int
-               ) -> tuple[np.ndarray, list[types.ImageInput]] | None:
-  """Reads a sampled turn into the trajectory.
+  def run(self) -> tuple[list[types.Trajectory], Stats]:
+    began = self.rested = time.perf_counter()
+    while self._round():
+      pass
+    self.stats.seconds = time.perf_counter() - began
+    return sorted(self.done, key=lambda t: t.uid), self.stats
 
-  Returns:
-    Ids to append (the sampled end of turn first, then the tool's turn) and their images, or None if the
-    trajectory has stopped.
-  """
-  traj, codec, cfg = row.traj, policy.codec, policy.rollout
-  said = types.Turn("assistant", ids, logp, codec.decode(ids))
-  traj.turns.append(said)
-  if not len(ids) or ids[-1] != codec.eos:
-    traj.stop = types.StopReason.OVERLONG
-    return None
-  parsed = prompt.parse(said.text)
-  if isinstance(parsed, prompt.Answer):
-    traj.stop, traj.answer = types.StopReason.ANSWERED, parsed.text
-    traj.correct = answers.matches(parsed.text, traj.task.answers, traj.task.options)
-    return None
-  if isinstance(parsed, prompt.ParseFailure) and not parsed.is_call:
-    said.error, traj.stop = parsed.message, types.StopReason.MALFORMED
-    return None
-  if turn == cfg.max_rounds:
-    traj.stop = types.StopReason.OUT_OF_ROUNDS
-    return None
-  crop, error = None, None
-  grid, shown = policy.model.vision.grid, traj.images[0]
-  if isinstance(parsed, prompt.ParseFailure):
-    error = parsed.message
-  else:
-    box = images.check_zoom(parsed.box, shown.region, images.shown_wh(shown, grid), policy.image)
-    if isinstance(box, str):
-      error = box
+  # --- one round: what is ready goes in, then a segment is decoded ------------------------------------------
+
+  def _round(self) -> bool:
+    ready, (old, prompts, new) = self._ready(), self._fill()
+    by_size = [[e for e in ready if chunks.tool_tokens(len(e.reply.ids)) == 1 << i] for i in range(_TOOL_BUCKETS)]
+    asked = self._turns()
+    grid = self.policy.model.vision.grid
+    # This is all that processes have to know of each other.
+    shapes = mesh_lib.agree(np.array([chunks.shape(entries, grid) for entries in (prompts, *by_size)]))
+    old_moves, new_moves, (running, left) = mesh_lib.agree(np.array(
+        [_extent(old), _extent(new), (int((asked.left_B > 0).sum()), self._left())])).tolist()
+    self._restart(old, *old_moves)
+    self._append(prompts, shapes[0], prompt=True)
+    self._restart(new, *new_moves)
+    for i, entries in enumerate(by_size):
+      self._append(entries, shapes[1 + i], prompt=False)
+    if running:
+      self._decode(asked)
+    elif left:
+      self._wait()
+    return bool(running or left)
+
+  def _ready(self) -> list[chunks.Entry]:
+    """Replies of turns that have been read; trajectories that have stopped leave their slots."""
+    entries = []
+    for future in [f for f in self.reading if f.done()]:
+      lane, slot = self.reading.pop(future)
+      row, reply = self.lanes[lane].rows[slot], future.result()
+      if reply is None:
+        self.done.append(row.traj)
+        self.lanes[lane].rows[slot] = None
+      else:
+        row.filled, row.next_pos = reply.start + len(reply.ids), reply.next_pos
+        entries.append(chunks.Entry(lane, slot, reply))
+    return entries
+
+  def _fill(self) -> tuple[list[_Restart], list[chunks.Entry], list[_Restart]]:
+    """Who moves into free slots: copies of prompts that are held already, new prompts, copies of the new."""
+    old, prompts, new = [], [], []
+    for number, lane in enumerate(self.lanes):
+      ahead = -(-self.slots // self.group_size) + 1
+      for group in itertools.islice(lane.queue, ahead):
+        group.prompt = group.prompt or self.pool.submit(self.game.begin, self.policy, group.task)
+      fresh, origin = set(), {}  # of what is moved in this round: slots with new prompts, and where copies are from
+      for slot in (s for s, row in enumerate(lane.rows) if row is None):
+        group = lane.holds[slot]
+        source = slot
+        if group is None or not group.waiting:
+          # Only a slot of a group that no longer waits gets here: the last copy of a prompt is never lost.
+          source = next((s for s, g in enumerate(lane.holds) if g is not None and g.waiting), None)
+          group = None if source is None else lane.holds[source]
+          source = origin.get(source, source)
+        if group is None:
+          if not lane.queue or not lane.queue[0].prompt.done():
+            break
+          group, source = lane.queue.popleft(), None
+          begun = group.prompt.result()
+          group.reply = turns.reply(self.policy, begun.traj.prompt_ids, begun.traj.images[0], 0, 0)
+          prompts.append(chunks.Entry(number, slot, group.reply))
+          fresh.add(slot)
+        else:
+          origin[slot] = source
+          (new if source in fresh else old).append(
+              _Restart(number, slot, source, len(group.reply.ids), group.reply.next_pos))
+        lane.rows[slot], lane.holds[slot] = group.row(), group
+    return old, prompts, new
+
+  def _turns(self) -> sample.Turns:
+    """What each slot is to write now: nothing where it is free, or its last turn is still being read."""
+    asked = np.zeros((4, self.n_lanes, self.slots), np.int32)
+    busy = set(self.reading.values())
+    for number, lane in enumerate(self.lanes):
+      for slot, row in enumerate(lane.rows):
+        if row is not None and (number, slot) not in busy:
+          asked[:, number, slot] = row.traj.uid, row.turn, row.said, self.game.left(self.policy, row)
+    return sample.Turns(*asked.reshape(4, -1))
+
+  def _left(self) -> int:
+    """Turns that are being read, and groups of which someone waits."""
+    return len(self.reading) + sum(len(lane.queue) + sum(g is not None and len(g.waiting) > 0 for g in lane.holds)
+                                   for lane in self.lanes)
+
+  # --- calls to the device ----------------------------------------------------------------------------------
+
+  def _dispatch(self) -> None:
+    """Before each call: if the device was known to rest, it has rested until now."""
+    if self.rested is not None:
+      self.stats.idle_s += time.perf_counter() - self.rested
+      self.rested = None
+
+  def _restart(self, moves: list[_Restart], rows: int, tokens: int) -> None:
+    if not rows:
+      return
+    self._dispatch()
+    each = chunks.least(rows, chunks.row_sizes(self.slots))
+    arrays = np.zeros((4, self.n_lanes, each), np.int32)
+    arrays[0] = self.slots
+    used = [0] * self.n_lanes
+    for m in moves:
+      arrays[:, m.lane, used[m.lane]] = m.to, m.source, m.tokens, m.pos
+      used[m.lane] += 1
+    width = min(self.length, max(text.CACHE_BLOCK, 1 << (tokens - 1).bit_length()))
+    self.state = sample.restart(self.state, *mesh_lib.place_rows(tuple(arrays.reshape(4, -1)), self.policy.mesh),
+                                width, self.shards)
+
+  def _append(self, entries: list[chunks.Entry], need: np.ndarray, prompt: bool) -> None:
+    rows, tokens, windows, side = need.tolist()
+    if not rows:
+      return
+    self._dispatch()
+    largest = min(self.slots, -(-self.slots // self.group_size)) if prompt else self.slots
+    tokens = pack.up(tokens, self.policy.rollout.pad_tokens) if prompt else chunks.tool_tokens(tokens)
+    shape = chunks.Shape(chunks.least(rows, chunks.row_sizes(largest)), tokens, windows, side)
+    chunk = chunks.build(entries, shape, self.n_lanes, self.slots, self.policy, self.before)
+    self.state = sample.append(self.params, self.policy.model, self.state,
+                               mesh_lib.place_rows(chunk, self.policy.mesh), prompt, self.shards)
+    self.stats.appends += 1
+    added = sum(len(e.reply.ids) for e in entries)
+    if prompt:
+      self.stats.prompt_tokens += added
     else:
-      crop = images.prepare(row.image, box, policy.image.crop_min_pixels, policy.image.crop_max_pixels, grid)
-  reply = codec.encode(prompt.tool_turn(error),
-                       () if crop is None else (int(np.prod(images.merged_hw(crop, grid))),))
-  used = len(traj.prompt_ids) + sum(len(t.ids) for t in traj.turns)
-  if used + len(reply) + cfg.max_turn_tokens > cfg.max_total_tokens:
-    traj.stop = types.StopReason.OVERLONG
-    return None
-  said.error = error
-  if crop is not None:
-    said.box, said.box_shown = box, parsed.box
-    traj.images.append(crop)
-  traj.turns.append(types.Turn("tool", reply, text=prompt.readable(codec.decode(reply)),
-                               image_index=None if crop is None else len(traj.images) - 1))
-  return np.concatenate([ids[-1:], reply]), [] if crop is None else [crop]
+      self.stats.appended_tokens += added
+
+  def _decode(self, asked: sample.Turns) -> None:
+    """Decodes a segment, and has the turns that it ended read."""
+    cfg, policy = self.policy.rollout, self.policy
+    self._dispatch()
+    serve = max(1, int(cfg.serve_share * self.slots * self.shards))
+    self.state, *sampled = sample.decode(
+        self.params, policy.model, self.state, mesh_lib.place_rows(asked, policy.mesh), self.key, self.temperature,
+        cfg.segment_tokens, np.int32(serve), cfg.keep)
+    tokens_BT, logp_BT, count_B = mesh_lib.fetch_rows(sampled)
+    self.rested = time.perf_counter()
+    steps = int(count_B.max())
+    self.stats.steps += steps
+    self.stats.slot_steps += steps * len(count_B)
+    self.stats.sampled_tokens += int(count_B.sum())
+    for at in np.flatnonzero(count_B):
+      lane, slot = divmod(int(at), self.slots)
+      row, n = self.lanes[lane].rows[slot], count_B[at]
+      if self.game.hear(policy, row, tokens_BT[at, :n], logp_BT[at, :n]):
+        self.reading[self.pool.submit(self.game.read, policy, row)] = (lane, slot)
+
+  def _wait(self) -> None:
+    """Nobody can write: until something has been read, or a prompt been made."""
+    for_prompts = [lane.queue[0].prompt for lane in self.lanes if lane.queue and lane.queue[0].prompt]
+    if self.reading or for_prompts:
+      concurrent.futures.wait([*self.reading, *for_prompts], return_when=concurrent.futures.FIRST_COMPLETED)
 
 
-def _chunk(policy: Policy, rows: list[_Row], new_ids: list[np.ndarray], new_images: list[list[types.ImageInput]],
-           pad_tokens: int, n_images: int) -> sample.Chunk:
-  """Pads what each row gets; advances the rows' positions.
-
-  Args:
-    policy: for the grid and the mesh.
-    rows: all of them.
-    new_ids: int32[T] each; empty for rows that get nothing.
-    new_images: the images among them, in order.
-    pad_tokens: T becomes a multiple of this; 0 for a power of two, at least 16.
-    n_images: size of the image bucket.
-  """
-  grid, image_token = policy.model.vision.grid, policy.model.image_token
-  longest, B = max(map(len, new_ids)), len(rows)
-  T = pack.up(longest, pad_tokens) if pad_tokens else max(16, 1 << (longest - 1).bit_length())
-  batch, where = images.layout([im for group in new_images for im in group], grid, n_images)
-  chunk = sample.Chunk(np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros((B, 3, T), np.int32),
-                       np.zeros(B, np.int32), np.full((B, T), -1, np.int32), (batch,))
-  at = 0
-  for b, (row, ids, group) in enumerate(zip(rows, new_ids, new_images)):
-    n = len(ids)
-    if not n:
-      continue
-    chunk.tokens_BT[b, :n], chunk.n_new_B[b] = ids, n
-    # After the prompt a chunk starts with the end of the sampled turn: its place is one before the next.
-    began = row.next_pos + (len(row.traj.turns[-2].ids) - 1 if row.traj.turns else 0)
-    chunk.pos_BXT[b, :, :n], row.next_pos = rope.positions(
-        ids, image_token, [images.merged_hw(im, grid) for im in group], began)
-    chunk.next_pos_B[b] = row.next_pos
-    if group:
-      chunk.vision_BT[b, :n][ids == image_token] = np.concatenate(where[at:at + len(group)])
-      at += len(group)
-  return mesh_lib.place(chunk, policy.mesh)
+def _extent(moves: list[_Restart]) -> tuple[int, int]:
+  """Most moves in one lane, and the longest prompt."""
+  most = max(collections.Counter(m.lane for m in moves).values(), default=0)
+  return most, max((m.tokens for m in moves), default=0)

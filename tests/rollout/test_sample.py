@@ -1,0 +1,164 @@
+"""Prefill, restart and decode: what is sampled, from what, and in which rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from virl_jax import mesh as mesh_lib
+from virl_jax.model import qwen
+from virl_jax.rollout import sample
+
+PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32]]
+
+
+def chunk(rows, tokens, starts, row_A=None):
+  """Text only; row b gets tokens[b] at position and slot starts[b]."""
+  T = 8
+  c = sample.Chunk(*(np.zeros(s, np.int32) for s in ((rows, T), rows, (rows, 3, T), rows)),
+                   np.full((rows, T), -1, np.int32), (), row_A, np.asarray(starts, np.int32))
+  for b, ids in enumerate(tokens):
+    n = len(ids)
+    c.tokens_AT[b, :n], c.n_new_A[b], c.next_pos_A[b] = ids, n, starts[b] + n
+    c.pos_AXT[b, :, :n] = starts[b] + np.arange(n)
+  return jax.tree.map(jnp.asarray, c)
+
+
+def turns(uids, turn=0, said=0, left=6):
+  full = lambda v: jnp.broadcast_to(jnp.asarray(v, jnp.int32), (len(uids),))
+  return sample.Turns(jnp.asarray(uids, jnp.int32), full(turn), full(said), full(left))
+
+
+def decode(small, state, who, steps=6, temperature=1.0, key=0, **kw):
+  out = sample.decode(small.params, small.cfg, state, who, jax.random.key(key), jnp.float32(temperature), steps, **kw)
+  return out[0], *map(np.asarray, out[1:])
+
+
+def prefilled(small, rows=3):
+  state = sample.start(small.cfg, rows, 64)
+  return sample.append(small.params, small.cfg, state, chunk(rows, PROMPTS[:rows], [0] * rows), prompt=True)
+
+
+def logits_of(small, ids):
+  """float[V], by the whole sequence at once."""
+  T = len(ids)
+  tokens = jnp.asarray([ids])
+  pos = jnp.broadcast_to(jnp.arange(T)[None, None], (1, 3, T))
+  h = qwen.hidden(small.params, small.cfg, tokens, pos, jnp.ones((1, T), bool), jnp.full((1, T), -1), ())
+  return np.asarray(qwen.policy_logits(small.params, small.cfg, h[:, -1:], 1.0)[0, 0])
+
+
+def test_segments_are_one_turn(small):
+  """Two segments of three give what one of six gives."""
+  _, want, want_logp, n = decode(small, prefilled(small), turns([5, 6, 7]))
+  state, a, a_logp, na = decode(small, prefilled(small), turns([5, 6, 7]), steps=3)
+  going = (na == 3) & (a[:, -1] != small.cfg.eos)
+  _, b, b_logp, nb = decode(small, state, turns([5, 6, 7], said=3, left=3 * going), steps=3)
+  np.testing.assert_array_equal(np.concatenate([a, b], 1), want)
+  np.testing.assert_allclose(np.concatenate([a_logp, b_logp], 1), want_logp, atol=1e-6)
+  np.testing.assert_array_equal(na + nb, n)
+
+
+def test_logps_are_those_of_the_whole_sequence(small):
+  _, out, logp, n = decode(small, prefilled(small), turns([5, 6, 7]))
+  for b, ids in enumerate(PROMPTS):
+    for t in range(n[b]):
+      want = jax.nn.log_softmax(logits_of(small, ids + out[b, :t].tolist()))
+      assert abs(float(want[out[b, t]]) - logp[b, t]) < 1e-4
+
+
+def test_restart_brings_a_prompt_back(small):
+  """From another row, and from the row itself after it has gone on."""
+  state, want, _, _ = decode(small, prefilled(small), turns([5, 6, 7]))
+  moves = [[0, 1, 9], [0, 0, 0], [4, 4, 0], [4, 4, 0]]  # row 9 is nobody
+  state = sample.restart(state, *(jnp.asarray(m, jnp.int32) for m in moves), width=64)
+  _, out, _, _ = decode(small, state, turns([5, 5, 7], left=[6, 6, 0]))
+  np.testing.assert_array_equal(out[0], want[0])
+  np.testing.assert_array_equal(out[1], want[0], "row 1 has row 0's prompt, and uid 5's luck")
+
+
+def test_append_to_some_rows_keeps_the_others(small):
+  everywhere = sample.append(small.params, small.cfg, prefilled(small), chunk(3, [[40], [], [42, 43]], [4, 2, 3]))
+  some = sample.append(small.params, small.cfg, prefilled(small),
+                       chunk(2, [[42, 43], [40]], [3, 4], jnp.asarray([2, 0])))
+  for a, b in zip(jax.tree.leaves(everywhere), jax.tree.leaves(some)):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
+  assert np.asarray(some.cache.len_B).tolist() == [5, 2, 5]
+
+
+def test_a_row_can_go_back_before_a_chunk(small):
+  """What was sampled past a stop string is as if it had not been."""
+  want = sample.append(small.params, small.cfg, prefilled(small), chunk(3, [[40], [41], [42]], [4, 2, 3]))
+  state, _, _, n = decode(small, prefilled(small), turns([5, 6, 7]))
+  assert n.max() > 1
+  got = sample.append(small.params, small.cfg, state, chunk(3, [[40], [41], [42]], [4, 2, 3]))
+  np.testing.assert_allclose(np.asarray(got.hidden_BD), np.asarray(want.hidden_BD), atol=1e-5)
+  np.testing.assert_array_equal(np.asarray(got.cache.len_B), [5, 3, 4])
+
+
+def test_placeholders_are_never_sampled_and_rows_rest(small):
+  hot = decode(small, prefilled(small), turns([1, 2, 3], left=[6, 0, 2]), temperature=50.0)
+  _, out, _, n = hot
+  assert n[1] == 0 and n[2] <= 2 and not out[1].any()
+  for key in range(20):
+    _, out, _, n = decode(small, prefilled(small), turns([1, 2, 3]), temperature=50.0, key=key)
+    for b in range(3):
+      assert not np.isin(out[b, :n[b]], small.cfg.banned).any()
+
+
+def test_a_segment_ends_when_enough_have_ended(small):
+  _, _, _, n = decode(small, prefilled(small), turns([1, 2, 3], left=[6, 2, 6]), temperature=0.0)
+  assert n[0] > 2, "greedily, row 0 goes on"
+  _, _, _, n = decode(small, prefilled(small), turns([1, 2, 3], left=[6, 2, 6]), temperature=0.0, serve=jnp.int32(1))
+  assert n.max() <= 2
+
+
+@pytest.mark.parametrize("keep,allowed", [
+    (sample.Filter(top_k=3), lambda p: np.argsort(-p)[:3]),
+    (sample.Filter(min_p=0.3), lambda p: np.flatnonzero(p >= 0.3 * p.max())),
+    (sample.Filter(top_p=0.4), lambda p: np.argsort(-p)[:1 + int(np.searchsorted(np.cumsum(np.sort(p)[::-1]), 0.4))]),
+    (sample.Filter(top_k=4, top_p=0.5, min_p=0.05), None)], ids=["top_k", "min_p", "top_p", "all"])
+def test_filters(small, keep, allowed):
+  """What may be sampled is sampled, nothing else is, and the log-probability is the whole distribution's."""
+  x = logits_of(small, PROMPTS[0])
+  p = np.exp(x - x.max())
+  p /= p.sum()
+  if allowed is None:  # one after the other, each on what the one before left
+    order = np.argsort(-p)[:4]
+    order = order[p[order] >= 0.05 * p.max()]
+    share = np.cumsum(p[order] / p[order].sum())
+    want = set(order[:1 + int(np.searchsorted(share, 0.5))].tolist())
+  else:
+    want = set(allowed(p).tolist())
+  state = prefilled(small, 1)
+  many = sample.start(small.cfg, 256, 64).replace(hidden_BD=jnp.repeat(state.hidden_BD, 256, axis=0))
+  _, out, logp, _ = decode(small, many, turns(range(256), left=1), steps=1, keep=keep)
+  seen = out[:, 0]
+  assert set(seen.tolist()) == want
+  np.testing.assert_allclose(logp[:, 0], np.log(p[seen]), atol=1e-4)
+
+
+def test_rows_on_eight_devices(small):
+  """Each device appends to its own rows, and nothing else changes."""
+  mesh = mesh_lib.make(data=4, fsdp=1, tensor=2)
+  prompts = [[10 + b, 11, 12] for b in range(8)]
+  one = sample.append(small.params, small.cfg, sample.start(small.cfg, 8, 64), chunk(8, prompts, [0] * 8), prompt=True)
+  state = sample.start(small.cfg, 8, 64, mesh)
+  assert state.cache.k_LBKSH.sharding.is_equivalent_to(mesh_lib.cache(mesh, small.cfg.text.kv_heads), 5)
+  put = lambda c: mesh_lib.place_rows(c, mesh)
+  params = jax.device_put(small.params, mesh_lib.replicated(mesh))
+  # Two rows a lane, each lane in another order; one of lane 3's is for nobody.
+  rows = np.array([0, 1, 1, 0, 0, 1, 1, 2], np.int32)
+  order = [0, 1, 3, 2, 4, 5, 7]
+  state = sample.append(params, small.cfg, state, put(chunk(8, [prompts[b] for b in order] + [[]], [0] * 8, rows)),
+                        prompt=True, shards=4)
+  # Lane 3 copies its second row's prompt to its first.
+  moves = np.array([[9, 9, 9, 0], [0, 0, 0, 1], [0, 0, 0, 3], [0, 0, 0, 3]], np.int32)
+  state = sample.restart(state, *put(tuple(moves)), width=64, shards=4)
+  assert state.cache.k_LBKSH.sharding.is_equivalent_to(mesh_lib.cache(mesh, small.cfg.text.kv_heads), 5)
+  one = sample.restart(one, *(jnp.asarray([v], jnp.int32) for v in (6, 7, 3, 3)), width=64)
+  _, want, want_logp, _ = decode(small, one, turns(range(8)))
+  state, out, logp, _ = decode(small, state, put(turns(range(8))))
+  np.testing.assert_array_equal(out, want)
+  np.testing.assert_allclose(logp, want_logp, atol=1e-5)
+  assert state.cache.k_LBKSH.sharding.is_equivalent_to(mesh_lib.cache(mesh, small.cfg.text.kv_heads), 5)

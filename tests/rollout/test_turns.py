@@ -1,0 +1,234 @@
+"""What a turn leads to: zooms, answers, errors, budgets."""
+
+import dataclasses
+import threading
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from virl_jax import mesh as mesh_lib
+from virl_jax import types
+from virl_jax.data import images
+from virl_jax.data import prompt
+from virl_jax.rollout import turns
+
+TASK = types.Task("t", Image.new("RGB", (252, 252), "grey"), "Which pattern?", ("rows",), (types.Box(0, 0, 60, 60),))
+
+
+@pytest.fixture(scope="module")
+def policy(tiny):
+  codec = prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos)
+  image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
+  return turns.Policy(tiny.cfg, codec, prompt.Config("You help.", False, False), image,
+                      turns.Config(3, 32, 256, 1.0, 32), mesh_lib.make(devices=jax.devices()[:1]))
+
+
+def change(policy, **sections):
+  """The policy with fields of its sections changed."""
+  return dataclasses.replace(policy, **{k: dataclasses.replace(getattr(policy, k), **v) for k, v in sections.items()})
+
+
+def begin(policy, task=TASK):
+  row = turns.begin(policy, task)
+  row.filled = row.next_pos = len(row.traj.prompt_ids)
+  return row
+
+
+def say(policy, row, text, end=prompt.END):
+  ids = policy.codec.encode(text + end)
+  over = turns.hear(policy, row, ids, np.zeros(len(ids), np.float32))
+  return turns.read(policy, row) if over or not end else None
+
+
+CALL = prompt.call_text((10, 12, 40, 48))
+
+
+def test_an_answer_ends_it(policy):
+  row = begin(policy)
+  assert say(policy, row, prompt.answer_text("rows")) is None
+  assert row.traj.stop == types.StopReason.ANSWERED and row.traj.correct and row.traj.answer == "rows"
+
+
+def test_a_zoom_brings_a_crop(policy):
+  row = begin(policy)
+  before = row.filled
+  reply = say(policy, row, CALL)
+  said = row.traj.turns[0].ids
+  assert row.traj.stop is None and row.turn == 1 and reply.ids[0] == policy.codec.eos
+  assert reply.start == before + len(said) - 1, "all but the end of turn is in the cache"
+  assert reply.pos_XT[:, 0].tolist() == [before + len(said) - 1] * 3
+  assert row.traj.boxes == [types.Box(30, 36, 120, 144)], "shown at a third of the size"
+  assert (reply.ids == policy.model.image_token).sum() == turns.vision_tokens(reply.image, policy.model.vision.grid)
+
+
+def test_a_bad_box_is_told(policy):
+  row = begin(policy)
+  reply = say(policy, row, prompt.call_text((40, 12, 10, 48)))
+  assert row.traj.stop is None and reply.image is None and not row.traj.boxes
+  assert "x1 < x2" in row.traj.turns[0].error and "Error: bbox_2d" in row.traj.turns[1].text
+  row = begin(policy)
+  assert "one tool call a turn" in (say(policy, row, CALL + CALL) and row.traj.turns[0].error)
+
+
+def test_ends_without_an_answer(policy):
+  row = begin(policy)
+  assert say(policy, row, "hm") is None and row.traj.stop == types.StopReason.MALFORMED
+  row = begin(policy)
+  assert say(policy, row, prompt.answer_text("rows"), end="") is None
+  assert row.traj.stop == types.StopReason.OVERLONG
+  row = begin(policy)
+  row.turn = policy.rollout.max_rounds
+  assert say(policy, row, CALL) is None
+  assert row.traj.stop == types.StopReason.OUT_OF_ROUNDS and not row.traj.boxes
+
+
+def test_token_budgets(policy):
+  row = begin(policy)
+  assert turns.left(policy, row) == 32
+  row.ids = [np.zeros(30, np.int32)]
+  assert turns.left(policy, row) == 2
+  row.ids, row.filled = [], 250
+  assert turns.left(policy, row) == 6, "what is left of the whole"
+  tight = change(policy, rollout={"max_total_tokens": 50})
+  row = begin(policy)
+  assert say(tight, row, CALL) is None and row.traj.stop == types.StopReason.OVERLONG and not row.traj.boxes
+  # A reply always leaves room for a token.
+  for total in range(45, 80):
+    p = change(policy, rollout={"max_total_tokens": total})
+    row = begin(policy)
+    reply = say(p, row, CALL)
+    if reply is not None:
+      row.filled = reply.start + len(reply.ids)
+      assert turns.left(p, row) >= 1
+
+
+def test_image_budgets(policy):
+  two = change(policy, rollout={"max_images": 2})
+  row = begin(two)
+  assert say(two, row, CALL) is not None
+  assert say(two, row, CALL) is None and row.traj.stop == types.StopReason.OVERLONG and len(row.traj.boxes) == 1
+  row = begin(policy)
+  grid = policy.model.vision.grid
+  shown, crop = turns.vision_tokens(row.traj.images[0], grid), turns.vision_tokens(say(policy, row, CALL).image, grid)
+  exact = change(policy, rollout={"max_vision_tokens": shown + crop})
+  row = begin(exact)
+  assert say(exact, row, CALL) is not None
+  assert say(exact, row, CALL) is None and row.traj.stop == types.StopReason.OVERLONG
+  with pytest.raises(ValueError, match="must fit rollout.max_vision_tokens"):
+    turns.begin(change(policy, rollout={"max_vision_tokens": shown - 1}), TASK)
+
+
+def test_the_last_permitted_turn_is_told(policy):
+  def told(**rollout):
+    p = change(policy, prompt={"last_notice": "Answer now."}, rollout=rollout)
+    row, found = begin(p), []
+    while (reply := say(p, row, CALL)) is not None:
+      found.append("Answer now." in p.codec.decode(reply.ids))
+      row.filled = 0  # tokens are not what this is about
+    return found
+
+  assert told() == [False, False, True]
+  assert told(max_images=3) == [False, True]
+  row, grid = begin(policy), policy.model.vision.grid
+  spent = turns.vision_tokens(row.traj.images[0], grid) + turns.vision_tokens(say(policy, row, CALL).image, grid)
+  assert told(max_vision_tokens=spent + 1) == [True]
+
+
+def test_stop_strings_end_a_turn_and_drop_what_follows(policy):
+  p = change(policy, rollout={"stop_strings": ("</tool_call>", "</answer>")})
+  row = begin(p)
+  before = row.filled
+  ids = p.codec.encode(CALL + " and more")
+  half = len(ids) // 2
+  assert not turns.hear(p, row, ids[:half], np.zeros(half, np.float32))
+  assert turns.hear(p, row, ids[half:], np.zeros(len(ids) - half, np.float32))
+  reply = turns.read(p, row)
+  said = row.traj.turns[0]
+  assert said.text == CALL and len(said.logp) == len(said.ids)
+  assert reply.start == before + len(said.ids), "all of it is in the cache"
+  assert reply.ids[0] == p.codec.eos, "the end of turn that the policy did not write"
+  assert row.traj.turns[1].ids[0] == p.codec.eos and row.traj.turns[1].logp is None, "carries no loss"
+  row = begin(p)
+  assert say(p, row, prompt.answer_text("rows") + "x", end="") is None
+  assert row.traj.stop == types.StopReason.ANSWERED
+
+
+def test_crops_can_be_zoomed_into(policy):
+  call = CALL.replace('"arguments": {', '"arguments": {"target_image": 1, ')
+  row = begin(policy)
+  say(policy, row, CALL)
+  say(policy, row, call)
+  assert "only the first image" in row.traj.turns[2].error
+  deep = change(policy, prompt={"zoom_into_crops": True})
+  row = begin(deep)
+  assert say(deep, row, call) is not None
+  assert "below 1" in row.traj.turns[0].error
+  say(deep, row, CALL)
+  first = row.traj.images[1]
+  say(deep, row, call.replace("[10, 12, 40, 48]", "[0, 0, 28, 28]"))
+  assert row.traj.turns[4].target_image == 1
+  w, h = images.shown_wh(first, deep.model.vision.grid)
+  want = images.to_original((0, 0, 28, 28), first.region, (w, h))
+  assert row.traj.boxes[1] == want, "in the original's pixels, for the reward"
+  assert "target_image" in prompt.render("?", None, prompt.Config(zoom_into_crops=True))
+  assert "target_image" not in prompt.render("?", None, prompt.Config())
+
+
+def test_small_boxes_are_grown_or_refused(policy):
+  tiny_call = prompt.call_text((10, 12, 12, 14))
+  limits = {"crop_min_side_px": 30}
+  row = begin(policy)
+  assert say(change(policy, image=limits), row, tiny_call).image is None and "too small" in row.traj.turns[0].error
+  row = begin(policy)
+  assert say(change(policy, image=limits | {"crop_expand": True}), row, tiny_call).image is not None
+  assert row.traj.boxes == [types.Box(30, 36, 36, 42)], "the reward judges what was asked for"
+  assert row.traj.images[1].region == types.Box(18, 24, 48, 54)
+
+
+@hypothesis.given(st.tuples(st.integers(1, 400), st.integers(1, 400)), st.tuples(*[st.floats(0, 1)] * 4),
+                  st.integers(1, 50), st.sampled_from([1.0, 2.0, 100.0]))
+def test_expanded_regions(picture_wh, corners, min_side, aspect):
+  (x1, x2), (y1, y2) = sorted(corners[:2]), sorted(corners[2:])
+  w, h = picture_wh
+  box = types.Box(x1 * w, y1 * h, x2 * w, y2 * h)
+  hypothesis.assume(box.x2 > box.x1 and box.y2 > box.y1)
+  cfg = images.Config(crop_min_side_px=min_side, crop_max_aspect=aspect)
+  got = images.expand(box, picture_wh, cfg)
+  assert 0 <= got.x1 <= box.x1 and box.x2 <= got.x2 <= w and 0 <= got.y1 <= box.y1 and box.y2 <= got.y2 <= h
+  gw, gh, near = got.x2 - got.x1, got.y2 - got.y1, 1e-6
+  assert gw >= min(min_side, w) - near and gh >= min(min_side, h) - near
+  if min(w, h) >= max(gw, gh):  # the picture did not get in the way
+    assert max(gw, gh) <= aspect * min(gw, gh) * (1 + near) + near
+  bw, bh = box.x2 - box.x1, box.y2 - box.y1
+  if min(bw, bh) >= min_side and max(bw, bh) <= aspect * min(bw, bh):
+    assert np.allclose(got, box)
+
+
+def test_prompts_need_room(policy):
+  tight = change(policy, rollout={"max_total_tokens": 64})
+  with pytest.raises(ValueError, match="leave room for a turn"):
+    turns.begin(tight, dataclasses.replace(TASK, question="why " * 40))
+  with pytest.raises(ValueError, match="image must be a decodable file"):
+    turns.begin(policy, dataclasses.replace(TASK, image=b"no"))
+
+
+def test_threads_can_read_at_once(policy):
+  wrong = []
+
+  def work():
+    try:
+      for _ in range(30):
+        assert say(policy, begin(policy), CALL) is not None
+    except BaseException as e:
+      wrong.append(e)
+
+  threads = [threading.Thread(target=work) for _ in range(4)]
+  for t in threads:
+    t.start()
+  for t in threads:
+    t.join()
+  assert not wrong

@@ -1,0 +1,103 @@
+"""What rows are to be given, as padded arrays of few shapes.
+
+Rows are split over lanes, one for each part of the mesh that holds rows of its own; a chunk has the same
+number of rows for each lane, so that each device appends to what it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from virl_jax.data import images
+from virl_jax.rollout import sample
+from virl_jax.rollout import turns
+
+MIN_TOKENS = 16  # the smallest bucket of a tool turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A reply and whom it is for: row `slot` of lane `lane`."""
+
+  lane: int
+  slot: int
+  reply: turns.Reply
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """The shape of a chunk.
+
+  Attributes:
+    rows: a lane.
+    tokens: T.
+    windows: of each image; 0 if no row has one.
+    side: cells along the side of a window.
+  """
+
+  rows: int
+  tokens: int
+  windows: int
+  side: int
+
+
+def least(n: int, sizes: tuple[int, ...]) -> int:
+  """The least of the sizes that is at least n; the largest if none is."""
+  return min((s for s in sizes if s >= n), default=max(sizes))
+
+
+def row_sizes(largest: int) -> tuple[int, ...]:
+  """Buckets of rows: all of them, a quarter, a sixteenth."""
+  return tuple(sorted({-(-largest // d) for d in (1, 4, 16)}))
+
+
+def tool_tokens(n: int) -> int:
+  """The bucket of a tool turn of n tokens: a power of two."""
+  return max(MIN_TOKENS, 1 << (n - 1).bit_length())
+
+
+def shape(entries: list[Entry], grid: images.Grid) -> tuple[int, int, int, int]:
+  """What a chunk of these needs at least, before any bucket: rows a lane, tokens, windows, side."""
+  if not entries:
+    return 0, 0, 0, 0
+  rows = np.bincount([e.lane for e in entries]).max()
+  pictures = [e.reply.image for e in entries if e.reply.image is not None]
+  return (int(rows), max(len(e.reply.ids) for e in entries),
+          *(images.bucket(pictures, grid) if pictures else (0, 0)))
+
+
+def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: turns.Policy, before: int = 0
+          ) -> sample.Chunk:
+  """Pads.
+
+  Args:
+    entries: for the lanes of this process, no slot twice.
+    shape: large enough for them.
+    lanes: of this process.
+    slots: rows of a lane's cache; chunk rows that are for nobody get this number.
+    policy: for the grid and the placeholder.
+    before: lanes of other processes that come before these.
+
+  Returns:
+    A chunk of lanes * shape.rows rows, numpy leaves.
+  """
+  A, T = lanes * shape.rows, shape.tokens
+  chunk = sample.Chunk(np.zeros((A, T), np.int32), np.zeros(A, np.int32), np.zeros((A, 3, T), np.int32),
+                       np.zeros(A, np.int32), np.full((A, T), -1, np.int32), (), np.full(A, slots, np.int32),
+                       np.zeros(A, np.int32))
+  used, pictures = [0] * lanes, [None] * A
+  for e in entries:
+    a, r, n = e.lane * shape.rows + used[e.lane], e.reply, len(e.reply.ids)
+    used[e.lane] += 1
+    chunk.row_A[a], chunk.start_A[a], chunk.n_new_A[a], chunk.next_pos_A[a] = e.slot, r.start, n, r.next_pos
+    chunk.tokens_AT[a, :n], chunk.pos_AXT[a, :, :n] = r.ids, r.pos_XT
+    pictures[a] = r.image
+  if not shape.windows:
+    return chunk
+  batch, where = images.layout(pictures, policy.model.vision.grid, A, (shape.windows, shape.side))
+  cells_before = before * shape.rows * shape.windows * shape.side ** 2
+  for a, at in enumerate(where):
+    chunk.vision_AT[a][chunk.tokens_AT[a] == policy.model.image_token] = at + cells_before
+  return chunk.replace(images=(batch,))
