@@ -90,7 +90,8 @@ class Ours:
     self.params, self.scripts, self.group = params, scripts, group
     longest = max(len(s.prompt[0]) + sum(s.lengths) + sum(len(ids) for ids, _ in s.replies) for s in scripts)
     self.policy = turns.Policy(CFG, None, None, None, turns.Config(
-        max_total_tokens=longest, slots=slots, segment_tokens=segment, serve_share=serve, threads=1, pad_tokens=32),
+        max_total_tokens=longest, slots=slots, segment_tokens=segment, serve_share=serve, threads=1, pad_tokens=32,
+        decode_ratio=1.25, append_ratio=2.0, token_steps=4),
         mesh_lib.make(devices=jax.devices()[:1]))
     self.tasks = [types.Task(str(i), b"", "") for i in range(len(scripts) // group)]
 

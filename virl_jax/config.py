@@ -74,6 +74,9 @@ def default() -> ConfigDict:
   r.slots = 0                      # decode slots on all devices; 0 for as many as trajectories
   r.segment_tokens = 32            # tokens decoded before the host looks at who has ended [ours]
   r.serve_share = 0.125            # a segment ends early when this share of the slots has [ours]
+  r.decode_ratio = 4.0             # programs are compiled for all slots, and for ever fewer by this ratio [ours]
+  r.append_ratio = 4.0             # the same for rows that get a crop or a prompt [ours]
+  r.token_steps = 1                # buckets of a tool turn's tokens for each power of two [ours]
   r.threads = 2                    # host threads that parse, crop and patchify [ours]
 
   c.reward = w = ConfigDict()
@@ -165,6 +168,9 @@ def validate(c: ConfigDict) -> None:
   need(c.eval.temperature >= 0, "eval.temperature", "0 (greedy) or positive", c.eval.temperature)
   for key in ("max_images", "max_vision_tokens", "top_k", "slots"):
     need(c.rollout[key] >= 0, f"rollout.{key}", "0 or more", c.rollout[key])
+  for key in ("decode_ratio", "append_ratio"):
+    need(c.rollout[key] > 1, f"rollout.{key}", "above 1", c.rollout[key])
+  need(c.rollout.token_steps in (1, 2, 4), "rollout.token_steps", "1, 2 or 4", c.rollout.token_steps)
   need(c.rollout.max_images != 1, "rollout.max_images", "0 (no limit) or at least 2: the shown image is one", 1)
   need(0 < c.rollout.top_p <= 1, "rollout.top_p", "above 0 and at most 1", c.rollout.top_p)
   for key in ("min_p", "serve_share"):

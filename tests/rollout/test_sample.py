@@ -24,9 +24,9 @@ def chunk(rows, tokens, starts, row_A=None):
   return jax.tree.map(jnp.asarray, c)
 
 
-def turns(uids, turn=0, said=0, left=6):
+def turns(uids, turn=0, said=0, left=6, row_A=None):
   full = lambda v: jnp.broadcast_to(jnp.asarray(v, jnp.int32), (len(uids),))
-  return sample.Turns(jnp.asarray(uids, jnp.int32), full(turn), full(said), full(left))
+  return sample.Turns(jnp.asarray(uids, jnp.int32), full(turn), full(said), full(left), row_A)
 
 
 def decode(small, state, who, steps=6, temperature=1.0, key=0, **kw):
@@ -57,6 +57,15 @@ def test_segments_are_one_turn(small):
   np.testing.assert_array_equal(np.concatenate([a, b], 1), want)
   np.testing.assert_allclose(np.concatenate([a_logp, b_logp], 1), want_logp, atol=1e-6)
   np.testing.assert_array_equal(na + nb, n)
+
+
+def test_some_rows_write_and_the_others_stay(small):
+  state, want, want_logp, _ = decode(small, prefilled(small), turns([5, 6, 7], left=[6, 0, 6]))
+  other, out, logp, _ = decode(small, prefilled(small), turns([7, 5, 0], left=[6, 6, 0], row_A=jnp.asarray([2, 0, 3])))
+  np.testing.assert_array_equal(out[:2], want[[2, 0]])
+  np.testing.assert_allclose(logp[:2], want_logp[[2, 0]], atol=1e-5)
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other)):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
 
 
 def test_logps_are_those_of_the_whole_sequence(small):

@@ -189,13 +189,19 @@ def test_small_boxes_are_grown_or_refused(policy):
   assert row.traj.images[1].region == types.Box(18, 24, 48, 54)
 
 
+def test_a_box_of_next_to_nothing_is_refused(policy):
+  row = begin(policy)
+  say(change(policy, image={"crop_expand": True}), row, prompt.call_text((1, 1, 1.0000000001, 40)))
+  assert "too small" in row.traj.turns[0].error
+
+
 @hypothesis.given(st.tuples(st.integers(1, 400), st.integers(1, 400)), st.tuples(*[st.floats(0, 1)] * 4),
                   st.integers(1, 50), st.sampled_from([1.0, 2.0, 100.0]))
 def test_expanded_regions(picture_wh, corners, min_side, aspect):
   (x1, x2), (y1, y2) = sorted(corners[:2]), sorted(corners[2:])
   w, h = picture_wh
   box = types.Box(x1 * w, y1 * h, x2 * w, y2 * h)
-  hypothesis.assume(box.x2 > box.x1 and box.y2 > box.y1)
+  hypothesis.assume(min(box.x2 - box.x1, box.y2 - box.y1) >= 1e-3)  # as `check_zoom` sees to
   cfg = images.Config(crop_min_side_px=min_side, crop_max_aspect=aspect)
   got = images.expand(box, picture_wh, cfg)
   assert 0 <= got.x1 <= box.x1 and box.x2 <= got.x2 <= w and 0 <= got.y1 <= box.y1 and box.y2 <= got.y2 <= h

@@ -1,6 +1,12 @@
 """The zoom loop, with the tiny base that ships."""
 
 import dataclasses
+import os
+import pathlib
+import pickle
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,34 +20,41 @@ from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.data.sources import needle
 from virl_jax.learner import step as step_lib
+from virl_jax.model import qwen
 from virl_jax.model import weights
 from virl_jax.rollout import pack
 from virl_jax.rollout import turns
 from virl_jax.rollout import zoom
 
 
-@pytest.fixture(scope="module")
-def base():
-  """A policy of one device, its parameters, and a padding rule."""
+def load(mesh, **rollout):
+  """A policy on a mesh, and its parameters."""
   c = config_lib.default()
   folder = setup_run.model_dir("@tiny")
-  cfg, params = weights.load_hf(folder)
+  cfg = weights.read_config(folder)
+  _, params = weights.load_hf(folder, "float32", mesh_lib.param_shardings(qwen.specs(cfg), mesh))
   import transformers
   codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(folder), cfg.image_token, cfg.eos)
   image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
-  policy = turns.Policy(cfg, codec, prompt.Config(c.prompt.system, False, False), image,
-                       turns.Config(3, 32, 256, 1.0, 32), mesh_lib.make(devices=jax.devices()[:1]))
-  return policy, params, pack.Config(cfg.vision.grid, cfg.image_token, 3, 32, 8)
+  wording = prompt.Config(c.prompt.system, False, False, last_notice="")
+  return turns.Policy(cfg, codec, wording, image, turns.Config(3, 32, 256, 1.0, 32, **rollout), mesh), params
 
 
-def _tasks(n, family="pattern"):
+@pytest.fixture(scope="module")
+def base():
+  """A policy of one device, its parameters, and a padding rule."""
+  policy, params = load(mesh_lib.make(devices=jax.devices()[:1]))
+  return policy, params, pack.Config(policy.model.vision.grid, policy.model.image_token, 3, 32, 8)
+
+
+def draw_tasks(n, family="pattern"):
   cfg = needle.Config(families=(family,))
   return [needle.draw(5, "zoom", i, cfg)[0] for i in range(n)]
 
 
 def test_trajectories_are_whole(base):
   policy, params, _ = base
-  tasks = _tasks(4, "pair_pattern")
+  tasks = draw_tasks(4, "pair_pattern")
   got = zoom.rollout(policy, params, tasks, jax.random.key(0), group_size=2)
   assert [t.uid for t in got] == list(range(8))
   assert [t.task.uid for t in got] == [t.uid for t in tasks for _ in range(2)]
@@ -64,7 +77,7 @@ def test_trajectories_are_whole(base):
 
 def test_sampled_logps_are_the_learners(base):
   policy, params, padding = base
-  got = zoom.rollout(policy, params, _tasks(4), jax.random.key(1), group_size=2, temperature=0.7)
+  got = zoom.rollout(policy, params, draw_tasks(4), jax.random.key(1), group_size=2, temperature=0.7)
   batch = jax.tree.map(jax.numpy.asarray, pack.pack(got, padding))
   logp, _ = step_lib.logp_entropy(params, step_lib.Config(policy.model, 2, temperature=0.7), batch)
   mask = np.asarray(batch.sampled_BT)
@@ -73,17 +86,17 @@ def test_sampled_logps_are_the_learners(base):
 
 def test_a_row_does_not_depend_on_its_neighbours(base):
   policy, params, _ = base
-  tasks = _tasks(4)
+  tasks = draw_tasks(4)
   key = jax.random.key(2)
   together = zoom.rollout(policy, params, tasks, key)
-  other = zoom.rollout(policy, params, [tasks[0], *_tasks(3, "pair_pattern")], key)
+  other = zoom.rollout(policy, params, [tasks[0], *draw_tasks(3, "pair_pattern")], key)
   np.testing.assert_array_equal(together[0].ids, other[0].ids)
   assert any(not np.array_equal(a.ids, b.ids) for a, b in zip(together[1:], other[1:]))
 
 
 def test_the_step_key_changes_samples_and_greedy_ignores_it(base):
   policy, params, _ = base
-  tasks = _tasks(4)
+  tasks = draw_tasks(4)
   a, b = (zoom.rollout(policy, params, tasks, jax.random.key(k)) for k in (3, 4))
   assert any(not np.array_equal(x.ids, y.ids) for x, y in zip(a, b))
   a, b = (zoom.rollout(policy, params, tasks, jax.random.key(k), temperature=0.0) for k in (3, 4))
@@ -92,7 +105,7 @@ def test_the_step_key_changes_samples_and_greedy_ignores_it(base):
 
 def test_slots_do_not_matter(base):
   policy, params, _ = base
-  tasks = _tasks(6) + _tasks(3, "pair_pattern")
+  tasks = draw_tasks(6) + draw_tasks(3, "pair_pattern")
   run = lambda **kw: zoom.rollout(dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, **kw)),
                                   params, tasks, jax.random.key(6), group_size=3)
   want = run(slots=64)
@@ -102,12 +115,40 @@ def test_slots_do_not_matter(base):
       np.testing.assert_array_equal(a.ids, b.ids, str((kw, a.uid)))
 
 
+def test_two_processes_are_one(tmp_path):
+  """Each with rows and pictures of its own, in lock-step, on a mesh of 2 x 2; together what one process samples."""
+  def run(processes):
+    with socket.socket() as s:
+      s.bind(("127.0.0.1", 0))
+      port = s.getsockname()[1]
+    files = [tmp_path / f"{processes}_{i}.pickle" for i in range(processes)]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    ps = [subprocess.Popen([sys.executable, "-m", "tests.rollout.lockstep", str(i), str(processes), str(port), str(f)],
+                           cwd=pathlib.Path(__file__).parents[2], env=env, stderr=subprocess.PIPE)
+          for i, f in enumerate(files)]
+    try:
+      for p in ps:
+        _, err = p.communicate(timeout=400)
+        assert p.returncode == 0, err.decode()[-3000:]
+    finally:
+      for p in ps:
+        p.kill()
+    return [pickle.loads(f.read_bytes()) for f in files]
+
+  (whole,), halves = run(1), run(2)
+  assert all(halves), "both had rows"
+  assert [u for u, *_ in whole] == list(range(15))
+  for a, b in zip(whole, sorted(halves[0] + halves[1], key=lambda t: t[0]), strict=True):
+    assert a[0] == b[0] and a[2:] == b[2:]
+    np.testing.assert_array_equal(a[1], b[1])
+
+
 def test_errors_name_the_thing(base):
   policy, params, _ = base
   with pytest.raises(ValueError, match="tasks must not be empty"):
     zoom.rollout(policy, params, [], jax.random.key(0))
   with pytest.raises(ValueError, match="image must be a decodable file"):
-    zoom.rollout(policy, params, [dataclasses.replace(_tasks(1)[0], image=b"no")], jax.random.key(0))
+    zoom.rollout(policy, params, [dataclasses.replace(draw_tasks(1)[0], image=b"no")], jax.random.key(0))
   tight = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, max_total_tokens=64))
   with pytest.raises(ValueError, match="leave room for a turn"):
-    zoom.rollout(tight, params, [dataclasses.replace(_tasks(1)[0], question="why " * 40)], jax.random.key(0))
+    zoom.rollout(tight, params, [dataclasses.replace(draw_tasks(1)[0], question="why " * 40)], jax.random.key(0))

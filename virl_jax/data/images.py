@@ -230,10 +230,11 @@ def check_zoom(box: tuple[float, ...], region: types.Box, shown: tuple[int, int]
     return f"bbox_2d lies outside the image of {shown[0]} x {shown[1]}"
   found = to_original(clamped, region, shown)
   w, h = found.x2 - found.x1, found.y2 - found.y1
+  # A box can be too small for float64: nothing is left of it beside the region's own offset.
+  if min(w, h) < (1e-3 if cfg.crop_expand else cfg.crop_min_side_px):
+    return "bbox_2d is too small"
   if cfg.crop_expand:
     return found
-  if min(w, h) < cfg.crop_min_side_px:
-    return "bbox_2d is too small"
   if max(w, h) > cfg.crop_max_aspect * min(w, h):
     return "bbox_2d is too long and thin"
   return found

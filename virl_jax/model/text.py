@@ -22,6 +22,7 @@ Spec = params_lib.ParamSpec
 
 # Cache slots that attention reads at a time; cache lengths are multiples of it.
 CACHE_BLOCK = 64
+_ROWS_TOGETHER = 16  # rows that a CPU attends for at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,25 +230,36 @@ def _attend_cache(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, lay
     [A, T, N, H].
   """
   A, T, N, H = q_ATNH.shape
+  if T == 1 and shards == 1 and A > _ROWS_TOGETHER and jax.default_backend() == "cpu":
+    # A core works through what is filled: rows of like length together, so that short ones don't wait for long ones.
+    order = jnp.argsort(slot_AT[:, 0])
+    row_A = order if row_A is None else row_A[order]
+    parts = [slice(i, i + _ROWS_TOGETHER) for i in range(0, A, _ROWS_TOGETHER)]
+    outs = [_attend_cache(q_ATNH[order[p]], k_LBKSH, v_LBKSH, layer, slot_AT[order[p]],
+                          jnp.minimum(n_blocks, slot_AT[order[p], 0].max() // CACHE_BLOCK + 1), row_A[p], 1)
+            for p in parts]
+    return jnp.zeros_like(q_ATNH).at[order].set(jnp.concatenate(outs))
   K = k_LBKSH.shape[2]
-  q = (q_ATNH.astype(jnp.float32) * (H ** -0.5)).reshape(A, T, K, N // K, H)
+  G = N // K  # query heads that share a key head; each of them is one more query Q = T * G of it
+  q_AKQH = (q_ATNH.astype(jnp.float32) * (H ** -0.5)).reshape(A, T, K, G, H).swapaxes(1, 2).reshape(A, K, T * G, H)
+  slot_AQ = jnp.repeat(slot_AT, G, axis=1)
 
   def step(i, carry):
     top, total, acc = carry
-    logits = jnp.einsum("btkgh,bksh->btkgs", q, _read(k_LBKSH, layer, i, row_A, shards))
-    seen = (i * CACHE_BLOCK + jnp.arange(CACHE_BLOCK))[None, None] <= slot_AT[:, :, None]
-    logits = jnp.where(seen[:, :, None, None], logits, -jnp.inf)
+    logits = jnp.einsum("akqh,aksh->akqs", q_AKQH, _read(k_LBKSH, layer, i, row_A, shards))
+    seen = (i * CACHE_BLOCK + jnp.arange(CACHE_BLOCK))[None, None] <= slot_AQ[:, :, None]
+    logits = jnp.where(seen[:, None], logits, -jnp.inf)
     new_top = jnp.maximum(top, logits.max(-1))
     weight = jnp.exp(logits - new_top[..., None])
     keep = jnp.exp(top - new_top)
-    acc = acc * keep[..., None] + jnp.einsum("btkgs,bksh->btkgh", weight, _read(v_LBKSH, layer, i, row_A, shards))
+    acc = acc * keep[..., None] + jnp.einsum("akqs,aksh->akqh", weight, _read(v_LBKSH, layer, i, row_A, shards))
     return new_top, total * keep + weight.sum(-1), acc
 
   # A finite floor: block 0 always holds slot 0, which every query sees, so no row divides by zero.
-  top = jnp.full((A, T, K, N // K), -1e30, jnp.float32)
-  start = (top, jnp.zeros_like(top), jnp.zeros((A, T, K, N // K, H), jnp.float32))
-  _, total, acc = jax.lax.fori_loop(0, n_blocks, step, start)
-  return (acc / total[..., None]).reshape(A, T, N, H).astype(q_ATNH.dtype)
+  top = jnp.full((A, K, T * G), -1e30, jnp.float32)
+  _, total, acc = jax.lax.fori_loop(0, n_blocks, step, (top, jnp.zeros_like(top), jnp.zeros_like(q_AKQH)))
+  out_AKQH = acc / total[..., None]
+  return out_AKQH.reshape(A, K, T, G, H).swapaxes(1, 2).reshape(A, T, N, H).astype(q_ATNH.dtype)
 
 
 def extend(params: dict, cfg: Config, x_ATD: jax.Array, pos_AXT: jax.Array, n_new_A: jax.Array, cache: Cache,

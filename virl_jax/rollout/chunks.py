@@ -7,14 +7,13 @@ number of rows for each lane, so that each device appends to what it holds.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
 from virl_jax.data import images
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
-
-MIN_TOKENS = 16  # the smallest bucket of a tool turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +47,18 @@ def least(n: int, sizes: tuple[int, ...]) -> int:
   return min((s for s in sizes if s >= n), default=max(sizes))
 
 
-def row_sizes(largest: int) -> tuple[int, ...]:
-  """Buckets of rows: all of them, a quarter, a sixteenth."""
-  return tuple(sorted({-(-largest // d) for d in (1, 4, 16)}))
+def row_sizes(largest: int, ratio: float) -> tuple[int, ...]:
+  """Buckets of rows: all of them, and ever fewer by the ratio, down to a sixteenth or, if it is below 4, to one."""
+  sizes, n, low = {largest}, float(largest), largest / 16 if ratio >= 4 else 1
+  while n / ratio >= low:
+    n /= ratio
+    sizes.add(math.ceil(n))
+  return tuple(sorted(sizes))
 
 
-def tool_tokens(n: int) -> int:
-  """The bucket of a tool turn of n tokens: a power of two."""
-  return max(MIN_TOKENS, 1 << (n - 1).bit_length())
+def token_sizes(steps: int) -> tuple[int, ...]:
+  """Buckets of a tool turn's tokens, from 16 up: powers of two, each octave in `steps` steps."""
+  return tuple((1 << octave) * (steps + i) // steps for octave in range(4, 24) for i in range(steps))
 
 
 def shape(entries: list[Entry], grid: images.Grid) -> tuple[int, int, int, int]:

@@ -82,19 +82,21 @@ class Chunk:
 
 @flax.struct.dataclass
 class Turns:
-  """What each row is to write.
+  """Who writes what.
 
   Attributes:
-    uid_B: int32, the trajectory; its samples depend on (key, uid, turn) and on nothing beside it.
-    turn_B: int32, which of its turns this is.
-    said_B: int32, tokens of the turn that were sampled before.
-    left_B: int32, most tokens that it may still sample in this turn; 0 for a row that rests.
+    uid_A: int32, the trajectory; its samples depend on (key, uid, turn) and on nothing beside it.
+    turn_A: int32, which of its turns this is.
+    said_A: int32, tokens of the turn that were sampled before.
+    left_A: int32, most tokens that it may still sample in this turn; 0 for nobody.
+    row_A: int32, its row within its shard, no row twice, past the last for nobody; None for all rows in order.
   """
 
-  uid_B: jax.Array
-  turn_B: jax.Array
-  said_B: jax.Array
-  left_B: jax.Array
+  uid_A: jax.Array
+  turn_A: jax.Array
+  said_A: jax.Array
+  left_A: jax.Array
+  row_A: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "mesh"))
@@ -184,11 +186,11 @@ def _filtered(logits_BV: jax.Array, keep: Filter) -> jax.Array:
   return x
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "steps", "keep"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("cfg", "steps", "keep", "shards"), donate_argnames="state")
 def decode(params: dict, cfg: qwen.Config, state: State, turns: Turns, key: jax.Array, temperature: jax.Array,
-           steps: int, serve: jax.Array | int = 2 ** 30, keep: Filter = Filter()
+           steps: int, serve: jax.Array | int = 2 ** 30, keep: Filter = Filter(), shards: int = 1
            ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
-  """Samples a segment: the next tokens of every row that has a turn to write.
+  """Samples a segment: the next tokens of every row that has a turn to write.  Other rows cost nothing.
 
   Args:
     params: the policy.
@@ -200,42 +202,45 @@ def decode(params: dict, cfg: qwen.Config, state: State, turns: Turns, key: jax.
     steps: most tokens a row in this segment.
     serve: int32 scalar; the segment ends early when this many rows have ended their turns.
     keep: static; what is sampled from.
+    shards: over how many devices rows are split.
 
   Returns:
-    The state, tokens int32[B, steps], their log-probabilities float32[B, steps] in nats, and int32[B] how
+    The state, tokens int32[A, steps], their log-probabilities float32[A, steps] in nats, and int32[A] how
     many each row sampled.  A row that ended its turn has `cfg.eos` last.  Log-probabilities are those of the
     policy that the loss is about, temperature in and placeholders out, before `keep` takes anything away
     (at temperature 1 if greedy).
   """
-  B = len(state.pos_B)
-  keys = jax.vmap(lambda uid, turn: jax.random.fold_in(jax.random.fold_in(key, uid), turn))(turns.uid_B, turns.turn_B)
+  A, B = len(turns.uid_A), len(state.pos_B)
+  at = slice(None) if turns.row_A is None else text.global_rows(turns.row_A, B, shards)
+  keys = jax.vmap(lambda uid, turn: jax.random.fold_in(jax.random.fold_in(key, uid), turn))(turns.uid_A, turns.turn_A)
   greedy = temperature <= 0
   scale = jnp.where(greedy, 1.0, temperature)
 
-  def pick(hidden_BD, t_B):
-    logits = qwen.policy_logits(params, cfg, hidden_BD[:, None], scale)[:, 0]
-    drawn = jax.vmap(lambda k, t, row: jax.random.categorical(jax.random.fold_in(k, t), row))(
-        keys, t_B, _filtered(logits, keep))
-    token = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+  def pick(hidden_AD, t_A):
+    logits = qwen.policy_logits(params, cfg, hidden_AD[:, None], scale)[:, 0]
+    draw = jax.vmap(lambda k, t, row: jax.random.categorical(jax.random.fold_in(k, t), row))
+    token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), lambda: draw(keys, t_A, _filtered(logits, keep)))
+    token = token.astype(jnp.int32)
     return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
 
   def body(carry):
-    t, state, writes, out, logps, count = carry
-    token, logp = pick(state.hidden_BD, turns.said_B + count)
+    t, cache, pos_A, hidden_AD, writes, out, logps, count = carry
+    token, logp = pick(hidden_AD, turns.said_A + count)
     out = out.at[:, t].set(jnp.where(writes, token, 0))
     logps = logps.at[:, t].set(jnp.where(writes, logp, 0.0))
     count = count + writes
     feed = writes & (token != cfg.eos)
-    x = qwen.embed(params, cfg, token[:, None], jnp.full((B, 1), -1), ())
-    pos_BXT = jnp.broadcast_to(state.pos_B[:, None, None], (B, 3, 1))
-    h, cache = text.extend(params["text"], cfg.text, x, pos_BXT, feed.astype(jnp.int32), state.cache)
-    state = state.replace(cache=cache, pos_B=state.pos_B + feed,
-                          hidden_BD=jnp.where(feed[:, None], h[:, 0], state.hidden_BD))
-    return t + 1, state, feed & (count < turns.left_B), out, logps, count
+    x = qwen.embed(params, cfg, token[:, None], jnp.full((A, 1), -1), ())
+    pos_AXT = jnp.broadcast_to(pos_A[:, None, None], (A, 3, 1))
+    h, cache = text.extend(params["text"], cfg.text, x, pos_AXT, feed.astype(jnp.int32), cache, turns.row_A, shards)
+    hidden_AD = jnp.where(feed[:, None], h[:, 0], hidden_AD)
+    return t + 1, cache, pos_A + feed, hidden_AD, feed & (count < turns.left_A), out, logps, count
 
-  writes = turns.left_B > 0
-  carry = (jnp.int32(0), state, writes, jnp.zeros((B, steps), jnp.int32), jnp.zeros((B, steps), jnp.float32),
-           jnp.zeros((B,), jnp.int32))
-  goes_on = lambda c: (c[0] < steps) & c[2].any() & (writes.sum() - c[2].sum() < serve)
-  _, state, _, out, logps, count = jax.lax.while_loop(goes_on, body, carry)
+  writes = turns.left_A > 0
+  goes_on = lambda c: (c[0] < steps) & c[4].any() & (writes.sum() - c[4].sum() < serve)
+  carry = (jnp.int32(0), state.cache, state.pos_B[at], state.hidden_BD[at], writes, jnp.zeros((A, steps), jnp.int32),
+           jnp.zeros((A, steps), jnp.float32), jnp.zeros((A,), jnp.int32))
+  _, cache, pos_A, hidden_AD, _, out, logps, count = jax.lax.while_loop(goes_on, body, carry)
+  state = state.replace(cache=cache, pos_B=state.pos_B.at[at].set(pos_A, mode="drop"),
+                        hidden_BD=state.hidden_BD.at[at].set(hidden_AD, mode="drop"))
   return state, out, logps, count

@@ -37,6 +37,9 @@ class Config:
   slots: int = 0
   segment_tokens: int = 32
   serve_share: float = 0.125
+  decode_ratio: float = 4.0
+  append_ratio: float = 4.0
+  token_steps: int = 1
   threads: int = 2
 
 

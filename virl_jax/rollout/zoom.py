@@ -29,8 +29,6 @@ from virl_jax.rollout import pack
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 
-_TOOL_BUCKETS = 24  # powers of two
-
 
 @dataclasses.dataclass
 class Stats:
@@ -156,9 +154,13 @@ class _Loop:
     self.reading: dict[concurrent.futures.Future, tuple[int, int]] = {}
     self.done: list[types.Trajectory] = []
     self.stats = Stats()
-    length = pack.up(cfg.max_total_tokens, text.CACHE_BLOCK)
-    self.state = sample.start(policy.model, self.slots * self.shards, length, policy.mesh)
-    self.length = length
+    self.length = pack.up(cfg.max_total_tokens, text.CACHE_BLOCK)
+    self.state = sample.start(policy.model, self.slots * self.shards, self.length, policy.mesh)
+    # The few shapes that there are.
+    self.decode_rows = chunks.row_sizes(self.slots, cfg.decode_ratio)
+    self.append_rows = chunks.row_sizes(self.slots, cfg.append_ratio)
+    self.prompt_rows = chunks.row_sizes(-(-self.slots // group_size), cfg.append_ratio)
+    self.tool_tokens = chunks.token_sizes(cfg.token_steps)
 
   def run(self) -> tuple[list[types.Trajectory], Stats]:
     began = self.rested = time.perf_counter()
@@ -171,20 +173,22 @@ class _Loop:
 
   def _round(self) -> bool:
     ready, (old, prompts, new) = self._ready(), self._fill()
-    by_size = [[e for e in ready if chunks.tool_tokens(len(e.reply.ids)) == 1 << i] for i in range(_TOOL_BUCKETS)]
-    asked = self._turns()
+    by_size = [[e for e in ready if chunks.least(len(e.reply.ids), self.tool_tokens) == size]
+               for size in self.tool_tokens]
+    writers = self._writers()
+    most = max(collections.Counter(lane for lane, _ in writers).values(), default=0)
     grid = self.policy.model.vision.grid
     # This is all that processes have to know of each other.
-    shapes = mesh_lib.agree(np.array([chunks.shape(entries, grid) for entries in (prompts, *by_size)]))
-    old_moves, new_moves, (running, left) = mesh_lib.agree(np.array(
-        [_extent(old), _extent(new), (int((asked.left_B > 0).sum()), self._left())])).tolist()
+    old_moves, new_moves, (running, left, *_), *shapes = mesh_lib.agree(np.array([
+        _extent(old), _extent(new), (most, self._left(), 0, 0),
+        *(chunks.shape(entries, grid) for entries in (prompts, *by_size))])).tolist()
     self._restart(old, *old_moves)
     self._append(prompts, shapes[0], prompt=True)
     self._restart(new, *new_moves)
-    for i, entries in enumerate(by_size):
-      self._append(entries, shapes[1 + i], prompt=False)
+    for entries, need in zip(by_size, shapes[1:], strict=True):
+      self._append(entries, need, prompt=False)
     if running:
-      self._decode(asked)
+      self._decode(writers, running)
     elif left:
       self._wait()
     return bool(running or left)
@@ -234,15 +238,11 @@ class _Loop:
         lane.rows[slot], lane.holds[slot] = group.row(), group
     return old, prompts, new
 
-  def _turns(self) -> sample.Turns:
-    """What each slot is to write now: nothing where it is free, or its last turn is still being read."""
-    asked = np.zeros((4, self.n_lanes, self.slots), np.int32)
+  def _writers(self) -> list[tuple[int, int]]:
+    """Lane and slot of each row that has a turn to write: not those whose last turn is still being read."""
     busy = set(self.reading.values())
-    for number, lane in enumerate(self.lanes):
-      for slot, row in enumerate(lane.rows):
-        if row is not None and (number, slot) not in busy:
-          asked[:, number, slot] = row.traj.uid, row.turn, row.said, self.game.left(self.policy, row)
-    return sample.Turns(*asked.reshape(4, -1))
+    return [(number, slot) for number, lane in enumerate(self.lanes) for slot, row in enumerate(lane.rows)
+            if row is not None and (number, slot) not in busy]
 
   def _left(self) -> int:
     """Turns that are being read, and groups of which someone waits."""
@@ -257,11 +257,11 @@ class _Loop:
       self.stats.idle_s += time.perf_counter() - self.rested
       self.rested = None
 
-  def _restart(self, moves: list[_Restart], rows: int, tokens: int) -> None:
+  def _restart(self, moves: list[_Restart], rows: int, tokens: int, *_) -> None:
     if not rows:
       return
     self._dispatch()
-    each = chunks.least(rows, chunks.row_sizes(self.slots))
+    each = chunks.least(rows, self.append_rows)
     arrays = np.zeros((4, self.n_lanes, each), np.int32)
     arrays[0] = self.slots
     used = [0] * self.n_lanes
@@ -272,14 +272,13 @@ class _Loop:
     self.state = sample.restart(self.state, *mesh_lib.place_rows(tuple(arrays.reshape(4, -1)), self.policy.mesh),
                                 width, self.shards)
 
-  def _append(self, entries: list[chunks.Entry], need: np.ndarray, prompt: bool) -> None:
-    rows, tokens, windows, side = need.tolist()
+  def _append(self, entries: list[chunks.Entry], need: tuple[int, ...], prompt: bool) -> None:
+    rows, tokens, windows, side = need
     if not rows:
       return
     self._dispatch()
-    largest = min(self.slots, -(-self.slots // self.group_size)) if prompt else self.slots
-    tokens = pack.up(tokens, self.policy.rollout.pad_tokens) if prompt else chunks.tool_tokens(tokens)
-    shape = chunks.Shape(chunks.least(rows, chunks.row_sizes(largest)), tokens, windows, side)
+    tokens = pack.up(tokens, self.policy.rollout.pad_tokens) if prompt else chunks.least(tokens, self.tool_tokens)
+    shape = chunks.Shape(chunks.least(rows, self.prompt_rows if prompt else self.append_rows), tokens, windows, side)
     chunk = chunks.build(entries, shape, self.n_lanes, self.slots, self.policy, self.before)
     self.state = sample.append(self.params, self.policy.model, self.state,
                                mesh_lib.place_rows(chunk, self.policy.mesh), prompt, self.shards)
@@ -290,25 +289,33 @@ class _Loop:
     else:
       self.stats.appended_tokens += added
 
-  def _decode(self, asked: sample.Turns) -> None:
+  def _decode(self, writers: list[tuple[int, int]], most: int) -> None:
     """Decodes a segment, and has the turns that it ended read."""
     cfg, policy = self.policy.rollout, self.policy
     self._dispatch()
+    each = chunks.least(most, self.decode_rows)
+    asked, who = np.zeros((5, self.n_lanes, each), np.int32), {}
+    asked[4] = self.slots
+    used = [0] * self.n_lanes
+    for number, slot in writers:
+      row, a = self.lanes[number].rows[slot], used[number]
+      asked[:, number, a] = row.traj.uid, row.turn, row.said, self.game.left(policy, row), slot
+      used[number] += 1
+      who[number * each + a] = number, slot
+    asked = mesh_lib.place_rows(sample.Turns(*asked.reshape(5, -1)), policy.mesh)
     serve = max(1, int(cfg.serve_share * self.slots * self.shards))
-    self.state, *sampled = sample.decode(
-        self.params, policy.model, self.state, mesh_lib.place_rows(asked, policy.mesh), self.key, self.temperature,
-        cfg.segment_tokens, np.int32(serve), cfg.keep)
-    tokens_BT, logp_BT, count_B = mesh_lib.fetch_rows(sampled)
+    self.state, *sampled = sample.decode(self.params, policy.model, self.state, asked, self.key, self.temperature,
+                                         cfg.segment_tokens, np.int32(serve), cfg.keep, self.shards)
+    tokens_AT, logp_AT, count_A = mesh_lib.fetch_rows(sampled)
     self.rested = time.perf_counter()
-    steps = int(count_B.max())
+    steps = int(count_A.max())
     self.stats.steps += steps
-    self.stats.slot_steps += steps * len(count_B)
-    self.stats.sampled_tokens += int(count_B.sum())
-    for at in np.flatnonzero(count_B):
-      lane, slot = divmod(int(at), self.slots)
-      row, n = self.lanes[lane].rows[slot], count_B[at]
-      if self.game.hear(policy, row, tokens_BT[at, :n], logp_BT[at, :n]):
-        self.reading[self.pool.submit(self.game.read, policy, row)] = (lane, slot)
+    self.stats.slot_steps += steps * len(count_A)
+    self.stats.sampled_tokens += int(count_A.sum())
+    for a, at in who.items():
+      n, row = count_A[a], self.lanes[at[0]].rows[at[1]]
+      if self.game.hear(policy, row, tokens_AT[a, :n], logp_AT[a, :n]):
+        self.reading[self.pool.submit(self.game.read, policy, row)] = at
 
   def _wait(self) -> None:
     """Nobody can write: until something has been read, or a prompt been made."""
@@ -317,7 +324,7 @@ class _Loop:
       concurrent.futures.wait([*self.reading, *for_prompts], return_when=concurrent.futures.FIRST_COMPLETED)
 
 
-def _extent(moves: list[_Restart]) -> tuple[int, int]:
-  """Most moves in one lane, and the longest prompt."""
+def _extent(moves: list[_Restart]) -> tuple[int, int, int, int]:
+  """Most moves in one lane, the longest prompt, and two zeros."""
   most = max(collections.Counter(m.lane for m in moves).values(), default=0)
-  return most, max((m.tokens for m in moves), default=0)
+  return most, max((m.tokens for m in moves), default=0), 0, 0
