@@ -203,11 +203,11 @@ def _chunk(cfg, parts: list[Part | None], starts: list[int], T: int, n_images: i
     if part is None:
       continue
     n = len(part.ids)
-    c.tokens_BT[b, :n], c.n_new_B[b] = part.ids, n
-    c.pos_BXT[b, :, :n], c.next_pos_B[b] = rope.positions(
+    c.tokens_AT[b, :n], c.n_new_A[b] = part.ids, n
+    c.pos_AXT[b, :, :n], c.next_pos_A[b] = rope.positions(
         part.ids, cfg.image_token, [(h // 2, w // 2) for h, w in part.grids], start)
     if part.grids:
-      c.vision_BT[b, :n][part.ids == cfg.image_token] = np.concatenate(where[at:at + len(part.grids)])
+      c.vision_AT[b, :n][part.ids == cfg.image_token] = np.concatenate(where[at:at + len(part.grids)])
       at += len(part.grids)
   return c
 
@@ -230,10 +230,11 @@ def compare_turns(cfg, params, model, turns: list[list[Part]]) -> dict:
   starts, last, alive = [0] * B, [np.zeros(0, np.int64)] * B, [True] * B
   differ = compared = 0
   for given in turns:
-    # A turn's last token is sampled but not yet in the cache: the next chunk begins with it.
+    # The next chunk begins with a turn's last token, which is in the cache only if it is not the end of turn.
+    kept = jnp.asarray([len(row.ids) - len(tail) for row, tail in zip(rows, last)], jnp.int32)
     parts = [Part(np.concatenate([tail, p.ids]), p.grids, p.pixels) if ok else None
              for tail, p, ok in zip(last, given, alive)]
-    chunk = _chunk(cfg, parts, starts, T, max(1, n_images))
+    chunk = _chunk(cfg, parts, starts, T, max(1, n_images)).replace(start_A=kept)
     state = sample.append(params, cfg, state, jax.tree.map(jnp.asarray, chunk))
     writes = sample.Turns(jnp.arange(B), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), MAX_NEW * jnp.asarray(alive))
     state, out, _, count = sample.decode(params, cfg, state, writes, jax.random.key(0), jnp.float32(0), MAX_NEW)
@@ -252,7 +253,7 @@ def compare_turns(cfg, params, model, turns: list[list[Part]]) -> dict:
         differ += margins[min(first, len(margins) - 1)] > MARGIN
         continue
       rows[b] = dataclasses.replace(rows[b], ids=np.concatenate([rows[b].ids, want]).astype(np.int64))
-      starts[b], last[b] = int(chunk.next_pos_B[b]) + len(want) - 1, np.array(want[-1:], np.int64)
+      starts[b], last[b] = int(chunk.next_pos_A[b]) + len(want) - 1, np.array(want[-1:], np.int64)
   return {"tokens": int(differ), "sampled": compared}
 
 

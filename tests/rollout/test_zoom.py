@@ -4,9 +4,11 @@ import dataclasses
 import os
 import pathlib
 import pickle
+import random
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -113,6 +115,29 @@ def test_slots_do_not_matter(base):
     for a, b in zip(want, run(**kw), strict=True):
       assert a.uid == b.uid and a.stop == b.stop
       np.testing.assert_array_equal(a.ids, b.ids, str((kw, a.uid)))
+
+
+def test_a_rollout_can_be_repeated_bit_for_bit(base):
+  """However fast the threads are: else a resumed run would not end as an uninterrupted one."""
+  policy, params, _ = base
+  policy = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, slots=6, segment_tokens=4))
+  rng = random.Random(0)
+
+  class Slow:
+    begin, left, hear = turns.begin, turns.left, turns.hear
+
+    @staticmethod
+    def read(policy, row):
+      time.sleep(rng.random() / 20)
+      return turns.read(policy, row)
+
+  runs = [zoom.run(policy, params, draw_tasks(4), jax.random.key(9), 3, game=game) for game in (turns, Slow, Slow)]
+  for got, stats in runs[1:]:
+    assert (stats.steps, stats.appends, stats.slot_steps) == tuple(
+        getattr(runs[0][1], k) for k in ("steps", "appends", "slot_steps"))
+    for a, b in zip(runs[0][0], got, strict=True):
+      for x, y in zip(a.turns, b.turns, strict=True):
+        assert x.ids.tobytes() == y.ids.tobytes() and (x.logp is None or x.logp.tobytes() == y.logp.tobytes())
 
 
 def test_two_processes_are_one(tmp_path):

@@ -1,10 +1,11 @@
 """The zoom loop: a policy decodes to a tool call or an answer, the host crops, the policy goes on.
 
 A fixed number of decode slots serves any number of trajectories.  The device decodes a segment of tokens in
-all slots that have a turn to write; meanwhile threads read the turns that ended before, cut crops out of the
-original pictures at full resolution and patchify them; between two segments what is ready is appended and
+all slots that have a turn to write; meanwhile threads read the turns that the segment before ended, cut crops
+out of the original pictures at full resolution and patchify them; between two segments these are appended and
 freed slots are filled from the queue.  A prompt is prefilled once for its group.  What was sampled is kept
-as it was sampled, and depends on (key, uid, turn) alone: not on slots, neighbours or order.
+as it was sampled, and depends on (key, uid, turn) alone: not on slots, neighbours or order.  What is done when
+does not depend on how fast the threads are, so that a rollout can be repeated bit for bit.
 
 Several processes run this in lock-step, each with its own rows and pictures: before each call to the
 device they agree on its shape, which is all they need to know of each other.
@@ -39,7 +40,7 @@ class Stats:
     idle_s: of these, the device had nothing to do.
     prompt_tokens, appended_tokens, sampled_tokens: prefilled, appended after turns, sampled.
     steps: decode steps.
-    slot_steps: steps times slots; `sampled_tokens` of them gave a token.
+    slot_steps: rows decoded, over all steps; `sampled_tokens` of them gave a token.
     appends: calls that appended, prompts and tool turns.
   """
 
@@ -54,9 +55,9 @@ class Stats:
 
   def metrics(self) -> dict[str, float]:
     """For the log."""
-    return {"rollout/idle_share": self.idle_s / max(self.seconds, 1e-9),
-            "rollout/slot_use": self.sampled_tokens / max(self.slot_steps, 1),
-            "rollout/tokens_s": self.sampled_tokens / max(self.seconds, 1e-9)}
+    return {"time/rollout_idle_share": self.idle_s / max(self.seconds, 1e-9),
+            "time/rollout_tokens_s": self.sampled_tokens / max(self.seconds, 1e-9),
+            "rollout/slot_use": self.sampled_tokens / max(self.slot_steps, 1)}
 
 
 @dataclasses.dataclass
@@ -151,7 +152,9 @@ class _Loop:
       groups = [_Group(task, collections.deque(range(i * group_size, (i + 1) * group_size)))
                 for i, task in enumerate(tasks) if i % self.shards == lane]
       self.lanes.append(_Lane([None] * self.slots, [None] * self.slots, collections.deque(groups)))
-    self.reading: dict[concurrent.futures.Future, tuple[int, int]] = {}
+    # By lane and slot: turns that are being read, of the last segment and of the one before.
+    self.reading: dict[tuple[int, int], concurrent.futures.Future] = {}
+    self.read_before: dict[tuple[int, int], concurrent.futures.Future] = {}
     self.done: list[types.Trajectory] = []
     self.stats = Stats()
     self.length = pack.up(cfg.max_total_tokens, text.CACHE_BLOCK)
@@ -172,7 +175,8 @@ class _Loop:
   # --- one round: what is ready goes in, then a segment is decoded ------------------------------------------
 
   def _round(self) -> bool:
-    ready, (old, prompts, new) = self._ready(), self._fill()
+    ready = self._ready()
+    old, prompts, new = self._fill()
     by_size = [[e for e in ready if chunks.least(len(e.reply.ids), self.tool_tokens) == size]
                for size in self.tool_tokens]
     writers = self._writers()
@@ -189,15 +193,18 @@ class _Loop:
       self._append(entries, need, prompt=False)
     if running:
       self._decode(writers, running)
-    elif left:
-      self._wait()
     return bool(running or left)
 
   def _ready(self) -> list[chunks.Entry]:
-    """Replies of turns that have been read; trajectories that have stopped leave their slots."""
+    """Replies of turns that have been read; trajectories that have stopped leave their slots.
+
+    Threads have one segment's time for a turn; then it is waited for, or at once if nobody else can write.
+    """
+    taken, self.read_before, self.reading = self.read_before, self.reading, {}
+    if not self._writers():
+      taken, self.read_before = taken | self.read_before, {}
     entries = []
-    for future in [f for f in self.reading if f.done()]:
-      lane, slot = self.reading.pop(future)
+    for (lane, slot), future in taken.items():
       row, reply = self.lanes[lane].rows[slot], future.result()
       if reply is None:
         self.done.append(row.traj)
@@ -224,7 +231,7 @@ class _Loop:
           group = None if source is None else lane.holds[source]
           source = origin.get(source, source)
         if group is None:
-          if not lane.queue or not lane.queue[0].prompt.done():
+          if not lane.queue:
             break
           group, source = lane.queue.popleft(), None
           begun = group.prompt.result()
@@ -240,14 +247,13 @@ class _Loop:
 
   def _writers(self) -> list[tuple[int, int]]:
     """Lane and slot of each row that has a turn to write: not those whose last turn is still being read."""
-    busy = set(self.reading.values())
     return [(number, slot) for number, lane in enumerate(self.lanes) for slot, row in enumerate(lane.rows)
-            if row is not None and (number, slot) not in busy]
+            if row is not None and (number, slot) not in self.reading and (number, slot) not in self.read_before]
 
   def _left(self) -> int:
     """Turns that are being read, and groups of which someone waits."""
-    return len(self.reading) + sum(len(lane.queue) + sum(g is not None and len(g.waiting) > 0 for g in lane.holds)
-                                   for lane in self.lanes)
+    waits = lambda lane: len(lane.queue) + sum(g is not None and len(g.waiting) > 0 for g in lane.holds)
+    return len(self.reading) + len(self.read_before) + sum(map(waits, self.lanes))
 
   # --- calls to the device ----------------------------------------------------------------------------------
 
@@ -315,13 +321,7 @@ class _Loop:
     for a, at in who.items():
       n, row = count_A[a], self.lanes[at[0]].rows[at[1]]
       if self.game.hear(policy, row, tokens_AT[a, :n], logp_AT[a, :n]):
-        self.reading[self.pool.submit(self.game.read, policy, row)] = at
-
-  def _wait(self) -> None:
-    """Nobody can write: until something has been read, or a prompt been made."""
-    for_prompts = [lane.queue[0].prompt for lane in self.lanes if lane.queue and lane.queue[0].prompt]
-    if self.reading or for_prompts:
-      concurrent.futures.wait([*self.reading, *for_prompts], return_when=concurrent.futures.FIRST_COMPLETED)
+        self.reading[at] = self.pool.submit(self.game.read, policy, row)
 
 
 def _extent(moves: list[_Restart]) -> tuple[int, int, int, int]:
