@@ -55,7 +55,7 @@ def main():
   p.add_argument("--prompts", type=int, default=16, help="a round")
   p.add_argument("--group", type=int, default=4)
   p.add_argument("--slots", type=int, default=32)
-  p.add_argument("--warmup", type=int, default=6, help="rounds before memory and compilations are watched")
+  p.add_argument("--warmup", type=int, default=20, help="rounds before memory and compilations are watched")
   args = p.parse_args()
   host_memory.keep_when_on_cpu()
   compiled, (pol, params) = compiles.Counter(), policy(args.prompts, args.group, args.slots)

@@ -62,13 +62,14 @@ def token_sizes(steps: int) -> tuple[int, ...]:
 
 
 def shape(entries: list[Entry], grid: images.Grid) -> tuple[int, int, int, int]:
-  """What a chunk of these needs at least, before any bucket: rows a lane, tokens, windows, side."""
+  """What a chunk of these needs at least, rows a lane and tokens before any bucket: rows, tokens, windows, side."""
   if not entries:
     return 0, 0, 0, 0
   rows = np.bincount([e.lane for e in entries]).max()
   pictures = [e.reply.image for e in entries if e.reply.image is not None]
-  return (int(rows), max(len(e.reply.ids) for e in entries),
-          *(images.bucket(pictures, grid) if pictures else (0, 0)))
+  windows, side = images.bucket(pictures, grid) if pictures else (0, 0)
+  # Thin pictures fill no window; they are too few for programs of their own.
+  return int(rows), max(len(e.reply.ids) for e in entries), windows, grid.window if windows > 1 else side
 
 
 def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: turns.Policy, before: int = 0

@@ -274,7 +274,7 @@ class _Loop:
     for m in moves:
       arrays[:, m.lane, used[m.lane]] = m.to, m.source, m.tokens, m.pos
       used[m.lane] += 1
-    width = min(self.length, max(text.CACHE_BLOCK, 1 << (tokens - 1).bit_length()))
+    width = chunks.least(tokens, (self.length // 4, self.length))
     self.state = sample.restart(self.state, *mesh_lib.place_rows(tuple(arrays.reshape(4, -1)), self.policy.mesh),
                                 width, self.shards)
 
