@@ -36,6 +36,9 @@ def test_what_is_no_configuration_is_named(text, message):
     ("rollout.group_size", 1, "at least 2"), ("data.source", "web", "data.source must be 'needle' or 'jsonl'"),
     ("data.source", "jsonl", "data.path must be the path"), ("data.eval_fraction", 1.0, "between 0 and 1"),
     ("reward.h0", 1.5, "an IoU"), ("rollout.temperature", 0.0, "positive"), ("eval.temperature", -1.0, "greedy"),
+    ("rollout.top_p", 0.0, "above 0"), ("rollout.min_p", 2.0, "between 0 and 1"), ("rollout.slots", -1, "0 or more"),
+    ("rollout.max_images", 1, "the shown image is one"), ("rollout.decode_ratio", 1.0, "above 1"),
+    ("rollout.token_steps", 3, "1, 2 or 4"), ("rollout.stop_strings", ("",), "non-empty strings"),
     ("ppo.minibatches", 3, "a divisor of config.rollout.prompts = 16"), ("model.dtype", "float8", "'float32' or"),
     ("image.max_pixels", 1000, "image.min_pixels must be at least 784 and at most image.max_pixels = 1000")])
 def test_values_that_cannot_work_are_named(key, value, message):
