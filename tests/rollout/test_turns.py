@@ -62,7 +62,7 @@ def test_a_zoom_brings_a_crop(policy):
   assert reply.start == before + len(said) - 1, "all but the end of turn is in the cache"
   assert reply.pos_XT[:, 0].tolist() == [before + len(said) - 1] * 3
   assert row.traj.boxes == [types.Box(30, 36, 120, 144)], "shown at a third of the size"
-  assert (reply.ids == policy.model.image_token).sum() == turns.vision_tokens(reply.image, policy.model.vision.grid)
+  assert (reply.ids == policy.model.image_token).sum() == images.vision_tokens(reply.image, policy.model.vision.grid)
 
 
 def test_a_bad_box_is_told(policy):
@@ -113,7 +113,7 @@ def test_image_budgets(policy):
   assert say(two, row, CALL) is None and row.traj.stop == types.StopReason.OVERLONG and len(row.traj.boxes) == 1
   row = begin(policy)
   grid = policy.model.vision.grid
-  shown, crop = turns.vision_tokens(row.traj.images[0], grid), turns.vision_tokens(say(policy, row, CALL).image, grid)
+  shown, crop = images.vision_tokens(row.traj.images[0], grid), images.vision_tokens(say(policy, row, CALL).image, grid)
   exact = change(policy, rollout={"max_vision_tokens": shown + crop})
   row = begin(exact)
   assert say(exact, row, CALL) is not None
@@ -134,7 +134,7 @@ def test_the_last_permitted_turn_is_told(policy):
   assert told() == [False, False, True]
   assert told(max_images=3) == [False, True]
   row, grid = begin(policy), policy.model.vision.grid
-  spent = turns.vision_tokens(row.traj.images[0], grid) + turns.vision_tokens(say(policy, row, CALL).image, grid)
+  spent = images.vision_tokens(row.traj.images[0], grid) + images.vision_tokens(say(policy, row, CALL).image, grid)
   assert told(max_vision_tokens=spent + 1) == [True]
 
 

@@ -111,7 +111,7 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
   grid, codec = voice.grid, voice.codec
   task = types.Task("demo", b"", question, (answer,), tuple(t.box for t in targets), None, scene.mark)
   traj = types.Trajectory(task, 0, codec.encode(prompt.render(question, None, voice.prompt),
-                                                (int(np.prod(images.merged_hw(shown, grid))),)), images=[shown])
+                                                (images.vision_tokens(shown, grid),)), images=[shown])
   size = images.shown_wh(shown, grid)
 
   def say(text, box=None, learned=True):
@@ -130,7 +130,7 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
       say(prompt.call_text(written, thought), actual, learn == "all" or (learn == "careful" and not clumsy))
       crop = images.prepare(image, actual, voice.image.crop_min_pixels, voice.image.crop_max_pixels, grid)
       traj.images.append(crop)
-      ids = codec.encode(prompt.tool_turn(), (int(np.prod(images.merged_hw(crop, grid))),))
+      ids = codec.encode(prompt.tool_turn(), (images.vision_tokens(crop, grid),))
       traj.turns.append(types.Turn("tool", ids, image_index=len(traj.images) - 1))
       clear = _readable(crop, target.box, grid)
       thought = target.mark if clear else "unclear"

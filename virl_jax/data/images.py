@@ -184,6 +184,12 @@ def merged_hw(image: types.ImageInput, grid: Grid) -> tuple[int, int]:
   return image.grid_hw[0] // grid.merge, image.grid_hw[1] // grid.merge
 
 
+def vision_tokens(image: types.ImageInput, grid: Grid) -> int:
+  """Merged vision tokens of an image."""
+  rows, cols = merged_hw(image, grid)
+  return rows * cols
+
+
 def shown_wh(image: types.ImageInput, grid: Grid) -> tuple[int, int]:
   """Width and height of the image as shown, pixels."""
   return image.grid_hw[1] * grid.patch, image.grid_hw[0] * grid.patch

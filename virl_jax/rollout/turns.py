@@ -116,12 +116,6 @@ def reply(policy: Policy, ids: np.ndarray, image: types.ImageInput | None, start
   return Reply(ids, image, start, *rope.positions(ids, policy.model.image_token, grids, pos))
 
 
-def vision_tokens(image: types.ImageInput, grid: images.Grid) -> int:
-  """Merged tokens of an image."""
-  rows, cols = images.merged_hw(image, grid)
-  return rows * cols
-
-
 def begin(policy: Policy, task: types.Task) -> Row:
   """A row with nothing but its prompt.
 
@@ -132,15 +126,15 @@ def begin(policy: Policy, task: types.Task) -> Row:
   grid = policy.model.vision.grid
   shown = images.prepare(picture, None, policy.image.min_pixels, policy.image.max_pixels, grid)
   words = prompt.render(task.question, task.options, policy.prompt)
-  ids = policy.codec.encode(words, (vision_tokens(shown, grid),))
+  ids = policy.codec.encode(words, (images.vision_tokens(shown, grid),))
   cfg = policy.rollout
   room = cfg.max_total_tokens - cfg.max_turn_tokens
   if len(ids) > room:
     raise ValueError(f"task {task.uid}: the prompt must leave room for a turn: at most {room} tokens "
                      f"(rollout.max_total_tokens - rollout.max_turn_tokens). Received: {len(ids)}")
-  if cfg.max_vision_tokens and vision_tokens(shown, grid) > cfg.max_vision_tokens:
+  if cfg.max_vision_tokens and images.vision_tokens(shown, grid) > cfg.max_vision_tokens:
     raise ValueError(f"task {task.uid}: its image must fit rollout.max_vision_tokens = {cfg.max_vision_tokens}; lower "
-                     f"image.max_pixels. Received: {vision_tokens(shown, grid)} vision tokens")
+                     f"image.max_pixels. Received: {images.vision_tokens(shown, grid)} vision tokens")
   return Row(types.Trajectory(task, -1, ids, images=[shown]), picture)
 
 
@@ -225,8 +219,9 @@ def read(policy: Policy, row: Row) -> Reply | None:
       error = found
     else:
       box, crop = found
-  spent = sum(vision_tokens(im, grid) for im in traj.images) + (0 if crop is None else vision_tokens(crop, grid))
-  n_images = len(traj.images) + (crop is not None)
+  new = () if crop is None else (images.vision_tokens(crop, grid),)
+  spent = sum(images.vision_tokens(im, grid) for im in traj.images) + sum(new)
+  n_images = len(traj.images) + len(new)
   if cfg.max_vision_tokens and spent > cfg.max_vision_tokens or cfg.max_images and n_images > cfg.max_images:
     traj.stop = types.StopReason.OVERLONG
     return None
@@ -234,7 +229,7 @@ def read(policy: Policy, row: Row) -> Reply | None:
   last = (turn + 1 == cfg.max_rounds or n_images == cfg.max_images
           or cfg.max_vision_tokens and spent + smallest > cfg.max_vision_tokens)
   words = prompt.tool_turn(error, policy.prompt.last_notice if last else "")
-  heard = codec.encode(words if at_end else prompt.END + words, () if crop is None else (vision_tokens(crop, grid),))
+  heard = codec.encode(words if at_end else prompt.END + words, new)
   kept = row.filled + len(ids) - at_end
   if kept + at_end + len(heard) >= cfg.max_total_tokens:
     traj.stop = types.StopReason.OVERLONG
