@@ -146,17 +146,22 @@ class Trajectory:
 
 @flax.struct.dataclass
 class ImageBatch:
-  """Images of one bucket, patches grouped by attention window.
+  """Images of one bucket, cut by attention window (W > 1), or each in one piece (W = 1).
 
   Attributes:
     patches_IWQC: float32, zero where masked.
-    mask_IWQ: bool, True where a slot holds a patch.
+    window_IWQ: int32, which attention window of its image the patch belongs to; -1 where there is none.
     rowcol_IWQ2: int32, the patch's row and column, for 2-D rotary embedding.
   """
 
   patches_IWQC: jax.Array
-  mask_IWQ: jax.Array
+  window_IWQ: jax.Array
   rowcol_IWQ2: jax.Array
+
+  @property
+  def mask_IWQ(self) -> jax.Array:
+    """bool, True where a slot holds a patch."""
+    return self.window_IWQ >= 0
 
 
 @flax.struct.dataclass

@@ -304,7 +304,8 @@ def numbered(rows, cols, start, grid):
 
 
 @pytest.mark.parametrize("grid", [images.Grid(2, 1, 2, 4), images.Grid(2, 1, 2, 2), images.Grid(2, 1, 1, 3)])
-@pytest.mark.parametrize("sizes", [[(1, 1)], [(4, 4)], [(3, 5), (6, 9)], [(1, 7), (9, 2), (2, 2)]])
+@pytest.mark.parametrize("sizes", [[(1, 1)], [(4, 4)], [(3, 5), (6, 9)], [(1, 7), (9, 2), (2, 2)],
+                                   [(9, 8), (1, 70), (3, 2)]])
 def test_every_token_is_made_of_its_own_patches(grid, sizes):
   start, pictures = 1, []
   for rows, cols in sizes:
@@ -315,6 +316,8 @@ def test_every_token_is_made_of_its_own_patches(grid, sizes):
   per = grid.merge ** 2
   slots = batch.patches_IWQC[..., 0].reshape(-1, per)  # a merged token reads `per` neighbouring slots
   place = batch.rowcol_IWQ2.reshape(-1, per, 2)
+  windows = batch.window_IWQ.reshape(-1, per)
+  assert (W > 1) == any(rows * cols > images.ONE_PIECE_CELLS for rows, cols in sizes)
   first = 1
   for i, ((rows, cols), at) in enumerate(zip(sizes, index)):
     assert at.dtype == np.int32 and at.shape == (rows * cols,)
@@ -323,8 +326,10 @@ def test_every_token_is_made_of_its_own_patches(grid, sizes):
       r, c = divmod(m, cols)
       want = [(r * grid.merge + a, c * grid.merge + b) for a in range(grid.merge) for b in range(grid.merge)]
       np.testing.assert_array_equal(place[slot], want)
-      # Its window is the one of its row and column.
-      assert slot // (Q // per) == i * W + r // grid.window * -(-cols // grid.window) + c // grid.window
+      # Its window is the one of its row and column, and a place of its own if the picture is cut.
+      window = r // grid.window * -(-cols // grid.window) + c // grid.window
+      assert (windows[slot] == window).all()
+      assert slot // (Q // per) == i * W + (window if W > 1 else 0)
     first += rows * cols * per
   np.testing.assert_array_equal(batch.mask_IWQ, batch.patches_IWQC[..., 0] > 0)
   assert batch.mask_IWQ.sum() == start - 1 and I == len(sizes) + 2
@@ -335,8 +340,25 @@ def test_buckets_come_in_few_sizes():
   shape = lambda *sizes: images.layout([numbered(r, c, 1, GRID) for r, c in sizes], GRID)[0].mask_IWQ.shape
   assert shape((1, 1)) == shape((2, 2)) == shape((1, 2)) == (1, 1, 16)
   assert shape((3, 3)) == (1, 1, 36) and shape((4, 4)) == (1, 1, 64)
-  assert shape((5, 4)) == (1, 2, 64) and shape((9, 4)) == (1, 4, 64) and shape((9, 9)) == (1, 16, 64)
-  assert shape((1, 9)) == (1, 4, 16)  # flat windows are small
+  assert shape((5, 4)) == (1, 1, 100) and shape((7, 4)) == (1, 1, 144) and shape((1, 9)) == (1, 1, 36)
+  assert shape((8, 8)) == (1, 1, 256)
+  # Larger ones are cut by window.
+  assert shape((9, 9)) == (1, 16, 64) and shape((9, 9), (1, 1)) == (2, 16, 64) and shape((13, 5)) == (1, 8, 64)
+  assert shape((1, 65)) == (1, 32, 64)
+  every = {images.bucket((1, cells), GRID) for cells in range(1, images.ONE_PIECE_CELLS + 1)}
+  assert len(every) == 7 and all(windows == 1 for windows, _ in every)
+
+
+def test_a_bucket_for_a_picture_that_is_elsewhere():
+  small = numbered(1, 9, 1, GRID)
+  for least, shape in (((1, 1), (1, 36)), ((1, 20), (1, 100)), ((4, 16), (1, 64)), ((16, 81), (16, 64)),
+                       ((1, 81), (4, 64))):
+    batch, (index,) = images.layout([small], GRID, least=least)
+    assert batch.mask_IWQ.shape[1:] == shape
+    np.testing.assert_array_equal(batch.patches_IWQC.reshape(-1, 4, GRID.values)[index, 0, 0], np.arange(1, 37, 4))
+
+
+def test_no_images():
   empty, index = images.layout([], GRID, 3)
   assert empty.mask_IWQ.shape == (3, 1, 16) and not empty.mask_IWQ.any() and index == []
   assert images.layout([], GRID)[0].mask_IWQ.shape[0] == 1

@@ -49,6 +49,16 @@ def test_kernels_agree_with_attention_by_hand(kind, causal, small_blocks):
   assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("kind", ["plain", "blocks"])
+def test_groups_of_a_row_are_as_rows_of_their_own(kind, small_blocks):
+  q, k, v, valid = inputs(right_padded())
+  group = np.random.default_rng(1).integers(0, 3, valid.shape)
+  got = np.asarray(attention.attend(q, k, v, valid, False, kind=kind, group_BT=group))
+  for g in range(3):
+    mine = valid & (group == g)
+    np.testing.assert_allclose(got[mine], by_hand(q, k, v, mine, False)[mine], atol=2e-6)
+
+
 @pytest.mark.parametrize("kind", ["plain", "blocks", "splash"])
 def test_padding_on_the_left_is_not_seen(kind, small_blocks):
   q, k, v, valid = inputs(right_padded()[:, ::-1].copy())

@@ -111,10 +111,11 @@ def test_images_in_other_buckets_or_windows_of_another_size_change_nothing(small
   grid = small.cfg.vision.grid
   rng = np.random.default_rng(0)
   pictures = [picture(rng, 2, 3, small.cfg), picture(rng, 5, 2, small.cfg), picture(rng, 1, 2, small.cfg)]
-  big = picture(np.random.default_rng(9), 5, 9, small.cfg)
+  big = picture(np.random.default_rng(9), 9, 9, small.cfg)  # so that all are cut by window, which they are not in `b`
   batches, index, base = [], [], 0
   for p in pictures:
     batch, where = images.layout([big, p], grid, 3)
+    assert batch.mask_IWQ.shape[1] > 1 == b.images[0].mask_IWQ.shape[1]
     index.append(where[1] + base)
     base += batch.mask_IWQ.size // grid.merge ** 2
     batches.append(batch)

@@ -20,6 +20,8 @@ from virl_jax import types
 # Normalisation of Qwen2.5-VL's image processor (CLIP's constants).
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+# Images of at most so many merged cells are not cut into attention windows; see `bucket`.
+ONE_PIECE_CELLS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,20 +289,19 @@ def _window_slots(grid_hw: tuple[int, int], grid: Grid) -> tuple[np.ndarray, np.
   return window, (r % side) * width + c % side
 
 
-def layout(images: list[types.ImageInput | None], grid: Grid, count: int | None = None, least: tuple[int, int] = (1, 2)
+def layout(images: list[types.ImageInput | None], grid: Grid, count: int | None = None, least: tuple[int, int] = (1, 1)
            ) -> tuple[types.ImageBatch, list[np.ndarray]]:
-  """Lays images out by attention window, padded to a bucket.
+  """Lays images out for the vision tower, padded to a bucket.
 
   Args:
     images: of any sizes; may be none.  None keeps a place empty.
     grid: patch geometry.
     count: pad with empty images up to this many; None for as many as there are, at least one.
-    least: windows, and cells along a window's side, that the bucket has at least.
+    least: an `extent` that the bucket is to hold, beside the images.
 
   Returns:
     The batch (numpy leaves), and for each image int32[M]: where its merged tokens, row by row, stand in
-    the vision tower's output put flat.  Windows are padded to a power of two, slots within a window to the
-    fewest of 4, 9, 16 ... cells that hold every window.
+    the vision tower's output put flat.  `bucket` says how large the batch is.
 
   Raises:
     ValueError: if there are more images than `count`.
@@ -308,34 +309,52 @@ def layout(images: list[types.ImageInput | None], grid: Grid, count: int | None 
   count = max(1, len(images)) if count is None else count
   if len(images) > count:
     raise ValueError(f"images must be at most count={count} images. Received: {len(images)}")
-  n_windows, side = np.maximum(least, bucket(images, grid)).tolist()
+  n_windows, n_cells = bucket(np.maximum(least, extent(images, grid)).tolist(), grid)
   per_cell = grid.merge ** 2
-  n_slots = side * side * per_cell
+  shape = count, n_windows, n_cells * per_cell
   batch = types.ImageBatch(
-      patches_IWQC=np.zeros((count, n_windows, n_slots, grid.values), np.float32),
-      mask_IWQ=np.zeros((count, n_windows, n_slots), bool),
-      rowcol_IWQ2=np.zeros((count, n_windows, n_slots, 2), np.int32))
+      patches_IWQC=np.zeros((*shape, grid.values), np.float32),
+      window_IWQ=np.full(shape, -1, np.int32),
+      rowcol_IWQ2=np.zeros((*shape, 2), np.int32))
   index = []
   for i, im in enumerate(images):
     if im is None:
       index.append(np.zeros(0, np.int32))
       continue
     window, slot = _window_slots(im.grid_hw, grid)
+    place = (window, slot) if n_windows > 1 else (np.zeros_like(window), np.arange(len(window)))
     cols = im.grid_hw[1] // grid.merge
-    w = np.repeat(window, per_cell)
-    q = (slot[:, None] * per_cell + np.arange(per_cell)).ravel()
+    w = np.repeat(place[0], per_cell)
+    q = (place[1][:, None] * per_cell + np.arange(per_cell)).ravel()
     cell, sub = np.divmod(np.arange(len(im.patches_PC)), per_cell)
     row = cell // cols * grid.merge + sub // grid.merge
     col = cell % cols * grid.merge + sub % grid.merge
     batch.patches_IWQC[i, w, q] = im.patches_PC
-    batch.mask_IWQ[i, w, q] = True
+    batch.window_IWQ[i, w, q] = np.repeat(window, per_cell)
     batch.rowcol_IWQ2[i, w, q] = np.stack([row, col], -1)
-    index.append(((i * n_windows + window) * (n_slots // per_cell) + slot).astype(np.int32))
+    index.append(((i * n_windows + place[0]) * n_cells + place[1]).astype(np.int32))
   return batch, index
 
 
-def bucket(images: list[types.ImageInput | None], grid: Grid) -> tuple[int, int]:
-  """Windows (a power of two) and cells along a window's side (at least 2) that hold each of the images."""
-  cells = [_window_slots(im.grid_hw, grid) for im in images if im is not None]
-  n_windows = 1 << (max((int(w.max()) for w, _ in cells), default=0)).bit_length()
-  return n_windows, max(2, math.isqrt(max((int(s.max()) for _, s in cells), default=0)) + 1)
+def extent(images: list[types.ImageInput | None], grid: Grid) -> tuple[int, int]:
+  """The most attention windows, and the most merged cells, that any of the images has; at least one each."""
+  sizes = [merged_hw(im, grid) for im in images if im is not None]
+  across = lambda cells: -(-cells // grid.window)
+  return (max((across(r) * across(c) for r, c in sizes), default=1), max((r * c for r, c in sizes), default=1))
+
+
+def bucket(most: tuple[int, int], grid: Grid) -> tuple[int, int]:
+  """What images are padded to: windows, and merged cells in each.
+
+  Small images lie in one piece (windows = 1), rounded up to a square of cells, at least 4, whatever their
+  aspect; a mask keeps their windows apart.  Large ones are cut by window, so that attention costs only what is
+  in a window: a power of two of whole windows.
+
+  Args:
+    most: windows and cells, as `extent` gives them.
+    grid: patch geometry.
+  """
+  windows, cells = most
+  if cells > ONE_PIECE_CELLS:
+    return 1 << max(windows - 1, 1).bit_length(), grid.window ** 2
+  return 1, max(2, math.isqrt(cells - 1) + 1) ** 2

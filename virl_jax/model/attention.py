@@ -42,7 +42,7 @@ def choose(platform: str, dtype, length: int, head_size: int, causal: bool, righ
 
 
 def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, valid_BT: jax.Array, causal: bool,
-           right_padded: bool = False, kind: str | None = None) -> jax.Array:
+           right_padded: bool = False, kind: str | None = None, group_BT: jax.Array | None = None) -> jax.Array:
   """Grouped-query self-attention with scale 1 / sqrt(H) and a float32 softmax.
 
   Args:
@@ -53,6 +53,7 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, valid_BT: ja
     causal: whether a token sees only itself and what precedes it.
     right_padded: promise that each row's padding follows all its tokens.
     kind: one of `KINDS`; None to `choose`.
+    group_BT: int32; tokens see only those of their own group.  None: all of their row.  Not if causal.
 
   Returns:
     [B, T, N, H]; finite nonsense on padding.
@@ -65,30 +66,35 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, valid_BT: ja
   if kind == "splash":
     return _splash(q_BTNH, k_BTKH, v_BTKH, valid_BT)
   if kind == "blocks":
-    return _blocks(q_BTNH, k_BTKH, v_BTKH, valid_BT, causal)
+    return _blocks(q_BTNH, k_BTKH, v_BTKH, valid_BT, causal, group_BT)
   mask = valid_BT[:, None, None, :]
+  if group_BT is not None:
+    mask = mask & (group_BT[:, None, :, None] == group_BT[:, None, None, :])
   if causal:
     T = q_BTNH.shape[1]
     mask = mask & jnp.tril(jnp.ones((T, T), bool))[None, None]
   return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask)
 
 
-def _blocks(q_BTNH, k_BTKH, v_BTKH, valid_BT, causal):
+def _blocks(q_BTNH, k_BTKH, v_BTKH, valid_BT, causal, group_BT):
   """Scores of `QUERY_BLOCK` queries at a time, forward and backward."""
   B, T, N, H = q_BTNH.shape
   n = -(-T // QUERY_BLOCK)
-  q = jnp.pad(q_BTNH, ((0, 0), (0, n * QUERY_BLOCK - T), (0, 0), (0, 0))).reshape(B, n, QUERY_BLOCK, N, H)
+  pad = lambda a: jnp.pad(a, ((0, 0), (0, n * QUERY_BLOCK - T)) + ((0, 0),) * (a.ndim - 2))
+  split = lambda a: pad(a).reshape(B, n, QUERY_BLOCK, *a.shape[2:]).swapaxes(0, 1)
 
   @jax.checkpoint
   def one(args):
-    i, q_BQNH = args
+    i, q_BQNH, group_BQ = args
     mask = valid_BT[:, None, None, :]
+    if group_BQ is not None:
+      mask = mask & (group_BQ[:, None, :, None] == group_BT[:, None, None, :])
     if causal:
       at_Q = i * QUERY_BLOCK + jnp.arange(QUERY_BLOCK)
       mask = mask & (jnp.arange(T)[None] <= at_Q[:, None])[None, None]
     return jax.nn.dot_product_attention(q_BQNH, k_BTKH, v_BTKH, mask=mask)
 
-  out = jax.lax.map(one, (jnp.arange(n), q.swapaxes(0, 1)))
+  out = jax.lax.map(one, (jnp.arange(n), split(q_BTNH), None if group_BT is None else split(group_BT)))
   return out.swapaxes(0, 1).reshape(B, n * QUERY_BLOCK, N, H)[:, :T]
 
 

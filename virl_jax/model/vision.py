@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower as pure functions over window-grouped patches.
+"""Qwen2.5-VL's vision tower as pure functions over patches in fixed places.
 
 Source: Qwen2.5-VL (arXiv 2502.13923), section 2.1: 2-D rotary embedding, RMSNorm, SwiGLU, windowed
 attention with a few full-attention blocks, 2x2 patch merger.
@@ -101,12 +101,12 @@ def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float
   Args:
     params: the tower's parameters.
     cfg: shapes.
-    images_: patches grouped by window; see `types.ImageBatch`.
+    images_: laid out by `images.layout`.
     dtype: of the matrix products.
     remat: recompute blocks in the backward pass.
 
   Returns:
-    [I, W * Q / merge^2, out] in `dtype`, window by window; `images.layout` says which row is which token.
+    [I, W * Q / merge^2, out] in `dtype`; `images.layout` says which row is which token.
     Rows of padding slots hold finite nonsense.
 
   Source: Qwen2.5-VL, section 2.1.1.
@@ -115,19 +115,22 @@ def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float
   N, H = cfg.heads, cfg.head_size
   x = layers.dense(images_.patches_IWQC.astype(dtype), params["patch_embed"])
   cos, sin = rope.vision_rope(images_.rowcol_IWQ2, H)
-  mask_IWQ = images_.mask_IWQ
 
-  def run(x, blocks, rows_and_length):
-    """Blocks of one kind, one after the other; attention stays within each row of `rows_and_length`."""
+  def run(x, blocks, full):
+    """Blocks of one kind, one after the other."""
+    rows_and_length = (I, W * Q) if full else (I * W, Q)  # attention stays within a row
     together = (*rows_and_length, N, H)
-    mask = mask_IWQ.reshape(rows_and_length)
+    mask = images_.mask_IWQ.reshape(rows_and_length)
+    # An image that is not cut has all its windows in a row.
+    windows = images_.window_IWQ[:, 0] if W == 1 and not full else None
 
     def block(x, p):
       h = layers.rms_norm(x, p["norm1"], cfg.eps)
       qkv = layers.dense(h, p["qkv_w"]) + p["qkv_b"].astype(dtype)[None, None, None]
       q, k, v = (qkv[..., i, :, :] for i in range(3))
       q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-      out = attention.attend(q.reshape(together), k.reshape(together), v.reshape(together), mask, causal=False)
+      out = attention.attend(q.reshape(together), k.reshape(together), v.reshape(together), mask, causal=False,
+                             group_BT=windows)
       out = out.reshape(I, W, Q, N, H)
       x = x + layers.dense(out, p["proj_w"], 2) + p["proj_b"].astype(dtype)[None, None, None]
       return x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p), None
@@ -139,7 +142,7 @@ def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float
   leaves, tree = jax.tree.flatten(params["blocks"])
   split = zip(*(jax.lax.split(leaf, [n for _, n in runs]) for leaf in leaves))
   for (full, _), blocks in zip(runs, split):
-    x = run(x, tree.unflatten(blocks), (I, W * Q) if full else (I * W, Q))
+    x = run(x, tree.unflatten(blocks), full)
 
   m = params["merger"]
   x = layers.rms_norm(x, m["norm"], cfg.eps).reshape(I, W * Q // cfg.merge ** 2, -1)

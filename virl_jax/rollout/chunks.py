@@ -32,14 +32,13 @@ class Shape:
   Attributes:
     rows: a lane.
     tokens: T.
-    windows: of each image; 0 if no row has one.
-    side: cells along the side of a window.
+    windows, cells: the most that any image has; 0 if no row has one.
   """
 
   rows: int
   tokens: int
   windows: int
-  side: int
+  cells: int
 
 
 def least(n: int, sizes: tuple[int, ...]) -> int:
@@ -49,7 +48,8 @@ def least(n: int, sizes: tuple[int, ...]) -> int:
 
 def row_sizes(largest: int, ratio: float) -> tuple[int, ...]:
   """Buckets of rows: all of them, and ever fewer by the ratio, down to a sixteenth or, if it is below 4, to one."""
-  sizes, n, low = {largest}, float(largest), largest / 16 if ratio >= 4 else 1
+  low = largest / 16 if ratio >= 4 else 1
+  sizes, n = {largest, math.ceil(low)}, float(largest)
   while n / ratio >= low:
     n /= ratio
     sizes.add(math.ceil(n))
@@ -62,14 +62,12 @@ def token_sizes(steps: int) -> tuple[int, ...]:
 
 
 def shape(entries: list[Entry], grid: images.Grid) -> tuple[int, int, int, int]:
-  """What a chunk of these needs at least, rows a lane and tokens before any bucket: rows, tokens, windows, side."""
+  """What a chunk of these needs at least, rows a lane and tokens before any bucket: rows, tokens, windows, cells."""
   if not entries:
     return 0, 0, 0, 0
   rows = np.bincount([e.lane for e in entries]).max()
   pictures = [e.reply.image for e in entries if e.reply.image is not None]
-  windows, side = images.bucket(pictures, grid) if pictures else (0, 0)
-  # Thin pictures fill no window; they are too few for programs of their own.
-  return int(rows), max(len(e.reply.ids) for e in entries), windows, grid.window if windows > 1 else side
+  return int(rows), max(len(e.reply.ids) for e in entries), *(images.extent(pictures, grid) if pictures else (0, 0))
 
 
 def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: turns.Policy, before: int = 0
@@ -100,8 +98,8 @@ def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: tu
     pictures[a] = r.image
   if not shape.windows:
     return chunk
-  batch, where = images.layout(pictures, policy.model.vision.grid, A, (shape.windows, shape.side))
-  cells_before = before * shape.rows * shape.windows * shape.side ** 2
+  batch, where = images.layout(pictures, policy.model.vision.grid, A, (shape.windows, shape.cells))
+  cells_before = before * batch.window_IWQ[:shape.rows].size // policy.model.vision.merge ** 2
   for a, at in enumerate(where):
     chunk.vision_AT[a][chunk.tokens_AT[a] == policy.model.image_token] = at + cells_before
   return chunk.replace(images=(batch,))

@@ -279,12 +279,12 @@ class _Loop:
                                 width, self.shards)
 
   def _append(self, entries: list[chunks.Entry], need: tuple[int, ...], prompt: bool) -> None:
-    rows, tokens, windows, side = need
+    rows, tokens, windows, cells = need
     if not rows:
       return
     self._dispatch()
     tokens = pack.up(tokens, self.policy.rollout.pad_tokens) if prompt else chunks.least(tokens, self.tool_tokens)
-    shape = chunks.Shape(chunks.least(rows, self.prompt_rows if prompt else self.append_rows), tokens, windows, side)
+    shape = chunks.Shape(chunks.least(rows, self.prompt_rows if prompt else self.append_rows), tokens, windows, cells)
     chunk = chunks.build(entries, shape, self.n_lanes, self.slots, self.policy, self.before)
     self.state = sample.append(self.params, self.policy.model, self.state,
                                mesh_lib.place_rows(chunk, self.policy.mesh), prompt, self.shards)
