@@ -37,6 +37,7 @@ setuptools.setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
+        "benchmarks": ["matplotlib>=3.9"],
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.17"],
     },

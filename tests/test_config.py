@@ -31,6 +31,38 @@ def test_what_is_no_configuration_is_named(text, message):
     config_lib.from_json(text, "W/config.json")
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({"advantage.kind": "gae", "credit.kind": "additive"}, "credit.kind must be hard, soft or none.*action by action"),
+    ({"advantage.kind": "gae", "advantage.drop_equal": True}, "advantage.drop_equal must be False.*critic learns"),
+    ({"loss.kind": "cispo", "loss.dual_clip": 3.0}, "loss.dual_clip must be 0 with loss.kind = 'cispo'"),
+    ({"loss.kind": "gspo"}, "loss.aggregate must be 'sequence'.*Received: 'token'"),
+    ({"loss.kl_in_reward": True}, "loss.kl_in_reward must be False while loss.kl_coef is 0"),
+    ({"loss.kl_target": 0.1}, "loss.kl_target must be 0 while loss.kl_coef is 0"),
+    ({"loss.kl_coef": 0.1, "loss.kl_estimator": "k1"}, "loss.kl_estimator must be k2 or k3 in the loss"),
+    ({"loss.dual_clip": 1.1}, "loss.dual_clip must be 0, or above 1"),
+    ({"rollout.group_size": 1, "advantage.kind": "rloo"}, "group_size must be at least 2.*no siblings"),
+    ({"loss.kind": "trpo"}, "loss.kind must be one of ppo, gspo, cispo. Received: 'trpo'"),
+    ({"credit.scope": "word"}, "credit.scope must be one of turn, call, box"),
+    ({"reward.mode": "dice"}, "reward.mode must be one of iou, giou"),
+    ({"reward.discount": 0.0}, "reward.discount must be above 0")])
+def test_algorithms_that_make_no_sense_are_refused_with_the_reason(changes, message):
+  c = config_lib.default()
+  c.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
+    config_lib.validate(c)
+
+
+@pytest.mark.parametrize("changes", [
+    {"advantage.kind": "gae", "credit.kind": "soft"}, {"loss.kind": "gspo", "loss.aggregate": "sequence"},
+    {"loss.kind": "cispo", "loss.aggregate": "constant"}, {"loss.dual_clip": 3.0, "loss.sampler_cap": 2.0},
+    {"loss.kl_coef": 0.1, "loss.kl_estimator": "k1", "loss.kl_in_reward": True, "loss.kl_target": 0.05},
+    {"rollout.group_size": 1, "advantage.kind": "batch"}, {"rollout.group_size": 1, "advantage.normalize_std": False}])
+def test_algorithms_that_make_sense_are_not(changes):
+  c = config_lib.default()
+  c.update_from_flattened_dict(changes)
+  config_lib.validate(c)
+
+
 @pytest.mark.parametrize("key, value, message", [
     ("steps", -1, "steps must be 0 or more"), ("rollout.group_size", 0, "rollout.group_size must be at least 1"),
     ("rollout.group_size", 1, "at least 2"), ("data.source", "web", "data.source must be 'needle' or 'jsonl'"),

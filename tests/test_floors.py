@@ -8,7 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor; within a room some lie above others.
 FLOORS = [(prefix, floor) for floor, prefixes in {
-    0: "types config host_memory user_cache model.params rl",
+    0: "types host_memory user_cache model.params rl",
+    0.5: "config",
     1: "data.images data.prompt data.answers data.order data.sources.needle_tfds data.sources model.rope model.layers "
        "mesh",
     1.5: "model.attention",

@@ -11,6 +11,11 @@ import json
 
 import ml_collections
 
+from virl_jax.rl import advantage
+from virl_jax.rl import credit
+from virl_jax.rl import loss
+from virl_jax.rl import reward
+
 ConfigDict = ml_collections.ConfigDict
 
 
@@ -37,6 +42,7 @@ def default() -> ConfigDict:
   n.train_size = 2048              # pictures in the train split [ours]
   n.test_size = 512                # pictures in the test split [ours]
   n.seed = 0                       # draws the pictures; independent of c.seed
+  n.guessable = 0.0                # share of train pictures that can be answered without a zoom [ours]
 
   c.image = i = ConfigDict()
   i.min_pixels = 3136              # shown image, after resizing [Qwen2.5-VL]
@@ -81,26 +87,54 @@ def default() -> ConfigDict:
 
   c.reward = w = ConfigDict()
   w.h0 = 0.4                       # IoU that makes a visual action correct [ours, within the published sweep 0.2-0.5]
+  w.h0_start = 0.2                 # where a linear schedule of h0 begins [ours]
+  w.h0_steps = 0                   # steps until it arrives at h0; 0 for a constant h0 [ours]
+  w.mode = "iou"                   # boxes are scored by: iou | giou | coverage | tightness | centre [published: iou]
+  w.w_sign = 1.0                   # weight of signed correctness [ours]
   w.lam = 0.5                      # weight of progressive refinement [ours]
   w.rho = 0.5                      # redundancy penalty [ours]
+  w.average = "mean"               # of the actions' rewards: mean | sum | discounted | best [published: mean]
+  w.discount = 0.9                 # of each further action, if discounted [ours]
+  w.w_cover = 0.0                  # weight of the share of a task's boxes that were hit [ours]
   w.w_answer = 1.0                 # [ours]
   w.w_format = 0.2                 # [DeepEyes]
   w.w_fidelity = 1.0               # [ours]
   w.no_action = -1.0               # fidelity of a trajectory that never zooms where it should [ours]
 
   c.credit = k = ConfigDict()
+  k.kind = "hard"                  # hard | soft | additive | none; see rl/credit.py [ours]
+  k.scope = "turn"                 # tokens of an action: its turn, reasoning and all | call | box [ours]
   k.h_good = 1.5                   # amplifies: correct if A > 0, erroneous if A < 0 [ours]
   k.h_redundant = 0.75             # attenuates the redundant if A > 0; 2 - h_redundant if A < 0 [ours]
   k.h_bad = 0.5                    # attenuates: erroneous if A > 0, correct if A < 0 [ours]
 
+  k.softness = 0.1                 # width of the sigmoid around h0, if soft [ours]
+  k.mirror = True                  # blame mirrors praise: a bad trajectory blames its bad zooms most [published]
+  k.step_weight = 0.5              # weight of the actions' own advantages, if additive [ours]
+  k.keep_scale = False             # keep the batch's mean absolute advantage as it was before [ours]
+
   c.advantage = a = ConfigDict()
-  a.normalize_std = True           # divide by the group's standard deviation [GRPO]
+  a.kind = "group"                 # group (GRPO) | rloo | batch (REINFORCE++) | gae (with a critic)
+  a.normalize_std = True           # group: divide by the group's standard deviation [GRPO]; False is Dr. GRPO
+  a.gamma, a.lam = 1.0, 0.95       # gae: discount a token, and lambda [PPO for language: verl]
+  a.drop_equal = False             # leave groups whose rewards are all equal out of the loss's means [DAPO]
 
   c.loss = o = ConfigDict()
+  o.kind = "ppo"                   # ppo | gspo | cispo; see rl/loss.py
+  o.aggregate = "token"            # token [DAPO] | sequence [GRPO] | constant [Dr. GRPO]
+  o.norm_tokens = 1024             # constant: tokens that each trajectory is divided by [ours]
   o.clip_low = 0.2                 # [PPO]
   o.clip_high = 0.28               # [DAPO; DeepEyes uses 0.28-0.35]
-  o.kl_coef = 0.0                  # k3 estimate against the frozen reference [DeepEyes]
+  o.dual_clip = 0.0                # most that blame is multiplied by; 0 for no limit [verl: 3]
+  o.sampler_cap = 0.0              # truncated importance weights against the sampler; 0 for none [verl: 2]
+  o.kl_coef = 0.0                  # weight of the KL against the frozen reference; 0 keeps no reference [DeepEyes]
+  o.kl_estimator = "k3"            # k1 | k2 | k3 [GRPO: k3]
+  o.kl_in_reward = False           # take it off the reward instead of adding it to the loss
+  o.kl_target = 0.0                # nats a token that an adaptive kl_coef aims at; 0 for a constant one
+  o.kl_horizon = 10000.0           # trajectories that it takes to get there [arXiv 1909.08593]
   o.entropy_coef = 0.0             # bonus; entropy is always a metric [ours]
+  o.value_coef = 0.5               # gae: weight of the critic's loss [PPO]
+  o.value_clip = 0.2               # gae: most that a value moves in the loss; 0 for no limit [PPO]
 
   c.ppo = q = ConfigDict()
   q.minibatches = 1                # updates a rollout batch is split into, whole groups each [ours]
@@ -108,6 +142,7 @@ def default() -> ConfigDict:
 
   c.optim = t = ConfigDict()
   t.learning_rate = 1e-6           # peak [DeepEyes, Pixel-Reasoner]
+  t.critic_learning_rate = 1e-5    # peak of the value head's [verl]
   t.warmup_steps = 0               # updates of linear warm-up [ours]
   t.decay_steps = 0                # updates of linear decay to a tenth after warm-up; 0 is constant [ours]
   t.b1, t.b2, t.eps = 0.9, 0.999, 1e-8  # [AdamW]
@@ -179,13 +214,52 @@ def validate(c: ConfigDict) -> None:
        c.rollout.stop_strings)
   need(c.rollout.prompts % c.ppo.minibatches == 0, "ppo.minibatches",
        f"a divisor of config.rollout.prompts = {c.rollout.prompts}", c.ppo.minibatches)
-  need(c.rollout.group_size > 1 or not c.advantage.normalize_std, "rollout.group_size",
-       "at least 2 for a group-relative advantage with normalize_std", c.rollout.group_size)
   for low, high in (("min_pixels", "max_pixels"), ("crop_min_pixels", "crop_max_pixels")):
     need(28 * 28 <= c.image[low] <= c.image[high], f"image.{low}",
          f"at least 784 and at most image.{high} = {c.image[high]}", c.image[low])
   for key in ("dtype", "compute_dtype"):
     need(c.model[key] in ("float32", "bfloat16"), f"model.{key}", "'float32' or 'bfloat16'", c.model[key])
+  _validate_algorithm(c, need)
+
+
+def _validate_algorithm(c: ConfigDict, need) -> None:
+  """Refuses choices that don't exist, and combinations that make no sense, with the reason."""
+  choices = {"reward.mode": reward.MODES, "reward.average": reward.AVERAGES, "credit.kind": credit.KINDS,
+             "credit.scope": credit.SCOPES, "advantage.kind": advantage.KINDS, "loss.kind": loss.KINDS,
+             "loss.aggregate": loss.AGGREGATES, "loss.kl_estimator": loss.ESTIMATORS}
+  for key, known in choices.items():
+    section, name = key.split(".")
+    need(c[section][name] in known, key, f"one of {', '.join(known)}", c[section][name])
+  w, k, a, o = c.reward, c.credit, c.advantage, c.loss
+  need(0.0 <= w.h0_start <= 1.0, "reward.h0_start", "in [0, 1]", w.h0_start)
+  for key in ("reward.h0_steps", "loss.dual_clip", "loss.sampler_cap", "loss.kl_coef", "loss.kl_target",
+              "loss.value_clip", "loss.value_coef"):
+    section, name = key.split(".")
+    need(c[section][name] >= 0, key, "0 or more", c[section][name])
+  for key in ("credit.softness", "loss.norm_tokens", "loss.kl_horizon"):
+    section, name = key.split(".")
+    need(c[section][name] > 0, key, "positive", c[section][name])
+  for key in ("gamma", "lam"):
+    need(0 <= a[key] <= 1, f"advantage.{key}", "between 0 and 1", a[key])
+  need(0 < w.discount <= 1, "reward.discount", "above 0 and at most 1", w.discount)
+  need(c.rollout.group_size > 1 or a.kind in ("batch", "gae") or a.kind == "group" and not a.normalize_std,
+       "rollout.group_size", f"at least 2 for advantage.kind = {a.kind!r}: one rollout has no siblings",
+       c.rollout.group_size)
+  need(not (a.kind == "gae" and k.kind == "additive"), "credit.kind",
+       "hard, soft or none with advantage.kind = 'gae': its rewards already come in action by action", k.kind)
+  need(not (a.kind == "gae" and a.drop_equal), "advantage.drop_equal",
+       "False with advantage.kind = 'gae': a critic learns from equal groups too", a.drop_equal)
+  need(o.kind == "ppo" or not o.dual_clip, "loss.dual_clip",
+       f"0 with loss.kind = {o.kind!r}: only PPO's token ratios have a dual clip", o.dual_clip)
+  need(o.kind != "gspo" or o.aggregate == "sequence", "loss.aggregate",
+       "'sequence' with loss.kind = 'gspo': its ratio is the sequence's", o.aggregate)
+  need(o.kl_coef > 0 or not o.kl_in_reward, "loss.kl_in_reward", "False while loss.kl_coef is 0", o.kl_in_reward)
+  need(o.kl_coef > 0 or not o.kl_target, "loss.kl_target",
+       "0 while loss.kl_coef is 0: an adaptive coefficient starts from it and multiplies", o.kl_target)
+  need(o.kl_estimator != "k1" or o.kl_in_reward or not o.kl_coef, "loss.kl_estimator",
+       "k2 or k3 in the loss: k1's gradient has nothing to do with the divergence", o.kl_estimator)
+  need(o.dual_clip == 0 or o.dual_clip > 1 + o.clip_high, "loss.dual_clip",
+       f"0, or above 1 + clip_high = {1 + o.clip_high}", o.dual_clip)
 
 
 def to_json(c: ConfigDict) -> str:

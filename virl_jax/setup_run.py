@@ -90,7 +90,7 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
                            mesh),
       pack=pack.Config(model.vision.grid, model.image_token, r.max_rounds, r.pad_tokens,
                        pad_images=rows, pad_shown=max(shards, rows // r.group_size),
-                       mask_overlong=r.mask_overlong),
+                       mask_overlong=r.mask_overlong, scope=c.credit.scope),
       mesh=mesh, hf_dir=hf_dir)
 
 

@@ -38,6 +38,7 @@ from virl_jax.report import gallery
 from virl_jax.report import html
 from virl_jax.report import log as log_lib
 from virl_jax.rl import credit
+from virl_jax.rl import reward
 from virl_jax.rollout import pack
 from virl_jax.rollout import plan
 from virl_jax.rollout import zoom
@@ -80,7 +81,8 @@ def train(c, workdir: str) -> dict:
                      f"Received: {len(before['outcomes'])}; the data has changed, use another --workdir")
 
   # --- where are we? -----------------------------------------------------------------------------------
-  state = step_lib.init_state(base_params, p.step.optim)
+  state = step_lib.init_state(base_params, p.step.optim, c.loss.kl_coef,
+                              p.policy.model.text.hidden if c.advantage.kind == "gae" else 0)
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep)
   start = checkpoints.latest() or 0
   if start:
@@ -105,9 +107,10 @@ def train(c, workdir: str) -> dict:
     skipped += _report_skips(drawn)
     trajectories, rolled_out = zoom.run(p.policy, state.params, drawn.tasks, key, c.rollout.group_size)
     rolled = time.perf_counter()
+    h0 = np.float32(reward.threshold(p.step.reward, step))
     dealt = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches, (c.seed, step))
     scored, score_metrics = zip(*[
-        step_lib.score_step(state.params, ref_params, mesh_lib.place(pack.pack(part, p.pack), p.mesh), p.step)
+        step_lib.score_step(state, ref_params, mesh_lib.place(pack.pack(part, p.pack), p.mesh), p.step, h0)
         for part in dealt])
     updates = []
     for minibatch in c.ppo.epochs * scored:
@@ -202,11 +205,11 @@ def _keep(path: pathlib.Path, trajectories, scored) -> None:
   rows = zip(*jax.device_get((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
                               scored.reward_B)))
   entries = []
-  for traj, (iou_R, class_R, modulator_R, advantage, reward) in zip(trajectories, rows):
+  for traj, (iou_R, class_R, modulator_R, advantage, earned) in zip(trajectories, rows):
     k = len(traj.boxes)
     parts = {"answer": float(traj.correct), "format": float(pack.well_formed(traj))}
     entries.append(gallery.entry(traj, traj.task.image, iou_R[:k].tolist(), [credit.NAMES[int(v)] for v in class_R[:k]],
-                                 modulator_R[:k].tolist(), float(advantage), float(reward), parts))
+                                 modulator_R[:k].tolist(), float(advantage), float(earned), parts))
   gallery.save(str(path), entries)
 
 

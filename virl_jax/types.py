@@ -94,6 +94,8 @@ class Turn:
     box: the region that this turn zoomed into, or None.
     box_shown: the four numbers as the policy wrote them, in the frame of the image that they are of, or None.
     target_image: which of the trajectory's images that is.
+    call_span: which of the ids hold the tool call that led to `box`, half-open; None if not known.
+    box_span: which hold its four numbers.
     error: what the policy was told was wrong with its call, or None.
     image_index: which of the trajectory's images this (tool) turn carries, or None.
   """
@@ -105,6 +107,8 @@ class Turn:
   box: Box | None = None
   box_shown: tuple[float, ...] | None = None
   target_image: int = 0
+  call_span: tuple[int, int] | None = None
+  box_span: tuple[int, int] | None = None
   error: str | None = None
   image_index: int | None = None
 
@@ -217,6 +221,8 @@ class ScoredBatch:
     modulator_BR: float32, what the action's tokens' advantage was multiplied by.
     advantage_B: float32, per trajectory.
     reward_B: float32, total reward.
+    value_old_BT: float32, what the critic expected before each token; None if there is no critic.
+    return_BT: float32, the critic's targets; None if there is no critic.
   """
 
   batch: Batch
@@ -228,3 +234,5 @@ class ScoredBatch:
   modulator_BR: jax.Array
   advantage_B: jax.Array
   reward_B: jax.Array
+  value_old_BT: jax.Array | None = None
+  return_BT: jax.Array | None = None

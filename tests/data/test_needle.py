@@ -1,6 +1,7 @@
 """The needle task: reproducible, honest about its boxes, and unreadable unless one zooms."""
 
 import collections
+import dataclasses
 import re
 import subprocess
 import sys
@@ -120,6 +121,21 @@ def test_defaults_are_the_configuration_s():
 
 # --- stored sets ------------------------------------------------------------------------------------
 
+def test_guessable_pictures_are_in_the_train_split_alone():
+  cfg = dataclasses.replace(FEW_PATTERNS, guessable=0.5)
+  told = lambda stream, i, cfg: [needle.mark_of(t.colour, "pattern") == t.mark for t in
+                                 needle.draw(0, stream, i, cfg)[1].things]
+  guessed = [all(told("train", i, cfg)) for i in range(40)]
+  assert 10 <= sum(guessed) <= 30
+  assert sum(all(told("test", i, cfg)) for i in range(40)) <= 8
+  for i in (guessed.index(False), guessed.index(True)):
+    plain, drawn = needle.draw(0, "train", i, FEW_PATTERNS)[0], needle.draw(0, "train", i, cfg)[0]
+    assert (plain.image == drawn.image) == (not guessed[i])  # the others are as they were
+  with pytest.raises(ValueError, match="guessable must be a share"):
+    needle.Config(guessable=1.5)
+
+
+FEW_PATTERNS = needle.Config(families=("pattern",), side_px=84)
 FEW = needle.Config(families=("pattern", "pair_dot"), train_size=5, test_size=3, seed=9)
 
 

@@ -283,3 +283,13 @@ def test_the_tiny_tokenizer_spends_little_on_the_protocol(codec, tiny):
   assert all(len(d) == 1 for d in digits) and len({d[0] for d in digits}) == 10
   assert codec.encode("84").tolist() == digits[8] + digits[4]
   assert max(tiny.tokenizer.get_vocab().values()) < tiny.cfg.text.vocab
+
+
+def test_where_a_call_and_its_box_stand():
+  text = "look: " + prompt.call_text((1, 2, 30, 40), "because") + prompt.END
+  call = prompt.parse(text)
+  assert text[slice(*call.call_chars)] == prompt.call_text((1, 2, 30, 40))
+  assert text[slice(*call.box_chars)] == "[1, 2, 30, 40]"
+  hidden = text.replace("bbox_2d", "bbox\\u005f2d")  # the same key to JSON
+  call = prompt.parse(hidden)
+  assert call.box == (1, 2, 30, 40) and call.box_chars == call.call_chars

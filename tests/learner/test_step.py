@@ -12,7 +12,10 @@ from virl_jax import mesh as mesh_lib
 from virl_jax import types
 from virl_jax.learner import step as step_lib
 from virl_jax.model import qwen
+from virl_jax.rl import advantage
 from virl_jax.rl import credit
+from virl_jax.rl import loss
+from virl_jax.rl import reward
 from virl_jax.rollout import pack
 
 TARGET = types.Box(0, 0, 40, 40)
@@ -20,6 +23,11 @@ HALF = types.Box(0, 0, 40, 20)     # IoU 0.5 with the target
 AWAY = types.Box(100, 100, 140, 140)
 # eps far above rounding noise, so that a gradient of 1e-9 is not blown up into a step.
 OPTIM = step_lib.OptimConfig(learning_rate=1e-2, eps=1e-3)
+
+
+def held(params):
+  """A state that is only read."""
+  return step_lib.TrainState(jnp.int32(0), params, (), jnp.float32(0.0))
 
 
 def make_config(model, group_size=4, **kwargs):
@@ -61,7 +69,7 @@ def batch(small):
 
 @pytest.fixture(scope="module")
 def scored(small, batch):
-  return step_lib.score_step(small.params, None, batch, make_config(small))
+  return step_lib.score_step(held(small.params), None, batch, make_config(small))
 
 
 REWARD = np.array([
@@ -76,18 +84,18 @@ def test_rewards_classes_and_advantages_by_hand(batch, scored):
   s, _ = scored
   np.testing.assert_allclose(s.reward_B, REWARD, atol=1e-6)
   groups = REWARD.reshape(2, 4)
-  advantage = ((groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)).ravel()
-  np.testing.assert_allclose(s.advantage_B, advantage, atol=1e-4)
+  wanted = ((groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)).ravel()
+  np.testing.assert_allclose(s.advantage_B, wanted, atol=1e-4)
   good, again, bad, none = credit.CORRECT, credit.REDUNDANT, credit.ERRONEOUS, credit.NONE
   assert s.class_BR.tolist() == [[good, good], [bad, none], [none, none], [good, again], *[[none, none]] * 4]
   np.testing.assert_allclose(s.iou_BR[:4], [[0.5, 1], [0, 0], [0, 0], [1, 1]], atol=1e-6)
-  assert advantage[0] > 0 > advantage[1] and advantage[3] > 0
+  assert wanted[0] > 0 > wanted[1] and wanted[3] > 0
   modulator = np.array([[1.5, 1.5], [1.5, 1], [1, 1], [1.5, 0.75], *[[1, 1]] * 4])
   np.testing.assert_allclose(s.modulator_BR, modulator)
   for b in range(8):
     for t in range(batch.tokens_BT.shape[1]):
       k = batch.action_BT[b, t]
-      want = advantage[b] * (modulator[b, k] if k >= 0 else 1) if batch.sampled_BT[b, t] else 0
+      want = wanted[b] * (modulator[b, k] if k >= 0 else 1) if batch.sampled_BT[b, t] else 0
       np.testing.assert_allclose(s.advantage_BT[b, t], want, atol=2e-4)
 
 
@@ -126,9 +134,9 @@ def test_metrics_by_hand(batch, scored):
 
 def test_a_reference_has_log_probabilities_of_its_own(small, batch, scored):
   other = jax.tree.map(lambda a: a * 0.9, small.params)
-  s, _ = step_lib.score_step(small.params, other, batch, make_config(small))
+  s, _ = step_lib.score_step(held(small.params), other, batch, make_config(small))
   np.testing.assert_allclose(s.logp_old_BT, scored[0].logp_old_BT, atol=1e-5)
-  alone, _ = step_lib.score_step(other, None, batch, make_config(small))
+  alone, _ = step_lib.score_step(held(other), None, batch, make_config(small))
   np.testing.assert_allclose(s.logp_ref_BT, alone.logp_old_BT, atol=1e-5)
   assert np.abs(np.asarray(s.logp_ref_BT - s.logp_old_BT)[batch.sampled_BT]).max() > 0.1
 
@@ -184,7 +192,7 @@ def test_masked_rows_count_for_nothing(small, batch, scored):
 
 def test_masked_rows_leave_the_others_advantages_alone(small, batch):
   mask = np.array([True, True, True, False] * 2)
-  s, _ = step_lib.score_step(small.params, None, batch.replace(row_mask_B=mask), make_config(small))
+  s, _ = step_lib.score_step(held(small.params), None, batch.replace(row_mask_B=mask), make_config(small))
   groups = REWARD.reshape(2, 4)[:, :3]
   want = np.pad((groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True), ((0, 0), (0, 1))).ravel()
   np.testing.assert_allclose(s.advantage_B, want, atol=1e-4)
@@ -199,7 +207,7 @@ def test_eight_devices_compute_what_one_does(small, batch, scored, updated, size
   cfg = make_config(small, mesh=mesh)
   got = mesh_lib.place(jax.device_get(scored[0]), mesh)
   if sizes == (2, 2, 2):  # the others would compile for nothing new
-    got, _ = step_lib.score_step(params, None, mesh_lib.place(batch, mesh), cfg)
+    got, _ = step_lib.score_step(held(params), None, mesh_lib.place(batch, mesh), cfg)
     np.testing.assert_allclose(got.reward_B, REWARD, atol=1e-5)
     np.testing.assert_allclose(np.asarray(got.logp_old_BT)[batch.valid_BT],
                                np.asarray(scored[0].logp_old_BT)[batch.valid_BT], atol=1e-4)
@@ -222,8 +230,130 @@ def test_imitation_lowers_the_loss(small, batch):
     losses.append(float(metrics["loss/total"]))
   assert all(b < a for a, b in zip(losses, losses[1:])) and losses[-1] < losses[0] - 0.1
   assert int(state.update) == 5
-  logp = step_lib.logp_entropy(small.params, cfg, batch)[0]
+  logp = step_lib.outputs(small.params, cfg, batch)[0]
   np.testing.assert_allclose(losses[0], -np.asarray(logp)[batch.sampled_BT].mean(), rtol=1e-5)
+
+
+# --- the rivals: what the kernels are put together to; the kernels have tests of their own --------------------
+
+
+@pytest.fixture
+def score(small, batch, monkeypatch):
+  """score_step with another algorithm, and a model that costs nothing: logp -1, reference -1.5, values 0.5."""
+  def outputs(params, cfg, batch, critic=None):
+    one = jnp.ones(batch.tokens_BT.shape)
+    return -one if params is small.params else -1.5 * one, one, None if critic is None else 0.5 * one
+
+  def run(h0=None, mask=None, **kwargs):
+    cfg = make_config(small, **kwargs)
+    rows = batch if mask is None else batch.replace(row_mask_B=mask)
+    state = held(small.params).replace(kl_coef=jnp.float32(cfg.loss.kl_coef))
+    if cfg.advantage.kind == "gae":
+      state = state.replace(critic={"w": jnp.zeros(1), "b": jnp.zeros(1)})
+    monkeypatch.setattr(step_lib, "outputs", outputs)
+    with jax.disable_jit():
+      return step_lib.score_step(state, {"other": jnp.ones(1)}, jax.tree.map(jnp.asarray, rows), cfg, h0)
+
+  return run
+
+
+def test_rloo_and_additive_credit(batch, score):
+  s, _ = score(advantage=advantage.Config(kind="rloo"), credit=credit.Config(kind="additive", step_weight=0.5))
+  groups = REWARD.reshape(2, 4)
+  want = ((groups - groups.mean(1, keepdims=True)) * 4 / 3).ravel()
+  np.testing.assert_allclose(s.advantage_B, want, atol=1e-5)
+  # The first group's actions earned these; the second's can't be judged.
+  earned = np.array([1.25, 1.25, -1.0, 1.5, 0.5])
+  z = 0.5 * (earned - earned.mean()) / earned.std()
+  for b, k, i in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (3, 0, 3), (3, 1, 4)):
+    at = batch.sampled_BT[b] & (batch.action_BT[b] == k)
+    np.testing.assert_allclose(s.advantage_BT[b][at], want[b] + z[i], atol=1e-5)
+  for b in range(8):
+    at = batch.sampled_BT[b] & ((batch.action_BT[b] < 0) | (b >= 4))
+    np.testing.assert_allclose(s.advantage_BT[b][at], want[b], atol=1e-5)
+
+
+def test_soft_credit_knows_how_near_the_threshold_an_action_is(score):
+  s, _ = score(credit=credit.Config(kind="soft", softness=0.1), reward=reward.Config(h0=0.4))
+  near = 0.5 + 1 / (1 + np.exp(-1.0))  # IoU 0.5, one softness above
+  np.testing.assert_allclose(s.modulator_BR[0, 0], near, atol=1e-5)
+  np.testing.assert_allclose(s.modulator_BR[0, 1], 0.5 + 1 / (1 + np.exp(-6.0)), atol=1e-5)
+
+
+def test_the_scale_can_be_kept(batch, score):
+  s, _ = score(credit=credit.Config(keep_scale=True))
+  got = np.abs(np.asarray(s.advantage_BT))[batch.sampled_BT].mean()
+  plain = np.abs(np.broadcast_to(np.asarray(s.advantage_B)[:, None], batch.sampled_BT.shape))[batch.sampled_BT].mean()
+  np.testing.assert_allclose(got, plain, rtol=1e-5)
+
+
+def test_a_threshold_that_moves_changes_the_reward_and_not_the_metrics(score):
+  strict, m_strict = score(h0=np.float32(0.6))
+  plain, m_plain = score()
+  assert strict.class_BR[0].tolist() == [credit.ERRONEOUS, credit.CORRECT]
+  assert plain.class_BR[0].tolist() == [credit.CORRECT, credit.CORRECT]
+  assert strict.reward_B[0] < plain.reward_B[0]
+  for name in ("acc_rat", "hit_rate", "mean_iou"):
+    assert m_strict[name] == m_plain[name]
+
+
+def test_equal_groups_are_left_out_of_the_means(batch, score):
+  rows = np.array([True] * 4 + [False, True, True, True])  # what is left of the second group earned the same
+  s, m = score(mask=rows, advantage=advantage.Config(drop_equal=True))
+  assert np.asarray(s.batch.row_mask_B).tolist() == [True] * 4 + [False] * 4
+  assert m["advantage/informative_share"] == 0.5
+  s, _ = score(mask=rows)
+  assert np.asarray(s.batch.row_mask_B).tolist() == rows.tolist()
+
+
+def test_kl_in_the_reward(batch, score):
+  s, m = score(loss=loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1"))
+  np.testing.assert_allclose(s.reward_B, REWARD - 0.1 * 0.5 * batch.sampled_BT.sum(1), atol=1e-5)
+  np.testing.assert_allclose(m["reward/total"], REWARD.mean(), rtol=1e-5)  # what the task gave
+
+
+def test_a_critic_gives_each_token_an_advantage(batch, score):
+  s, _ = score(advantage=advantage.Config(kind="gae", gamma=1.0, lam=1.0))
+  trained = batch.sampled_BT
+  # With lambda 1: what is still to come, minus the value 0.5; whitened over the batch.
+  fid_0, rest_0 = [1.25 / 2, 1.25 / 2], 1.2
+  to_come = np.zeros(trained.shape)
+  for b in range(8):
+    for t in np.flatnonzero(trained[b]):
+      to_come[b, t] = REWARD[b]
+  for t in np.flatnonzero(trained[0]):
+    k = batch.action_BT[0, t]
+    to_come[0, t] = sum(fid_0[max(k, 0):] if k >= 0 else []) + rest_0
+  for t in np.flatnonzero(trained[1] & (batch.action_BT[1] < 0)):
+    to_come[1, t] = 0.2
+  for t in np.flatnonzero(trained[3]):
+    k = batch.action_BT[3, t]
+    to_come[3, t] = {0: 1.5 / 2 + 0.5 / 2, 1: 0.5 / 2, -1: 0.0}[k]
+  np.testing.assert_allclose(np.asarray(s.return_BT)[trained], to_come[trained], atol=1e-5)
+  raw = (to_come - 0.5)[trained]
+  plain = np.zeros(trained.shape)
+  plain[trained] = (raw - raw.mean()) / raw.std()
+  for b, k, c in ((0, 0, 0), (0, 1, 0), (1, 0, 2), (3, 0, 0), (3, 1, 1)):
+    at = trained[b] & (batch.action_BT[b] == k)
+    praise, blame = ((1.5, 0.5), (0.75, 1.25), (0.5, 1.5))[c]
+    m = np.where(plain[b] > 0, praise, blame)
+    np.testing.assert_allclose(s.advantage_BT[b][at], (plain[b] * m)[at], atol=1e-4)
+  at = trained[0] & (batch.action_BT[0] < 0)
+  np.testing.assert_allclose(s.advantage_BT[0][at], plain[0][at], atol=1e-4)
+
+
+def test_a_critic_learns_what_to_expect(small, batch):
+  cfg = make_config(small, advantage=advantage.Config(kind="gae"), loss=loss.Config(value_clip=0.0))
+  cfg = dataclasses.replace(cfg, optim=dataclasses.replace(OPTIM, learning_rate=0.0, critic_learning_rate=0.05))
+  state = step_lib.init_state(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.0, small.cfg.text.hidden)
+  s, _ = step_lib.score_step(state, None, batch, cfg)
+  assert not np.asarray(s.value_old_BT).any()  # it expects nothing at first
+  losses = []
+  for _ in range(60):
+    state, m = step_lib.update_step(state, s, cfg)
+    losses.append(float(m["critic/loss"]))
+  assert losses[-1] < 0.5 * losses[0] and m["critic/explained"] > 0.3
+  np.testing.assert_allclose(losses[0], 0.5 * np.square(np.asarray(s.return_BT)[batch.sampled_BT]).mean(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("cfg, want", [

@@ -11,7 +11,7 @@ from virl_jax import config
 from virl_jax.rl import advantage
 
 # Compiled, because tests pay for every small operation that is compiled by itself.
-group_relative = jax.jit(advantage.group_relative, static_argnames=("group_size", "cfg"))
+relative = jax.jit(advantage.relative, static_argnames=("group_size", "cfg"))
 PLAIN, SCALED = advantage.Config(normalize_std=False), advantage.Config(normalize_std=True)
 
 
@@ -30,10 +30,10 @@ def slow(reward_B, group_size, cfg, mask_B):
 
 def test_golden():
   reward_B = jnp.array([1.0, 3.0, 5.0, 5.0, 0.0, 1.0, 0.0, 1.0])  # means 3.5, 0.5; deviations sqrt(2.75), 0.5
-  np.testing.assert_allclose(group_relative(reward_B, 4, PLAIN),
+  np.testing.assert_allclose(relative(reward_B, 4, PLAIN),
                              [-2.5, -0.5, 1.5, 1.5, -0.5, 0.5, -0.5, 0.5], atol=1e-6)
   np.testing.assert_allclose(
-      group_relative(reward_B, 4, SCALED),
+      relative(reward_B, 4, SCALED),
       [-1.5075567, -0.3015113, 0.9045340, 0.9045340, -1.0, 1.0, -1.0, 1.0], atol=1e-5)
 
 
@@ -44,14 +44,14 @@ def test_agrees_with_the_slow_loop(cfg):
     reward_B = rng.normal(size=group_size * 20).astype(np.float32)
     for mask_B in (rng.random(reward_B.shape) < 0.7, np.ones(reward_B.shape, bool)):
       expected = slow(reward_B, group_size, cfg, mask_B)
-      np.testing.assert_allclose(group_relative(reward_B, group_size, cfg, mask_B), expected, atol=1e-6)
-  np.testing.assert_allclose(group_relative(reward_B, 5, cfg), expected, atol=1e-6)
-  np.testing.assert_allclose(advantage.group_relative(reward_B, 5, cfg), expected, atol=1e-6)
+      np.testing.assert_allclose(relative(reward_B, group_size, cfg, mask_B), expected, atol=1e-6)
+  np.testing.assert_allclose(relative(reward_B, 5, cfg), expected, atol=1e-6)
+  np.testing.assert_allclose(advantage.relative(reward_B, 5, cfg), expected, atol=1e-6)
 
 
 def test_vmap_changes_nothing():
   reward_NB = np.random.default_rng(1).normal(size=(3, 12)).astype(np.float32)
-  kernel = functools.partial(group_relative, group_size=4, cfg=SCALED)
+  kernel = functools.partial(relative, group_size=4, cfg=SCALED)
   np.testing.assert_allclose(jax.vmap(kernel)(reward_NB), [kernel(row) for row in reward_NB], atol=1e-6)
 
 
@@ -59,17 +59,17 @@ def test_vmap_changes_nothing():
 @pytest.mark.parametrize("value", [0.0, 0.1, -0.7, 1e-8, 3e7])
 def test_equal_rewards_give_exactly_nothing(cfg, value):
   # 0.1 and 7 rows: the mean of the rewards themselves is not 0.1 in float32.
-  assert not group_relative(jnp.full(7, value), 7, cfg).any()
+  assert not relative(jnp.full(7, value), 7, cfg).any()
   reward_B = jnp.array([value, value, 9.0, value])
-  assert not group_relative(reward_B, 4, cfg, jnp.array([True, True, False, True])).any()
+  assert not relative(reward_B, 4, cfg, jnp.array([True, True, False, True])).any()
 
 
 @pytest.mark.parametrize("cfg", [PLAIN, SCALED])
 def test_masked_rows_count_for_nothing(cfg):
   mask_B = jnp.array([True, False, True, True])
-  expected = group_relative(jnp.array([1.0, 2.0, 4.0]), 3, cfg)
+  expected = relative(jnp.array([1.0, 2.0, 4.0]), 3, cfg)
   for junk in (0.0, 1e30, float("nan"), float("inf")):
-    adv_B = group_relative(jnp.array([1.0, junk, 2.0, 4.0]), 4, cfg, mask_B)
+    adv_B = relative(jnp.array([1.0, junk, 2.0, 4.0]), 4, cfg, mask_B)
     np.testing.assert_allclose(adv_B[mask_B], expected, atol=1e-6)
     assert adv_B[1] == 0.0
 
@@ -77,11 +77,11 @@ def test_masked_rows_count_for_nothing(cfg):
 def test_groups_do_not_mix():
   reward_B = jnp.array([1.0, 2.0, 3.0, 5.0])
   moved_B = reward_B.at[2:].add(100.0)
-  np.testing.assert_allclose(group_relative(reward_B, 2, PLAIN),
-                             group_relative(moved_B, 2, PLAIN))
+  np.testing.assert_allclose(relative(reward_B, 2, PLAIN),
+                             relative(moved_B, 2, PLAIN))
 
 
-GRAD = jax.jit(jax.grad(lambda r, mask_B: (advantage.group_relative(r, 4, SCALED, mask_B) ** 2).sum()))
+GRAD = jax.jit(jax.grad(lambda r, mask_B: (advantage.relative(r, 4, SCALED, mask_B) ** 2).sum()))
 
 
 @pytest.mark.parametrize("mask_B", [[True] * 4, [False] * 4, [True, False, False, False]])
@@ -97,10 +97,109 @@ def test_defaults_are_the_configuration_s():
 
 def test_bad_input_is_named():
   with pytest.raises(ValueError, match="group_size must divide the 6 rows.*Received: 4"):
-    advantage.group_relative(jnp.zeros(6), 4, PLAIN)
+    advantage.relative(jnp.zeros(6), 4, PLAIN)
   with pytest.raises(ValueError, match="group_size"):
-    advantage.group_relative(jnp.zeros(6), 0, PLAIN)
+    advantage.relative(jnp.zeros(6), 0, PLAIN)
   with pytest.raises(ValueError, match=r"mask_B .*\(6,\).*\(3,\)"):
-    advantage.group_relative(jnp.zeros(6), 3, PLAIN, jnp.ones(3, bool))
+    advantage.relative(jnp.zeros(6), 3, PLAIN, jnp.ones(3, bool))
   with pytest.raises(ValueError, match=r"reward_B .*\(2, 3\)"):
-    advantage.group_relative(jnp.zeros((2, 3)), 3, PLAIN)
+    advantage.relative(jnp.zeros((2, 3)), 3, PLAIN)
+
+
+def test_rloo_and_batch_by_hand():
+  reward_B = jnp.array([1.0, 3.0, 5.0, 0.0, 0.0, 3.0])
+  # 1 - (3 + 5) / 2, 3 - (1 + 5) / 2, ...
+  np.testing.assert_allclose(relative(reward_B, 3, advantage.Config(kind="rloo")), [-3, 0, 3, -1.5, -1.5, 3], atol=1e-6)
+  # mean 2, variance (1 + 1 + 9 + 4 + 4 + 1) / 6
+  np.testing.assert_allclose(relative(reward_B, 3, advantage.Config(kind="batch")),
+                             np.array([-1, 1, 3, -2, -2, 1]) / np.sqrt(20 / 6), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rloo", "batch"])
+def test_the_other_kinds_agree_with_the_slow_loop(kind):
+  rng, cfg = np.random.default_rng(3), advantage.Config(kind=kind)
+  reward_B, mask_B = rng.normal(size=40).astype(np.float32), rng.random(40) < 0.7
+  mask_B[:5], mask_B[5:9], mask_B[9] = False, False, True  # a group without rows, and one of a single row
+  slow_B = np.zeros(40)
+  for i in np.flatnonzero(mask_B):
+    mine = np.arange(40) if kind == "batch" else np.arange(i // 5 * 5, i // 5 * 5 + 5)
+    seen = [j for j in mine if mask_B[j]]
+    if kind == "batch":
+      slow_B[i] = (reward_B[i] - reward_B[seen].mean()) / reward_B[seen].std()
+    elif len(seen) > 1:
+      slow_B[i] = reward_B[i] - np.mean([reward_B[j] for j in seen if j != i])
+  np.testing.assert_allclose(relative(reward_B, 5, cfg, mask_B), slow_B, atol=1e-6)
+  np.testing.assert_allclose(advantage.relative(reward_B, 5, cfg, mask_B), slow_B, atol=1e-6)
+  kernel = functools.partial(relative, group_size=5, cfg=cfg)
+  np.testing.assert_allclose(jax.vmap(kernel)(reward_B.reshape(2, 20)), [kernel(r) for r in reward_B.reshape(2, 20)],
+                             atol=1e-6)
+  assert not relative(jnp.full(10, 0.1), 5, cfg).any()
+  grad = jax.grad(lambda r, m: (relative(r, 5, cfg, m) ** 2).sum())
+  for mask in (mask_B, np.zeros(40, bool)):
+    for values in (reward_B, np.full(40, 0.3, np.float32)):
+      assert np.isfinite(grad(values, mask)).all()
+
+
+def test_which_groups_teach_something():
+  reward_B = jnp.array([1.0, 1.0, 0.0, 1.0, 2.0, 3.0, 5.0, jnp.nan])
+  mask_B = jnp.array([True, True, True, True, True, False, True, False])
+  got = jax.jit(advantage.informative, static_argnums=1)(reward_B, 2, mask_B)
+  assert got.tolist() == [False, False, True, True, False, False, False, False]
+  assert advantage.informative(jnp.array([0.1, 0.1, 0.1, 0.2]), 2).tolist() == [False, False, True, True]
+  assert not advantage.informative(reward_B, 4, jnp.zeros(8, bool)).any()
+
+
+def test_steps_are_compared_with_all_actions_of_the_group():
+  reward_BR = jnp.array([[1.0, -1.0], [1.0, 9.0], [2.0, 2.0], [2.0, 7.0]])
+  mask_BR = jnp.array([[True, True], [True, False], [True, True], [True, False]])
+  got = jax.jit(advantage.steps, static_argnums=2)(reward_BR, mask_BR, 2)
+  z = np.sqrt(8 / 9)  # of 1, -1, 1: mean 1/3, variance 8/9
+  np.testing.assert_allclose(got, [[2 / 3 / z, -4 / 3 / z], [2 / 3 / z, 0], [0, 0], [0, 0]], atol=1e-6)
+  np.testing.assert_allclose(advantage.steps(reward_BR, mask_BR, 2), got, atol=1e-6)
+  assert advantage.steps(jnp.zeros((4, 0)), jnp.zeros((4, 0), bool), 2).shape == (4, 0)
+  with pytest.raises(ValueError, match="group_size must divide the 4 rows.*Received: 3"):
+    advantage.steps(reward_BR, mask_BR, 3)
+
+
+def slow_gae(reward_T, value_T, mask_T, gamma, lam):
+  """By the definition: a sum over all later steps."""
+  real = np.flatnonzero(mask_T)
+  out = np.zeros(len(mask_T))
+  delta = [reward_T[t] + gamma * (value_T[real[i + 1]] if i + 1 < len(real) else 0.0) - value_T[t]
+           for i, t in enumerate(real)]
+  for i, t in enumerate(real):
+    out[t] = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(real)))
+  return out
+
+
+def test_gae_agrees_with_its_definition():
+  gae = jax.jit(advantage.gae, static_argnames="cfg")
+  for seed, (gamma, lam) in enumerate([(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)]):
+    rng, cfg = np.random.default_rng(seed), advantage.Config(kind="gae", gamma=gamma, lam=lam)
+    reward_T, value_T = rng.normal(size=(2, 40)).astype(np.float32)
+    mask_T = rng.random(40) < 0.6
+    want = slow_gae(reward_T, value_T, mask_T, gamma, lam)
+    got, returns = gae(reward_T, value_T, mask_T, cfg)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(returns, np.where(mask_T, want + value_T, 0), atol=1e-5)
+    np.testing.assert_allclose(advantage.gae(reward_T, value_T, mask_T, cfg)[0], got, atol=1e-6)
+    rows, _ = jax.vmap(functools.partial(gae, cfg=cfg))(*(np.stack([x, x]) for x in (reward_T, value_T, mask_T)))
+    np.testing.assert_allclose(rows[1], got, atol=1e-6)
+
+
+def test_gae_at_its_ends():
+  cfg = advantage.Config(kind="gae", gamma=1.0, lam=1.0)
+  reward_T, value_T = jnp.array([0.0, 5.0, 0.0, 2.0]), jnp.array([1.0, jnp.nan, 0.5, 0.5])
+  got, returns = advantage.gae(reward_T, value_T, jnp.array([True, False, True, True]), cfg)
+  # Monte Carlo: what is left to come is 2 throughout, and what stands off the mask never matters.
+  np.testing.assert_allclose(got, [1.0, 0.0, 1.5, 1.5])
+  np.testing.assert_allclose(returns, [2.0, 0.0, 2.0, 2.0])
+  grad = jax.grad(lambda v: advantage.gae(reward_T, v, jnp.zeros(4, bool), cfg)[0].sum())(value_T)
+  assert not grad.any()
+  with pytest.raises(ValueError, match=r"reward_T, value_T and mask_T.*\(4,\), \(4,\), \(3,\)"):
+    advantage.gae(reward_T, value_T, jnp.ones(3, bool), cfg)
+
+
+def test_a_kind_that_is_no_number_a_trajectory():
+  with pytest.raises(ValueError, match="kind must be group, rloo or batch. Received: 'gae'"):
+    advantage.relative(jnp.zeros(4), 2, advantage.Config(kind="gae"))

@@ -1,5 +1,6 @@
 """The table of modulators, the worked example of the docstring, and a slow numpy oracle."""
 
+import dataclasses
 import doctest
 import functools
 
@@ -99,3 +100,70 @@ def test_wrong_shapes_are_named():
     credit.classify(jnp.ones(2, bool), jnp.ones(3, bool), jnp.ones(2, bool))
   with pytest.raises(ValueError, match=r"action_T and sampled_T.*\(4,\).*\(5,\)"):
     credit.token_advantages(1.0, jnp.ones(2), jnp.zeros(4, int), jnp.ones(5, bool))
+
+
+def test_soft_modulators_by_hand():
+  cfg = credit.Config(kind="soft", h_good=1.5, h_redundant=0.75, h_bad=0.5, softness=0.1)
+  class_R = jnp.array([credit.CORRECT, credit.ERRONEOUS, credit.CORRECT, credit.REDUNDANT, credit.NONE])
+  margin_R = jnp.array([0.0, -0.1, 5.0, 0.1, 0.3])
+  s = 1 / (1 + np.exp(-1.0))  # one softness above the threshold
+  praise = [1.0, 0.5 + (1 - s), 1.5, 0.75, 1.0]
+  blame = [1.0, 1.5 - (1 - s), 0.5, 1.25, 1.0]
+  for advantage, expected in ((2.0, praise), (-2.0, blame), (0.0, [1.0] * 5)):
+    for kernel in (modulator, credit.modulator):
+      np.testing.assert_allclose(kernel(class_R, advantage, cfg, margin_R), expected, atol=1e-6)
+  np.testing.assert_allclose(modulator(class_R, -2.0, dataclasses.replace(cfg, mirror=False), margin_R), praise,
+                             atol=1e-6)
+  with pytest.raises(ValueError, match=r"margin_R .*\(5,\).*None"):
+    credit.modulator(class_R, 1.0, cfg)
+
+
+def test_soft_becomes_hard():
+  cfg = credit.Config(kind="soft", softness=1e-4)
+  class_R = jnp.array([credit.CORRECT, credit.ERRONEOUS, credit.REDUNDANT])
+  for advantage in (1.0, -1.0):
+    np.testing.assert_allclose(modulator(class_R, advantage, cfg, jnp.array([0.2, -0.2, 0.2])),
+                               modulator(class_R, advantage, credit.Config()), atol=1e-6)
+
+
+def test_without_the_mirror_blame_is_dealt_as_praise():
+  class_R = jnp.array([credit.CORRECT, credit.REDUNDANT, credit.ERRONEOUS])
+  cfg = dataclasses.replace(CFG, mirror=False)
+  np.testing.assert_allclose(modulator(class_R, -1.0, cfg), [1.5, 0.75, 0.5])
+
+
+@pytest.mark.parametrize("kind", ["additive", "none"])
+def test_kinds_that_do_not_multiply(kind):
+  assert modulator(jnp.array([0, 1, 2]), -1.0, credit.Config(kind=kind)).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_steps_are_added_on_their_own_tokens():
+  action_T, sampled_T = jnp.array([-1, 0, 0, 1, -1]), jnp.array([True, True, False, True, False])
+  got = token_advantages(2.0, jnp.ones(2), action_T, sampled_T, jnp.array([0.5, -3.0]))
+  assert got.tolist() == [2.0, 2.5, 0.0, -1.0, 0.0]
+  nothing = token_advantages(2.0, jnp.ones(0), action_T, sampled_T, jnp.zeros(0))
+  assert nothing.tolist() == [2.0, 2.0, 0.0, 2.0, 0.0]
+
+
+def test_an_advantage_of_its_own_for_each_token():
+  action_T, sampled_T = jnp.array([-1, 0, 0, 1]), jnp.array([True, True, False, True])
+  got = token_advantages(jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([0.5, 2.0]), action_T, sampled_T)
+  assert got.tolist() == [1.0, 1.0, 0.0, 8.0]
+
+
+def test_scale_is_kept():
+  rng = np.random.default_rng(0)
+  plain, after, mask = *rng.normal(size=(2, 8, 30)).astype(np.float32), rng.random((8, 30)) < 0.5
+  got = np.asarray(jax.jit(credit.keep_scale)(after, plain, mask))
+  assert np.abs(got[mask]).mean() == pytest.approx(np.abs(plain[mask]).mean(), rel=1e-5)
+  np.testing.assert_allclose(got[0, 0] / got[3, 7], after[0, 0] / after[3, 7], rtol=1e-5)  # only scaled
+  np.testing.assert_allclose(credit.keep_scale(after, plain, mask), got, rtol=1e-5)
+  grad = jax.grad(lambda a, m: credit.keep_scale(a, plain, m).sum())
+  for nothing in (np.zeros_like(mask), mask):
+    assert np.isfinite(grad(jnp.zeros((8, 30)), nothing)).all()
+  assert not credit.keep_scale(jnp.zeros((8, 30)), plain, mask).any()
+
+
+def test_an_unknown_kind_is_named():
+  with pytest.raises(ValueError, match="kind must be one of hard, soft, additive, none. Received: 'firm'"):
+    credit.modulator(jnp.zeros(1, int), 1.0, credit.Config(kind="firm"))

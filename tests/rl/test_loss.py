@@ -1,5 +1,6 @@
 """The loss by hand, against a slow loop, and where its inputs are extreme or masked."""
 
+import dataclasses
 import functools
 import math
 
@@ -13,11 +14,11 @@ from virl_jax.rl import loss
 
 # Compiled, because tests pay for every small operation that is compiled by itself.
 policy_loss = jax.jit(loss.policy_loss, static_argnames="cfg")
-clipped_surrogate = jax.jit(loss.clipped_surrogate, static_argnames="cfg")
-kl_k3 = jax.jit(loss.kl_k3)
+surrogate = jax.jit(loss.surrogate, static_argnames="cfg")
+kl = jax.jit(loss.kl, static_argnames="estimator")
 loss_and_grad = jax.jit(jax.value_and_grad(loss.policy_loss, has_aux=True), static_argnames="cfg")
 surrogate_grad = jax.jit(
-    jax.grad(lambda *a, cfg: loss.clipped_surrogate(*a, cfg)[0].sum()), static_argnames="cfg")
+    jax.grad(lambda *a, cfg: loss.surrogate(*a, cfg)[0].sum()), static_argnames="cfg")
 
 CFG = loss.Config(clip_low=0.2, clip_high=0.3, kl_coef=0.1, entropy_coef=0.01)
 
@@ -71,29 +72,30 @@ def test_masked_mean():
     (9.0, 0.0, 0.0, False, 0.0)])
 def test_clipped_surrogate_golden(ratio, advantage, expected, clipped, slope):
   logp, old, advantage = (np.full((1, 1), x, np.float32) for x in (math.log(ratio) - 1.0, -1.0, advantage))
-  value, is_clipped = clipped_surrogate(logp, old, advantage, CFG)
+  one = np.ones((1, 1), bool)
+  value, is_clipped = surrogate(logp, old, advantage, one, CFG)
   assert value.item() == pytest.approx(expected, abs=1e-6)
   assert is_clipped.item() is clipped
-  grad = surrogate_grad(logp, old, advantage, cfg=CFG)
+  grad = surrogate_grad(logp, old, advantage, one, cfg=CFG)
   assert grad.item() == pytest.approx(slope, abs=1e-6)
 
 
 def test_k3_golden_and_sign():
   logp = jnp.log(jnp.array([[0.5, 0.5, 0.25]]))
   ref = jnp.log(jnp.array([[0.5, 0.25, 0.5]]))
-  np.testing.assert_allclose(kl_k3(logp, ref), [[0, 0.5 + math.log(2) - 1, 2 - math.log(2) - 1]], atol=1e-6)
+  np.testing.assert_allclose(kl(logp, ref), [[0, 0.5 + math.log(2) - 1, 2 - math.log(2) - 1]], atol=1e-6)
   batch = random_batch()
-  assert (kl_k3(batch[0], batch[2]) >= 0).all()
+  assert (kl(batch[0], batch[2]) >= 0).all()
 
 
 def test_k3_averages_to_the_divergence():
   p, q = np.array([0.7, 0.2, 0.1]), np.array([0.3, 0.3, 0.4])
-  estimate = kl_k3(jnp.log(p), jnp.log(q))
+  estimate = kl(jnp.log(p), jnp.log(q))
   assert (p * estimate).sum() == pytest.approx((p * np.log(p / q)).sum(), abs=1e-6)
 
 
 def test_k3_gradient_brings_the_policy_to_the_reference():
-  grad = jax.grad(lambda p: loss.kl_k3(p, jnp.array([-1.0, -30.0])).sum())(jnp.array([-3.0, -1.0]))
+  grad = jax.grad(lambda p: loss.kl(p, jnp.array([-1.0, -30.0])).sum())(jnp.array([-3.0, -1.0]))
   assert grad[0] < 0 < grad[1]  # descent raises what is too rare and lowers what is too common
 
 
@@ -179,3 +181,157 @@ def test_wrong_shapes_are_named():
   *inputs, mask = random_batch()
   with pytest.raises(ValueError, match=r"entropy_BT .*\(6, 20\).*\(20,\)"):
     loss.policy_loss(*inputs[:3], inputs[3][0], inputs[4], mask, CFG)
+
+
+# --- rivals of the token-mean clip, against one slow loop -----------------------------------------------
+
+
+def slow_rival(logp, old, advantage, mask, cfg, sampler=None):
+  """The policy term alone."""
+  rows = []
+  for b in range(len(logp)):
+    at = np.flatnonzero(mask[b])
+    if not len(at):
+      continue
+    gaps = {t: float(logp[b, t]) - float(old[b, t]) for t in at}
+    if cfg.kind == "gspo":
+      gaps = dict.fromkeys(at, np.mean(list(gaps.values())))
+    tokens = []
+    for t in at:
+      r, a = math.exp(gaps[t]), float(advantage[b, t])
+      held = min(max(r, 1 - cfg.clip_low), 1 + cfg.clip_high)
+      gain = held * a * float(logp[b, t]) if cfg.kind == "cispo" else min(r * a, held * a)
+      if cfg.dual_clip and a < 0:
+        gain = max(gain, cfg.dual_clip * a)
+      weight = min(math.exp(float(old[b, t]) - float(sampler[b, t])), cfg.sampler_cap) if cfg.sampler_cap else 1.0
+      tokens.append(-gain * weight)
+    rows.append(tokens)
+  if cfg.aggregate == "token":
+    return np.mean(sum(rows, []))
+  return np.mean([sum(r) / (len(r) if cfg.aggregate == "sequence" else cfg.norm_tokens) for r in rows])
+
+
+RIVALS = {
+    "dual": {"dual_clip": 1.5}, "gspo": {"kind": "gspo", "aggregate": "sequence"}, "cispo": {"kind": "cispo"},
+    "sequence": {"aggregate": "sequence"}, "constant": {"aggregate": "constant", "norm_tokens": 7},
+    "sampler": {"sampler_cap": 1.2}, "all": {"kind": "cispo", "aggregate": "constant", "sampler_cap": 2.0}}
+
+
+@pytest.mark.parametrize("changes", RIVALS.values(), ids=RIVALS)
+def test_rivals_agree_with_the_slow_loop(changes):
+  cfg = loss.Config(**changes)
+  logp, old, ref, entropy, advantage, mask = random_batch(7)
+  mask[2] = False  # a row that counts for nothing
+  sampler = (old + np.random.default_rng(1).normal(size=old.shape) * 0.5).astype(np.float32)
+  want = slow_rival(logp, old, advantage, mask, cfg, sampler)
+  for kernel in (policy_loss, loss.policy_loss):
+    value, metrics = kernel(logp, old, ref, entropy, advantage, mask, cfg=cfg, logp_sampler_BT=sampler)
+    np.testing.assert_allclose([value, metrics["loss/policy"]], [want, want], rtol=1e-5, atol=1e-6)
+  both, _ = jax.vmap(lambda *a: policy_loss(*a[:-1], cfg, a[-1]))(
+      *(np.stack([x, x]) for x in (logp, old, ref, entropy, advantage, mask, sampler)))
+  np.testing.assert_allclose(both, [want, want], rtol=1e-5, atol=1e-6)
+  # What is masked never matters, and nothing at all gives nothing.
+  grad = jax.jit(jax.grad(lambda p, m, s: loss.policy_loss(p, old, ref, entropy, advantage, m, cfg, s)[0]))
+  clean = grad(logp, mask, sampler)
+  np.testing.assert_array_equal(clean, grad(np.where(mask, logp, np.nan), mask, np.where(mask, sampler, np.inf)))
+  assert np.abs(clean).max() > 0 and not np.asarray(clean)[~mask].any()
+  assert not grad(logp, np.zeros_like(mask), sampler).any()
+
+
+def test_gspo_clips_whole_sequences_and_keeps_each_token_s_advantage():
+  cfg = loss.Config(kind="gspo", aggregate="sequence", clip_low=0.1, clip_high=0.1)
+  logp = jnp.log(jnp.array([[2.0, 0.5, 1.0], [2.0, 1.0, 1.0]]))  # geometric means 1 and 2 ** (1 / 3) = 1.26
+  old, mask = jnp.zeros((2, 3)), jnp.ones((2, 3), bool)
+  advantage = jnp.array([[1.0, -1.0, 3.0], [1.0, 1.0, 1.0]])
+  value, clipped = surrogate(logp, old, advantage, mask, cfg)
+  np.testing.assert_allclose(value, [[-1, 1, -3], [-1.1] * 3], atol=1e-6)
+  assert clipped.tolist() == [[False] * 3, [True] * 3]
+  grad = surrogate_grad(logp, old, advantage, mask, cfg=cfg)
+  np.testing.assert_allclose(grad, [[-1, 1, -3], [0, 0, 0]], atol=1e-6)
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens():
+  cfg, one = loss.Config(kind="cispo", clip_high=0.3), np.ones((1, 1), bool)
+  logp, old, advantage = (np.full((1, 1), x, np.float32) for x in (math.log(4) - 3.0, -3.0, 2.0))
+  assert surrogate_grad(logp, old, advantage, one, cfg=cfg).item() == pytest.approx(-2.6)
+  assert surrogate(logp, old, advantage, one, cfg)[1].item()
+  assert surrogate_grad(logp, old, advantage, one, cfg=loss.Config(clip_high=0.3)).item() == 0.0
+
+
+def test_the_dual_clip_bounds_blame():
+  cfg, one = loss.Config(dual_clip=3.0), np.ones((1, 1), bool)
+  for ratio, advantage, value, slope in ((5.0, -2.0, 6.0, 0.0), (2.0, -2.0, 4.0, 4.0), (5.0, 2.0, -2.56, 0.0)):
+    inputs = (np.full((1, 1), x, np.float32) for x in (math.log(ratio) - 1.0, -1.0, advantage))
+    logp, old, advantage = inputs
+    assert surrogate(logp, old, advantage, one, cfg)[0].item() == pytest.approx(value, rel=1e-5)
+    assert surrogate_grad(logp, old, advantage, one, cfg=cfg).item() == pytest.approx(slope, abs=1e-5)
+
+
+def test_weights_against_the_sampler():
+  old, sampler = jnp.log(jnp.array([0.5, 0.5, 0.1])), jnp.log(jnp.array([0.5, 0.1, 0.5]))
+  np.testing.assert_allclose(loss.sampler_weight(old, sampler, loss.Config(sampler_cap=2.0)), [1, 2, 0.2], rtol=1e-6)
+  assert loss.sampler_weight(old, sampler, loss.Config()).tolist() == [1.0] * 3
+  assert not jax.grad(lambda o: loss.sampler_weight(o, sampler, loss.Config(sampler_cap=2.0)).sum())(old).any()
+  with pytest.raises(ValueError, match=r"logp_sampler_BT must have the shape of logp_BT.*None"):
+    loss.policy_loss(*random_batch(), loss.Config(sampler_cap=2.0))
+
+
+def test_kl_estimators_by_hand():
+  logp, ref = jnp.log(jnp.array([0.5, 0.25])), jnp.log(jnp.array([0.25, 0.5]))
+  two = math.log(2)
+  np.testing.assert_allclose(kl(logp, ref, "k1"), [two, -two], rtol=1e-6)
+  np.testing.assert_allclose(kl(logp, ref, "k2"), [two ** 2 / 2] * 2, rtol=1e-6)
+  np.testing.assert_allclose(kl(logp, ref, "k3"), [0.5 + two - 1, 2 - two - 1], rtol=1e-5)
+  with pytest.raises(ValueError, match="estimator must be one of k1, k2, k3. Received: 'k4'"):
+    loss.kl(logp, ref, "k4")
+
+
+def test_k1_and_k3_average_to_the_divergence_and_k2_comes_near():
+  p, q = np.array([0.7, 0.2, 0.1]), np.array([0.6, 0.25, 0.15])
+  true = (p * np.log(p / q)).sum()
+  for estimator, far in (("k1", 1e-6), ("k3", 1e-6), ("k2", 0.1 * true)):
+    assert (p * np.asarray(kl(jnp.log(p), jnp.log(q), estimator))).sum() == pytest.approx(true, abs=far)
+
+
+def test_kl_is_in_the_loss_or_in_the_reward():
+  *inputs, mask = random_batch()
+  cfg = loss.Config(kl_coef=0.3)
+  value, m = policy_loss(*inputs, mask, cfg)
+  assert value == pytest.approx(float(m["loss/policy"] + 0.3 * m["loss/kl"]), rel=1e-6)
+  value, m = policy_loss(*inputs, mask, dataclasses.replace(cfg, kl_in_reward=True))
+  assert value == m["loss/policy"] and m["loss/kl"] > 0
+  value, m = policy_loss(*inputs, mask, cfg, kl_coef=jnp.float32(0.7))
+  assert value == pytest.approx(float(m["loss/policy"] + 0.7 * m["loss/kl"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("found, factor", [(0.1, 1.0), (0.5, 1.2), (0.0, 0.8), (0.11, 1.1)])
+def test_the_coefficient_adapts(found, factor):
+  cfg = loss.Config(kl_target=0.1, kl_horizon=64)
+  assert loss.next_kl_coef(jnp.float32(0.5), found, 64, cfg) == pytest.approx(0.5 * factor, rel=1e-5)
+  assert loss.next_kl_coef(jnp.float32(0.5), found, 64, loss.Config()) == 0.5
+
+
+def test_value_loss_by_hand():
+  cfg = loss.Config(value_clip=0.2)
+  value, old, target = (jnp.array([x]) for x in ([1.0, 0.5, 9.0, 0.0], [0.0, 0.5, 0.0, 0.1], [1.0, 1.0, 0.0, 0.0]))
+  mask = jnp.array([[True, True, False, True]])
+  # Held at 0.2 the first misses by 0.8 and not by 0; the others may move that far.
+  got, m = jax.jit(loss.value_loss, static_argnames="cfg")(value, old, target, mask, cfg)
+  assert got == pytest.approx(0.5 * (0.64 + 0.25 + 0.0) / 3) and m["critic/loss"] == got
+  assert m["critic/clip_frac"] == pytest.approx(1 / 3)
+  # Returns 1, 1, 0: variance 2 / 9; errors 0, 0.5, 0: variance 1 / 18.
+  assert m["critic/explained"] == pytest.approx(0.75)
+  free, _ = loss.value_loss(value, old, target, mask, loss.Config(value_clip=0.0))
+  assert free == pytest.approx(0.25 / 6)
+  grad = jax.grad(lambda v, m: loss.value_loss(v, old, target, m, cfg)[0])
+  np.testing.assert_allclose(grad(value, mask), [[0.0, -0.5 / 3, 0.0, 0.0]], atol=1e-6)
+  assert not grad(value, jnp.zeros((1, 4), bool)).any()
+  assert set(map(float, loss.value_loss(value, old, target, jnp.zeros((1, 4), bool), cfg)[1].values())) == {0.0}
+
+
+def test_what_there_is_not_is_named():
+  *inputs, mask = random_batch()
+  with pytest.raises(ValueError, match="kind must be one of ppo, gspo, cispo. Received: 'trpo'"):
+    loss.policy_loss(*inputs, mask, loss.Config(kind="trpo"))
+  with pytest.raises(ValueError, match="aggregate must be one of token, sequence, constant. Received: 'row'"):
+    loss.policy_loss(*inputs, mask, loss.Config(aggregate="row"))

@@ -86,6 +86,16 @@ def test_every_index_leads_to_the_right_image():
   assert (batch.images[1].patches_IWQC[:, 0, 0, 0] == 2).sum() == 1
 
 
+@pytest.mark.parametrize("scope, own", [("turn", [0, 0, 0, 0]), ("call", [-1, 0, 0, 0]), ("box", [-1, -1, 0, -1])])
+def test_which_tokens_are_an_action_s(scope, own):
+  zooms, _ = rows()
+  zooms.turns[0] = turn([20, 21, 22, 23], [-1.0] * 4, types.Box(1, 2, 3, 4), call_span=(1, 4), box_span=(2, 3))
+  cfg = dataclasses.replace(CFG, scope=scope)
+  assert pack.pack([zooms], cfg).action_BT[0, 4:9].tolist() == own + [-1]
+  zooms.turns[0] = dataclasses.replace(zooms.turns[0], call_span=None, box_span=None)  # not known: the turn's
+  assert pack.pack([zooms], cfg).action_BT[0, 4:9].tolist() == [0, 0, 0, 0, -1]
+
+
 def test_shapes_grow_in_steps():
   one, other = rows()
 

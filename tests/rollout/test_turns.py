@@ -65,6 +65,21 @@ def test_a_zoom_brings_a_crop(policy):
   assert (reply.ids == policy.model.image_token).sum() == images.vision_tokens(reply.image, policy.model.vision.grid)
 
 
+@pytest.mark.parametrize("thought", ["", "<think>the left one, \u00e9\u4e2d\U0001f600</think>"])
+def test_which_tokens_hold_the_call_and_the_box(policy, thought):
+  row = begin(policy)
+  say(policy, row, thought + prompt.call_text((10, 10, 40, 40)))
+  said, codec = row.traj.turns[0], policy.codec
+  (a, b), (c, d) = said.call_span, said.box_span
+  assert 0 <= a < c < d < b <= len(said.ids) and (a == 0) == (not thought)
+  call, numbers = codec.decode(said.ids[a:b]), codec.decode(said.ids[c:d])
+  assert call.startswith("<tool_call>") and call.endswith("</tool_call>")
+  # A token may reach over either end, but no token more than it takes.
+  assert "[10, 10, 40, 40]" in numbers
+  assert "[10, 10, 40, 40]" not in codec.decode(said.ids[c + 1:d])
+  assert "[10, 10, 40, 40]" not in codec.decode(said.ids[c:d - 1])
+
+
 def test_a_bad_box_is_told(policy):
   row = begin(policy)
   reply = say(policy, row, prompt.call_text((40, 12, 10, 48)))

@@ -81,7 +81,7 @@ def test_sampled_logps_are_the_learners(base):
   policy, params, padding = base
   got = zoom.rollout(policy, params, draw_tasks(4), jax.random.key(1), group_size=2, temperature=0.7)
   batch = jax.tree.map(jax.numpy.asarray, pack.pack(got, padding))
-  logp, _ = step_lib.logp_entropy(params, step_lib.Config(policy.model, 2, temperature=0.7), batch)
+  logp, _, _ = step_lib.outputs(params, step_lib.Config(policy.model, 2, temperature=0.7), batch)
   mask = np.asarray(batch.sampled_BT)
   np.testing.assert_allclose(np.asarray(logp)[mask], batch.logp_sampler_BT[mask], atol=1e-4)
 

@@ -40,6 +40,7 @@ _TARGET_IMAGE = {
 }
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 END = "<|im_end|>"
+_BOX = re.compile(r'"bbox_2d"\s*:\s*(\[[^\]]*\])')
 # A tool call longer than this is refused unread: no honest call comes near it.
 MAX_CALL_CHARS = 2000
 
@@ -63,10 +64,14 @@ class Zoom:
   Attributes:
     box: as written, in the frame of the image that it is of, as that was shown.
     target_image: which image that is: 0 the first, k the k-th crop.
+    call_chars: where in the text the call stands, tags included, half-open.
+    box_chars: where its four numbers stand, brackets included; the call's if the key is not written plainly.
   """
 
   box: tuple[float, float, float, float]
   target_image: int = 0
+  call_chars: tuple[int, int] = dataclasses.field(default=(0, 0), compare=False)
+  box_chars: tuple[int, int] = dataclasses.field(default=(0, 0), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +237,9 @@ def _parse_call(text: str) -> Zoom | ParseFailure:
   target = arguments.get("target_image", 0)
   if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target <= 10 ** 6:
     return ParseFailure("target_image must be a whole number, 0 or more", True)
-  return Zoom(tuple(float(v) for v in box), target)
+  whole = start - len("<tool_call>"), end + len("</tool_call>")
+  found = _BOX.search(text, start, end)
+  return Zoom(tuple(float(v) for v in box), target, whole, found.span(1) if found else whole)
 
 
 class Codec:

@@ -72,7 +72,7 @@ def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int
   Source: ours; the intervals are Efron's percentile bootstrap.
   """
   _check(h0, bootstrap)
-  top_NK, bottom_NK = _terms(outcomes, h0)
+  top_NK, bottom_NK = terms(outcomes, h0)
   values_K = _ratio(top_NK.sum(0), bottom_NK.sum(0))
   samples_SK = _ratio(*_resample(len(outcomes), bootstrap, seed, top_NK, bottom_NK))
   result = {"n": len(outcomes)}
@@ -117,10 +117,10 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
     if (old.kind, old.has_boxes, old.answerable) != (new.kind, new.has_boxes, new.answerable):
       raise ValueError("after must have the outcomes of the tasks of before, in the same order. "
                        f"Received: {new} at {index}, where before has {old}")
-  terms = *_terms(before, h0), *_terms(after, h0)
-  old_top_K, old_bottom_K, new_top_K, new_bottom_K = (term_NK.sum(0) for term_NK in terms)
+  both = *terms(before, h0), *terms(after, h0)
+  old_top_K, old_bottom_K, new_top_K, new_bottom_K = (term_NK.sum(0) for term_NK in both)
   values_K = _ratio(new_top_K, new_bottom_K) - _ratio(old_top_K, old_bottom_K)
-  old_top_SK, old_bottom_SK, new_top_SK, new_bottom_SK = _resample(len(before), bootstrap, seed, *terms)
+  old_top_SK, old_bottom_SK, new_top_SK, new_bottom_SK = _resample(len(before), bootstrap, seed, *both)
   samples_SK = _ratio(new_top_SK, new_bottom_SK) - _ratio(old_top_SK, old_bottom_SK)
   return {"n": len(before)} | {
       name: _interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS) if name in _COMPARED}
@@ -167,13 +167,23 @@ def _check(h0, bootstrap):
     raise ValueError(f"bootstrap must be at least 1. Received: {bootstrap!r}")
 
 
-def _terms(outcomes, h0):
-  """Each task's part in the numerator and the denominator of each metric, K of them."""
+def terms(outcomes: list[Outcome], h0: float) -> tuple[np.ndarray, np.ndarray]:
+  """Each task's part in the numerator and the denominator of each metric.
+
+  Args:
+    outcomes: one a task, N of them.
+    h0: IoU in [0, 1] that makes a visual action correct.
+
+  Returns:
+    float64[N, K] each, K in the order of `METRICS`.
+
+  Source: ours.
+  """
   top_NK, bottom_NK = np.zeros((2, len(outcomes), len(METRICS)))
   for row, o in enumerate(outcomes):
     ious = np.asarray(o.ious, np.float32) if o.has_boxes else np.zeros(0, np.float32)
     hits = int((ious >= np.float32(h0)).sum())  # float32 as in the reward, so that the two agree on ties
-    terms = {
+    parts = {
         "acc_ans": (o.correct and o.answerable, o.answerable),
         "acc_rat": (hits, len(ious)),
         "hit_rate": (hits > 0, o.has_boxes),
@@ -183,7 +193,7 @@ def _terms(outcomes, h0):
         "invalid_action_rate": (o.invalid_actions, len(o.ious) + o.invalid_actions),
         "overlong_rate": (o.overlong, 1),
     }
-    top_NK[row], bottom_NK[row] = zip(*(terms[name] for name in METRICS))
+    top_NK[row], bottom_NK[row] = zip(*(parts[name] for name in METRICS))
   return top_NK, bottom_NK
 
 

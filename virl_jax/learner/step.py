@@ -29,6 +29,7 @@ class OptimConfig:
   """See `config.py`, section `optim`."""
 
   learning_rate: float = 1e-6
+  critic_learning_rate: float = 1e-5
   warmup_steps: int = 0
   decay_steps: int = 0
   b1: float = 0.9
@@ -65,16 +66,22 @@ class TrainState:
     update: int32 scalar, optimiser updates so far.
     params: the policy.
     opt_state: AdamW's moments and counters.
+    kl_coef: float32 scalar, weight of the KL term; moves if it is adaptive.
+    critic: the value head, "w" float32[D] and "b" float32[1]; None if there is none.
+    critic_opt_state: its moments.
   """
 
   update: jax.Array
   params: dict
   opt_state: optax.OptState
+  kl_coef: jax.Array
+  critic: dict | None = None
+  critic_opt_state: optax.OptState | None = None
 
 
-def schedule(cfg: OptimConfig) -> optax.Schedule:
-  """Linear warm-up, then constant, or linear decay to a tenth."""
-  peak = cfg.learning_rate
+def schedule(cfg: OptimConfig, peak: float | None = None) -> optax.Schedule:
+  """Linear warm-up to the peak (`cfg.learning_rate`), then constant, or linear decay to a tenth."""
+  peak = cfg.learning_rate if peak is None else peak
   after = (optax.linear_schedule(peak, 0.1 * peak, cfg.decay_steps) if cfg.decay_steps
            else optax.constant_schedule(peak))
   if not cfg.warmup_steps:
@@ -94,29 +101,50 @@ def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
                   mask=lambda p: jax.tree_util.tree_map_with_path(decayed, p)))
 
 
-def init_state(params: dict, cfg: OptimConfig) -> TrainState:
-  """A fresh state around parameters; moments take the parameters' shardings."""
+def critic_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
+  """Adam behind clipping of its own, for the value head."""
+  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm),
+                     optax.adam(schedule(cfg, cfg.critic_learning_rate), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
+
+
+def init_state(params: dict, cfg: OptimConfig, kl_coef: float = 0.0, critic_width: int = 0) -> TrainState:
+  """A fresh state around parameters; moments take the parameters' shardings.
+
+  Args:
+    params: the policy.
+    cfg: the optimisers.
+    kl_coef: what the KL term's weight begins with.
+    critic_width: D, for a value head that expects nothing (0) at first; 0 for none.
+  """
   opt, first = optimizer(cfg), jax.tree.leaves(params)[0].sharding
+  rest = {"kl_coef": jnp.float32(kl_coef)}
+  if critic_width:
+    rest["critic"] = {"w": jnp.zeros((critic_width,), jnp.float32), "b": jnp.zeros((1,), jnp.float32)}
+    rest["critic_opt_state"] = critic_optimizer(cfg).init(rest["critic"])
+  update = jnp.zeros((), jnp.int32)
   if not isinstance(first, jax.sharding.NamedSharding):
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(opt.init)(params))
+    return TrainState(update, params, jax.jit(opt.init)(params), **rest)
   # Zeros depend on no input, so that jit by itself would put them whole on every device.
   whole = mesh_lib.replicated(first.mesh)
   shardings = optax.tree.map_params(opt, lambda _, p: p.sharding, jax.eval_shape(opt.init, params), params,
                                     transform_non_params=lambda _: whole)
-  return TrainState(jax.device_put(jnp.zeros((), jnp.int32), whole), params,
-                    jax.jit(opt.init, out_shardings=shardings)(params))
+  update, rest = jax.device_put((update, rest), whole)
+  return TrainState(update, params, jax.jit(opt.init, out_shardings=shardings)(params), **rest)
 
 
-def logp_entropy(params: dict, cfg: Config, batch: types.Batch) -> tuple[jax.Array, jax.Array]:
-  """Log-probability of every token given what precedes it, and the entropy there.
+def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None = None
+            ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """What a policy and a critic make of every token given what precedes it.
 
   Args:
     params: any policy's parameters.
     cfg: model and temperature.
     batch: trajectories.
+    critic: the value head, on the policy's last hidden state; None for none.
 
   Returns:
-    float32[B, T] each, nats; position t is about token t, position 0 holds 0.
+    Log-probability of each token and entropy where it was written (nats), and what the critic expected before
+    it (None without one); float32[B, T] each.  Position t is about token t, position 0 holds 0.
   """
   with mesh_lib.context(cfg.mesh):
     h = qwen.hidden(params, cfg.model, batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT, batch.images,
@@ -124,7 +152,10 @@ def logp_entropy(params: dict, cfg: Config, batch: types.Batch) -> tuple[jax.Arr
   targets = jnp.roll(batch.tokens_BT, -1, axis=1)
   logp, entropy = qwen.token_logp(params, cfg.model, h, targets, cfg.temperature)
   shift = lambda a: jnp.pad(a[:, :-1], ((0, 0), (1, 0)))
-  return shift(logp), shift(entropy)
+  value = None
+  if critic is not None:
+    value = shift(jnp.einsum("btd,d->bt", h.astype(jnp.float32), critic["w"]) + critic["b"][None])
+  return shift(logp), shift(entropy), value
 
 
 def mask(batch: types.Batch) -> jax.Array:
@@ -133,53 +164,100 @@ def mask(batch: types.Batch) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def score_step(params: dict, ref_params: dict | None, batch: types.Batch, cfg: Config
-               ) -> tuple[types.ScoredBatch, dict]:
+def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, cfg: Config,
+               h0: jax.Array | float | None = None) -> tuple[types.ScoredBatch, dict]:
   """Rewards, credit and advantages of a batch, with the policy as it is before the update.
 
   Args:
-    params: the policy.
+    state: the policy and, if there is one, the critic.
     ref_params: the frozen reference for the KL term, or None.
     batch: whole groups, neighbours in rows.
     cfg: static.
+    h0: the threshold of this step; None for `cfg.reward.h0`, which the metrics always use.
 
   Returns:
     The scored batch, and metrics (float32 scalars).
 
   Source: ViRL (arXiv 2511.23031), as DESIGN's formulas read it; see `rl.reward` and `rl.credit`.
   """
-  logp, _ = logp_entropy(params, cfg, batch)
-  logp_ref = logp if ref_params is None else logp_entropy(ref_params, cfg, batch)[0]
-  fid = jax.vmap(lambda *a: reward.fidelity(*a, cfg.reward))(
+  h0 = cfg.reward.h0 if h0 is None else h0
+  logp, _, value = outputs(state.params, cfg, batch, state.critic)
+  logp_ref = logp if ref_params is None else outputs(ref_params, cfg, batch)[0]
+  fid = jax.vmap(lambda *a: reward.fidelity(*a, cfg.reward, h0))(
       batch.box_BR4, batch.box_mask_BR, batch.gt_BJ4, batch.gt_mask_BJ)
   total_B = jax.vmap(lambda *a: reward.total(*a, cfg.reward))(batch.answer_B, batch.format_B, fid.mean)
-  advantage_B = advantage.group_relative(total_B, cfg.group_size, cfg.advantage, batch.row_mask_B)
+  metrics = _score_metrics(batch, fid, total_B, cfg)
+  if cfg.loss.kl_in_reward:
+    kl_BT = loss.kl(logp, logp_ref, cfg.loss.kl_estimator)
+    total_B = total_B - state.kl_coef * jnp.where(batch.sampled_BT, kl_BT, 0.0).sum(-1)
+  informative_B = advantage.informative(total_B, cfg.group_size, batch.row_mask_B)
+  if cfg.advantage.drop_equal:
+    batch = batch.replace(row_mask_B=batch.row_mask_B & informative_B)
   class_BR = jax.vmap(credit.classify)(fid.correct_R, fid.redundant_R, fid.target_R >= 0)
-  modulator_BR = jax.vmap(lambda c, a: credit.modulator(c, a, cfg.credit))(class_BR, advantage_B)
-  advantage_BT = jax.vmap(credit.token_advantages)(advantage_B, modulator_BR, batch.action_BT, mask(batch))
+  plain_BT, advantage_B, return_BT = _plain_advantages(batch, fid, total_B, value, cfg)
+  modulate = lambda sign_B: jax.vmap(lambda c, a, s: credit.modulator(c, a, cfg.credit, s - h0))(
+      class_BR, sign_B, fid.score_R)
+  step_BR = None
+  if cfg.credit.kind == "additive":
+    step_BR = cfg.credit.step_weight * advantage.steps(fid.reward_R, fid.target_R >= 0, cfg.group_size)
+  modulator_BR = modulate(advantage_B)
+  spread = jax.vmap(credit.token_advantages, (0, 0, 0, 0, None if step_BR is None else 0))
+  if cfg.advantage.kind == "gae":  # each token has a sign of its own
+    one_B = jnp.ones_like(advantage_B)
+    praise, blame = ((s, modulate(s)) for s in (one_B, -one_B))
+    side = lambda s: jnp.where(plain_BT * s[:, None] > 0, plain_BT, 0.0)
+    part = lambda s, m: spread(side(s), m, batch.action_BT, mask(batch), None)
+    advantage_BT = part(*praise) + part(*blame)
+  else:
+    advantage_BT = spread(advantage_B, modulator_BR, batch.action_BT, mask(batch), step_BR)
+  if cfg.credit.keep_scale:
+    advantage_BT = credit.keep_scale(advantage_BT, plain_BT, mask(batch))
   gap = jnp.where(mask(batch), jnp.abs(logp - batch.logp_sampler_BT), 0.0)
-  actions = batch.box_mask_BR.sum()
+  judged_BR = batch.box_mask_BR & batch.gt_mask_BJ.any(-1)[:, None]
+  metrics |= {
+      "credit/redundant_share": loss.masked_mean((class_BR == credit.REDUNDANT).astype(jnp.float32), judged_BR),
+      "advantage/abs_mean": jnp.abs(advantage_B).mean(),
+      "advantage/informative_share": informative_B.mean(),
+      "rollout/logp_gap_max": gap.max(), "rollout/logp_gap_mean": loss.masked_mean(gap, mask(batch)),
+  }
+  return types.ScoredBatch(batch, logp, logp_ref, advantage_BT, fid.iou_R, class_BR, modulator_BR, advantage_B,
+                           total_B, value, return_BT), metrics
+
+
+def _score_metrics(batch: types.Batch, fid: reward.Fidelity, total_B: jax.Array, cfg: Config) -> dict:
+  """What the trajectories are like; in terms of IoU and `cfg.reward.h0`, whatever is rewarded."""
   has_gt_B = batch.gt_mask_BJ.any(-1)
   # Visual actions are judged only where there is something to judge them by.
   judged_BR = batch.box_mask_BR & has_gt_B[:, None]
-  metrics = {
+  hit_BR = judged_BR & (fid.iou_R >= cfg.reward.h0)
+  return {
       "reward/total": total_B.mean(), "reward/answer": batch.answer_B.mean(), "reward/format": batch.format_B.mean(),
       "reward/fidelity": fid.mean.mean(), "acc_ans": batch.answer_B.mean(),
-      "acc_rat": loss.masked_mean(fid.correct_R.astype(jnp.float32), judged_BR),
-      "rationale_count": actions / batch.answer_B.shape[0],
-      "hit_rate": loss.masked_mean(fid.correct_R.any(-1).astype(jnp.float32), has_gt_B),
+      "acc_rat": loss.masked_mean(hit_BR.astype(jnp.float32), judged_BR),
+      "rationale_count": batch.box_mask_BR.sum() / batch.answer_B.shape[0],
+      "hit_rate": loss.masked_mean(hit_BR.any(-1).astype(jnp.float32), has_gt_B),
+      "coverage": loss.masked_mean(fid.covered, has_gt_B),
       "mean_iou": loss.masked_mean(fid.iou_R, judged_BR),
-      "credit/redundant_share": loss.masked_mean((class_BR == credit.REDUNDANT).astype(jnp.float32), judged_BR),
-      "advantage/abs_mean": jnp.abs(advantage_B).mean(),
-      "rollout/logp_gap_max": gap.max(), "rollout/logp_gap_mean": loss.masked_mean(gap, mask(batch)),
+      "data/no_boxes_share": 1.0 - has_gt_B.mean(),
       "tokens/generated": batch.sampled_BT.sum().astype(jnp.float32),
   }
-  return types.ScoredBatch(batch, logp, logp_ref, advantage_BT, fid.iou_R, class_BR, modulator_BR, advantage_B,
-                           total_B), metrics
+
+
+def _plain_advantages(batch, fid, total_B, value_BT, cfg) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Advantages before the fine level: a token, a trajectory; and the critic's targets, if there is one."""
+  trained = mask(batch)
+  if cfg.advantage.kind != "gae":
+    advantage_B = advantage.relative(total_B, cfg.group_size, cfg.advantage, batch.row_mask_B)
+    return jnp.where(trained, advantage_B[:, None], 0.0), advantage_B, None
+  reward_BT = jax.vmap(lambda *a: reward.place(*a, cfg.reward))(total_B, fid, batch.action_BT, trained)
+  raw_BT, return_BT = jax.vmap(lambda *a: advantage.gae(*a, cfg.advantage))(reward_BT, value_BT, trained)
+  plain_BT = advantage.standardize(raw_BT.reshape(-1), trained.reshape(-1), True).reshape(raw_BT.shape)
+  return plain_BT, jax.vmap(loss.masked_mean)(plain_BT, trained), return_BT
 
 
 def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, dict]:
-  (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  """One step of both optimisers on loss_fn(params, critic) -> (loss, metrics)."""
+  (_, metrics), (grads, critic_grads) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(state.params, state.critic)
   updates, opt_state = optimizer(cfg.optim).update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   if cfg.mesh is not None:
@@ -189,7 +267,11 @@ def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, dict]:
     opt_state = optax.tree.map_params(optimizer(cfg.optim), pin, opt_state, shardings)
   metrics = dict(metrics, **{"optim/grad_norm": optax.tree.norm(grads),
                              "optim/learning_rate": schedule(cfg.optim)(state.update)})
-  return TrainState(state.update + 1, params, opt_state), metrics
+  state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
+  if state.critic is not None:
+    updates, critic_opt_state = critic_optimizer(cfg.optim).update(critic_grads, state.critic_opt_state)
+    state = state.replace(critic=optax.apply_updates(state.critic, updates), critic_opt_state=critic_opt_state)
+  return state, metrics
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
@@ -204,15 +286,23 @@ def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tu
   Returns:
     The next state, and metrics (float32 scalars); check "loss/total" for finiteness.
 
-  Source: PPO (arXiv 1707.06347), equation 7, with a group-relative advantage and the token advantages of
-  `rl.credit`.
+  Source: PPO (arXiv 1707.06347), equations 7 and 9, with the token advantages of `rl.credit`.
   """
-  def loss_fn(params):
-    logp, entropy = logp_entropy(params, cfg, scored.batch)
-    return loss.policy_loss(logp, scored.logp_old_BT, scored.logp_ref_BT, entropy, scored.advantage_BT,
-                            mask(scored.batch), cfg.loss)
+  trained = mask(scored.batch)
 
-  return _apply(state, loss_fn, cfg)
+  def loss_fn(params, critic):
+    logp, entropy, value = outputs(params, cfg, scored.batch, critic)
+    total, metrics = loss.policy_loss(logp, scored.logp_old_BT, scored.logp_ref_BT, entropy, scored.advantage_BT,
+                                      trained, cfg.loss, scored.batch.logp_sampler_BT, state.kl_coef)
+    if critic is None:
+      return total, metrics
+    critic_loss, more = loss.value_loss(value, scored.value_old_BT, scored.return_BT, trained, cfg.loss)
+    total = total + cfg.loss.value_coef * critic_loss
+    return total, metrics | more | {"loss/total": total}
+
+  state, metrics = _apply(state, loss_fn, cfg)
+  kl_coef = loss.next_kl_coef(state.kl_coef, metrics["loss/kl"], trained.shape[0], cfg.loss)
+  return state.replace(kl_coef=kl_coef), metrics | {"loss/kl_coef": state.kl_coef}
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
@@ -227,9 +317,8 @@ def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[Tr
   Returns:
     The next state, and metrics; "loss/total" is in nats a token.
   """
-  def loss_fn(params):
-    logp, _ = logp_entropy(params, cfg, batch)
-    nll = -loss.masked_mean(logp, mask(batch))
+  def loss_fn(params, _):
+    nll = -loss.masked_mean(outputs(params, cfg, batch)[0], mask(batch))
     return nll, {"loss/total": nll}
 
   return _apply(state, loss_fn, cfg)

@@ -1,6 +1,15 @@
-"""Group-relative advantages: how much better a trajectory did than its siblings.
+"""Advantages: how much better a trajectory, or a token, did than was to be expected.
 
-Our reading: the coarse advantage of ViRL is GRPO's; the standard deviation is the population's.
+One number a trajectory (`relative`), by what it is compared with:
+
+    group  the mean of its G siblings, divided by their standard deviation (GRPO); without the division
+           it is Dr. GRPO's
+    rloo   the mean of the other G - 1 siblings
+    batch  the mean of the whole batch, divided by its standard deviation
+
+or one number a token: `gae`, from a critic's values.
+
+Our reading: the coarse advantage of ViRL is GRPO's; standard deviations are the population's.
 """
 
 from __future__ import annotations
@@ -11,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 _EPS = 1e-6
+KINDS = ("group", "rloo", "batch", "gae")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,30 +28,164 @@ class Config:
   """How the coarse advantage is computed.
 
   Attributes:
-    normalize_std: divide by the group's standard deviation.
+    kind: one of `KINDS`.
+    normalize_std: divide by the group's standard deviation, if kind is "group".
+    gamma: discount a token, if kind is "gae".
+    lam: of GAE, between one-step (0) and Monte Carlo (1).
+    drop_equal: groups whose rewards are all equal don't count in the loss, not even in its denominators.
   """
 
+  kind: str = "group"
   normalize_std: bool = True
+  gamma: float = 1.0
+  lam: float = 0.95
+  drop_equal: bool = False
 
 
-def group_relative(reward_B: jax.Array, group_size: int, cfg: Config,
-                   mask_B: jax.Array | None = None) -> jax.Array:
-  """Reward minus the mean of the group, divided by the group's standard deviation.
+def standardize(x_N: jax.Array, mask_N: jax.Array, divide: bool) -> jax.Array:
+  """Minus the mean of what the mask shows, divided by its standard deviation if asked.
+
+  Args:
+    x_N: float32[N].
+    mask_N: bool[N], False on entries that count for nothing, whatever they hold.
+    divide: whether to divide.
+
+  Returns:
+    float32[N], finite; exactly 0 off the mask, and throughout if all entries are equal.
+
+  Source: GRPO, DeepSeekMath (arXiv 2402.03300), section 4.1.2.
+  """
+  count = jnp.maximum(mask_N.sum(), 1)
+  # Measured from one of the entries, equal entries are 0, and so is their mean: the mean of the entries
+  # themselves is rounded, and dividing by the deviation would amplify that.
+  offset_N = jnp.where(mask_N, x_N - x_N[jnp.argmax(mask_N)], 0.0)
+  centred_N = jnp.where(mask_N, offset_N - offset_N.sum() / count, 0.0)
+  if not divide:
+    return centred_N
+  # eps under the root, not beside it: the root then has a gradient at 0.
+  return centred_N / jnp.sqrt(jnp.square(centred_N).sum() / count + _EPS**2)
+
+
+def relative(reward_B: jax.Array, group_size: int, cfg: Config, mask_B: jax.Array | None = None) -> jax.Array:
+  """One advantage a trajectory, by `cfg.kind`; see the module docstring.
 
   Args:
     reward_B: float32[B]; rows of one group are neighbours.
     group_size: rows of a group, G; divides B.
-    cfg: whether to divide by the standard deviation.
+    cfg: which kind.
     mask_B: bool[B], False on rows that count for nothing, whatever their reward holds; None for none.
 
   Returns:
-    float32[B], finite; exactly 0 on masked rows and throughout a group whose rewards are all equal.
+    float32[B], finite; exactly 0 on masked rows, throughout a group (batch) whose rewards are all equal, and
+    for "rloo" on a row without siblings.
 
   Raises:
-    ValueError: the rows don't make whole groups, or the mask doesn't fit.
+    ValueError: the rows don't make whole groups, the mask doesn't fit, or the kind is not one a trajectory.
 
-  Source: GRPO, DeepSeekMath (arXiv 2402.03300), section 4.1.2.
+  Source: GRPO, arXiv 2402.03300, section 4.1.2; Dr. GRPO, arXiv 2503.20783; RLOO, arXiv 2402.14740, section 3.2;
+  REINFORCE++, arXiv 2501.03262, for statistics of the batch.
   """
+  reward_B, mask_B = _rows(reward_B, mask_B, group_size)
+  if cfg.kind == "batch":
+    return standardize(reward_B, mask_B, True)
+  if cfg.kind not in ("group", "rloo"):
+    raise ValueError(f"kind must be group, rloo or batch. Received: {cfg.kind!r}")
+
+  def one_group(reward_G, mask_G):
+    if cfg.kind == "group":
+      return standardize(reward_G, mask_G, cfg.normalize_std)
+    # Minus the mean of the others is the deviation from the mean of all, times n / (n - 1).
+    count = mask_G.sum()
+    return standardize(reward_G, mask_G, False) * (count / jnp.maximum(count - 1, 1))
+
+  groups = (-1, group_size)
+  return jax.vmap(one_group)(reward_B.reshape(groups), mask_B.reshape(groups)).reshape(-1)
+
+
+def steps(reward_BR: jax.Array, mask_BR: jax.Array, group_size: int) -> jax.Array:
+  """How much better each visual action did than all those of its group: z-scores.
+
+  Args:
+    reward_BR: float32[B, R], each action's own reward; rows of one group are neighbours.
+    mask_BR: bool[B, R], True on actions that can be judged.
+    group_size: G; divides B.
+
+  Returns:
+    float32[B, R], finite; exactly 0 off the mask, and throughout a group whose actions all earned the same.
+
+  Raises:
+    ValueError: the rows don't make whole groups.
+
+  Source: process supervision with GRPO, DeepSeekMath (arXiv 2402.03300), section 4.1.3.
+  """
+  B, R = reward_BR.shape
+  if group_size < 1 or B % group_size:
+    raise ValueError(f"group_size must divide the {B} rows of reward_BR. Received: {group_size}")
+  if R == 0:
+    return reward_BR
+  groups = B // group_size, group_size * R
+  each = jax.vmap(lambda r, m: standardize(r, m, True))
+  return each(reward_BR.reshape(groups), mask_BR.reshape(groups)).reshape(B, R)
+
+
+def informative(reward_B: jax.Array, group_size: int, mask_B: jax.Array | None = None) -> jax.Array:
+  """Which rows belong to a group whose rewards are not all equal: the others teach nothing.
+
+  Args:
+    reward_B, group_size, mask_B: as in `relative`.
+
+  Returns:
+    bool[B], the same for all rows of a group; masked rows don't make a group unequal.
+
+  Raises:
+    ValueError: as `relative`.
+
+  Source: dynamic sampling, DAPO (arXiv 2503.14476), section 3.2.
+  """
+  reward_B, mask_B = _rows(reward_B, mask_B, group_size)
+  reward_NG, mask_NG = reward_B.reshape(-1, group_size), mask_B.reshape(-1, group_size)
+  low_N = jnp.where(mask_NG, reward_NG, jnp.inf).min(-1)
+  high_N = jnp.where(mask_NG, reward_NG, -jnp.inf).max(-1)
+  return jnp.repeat(high_N > low_N, group_size)
+
+
+def gae(reward_T: jax.Array, value_T: jax.Array, mask_T: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
+  """Generalised advantage estimation over the tokens that the policy wrote.
+
+  What the policy did not write (tool results, padding) is no step: the token after it follows the one before.
+
+  Args:
+    reward_T: float32[T], what came in when the token was written.
+    value_T: float32[T], the critic's expectation before the token was written.
+    mask_T: bool[T], True on tokens that the policy wrote.
+    cfg: gamma and lam.
+
+  Returns:
+    Advantages and returns (the critic's targets), float32[T] each, 0 off the mask.
+
+  Raises:
+    ValueError: shapes differ.
+
+  Source: GAE, arXiv 1506.02438, equations 11-16; after the last token nothing comes.
+  """
+  if not reward_T.shape == value_T.shape == mask_T.shape:
+    raise ValueError("reward_T, value_T and mask_T must have the same shape. "
+                     f"Received: {reward_T.shape}, {value_T.shape}, {mask_T.shape}")
+  reward_T, value_T = (jnp.where(mask_T, x, 0.0) for x in (reward_T, value_T))
+
+  def back(carry, token):
+    next_value, next_advantage = carry
+    reward, value, real = token
+    advantage = reward + cfg.gamma * next_value - value + cfg.gamma * cfg.lam * next_advantage
+    carry = jnp.where(real, value, next_value), jnp.where(real, advantage, next_advantage)
+    return carry, jnp.where(real, advantage, 0.0)
+
+  start = jnp.zeros((), reward_T.dtype), jnp.zeros((), reward_T.dtype)
+  _, advantage_T = jax.lax.scan(back, start, (reward_T, value_T, mask_T), reverse=True)
+  return advantage_T, jnp.where(mask_T, advantage_T + value_T, 0.0)
+
+
+def _rows(reward_B, mask_B, group_size):
   reward_B = jnp.asarray(reward_B, jnp.float32)
   if reward_B.ndim != 1:
     raise ValueError(f"reward_B must have shape [B]. Received: {reward_B.shape}")
@@ -51,17 +195,4 @@ def group_relative(reward_B: jax.Array, group_size: int, cfg: Config,
   mask_B = jnp.ones(reward_B.shape, bool) if mask_B is None else jnp.asarray(mask_B, bool)
   if mask_B.shape != reward_B.shape:
     raise ValueError(f"mask_B must have shape {reward_B.shape}. Received: {mask_B.shape}")
-
-  def one_group(reward_G, mask_G):
-    count = jnp.maximum(mask_G.sum(), 1)
-    # Measured from one of the group's own rewards, equal rewards are 0, and so is their mean:
-    # the mean of the rewards themselves is rounded, and dividing by the deviation would amplify that.
-    offset_G = jnp.where(mask_G, reward_G - reward_G[jnp.argmax(mask_G)], 0.0)
-    centred_G = jnp.where(mask_G, offset_G - offset_G.sum() / count, 0.0)
-    if not cfg.normalize_std:
-      return centred_G
-    # eps under the root, not beside it: the root then has a gradient at 0.
-    return centred_G / jnp.sqrt(jnp.square(centred_G).sum() / count + _EPS**2)
-
-  groups = (-1, group_size)
-  return jax.vmap(one_group)(reward_B.reshape(groups), mask_B.reshape(groups)).reshape(-1)
+  return reward_B, mask_B

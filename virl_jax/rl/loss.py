@@ -1,7 +1,18 @@
-"""The policy loss: clipped surrogate, k3 estimates of KL, entropy bonus, means over tokens.
+"""The policy loss: a surrogate, KL to the reference, entropy bonus, means over tokens; and the critic's loss.
 
-Our reading: the mean is over all sampled tokens of the batch (DAPO's token mean), so that long
-trajectories weigh more than short ones.
+Surrogates (`KINDS`), with r the ratio of a token's probability under the policy to that before the update:
+
+    ppo    min(r A, clip(r) A); with a dual clip at least dual_clip * A where A < 0
+    gspo   the same with the sequence's ratio: r is e to the mean of the log-ratios of a trajectory's tokens
+    cispo  -stop_gradient(clip(r)) * A * logp: no token loses its gradient
+
+What a batch's tokens become one number by (`AGGREGATES`):
+
+    token     mean over all trained tokens, so that long trajectories weigh more than short ones
+    sequence  mean over trajectories of the mean over their tokens
+    constant  sum over tokens / (trajectories * norm_tokens): no length has any say
+
+Our reading: the mean is over all sampled tokens of the batch (DAPO's token mean) unless another is asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +23,9 @@ import jax
 import jax.numpy as jnp
 
 _MAX_LOG_RATIO = 20.0  # nats; e^20 is far outside any clip range, and finite in float32
+KINDS = ("ppo", "gspo", "cispo")
+AGGREGATES = ("token", "sequence", "constant")
+ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +33,39 @@ class Config:
   """Weights of the loss.
 
   Attributes:
+    kind: of the surrogate, one of `KINDS`.
+    aggregate: one of `AGGREGATES`.
+    norm_tokens: tokens that a trajectory is divided by if aggregate is "constant".
     clip_low: the ratio is clipped at 1 - clip_low.
     clip_high: the ratio is clipped at 1 + clip_high.
+    dual_clip: most that a token's blame is multiplied by; 0 for no limit.
+    sampler_cap: most that a token weighs for being likelier to the trainer than to the sampler (truncated
+      importance sampling); 0 for no such weights.
     kl_coef: weight of KL(policy || reference).
+    kl_estimator: one of `ESTIMATORS`.
+    kl_in_reward: take it off the reward of the trajectory instead of adding it to the loss.
+    kl_target: nats a token that an adaptive kl_coef aims at; 0 for a constant one.
+    kl_horizon: trajectories that it takes the adaptive coefficient to move by its error.
     entropy_coef: weight of the entropy bonus.
+    value_coef: weight of the critic's loss.
+    value_clip: most that a value may move from what it was before the update, for the loss; 0 for no limit.
   """
 
+  kind: str = "ppo"
+  aggregate: str = "token"
+  norm_tokens: int = 1024
   clip_low: float = 0.2
   clip_high: float = 0.28
+  dual_clip: float = 0.0
+  sampler_cap: float = 0.0
   kl_coef: float = 0.0
+  kl_estimator: str = "k3"
+  kl_in_reward: bool = False
+  kl_target: float = 0.0
+  kl_horizon: float = 10000.0
   entropy_coef: float = 0.0
+  value_coef: float = 0.5
+  value_clip: float = 0.2
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -51,49 +88,199 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.where(mask, x, 0.0).sum() / jnp.maximum(mask.sum(), 1)
 
 
-def clipped_surrogate(logp_BT: jax.Array, logp_old_BT: jax.Array, advantage_BT: jax.Array,
-                      cfg: Config) -> tuple[jax.Array, jax.Array]:
-  """PPO's pessimistic surrogate, with a clip of its own on either side.
+def aggregate(x_BT: jax.Array, mask_BT: jax.Array, cfg: Config) -> jax.Array:
+  """What a batch's tokens become one number by; 0 if the mask shows nothing.
+
+  Args:
+    x_BT: float32[B, T].
+    mask_BT: bool[B, T]; a trajectory without trained tokens does not count.
+    cfg: which of `AGGREGATES`.
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: shapes differ, or there is no such aggregate.
+
+  Source: "token" DAPO (arXiv 2503.14476), eq. 8; "sequence" GRPO (arXiv 2402.03300), eq. 3; "constant"
+  Dr. GRPO (arXiv 2503.20783), section 3.2.
+  """
+  if cfg.aggregate == "token":
+    return masked_mean(x_BT, mask_BT)
+  if cfg.aggregate not in AGGREGATES:
+    raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}. Received: {cfg.aggregate!r}")
+  if x_BT.shape != mask_BT.shape:
+    raise ValueError(f"mask_BT must have the shape of x_BT, {x_BT.shape}. Received: {mask_BT.shape}")
+  sum_B, count_B = jnp.where(mask_BT, x_BT, 0.0).sum(-1), mask_BT.sum(-1)
+  per = jnp.maximum(count_B, 1) if cfg.aggregate == "sequence" else cfg.norm_tokens
+  return (sum_B / per).sum() / jnp.maximum((count_B > 0).sum(), 1)
+
+
+def log_ratio(logp_BT: jax.Array, logp_old_BT: jax.Array, mask_BT: jax.Array, cfg: Config) -> jax.Array:
+  """The logarithm of what the surrogate takes for the ratio: each token's own, or its sequence's.
+
+  Args:
+    logp_BT: float32[B, T] nats, under the policy.
+    logp_old_BT: float32[B, T] nats, under the policy before the update.
+    mask_BT: bool[B, T], the trained tokens.
+    cfg: "gspo" makes it the sequence's.
+
+  Returns:
+    float32[B, T] nats, within +-20.  The sequence's has its value from the whole sequence and its gradient
+    from each token alone, so that tokens can have advantages of their own.
+
+  Source: GSPO (arXiv 2507.18071), eq. 7, and eq. 14 for the gradient.
+  """
+  gap_BT = jnp.clip(logp_BT - logp_old_BT, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+  if cfg.kind != "gspo":
+    return gap_BT
+  gap_BT = jnp.where(mask_BT, gap_BT, 0.0)
+  mean_B1 = gap_BT.sum(-1, keepdims=True) / jnp.maximum(mask_BT.sum(-1, keepdims=True), 1)
+  return jax.lax.stop_gradient(mean_B1) + gap_BT - jax.lax.stop_gradient(gap_BT)
+
+
+def surrogate(logp_BT: jax.Array, logp_old_BT: jax.Array, advantage_BT: jax.Array, mask_BT: jax.Array,
+              cfg: Config) -> tuple[jax.Array, jax.Array]:
+  """What is minimised on each token, with a clip of its own on either side.
 
   Args:
     logp_BT: float32[B, T] nats, under the policy that is being updated.
     logp_old_BT: float32[B, T] nats, under the policy before the update.
     advantage_BT: float32[B, T].
-    cfg: the clip.
+    mask_BT: bool[B, T], the trained tokens.
+    cfg: kind and clips.
 
   Returns:
-    loss_BT: float32[B, T], to be minimised.
-    clipped_BT: bool[B, T], True where the clip stops the gradient.
+    loss_BT: float32[B, T].
+    clipped_BT: bool[B, T], True where a clip holds: for "cispo" the weight, else it stops the gradient.
 
-  Source: PPO (arXiv 1707.06347), eq. 7; the asymmetric clip is DAPO's (arXiv 2503.14476).
+  Raises:
+    ValueError: there is no such kind.
+
+  Source: PPO (arXiv 1707.06347), eq. 7; the asymmetric clip is DAPO's (arXiv 2503.14476), the dual one is from
+  arXiv 1912.09729, eq. 5; GSPO, arXiv 2507.18071; CISPO, MiniMax-M1 (arXiv 2506.13585), eq. 4.
   """
-  ratio_BT = _ratio(logp_BT, logp_old_BT)
+  if cfg.kind not in KINDS:
+    raise ValueError(f"kind must be one of {', '.join(KINDS)}. Received: {cfg.kind!r}")
+  ratio_BT = jnp.exp(log_ratio(logp_BT, logp_old_BT, mask_BT, cfg))
   kept_BT = jnp.clip(ratio_BT, 1.0 - cfg.clip_low, 1.0 + cfg.clip_high)
+  if cfg.kind == "cispo":
+    return -jax.lax.stop_gradient(kept_BT) * advantage_BT * logp_BT, kept_BT != ratio_BT
   free_BT, held_BT = ratio_BT * advantage_BT, kept_BT * advantage_BT
-  return -jnp.minimum(free_BT, held_BT), held_BT < free_BT
+  gain_BT, clipped_BT = jnp.minimum(free_BT, held_BT), held_BT < free_BT
+  if cfg.dual_clip:
+    floor_BT = cfg.dual_clip * advantage_BT
+    low_BT = (advantage_BT < 0) & (gain_BT < floor_BT)
+    gain_BT, clipped_BT = jnp.where(low_BT, floor_BT, gain_BT), clipped_BT | low_BT
+  return -gain_BT, clipped_BT
 
 
-def kl_k3(logp_BT: jax.Array, logp_ref_BT: jax.Array) -> jax.Array:
+def kl(logp_BT: jax.Array, logp_ref_BT: jax.Array, estimator: str = "k3") -> jax.Array:
   """Per-token estimate of KL(policy || reference) on tokens that the policy sampled.
 
-  Non-negative and unbiased.  A reference more than 20 nats above the policy counts as 20.
+      k1  logp - logp_ref                       unbiased, of either sign, its gradient says nothing of the KL
+      k2  (logp - logp_ref) ** 2 / 2            biased, its gradient is the KL's
+      k3  ratio - 1 - log ratio, ref / policy   unbiased, never negative
+
+  A reference more than 20 nats above the policy counts as 20 in k3.
 
   Args:
     logp_BT: float32[B, T] nats, under the policy.
     logp_ref_BT: float32[B, T] nats, under the reference.
+    estimator: one of `ESTIMATORS`.
 
   Returns:
     float32[B, T] nats.
 
-  Source: Schulman, "Approximating KL divergence" (2020), k3.
+  Raises:
+    ValueError: there is no such estimator.
+
+  Source: Schulman, "Approximating KL divergence" (2020).
   """
+  if estimator not in ESTIMATORS:
+    raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}. Received: {estimator!r}")
+  if estimator == "k1":
+    return logp_BT - logp_ref_BT
+  if estimator == "k2":
+    return 0.5 * jnp.square(logp_BT - logp_ref_BT)
   gap_BT = jnp.minimum(logp_ref_BT - logp_BT, _MAX_LOG_RATIO)
   return jnp.exp(gap_BT) - gap_BT - 1.0
 
 
+def next_kl_coef(kl_coef: jax.Array, kl_mean: jax.Array, rows: int, cfg: Config) -> jax.Array:
+  """The adaptive coefficient after a batch: up if the policy has strayed further than it should, else down.
+
+  Args:
+    kl_coef: float32 scalar, positive.
+    kl_mean: float32 scalar, nats a token, of this batch.
+    rows: trajectories of this batch.
+    cfg: target and horizon.
+
+  Returns:
+    float32 scalar; as it came if there is no target.
+
+  Source: Ziegler et al., arXiv 1909.08593, section 2.2; the error is clipped to +-0.2 as there.
+  """
+  if not cfg.kl_target:
+    return kl_coef
+  return kl_coef * (1.0 + jnp.clip(kl_mean / cfg.kl_target - 1.0, -0.2, 0.2) * rows / cfg.kl_horizon)
+
+
+def sampler_weight(logp_old_BT: jax.Array, logp_sampler_BT: jax.Array, cfg: Config) -> jax.Array:
+  """Truncated importance weights between the sampler's distribution and the trainer's before the update.
+
+  Args:
+    logp_old_BT: float32[B, T] nats, the trainer's.
+    logp_sampler_BT: float32[B, T] nats, as sampled.
+    cfg: the cap; 0 makes all weights 1.
+
+  Returns:
+    float32[B, T] in [0, cap], without a gradient.
+
+  Source: truncated importance sampling for rollouts, Yao et al., "Your efficient RL framework secretly brings
+  you off-policy RL training" (2025).
+  """
+  if not cfg.sampler_cap:
+    return jnp.ones_like(logp_old_BT)
+  gap_BT = jnp.clip(logp_old_BT - logp_sampler_BT, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+  return jax.lax.stop_gradient(jnp.minimum(jnp.exp(gap_BT), cfg.sampler_cap))
+
+
+def value_loss(value_BT: jax.Array, value_old_BT: jax.Array, return_BT: jax.Array, mask_BT: jax.Array,
+               cfg: Config) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The critic's loss: half the squared error, the worse of the value's and the clipped value's.
+
+  Args:
+    value_BT: float32[B, T], of the critic that is being updated.
+    value_old_BT: float32[B, T], before the update.
+    return_BT: float32[B, T], the targets.
+    mask_BT: bool[B, T], the trained tokens.
+    cfg: the clip.
+
+  Returns:
+    float32 scalar, mean over tokens, and metrics: `critic/loss`, `critic/clip_frac`, `critic/explained` (share of
+    the returns' variance that the values explain; 0 if they have none).
+
+  Source: PPO's reference implementation; the share explained is the usual diagnostic.
+  """
+  value_BT, value_old_BT, return_BT = (jnp.where(mask_BT, x, 0.0) for x in (value_BT, value_old_BT, return_BT))
+  error_BT = jnp.square(value_BT - return_BT)
+  clipped_BT = jnp.zeros_like(mask_BT)
+  if cfg.value_clip:
+    near_BT = value_old_BT + jnp.clip(value_BT - value_old_BT, -cfg.value_clip, cfg.value_clip)
+    near_error_BT = jnp.square(near_BT - return_BT)
+    clipped_BT, error_BT = near_error_BT > error_BT, jnp.maximum(error_BT, near_error_BT)
+  value = 0.5 * masked_mean(error_BT, mask_BT)
+  spread = lambda x: masked_mean(jnp.square(x - masked_mean(x, mask_BT)), mask_BT)
+  total, rest = spread(return_BT), spread(return_BT - value_BT)
+  return value, {"critic/loss": value, "critic/clip_frac": masked_mean(clipped_BT.astype(jnp.float32), mask_BT),
+                 "critic/explained": jnp.where(total > 0, 1.0 - rest / jnp.where(total > 0, total, 1.0), 0.0)}
+
+
 def policy_loss(logp_BT: jax.Array, logp_old_BT: jax.Array, logp_ref_BT: jax.Array,
                 entropy_BT: jax.Array, advantage_BT: jax.Array, mask_BT: jax.Array,
-                cfg: Config) -> tuple[jax.Array, dict[str, jax.Array]]:
+                cfg: Config, logp_sampler_BT: jax.Array | None = None, kl_coef: jax.Array | None = None
+                ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The loss of a minibatch, and what to watch.
 
   What stands at masked tokens never matters, not even if it is not finite.
@@ -105,43 +292,50 @@ def policy_loss(logp_BT: jax.Array, logp_old_BT: jax.Array, logp_ref_BT: jax.Arr
     entropy_BT: float32[B, T] nats, of the policy's next-token distribution.
     advantage_BT: float32[B, T], after credit assignment.
     mask_BT: bool[B, T], True on the tokens that are trained on.
-    cfg: clip and weights.
+    cfg: kinds, clips and weights.
+    logp_sampler_BT: float32[B, T] nats, as sampled; needed if `cfg.sampler_cap`.
+    kl_coef: float32 scalar, the coefficient of this step; None for `cfg.kl_coef`.
 
   Returns:
-    loss: float32 scalar, policy + kl_coef * kl - entropy_coef * entropy; 0 for an empty mask.
+    loss: float32 scalar, policy + kl_coef * kl - entropy_coef * entropy, without the kl if it is in the reward;
+      0 for an empty mask.
     metrics: float32 scalars.  `loss/total`; `loss/policy`; `loss/kl` (nats, against the reference);
       `loss/entropy` (nats); `ppo/clip_frac` in [0, 1]; `ppo/ratio_max` (largest ratio on a trained
       token, at most e^20; 0 if there is none); `ppo/kl_old` (nats, KL(old || policy)).
 
   Raises:
-    ValueError: shapes differ.
+    ValueError: shapes differ, or `cfg` names what there is not.
 
-  Source: PPO (arXiv 1707.06347), eq. 9; token mean from DAPO (arXiv 2503.14476), eq. 8.
+  Source: PPO (arXiv 1707.06347), eq. 9; see `surrogate`, `aggregate` and `kl` for the rest.
   """
   named = {"logp_old_BT": logp_old_BT, "logp_ref_BT": logp_ref_BT, "entropy_BT": entropy_BT,
            "advantage_BT": advantage_BT, "mask_BT": mask_BT}
+  if cfg.sampler_cap:
+    named["logp_sampler_BT"] = logp_sampler_BT
   for name, value in named.items():
-    if value.shape != logp_BT.shape:
-      raise ValueError(f"{name} must have the shape of logp_BT, {logp_BT.shape}. Received: {value.shape}")
+    if value is None or value.shape != logp_BT.shape:
+      raise ValueError(f"{name} must have the shape of logp_BT, {logp_BT.shape}. "
+                       f"Received: {None if value is None else value.shape}")
   # Cleared before the exponentials: masking their results would leave NaN in the gradients.
-  logp_BT, logp_old_BT, logp_ref_BT, entropy_BT, advantage_BT = (
-      jnp.where(mask_BT, x, 0.0) for x in (logp_BT, logp_old_BT, logp_ref_BT, entropy_BT, advantage_BT))
+  clear = lambda x: jnp.where(mask_BT, x, 0.0)
+  logp_BT, logp_old_BT, logp_ref_BT, entropy_BT, advantage_BT = map(
+      clear, (logp_BT, logp_old_BT, logp_ref_BT, entropy_BT, advantage_BT))
 
-  surrogate_BT, clipped_BT = clipped_surrogate(logp_BT, logp_old_BT, advantage_BT, cfg)
-  policy = masked_mean(surrogate_BT, mask_BT)
-  kl = masked_mean(kl_k3(logp_BT, logp_ref_BT), mask_BT)
-  entropy = masked_mean(entropy_BT, mask_BT)
-  loss = policy + cfg.kl_coef * kl - cfg.entropy_coef * entropy
+  surrogate_BT, clipped_BT = surrogate(logp_BT, logp_old_BT, advantage_BT, mask_BT, cfg)
+  if cfg.sampler_cap:
+    surrogate_BT = surrogate_BT * sampler_weight(logp_old_BT, clear(logp_sampler_BT), cfg)
+  policy = aggregate(surrogate_BT, mask_BT, cfg)
+  kl_mean = aggregate(kl(logp_BT, logp_ref_BT, cfg.kl_estimator), mask_BT, cfg)
+  entropy = aggregate(entropy_BT, mask_BT, cfg)
+  kl_coef = 0.0 if cfg.kl_in_reward else cfg.kl_coef if kl_coef is None else kl_coef
+  loss = policy + kl_coef * kl_mean - cfg.entropy_coef * entropy
+  ratio_BT = jnp.exp(log_ratio(logp_BT, logp_old_BT, mask_BT, cfg))
   return loss, {
       "loss/total": loss,
       "loss/policy": policy,
-      "loss/kl": kl,
-      "loss/entropy": entropy,
+      "loss/kl": masked_mean(kl(logp_BT, logp_ref_BT, cfg.kl_estimator), mask_BT),
+      "loss/entropy": masked_mean(entropy_BT, mask_BT),
       "ppo/clip_frac": masked_mean(clipped_BT.astype(jnp.float32), mask_BT),
-      "ppo/ratio_max": jnp.max(jnp.where(mask_BT, _ratio(logp_BT, logp_old_BT), 0.0), initial=0.0),
-      "ppo/kl_old": masked_mean(kl_k3(logp_old_BT, logp_BT), mask_BT),  # the old policy sampled
+      "ppo/ratio_max": jnp.max(jnp.where(mask_BT, ratio_BT, 0.0), initial=0.0),
+      "ppo/kl_old": masked_mean(kl(logp_old_BT, logp_BT), mask_BT),  # the old policy sampled
   }
-
-
-def _ratio(logp_BT, logp_old_BT):
-  return jnp.exp(jnp.clip(logp_BT - logp_old_BT, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))

@@ -1,19 +1,22 @@
-"""Reward kernels: IoU, rationale fidelity and the total reward of one trajectory.
+"""Reward kernels: IoU and its kin, rationale fidelity, and the total reward of one trajectory.
 
-Each function takes one trajectory; the caller vmaps.  With `iou_k` the best IoU of visual action k
-with a ground-truth box, `j_k` that box, and `best_k` the best IoU that actions before k reached on
-`j_k` (0 if they reached none):
+Each function takes one trajectory; the caller vmaps.  With `s_k` the best score of visual action k with a
+ground-truth box (its IoU, unless another of `MODES` is asked for), `j_k` that box, and `best_k` the best score
+that actions before k reached on `j_k` (0 if they reached none):
 
-    sign_k  = +1 if iou_k >= h0 else -1
-    bonus_k = lam * max(0, iou_k - best_k)
-    again_k = rho if iou_k >= h0, best_k >= h0 and iou_k <= best_k else 0
-    r_k     = sign_k + bonus_k - again_k
+    sign_k   = +1 if s_k >= h0 else -1
+    bonus_k  = max(0, s_k - best_k)
+    again_k  = 1 if s_k >= h0, best_k >= h0 and s_k <= best_k else 0
+    r_k      = w_sign * sign_k + lam * bonus_k - rho * again_k
+    fidelity = average of r_k over the actions + w_cover * (targets hit / targets)
 
 Our reading: refinement and redundancy are kept per target, so that a first look at a second target
 is neither compared with the first one nor called redundant; with one target this is the paper's
 running best.
 Our reading: a task without boxes has no fidelity (0), and a trajectory that never zooms on a task
 with boxes has a fidelity of its own, `no_action`.
+Our reading: coverage of all targets (w_cover), the other scores, the other averages and the schedule of h0
+are not the paper's.
 """
 
 from __future__ import annotations
@@ -24,24 +27,41 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+MODES = ("iou", "giou", "coverage", "tightness", "centre")
+AVERAGES = ("mean", "sum", "discounted", "best")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Weights and thresholds of the reward; see `config.default().reward` for where they come from.
 
   Attributes:
-    h0: IoU in [0, 1] that makes a visual action correct.
+    h0: score that makes a visual action correct; an IoU in [0, 1] if mode is "iou".
+    h0_start: where a linear schedule of h0 begins.
+    h0_steps: steps until it arrives at h0; 0 for a constant h0.
+    mode: what a box is scored by, one of `MODES`; see `overlap`.
+    w_sign: weight of signed correctness.
     lam: weight of progressive refinement.
     rho: penalty of a redundant action.
+    average: how r_k become one number, one of `AVERAGES`; see `pool`.
+    discount: of an action after the one before it, if average is "discounted".
+    w_cover: weight of the share of targets that were hit.
     w_answer: weight of a right answer.
     w_format: weight of a well-formed trajectory.
-    w_fidelity: weight of the mean fidelity of the visual actions.
+    w_fidelity: weight of the fidelity of the visual actions.
     no_action: fidelity of a trajectory without visual actions on a task with boxes.
   """
 
   h0: float = 0.4
+  h0_start: float = 0.2
+  h0_steps: int = 0
+  mode: str = "iou"
+  w_sign: float = 1.0
   lam: float = 0.5
   rho: float = 0.5
+  average: str = "mean"
+  discount: float = 0.9
+  w_cover: float = 0.0
   w_answer: float = 1.0
   w_format: float = 0.2
   w_fidelity: float = 1.0
@@ -54,20 +74,31 @@ class Fidelity:
 
   Attributes:
     reward_R: float32, r_k; 0 where there is no action or the task has no boxes.
-    iou_R: float32 in [0, 1], best IoU with a ground-truth box; 0 where there is none.
-    target_R: int32, the ground-truth box of that IoU; -1 where there is no action or no box, so
+    iou_R: float32 in [0, 1], best IoU with a ground-truth box, whatever the mode; 0 where there is none.
+    score_R: float32, best score with a ground-truth box; equal to iou_R if the mode is "iou".
+    target_R: int32, the ground-truth box of that score; -1 where there is no action or no box, so
       `target_R >= 0` says which actions can be judged.
     redundant_R: bool, hits a target that is already hit without refining it.
-    correct_R: bool, IoU >= h0; a redundant action is correct too.
+    correct_R: bool, score >= h0; a redundant action is correct too.
     mean: float32 scalar, the fidelity term of the trajectory.
+    covered: float32 scalar in [0, 1], share of the targets that were hit; 0 if there are none.
   """
 
   reward_R: jax.Array
   iou_R: jax.Array
+  score_R: jax.Array
   target_R: jax.Array
   redundant_R: jax.Array
   correct_R: jax.Array
   mean: jax.Array
+  covered: jax.Array
+
+
+def threshold(cfg: Config, step: int) -> float:
+  """h0 at a step of training: constant, or on a line from `h0_start` to `h0`."""
+  if not cfg.h0_steps:
+    return cfg.h0
+  return cfg.h0_start + (cfg.h0 - cfg.h0_start) * min(1.0, step / cfg.h0_steps)
 
 
 def iou(box_N4: jax.Array, box_M4: jax.Array) -> jax.Array:
@@ -85,23 +116,97 @@ def iou(box_N4: jax.Array, box_M4: jax.Array) -> jax.Array:
 
   Source: ours (the Jaccard index of two rectangles).
   """
+  shared_NM, area_N1, area_1M = _areas(_boxes("box_N4", box_N4), _boxes("box_M4", box_M4))
+  # A fused multiply-add can end one ulp above.
+  return jnp.minimum(_ratio(shared_NM, area_N1 + area_1M - shared_NM), 1.0)
+
+
+def overlap(box_N4: jax.Array, box_M4: jax.Array, mode: str) -> jax.Array:
+  """How well every box of one list fits every box of another, by one of `MODES`.
+
+      iou        intersection / union                                  in [0, 1]
+      giou       iou - (hull - union) / hull                           in [-1, 1]
+      coverage   intersection / second box: is all of it seen?         in [0, 1]
+      tightness  intersection / first box: is nothing else seen?       in [0, 1]
+      centre     1 - (distance of the centres / hull's diagonal) ** 2  in [0, 1]
+
+  The hull is the smallest box around both.
+
+  Args:
+    box_N4: float32[N, 4], x1 y1 x2 y2 in pixels, half-open: what the policy looked at.
+    box_M4: float32[M, 4], in the same frame: ground truth.
+    mode: which.
+
+  Returns:
+    float32[N, M]; the least of the mode's range for boxes that are empty, reversed or not finite.
+
+  Raises:
+    ValueError: an argument is not a list of boxes, or there is no such mode.
+
+  Source: generalised IoU, arXiv 1902.09630; the centre term of DIoU, arXiv 1911.08287; the others are ours.
+  """
+  if mode not in MODES:
+    raise ValueError(f"mode must be one of {', '.join(MODES)}. Received: {mode!r}")
+  if mode == "iou":
+    return iou(box_N4, box_M4)
   box_N4, box_M4 = _boxes("box_N4", box_N4), _boxes("box_M4", box_M4)
-  low_NM2 = jnp.maximum(box_N4[:, None, :2], box_M4[None, :, :2])
-  high_NM2 = jnp.minimum(box_N4[:, None, 2:], box_M4[None, :, 2:])
-  shared_NM = _area(high_NM2 - low_NM2)
-  union_NM = (_area(box_N4[:, 2:] - box_N4[:, :2])[:, None]
-              + _area(box_M4[:, 2:] - box_M4[:, :2])[None, :] - shared_NM)
-  # Both operands are made safe before the division: a `where` after it would let NaN into gradients.
-  good_NM = (union_NM > 0) & (union_NM < jnp.inf)
-  ratio_NM = jnp.where(good_NM, shared_NM, 0.0) / jnp.where(good_NM, union_NM, 1.0)
-  return jnp.minimum(ratio_NM, 1.0)  # a fused multiply-add can end one ulp above
+  shared_NM, area_N1, area_1M = _areas(box_N4, box_M4)
+  good_NM = (area_N1 > 0) & (area_1M > 0) & (area_N1 + area_1M < jnp.inf)
+  if mode in ("coverage", "tightness"):
+    whole_NM = jnp.broadcast_to(area_1M if mode == "coverage" else area_N1, shared_NM.shape)
+    return jnp.where(good_NM, jnp.minimum(_ratio(shared_NM, whole_NM), 1.0), 0.0)
+  side_NM2 = (jnp.maximum(box_N4[:, None, 2:], box_M4[None, :, 2:])
+              - jnp.minimum(box_N4[:, None, :2], box_M4[None, :, :2]))
+  side_NM2 = jnp.where(good_NM[..., None], side_NM2, 1.0)
+  if mode == "giou":
+    hull_NM, union_NM = _area(side_NM2), area_N1 + area_1M - shared_NM
+    gap_NM = _ratio(jnp.where(good_NM, hull_NM - union_NM, 0.0), hull_NM)
+    return jnp.where(good_NM, iou(box_N4, box_M4) - jnp.clip(gap_NM, 0.0, 1.0), -1.0)
+  middle = lambda box_X4: jnp.where(jnp.isfinite(box_X4).all(-1, keepdims=True), box_X4[:, :2] + box_X4[:, 2:], 0.0) / 2
+  apart_NM = jnp.square(middle(box_N4)[:, None] - middle(box_M4)[None]).sum(-1)
+  return jnp.where(good_NM, 1.0 - jnp.minimum(_ratio(apart_NM, jnp.square(side_NM2).sum(-1)), 1.0), 0.0)
+
+
+def pool(reward_R: jax.Array, mask_R: jax.Array, cfg: Config) -> jax.Array:
+  """The rewards of a trajectory's actions as one number; 0 if there is no action.
+
+      mean        sum of r_k / K
+      sum         sum of r_k
+      discounted  sum of discount ** k * r_k, k = 0 for the first action
+      best        the largest r_k
+
+  Args:
+    reward_R: float32[R].
+    mask_R: bool[R], True on actions.
+    cfg: which, and the discount.
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: there is no such average.
+
+  Source: the mean is ViRL's (arXiv 2511.23031); the others are ours.
+  """
+  if cfg.average not in AVERAGES:
+    raise ValueError(f"average must be one of {', '.join(AVERAGES)}. Received: {cfg.average!r}")
+  reward_R, count = jnp.where(mask_R, reward_R, 0.0), mask_R.sum()
+  if cfg.average == "mean":
+    return reward_R.sum() / jnp.maximum(count, 1)
+  if cfg.average == "sum":
+    return reward_R.sum()
+  if cfg.average == "discounted":
+    return (reward_R * jnp.float32(cfg.discount) ** jnp.maximum(jnp.cumsum(mask_R) - 1, 0)).sum()
+  # Not masked to -inf: its gradient would not be finite.
+  best = jnp.max(jnp.where(mask_R, reward_R, -1e30), initial=-1e30)
+  return jnp.where(count > 0, best, 0.0)
 
 
 def fidelity(box_R4: jax.Array, box_mask_R: jax.Array, gt_J4: jax.Array, gt_mask_J: jax.Array,
-             cfg: Config) -> Fidelity:
+             cfg: Config, h0: jax.Array | None = None) -> Fidelity:
   """Scores the visual actions of one trajectory, in order.
 
-  Among targets of equal IoU the first counts.
+  Among targets of equal score the first counts.
 
   Args:
     box_R4: float32[R, 4], boxes of the actions, pixels of the original image; R may be 0.
@@ -109,45 +214,51 @@ def fidelity(box_R4: jax.Array, box_mask_R: jax.Array, gt_J4: jax.Array, gt_mask
     gt_J4: float32[J, 4], ground-truth boxes in the same frame; J may be 0.
     gt_mask_J: bool[J], True on boxes.
     cfg: thresholds and weights.
+    h0: float32 scalar, the threshold of this step (`threshold`); None for `cfg.h0`.
 
   Returns:
-    `Fidelity`; its mean is over the actions, `cfg.no_action` if there is none, and 0 if the task
+    `Fidelity`; its mean is `pool`ed over the actions, `cfg.no_action` if there is none, and 0 if the task
     has no boxes.
 
   Raises:
-    ValueError: a shape does not fit.
+    ValueError: a shape does not fit, or `cfg` names what there is not.
 
   Source: ViRL (arXiv 2511.23031), step-level rationale fidelity; form and constants are our reading.
   """
+  h0 = cfg.h0 if h0 is None else h0
   box_R4, gt_J4 = _boxes("box_R4", box_R4), _boxes("gt_J4", gt_J4)
   box_mask_R = _mask("box_mask_R", box_mask_R, box_R4)
   gt_mask_J = _mask("gt_mask_J", gt_mask_J, gt_J4)
   if gt_J4.shape[0] == 0:  # argmax needs something to look at
     gt_J4, gt_mask_J = jnp.zeros((1, 4), jnp.float32), jnp.zeros((1,), bool)
-  has_boxes = gt_mask_J.any()
-  judged_R = box_mask_R & has_boxes
+  targets = gt_mask_J.sum()
+  judged_R = box_mask_R & (targets > 0)
+  iou_RJ = iou(box_R4, gt_J4)
 
   def action(best_J, inputs):
-    iou_J, judged = inputs
-    target = jnp.argmax(jnp.where(gt_mask_J, iou_J, -1.0))
-    value, best = iou_J[target], best_J[target]
-    correct = judged & (value >= cfg.h0)
-    redundant = correct & (best >= cfg.h0) & (value <= best)
-    reward = (jnp.where(correct, 1.0, -1.0) + cfg.lam * jnp.maximum(0.0, value - jnp.maximum(best, 0.0))
-              - jnp.where(redundant, cfg.rho, 0.0))
+    score_J, judged = inputs
+    target = jnp.argmax(jnp.where(gt_mask_J, score_J, -2.0))
+    value, best = score_J[target], best_J[target]
+    correct = judged & (value >= h0)
+    redundant = correct & (best >= h0) & (value <= best)
+    reward = (cfg.w_sign * jnp.where(correct, 1.0, -1.0)
+              + cfg.lam * jnp.maximum(0.0, value - jnp.maximum(best, 0.0)) - jnp.where(redundant, cfg.rho, 0.0))
     best_J = best_J.at[target].max(jnp.where(judged, value, -1.0))
     return best_J, (jnp.where(judged, reward, 0.0), jnp.where(judged, value, 0.0),
                     jnp.where(judged, target, -1).astype(jnp.int32), redundant, correct)
 
-  # Untouched targets start below any IoU, so that h0 = 0 doesn't make them look hit already.
+  # Untouched targets start below any threshold, so that h0 = 0 doesn't make them look hit already.
   untouched_J = jnp.full(gt_mask_J.shape, -1.0, jnp.float32)
-  _, (reward_R, iou_R, target_R, redundant_R, correct_R) = jax.lax.scan(
-      action, untouched_J, (iou(box_R4, gt_J4), judged_R))
+  score_RJ = iou_RJ if cfg.mode == "iou" else overlap(box_R4, gt_J4, cfg.mode)
+  best_J, (reward_R, score_R, target_R, redundant_R, correct_R) = jax.lax.scan(
+      action, untouched_J, (score_RJ, judged_R))
 
-  count = judged_R.sum()
-  mean = jnp.where(count > 0, reward_R.sum() / jnp.maximum(count, 1), cfg.no_action)
-  return Fidelity(reward_R=reward_R, iou_R=iou_R, target_R=target_R, redundant_R=redundant_R,
-                  correct_R=correct_R, mean=jnp.where(has_boxes, mean, 0.0))
+  covered = (gt_mask_J & (best_J >= h0)).sum() / jnp.maximum(targets, 1)
+  found = pool(reward_R, judged_R, cfg) + cfg.w_cover * covered
+  mean = jnp.where(judged_R.any(), found, cfg.no_action)
+  return Fidelity(reward_R=reward_R, iou_R=jnp.where(judged_R, jnp.where(gt_mask_J, iou_RJ, 0.0).max(-1), 0.0),
+                  score_R=score_R, target_R=target_R, redundant_R=redundant_R, correct_R=correct_R,
+                  mean=jnp.where(targets > 0, mean, 0.0), covered=covered)
 
 
 def total(answer: jax.Array, format: jax.Array, fidelity_mean: jax.Array, cfg: Config) -> jax.Array:
@@ -165,6 +276,51 @@ def total(answer: jax.Array, format: jax.Array, fidelity_mean: jax.Array, cfg: C
   Source: ViRL (arXiv 2511.23031); the weights are ours.
   """
   return cfg.w_answer * answer + cfg.w_format * format + cfg.w_fidelity * fidelity_mean
+
+
+def place(total: jax.Array, fidelity: Fidelity, action_T: jax.Array, sampled_T: jax.Array, cfg: Config) -> jax.Array:
+  """A trajectory's reward on the tokens that earned it, for advantages token by token.
+
+  What each visual action adds to a mean fidelity comes in with the action's last token; the rest, with the
+  last token of all.
+
+  Args:
+    total: float32 scalar, from `total`.
+    fidelity: of the trajectory.
+    action_T: int32[T], the visual action a token belongs to; -1 outside actions.
+    sampled_T: bool[T], True on tokens that the policy wrote.
+    cfg: weights; unless `cfg.average` is "mean" an action has no share of its own, and all comes last.
+
+  Returns:
+    float32[T] that adds up to `total`; all 0 if nothing was sampled.
+
+  Source: ours.
+  """
+  R, order_T = fidelity.reward_R.shape[0], jnp.arange(action_T.shape[0])
+  judged_R = fidelity.target_R >= 0
+  share_R = cfg.w_fidelity * fidelity.reward_R / jnp.maximum(judged_R.sum(), 1)
+  mine_RT = (action_T[None] == jnp.arange(R)[:, None]) & sampled_T[None]
+  seen_R = judged_R & mine_RT.any(-1) & (cfg.average == "mean")
+  share_R = jnp.where(seen_R, share_R, 0.0)
+  last_R = jnp.where(mine_RT, order_T[None], 0).max(-1)
+  reward_T = jnp.zeros(action_T.shape, jnp.float32).at[last_R].add(share_R)
+  rest = jnp.where(sampled_T.any(), total - share_R.sum(), 0.0)
+  return reward_T.at[jnp.where(sampled_T, order_T, 0).max()].add(rest)
+
+
+def _areas(box_N4, box_M4):
+  """Shared areas [N, M], and each list's own areas [N, 1] and [1, M]."""
+  low_NM2 = jnp.maximum(box_N4[:, None, :2], box_M4[None, :, :2])
+  high_NM2 = jnp.minimum(box_N4[:, None, 2:], box_M4[None, :, 2:])
+  own = lambda box_X4: _area(box_X4[:, 2:] - box_X4[:, :2])
+  return _area(high_NM2 - low_NM2), own(box_N4)[:, None], own(box_M4)[None, :]
+
+
+def _ratio(top, bottom):
+  """0 where the denominator is 0 or not finite."""
+  # Both operands are made safe before the division: a `where` after it would let NaN into gradients.
+  good = (bottom > 0) & (bottom < jnp.inf)
+  return jnp.where(good, top, 0.0) / jnp.where(good, bottom, 1.0)
 
 
 def _area(side_X2):

@@ -23,6 +23,7 @@ class Config:
     pad_shown: counts of shown images are multiples of this.
     pad_images: counts of crops are multiples of this.
     mask_overlong: whether rows that ran out of tokens are masked from the loss.
+    scope: which of a turn's tokens are its visual action's; see `rl.credit.SCOPES`.
   """
 
   grid: images.Grid
@@ -32,6 +33,7 @@ class Config:
   pad_images: int = 8
   pad_shown: int = 8
   mask_overlong: bool = False
+  scope: str = "turn"
 
 
 def up(n: int, multiple: int) -> int:
@@ -85,7 +87,8 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
       if turn.logp is not None:
         b.sampled_BT[r, span], b.logp_sampler_BT[r, span] = True, turn.logp
       if turn.box is not None:
-        b.action_BT[r, span] = action
+        first, last = {"call": turn.call_span, "box": turn.box_span}.get(cfg.scope) or (0, len(turn.ids))
+        b.action_BT[r, at + first:at + last] = action
         b.box_BR4[r, action], b.box_mask_BR[r, action] = turn.box, True
         action += 1
       at += len(turn.ids)

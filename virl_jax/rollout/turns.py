@@ -171,13 +171,22 @@ def hear(policy: Policy, row: Row, ids: np.ndarray, logp: np.ndarray) -> bool:
 def stops_at(codec: prompt.Codec, ids: np.ndarray, stops: tuple[str, ...]) -> int:
   """How many of the tokens it takes for their text to hold one of the stop strings; 0 if it holds none."""
   holds = lambda n: any(stop in codec.decode(ids[:n]) for stop in stops)
-  if not holds(len(ids)):
-    return 0
-  low, high = 1, len(ids)
+  return _least(holds, len(ids)) if holds(len(ids)) else 0
+
+
+def _least(holds, most: int) -> int:
+  """The least n from 1 to `most` for which `holds(n)`, which goes on holding from there and holds for `most`."""
+  low, high = 1, most
   while low < high:
     middle = (low + high) // 2
     low, high = (low, middle) if holds(middle) else (middle + 1, high)
   return low
+
+
+def token_span(codec: prompt.Codec, ids: np.ndarray, chars: tuple[int, int]) -> tuple[int, int]:
+  """Which tokens hold the characters first..last-1 of the tokens' text, half-open."""
+  reaches = lambda length: _least(lambda n: len(codec.decode(ids[:n])) >= length, len(ids))
+  return reaches(chars[0] + 1) - 1, reaches(chars[1])
 
 
 def read(policy: Policy, row: Row) -> Reply | None:
@@ -237,6 +246,7 @@ def read(policy: Policy, row: Row) -> Reply | None:
   said.error = error
   if crop is not None:
     said.box, said.box_shown, said.target_image = box, parsed.box, parsed.target_image
+    said.call_span, said.box_span = (token_span(codec, ids, c) for c in (parsed.call_chars, parsed.box_chars))
     traj.images.append(crop)
   traj.turns.append(types.Turn("tool", heard, text=prompt.readable(codec.decode(heard)),
                                image_index=None if crop is None else len(traj.images) - 1))

@@ -52,7 +52,11 @@ _VERSION = 3       # raise it when `draw` changes: stored sets are named by it
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What is drawn; see `config.py`, section `data.needle`."""
+  """What is drawn; see `config.py`, section `data.needle`.
+
+  With `guessable` above 0 that share of the train split can be answered without a zoom: there, an object's mark
+  follows from its colour.  The other splits never have such pictures.
+  """
 
   families: tuple[str, ...] = ("pattern", "pair_pattern")
   objects: tuple[int, int] = (2, 4)
@@ -60,6 +64,7 @@ class Config:
   train_size: int = 2048
   test_size: int = 512
   seed: int = 0
+  guessable: float = 0.0
 
   def __post_init__(self):
     object.__setattr__(self, "families", tuple(self.families))
@@ -67,6 +72,8 @@ class Config:
     unknown = [f for f in self.families if f not in FAMILIES]
     if unknown or not self.families:
       raise ValueError(f"data.needle.families must be some of {FAMILIES}. Received: {self.families}")
+    if not 0.0 <= self.guessable <= 1.0:
+      raise ValueError(f"data.needle.guessable must be a share in [0, 1]. Received: {self.guessable}")
     low, high = self.objects
     if not 1 <= low <= high <= len(COLOURS):
       raise ValueError(f"data.needle.objects must be 1 <= fewest <= most <= {len(COLOURS)}. Received: {self.objects}")
@@ -181,7 +188,8 @@ def _place(n: int, side: int, rng: np.random.Generator) -> list[tuple[int, int, 
   return placed
 
 
-def draw_scene(rng: np.random.Generator, mark: str, n_objects: int, side_px: int = 252) -> Scene:
+def draw_scene(rng: np.random.Generator, mark: str, n_objects: int, side_px: int = 252, guessable: bool = False
+               ) -> Scene:
   """Draws one picture.
 
   Args:
@@ -189,6 +197,7 @@ def draw_scene(rng: np.random.Generator, mark: str, n_objects: int, side_px: int
     mark: a key of `MARKS`.
     n_objects: how many objects; all of different colours.
     side_px: side of the picture.
+    guessable: whether an object's mark follows from its colour.
   """
   picture = _background(side_px, rng)
   colours = rng.permutation(list(COLOURS))[:n_objects]
@@ -197,6 +206,8 @@ def draw_scene(rng: np.random.Generator, mark: str, n_objects: int, side_px: int
   things = []
   for colour, (x, y, w, h) in zip(colours, _place(n_objects, side_px, rng)):
     shape, sign = str(rng.choice(SHAPES)), str(rng.choice(pool))
+    if guessable:
+      sign = mark_of(str(colour), mark)
     base = np.clip(np.asarray(COLOURS[colour], np.float32) + rng.uniform(-8, 8, 3), 64, 191)
     surface = _texture(sign, mark, base, h, w, rng)
     where = np.ones((h, w), bool)
@@ -208,6 +219,11 @@ def draw_scene(rng: np.random.Generator, mark: str, n_objects: int, side_px: int
     things.append(Thing(str(colour), shape, sign, types.Box(x, y, x + w, y + h)))
   picture += _NOISE * rng.standard_normal(picture.shape, np.float32)
   return Scene(np.rint(picture).clip(0, 255).astype(np.uint8), tuple(things), mark)
+
+
+def mark_of(colour: str, mark: str) -> str:
+  """The mark that goes with a colour on guessable pictures."""
+  return MARKS[mark][list(COLOURS).index(colour) % len(MARKS[mark])]
 
 
 _QUESTIONS = {"pattern": "Which pattern is on the {}?", "dot": "Which colour are the dots on the {}?",
@@ -253,10 +269,12 @@ def draw(seed: int, stream: str, index: int, cfg: Config) -> tuple[types.Task, S
     The task, and the scene behind it (for demonstrations and tests).
   """
   rng = rng_for(seed, stream, index)
+  # From a generator of its own: the other pictures are the same whatever the share.
+  guessable = stream == "train" and rng_for(seed, "guess", index).random() < cfg.guessable
   family = cfg.families[index % len(cfg.families)]
   pair = family.startswith("pair_")
   scene = draw_scene(rng, family.removeprefix("pair_"), int(rng.integers(cfg.objects[0], cfg.objects[1] + 1)),
-                     cfg.side_px)
+                     cfg.side_px, guessable)
   if pair:
     i, j = choose_pair(scene, rng)
     question, answer, things = ask_pair(scene, i, j)

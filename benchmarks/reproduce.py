@@ -1,0 +1,115 @@
+"""The experiments of docs/results.md: arms of configs/ablations/arms.py, several seeds each, and what came of them.
+
+    python benchmarks/reproduce.py --quick                   # three arms, one seed, few steps: does it all work?
+    python benchmarks/reproduce.py                           # everything
+    python benchmarks/reproduce.py --arms=full,outcome_only --seeds=3 --out=runs/reproduce
+
+Runs are subprocesses of virl_jax.train, `--jobs` at a time, each in OUT/ARM/seed_S.  Give the same command again
+and what is finished is kept, what was cut off goes on from its checkpoint.  At the end OUT/results.md, curves.png
+and results.json are written; `--docs` puts the first two into docs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import results  # of this folder
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "ablations" / "arms.py"
+QUICK_ARMS = ("full", "fidelity", "outcome_only")
+# The clumsy base needs some steps to show anything; an answer about the method this is not.
+QUICK = ("--config.steps=6", "--config.eval.tasks=64", "--config.rollout.prompts=8", "--config.log.tensorboard=False")
+
+
+def all_arms() -> tuple[str, ...]:
+  import runpy
+  return tuple(runpy.run_path(str(CONFIG))["ARMS"])
+
+
+class Progress:
+  """Says what has ended, and when the rest will have."""
+
+  def __init__(self, total: int, jobs: int):
+    self.total, self.jobs, self.ended, self.seconds, self.began = total, jobs, 0, [], time.perf_counter()
+    self.lock = threading.Lock()
+
+  def end(self, name: str, seconds: float, kept: bool, ok: bool):
+    with self.lock:
+      self.ended += 1
+      if not kept:
+        self.seconds.append(seconds)
+      left = self.total - self.ended
+      each = sum(self.seconds) / len(self.seconds) if self.seconds else 0.0
+      eta = f", about {left * each / min(self.jobs, max(left, 1)) / 60:.0f} min to go" if left and each else ""
+      how = "kept" if kept else f"{seconds / 60:.1f} min" if ok else "FAILED"
+      print(f"[{self.ended}/{self.total}] {name}: {how}{eta}", flush=True)
+
+
+def run(arm: str, seed: int, out: pathlib.Path, more: tuple[str, ...], progress: Progress) -> bool:
+  """One run, to its end; True if it got there."""
+  workdir, began = out / arm / f"seed_{seed}", time.perf_counter()
+  if (workdir / "eval_after.json").exists():
+    progress.end(f"{arm}, seed {seed}", 0.0, True, True)
+    return True
+  workdir.mkdir(parents=True, exist_ok=True)
+  command = [sys.executable, "-m", "virl_jax.train", f"--config={CONFIG}:{arm}", f"--config.seed={seed}",
+             f"--workdir={workdir}", *more]
+  with open(workdir / "train.log", "a") as log:
+    code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+  progress.end(f"{arm}, seed {seed}", time.perf_counter() - began, False, code == 0)
+  return code == 0
+
+
+def main():
+  p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  p.add_argument("--quick", action="store_true")
+  p.add_argument("--arms", type=lambda s: tuple(s.split(",")), default=None)
+  p.add_argument("--seeds", type=int, default=None, help="how many, from 0; 3 by default, 1 if quick")
+  p.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
+  p.add_argument("--out", type=pathlib.Path, default=None)
+  p.add_argument("--docs", action="store_true", help="write docs/results.md and docs/results.png too")
+  args = p.parse_args()
+  known = all_arms()
+  arms = args.arms or (QUICK_ARMS if args.quick else known)
+  if unknown := [a for a in arms if a not in known]:
+    p.error(f"--arms must be some of {', '.join(known)}. Received: {', '.join(unknown)}")
+  if args.docs and args.quick:
+    p.error("--docs wants a whole run: --quick says nothing about the method")
+  seeds = args.seeds or (1 if args.quick else 3)
+  out = args.out or pathlib.Path("runs") / ("reproduce_quick" if args.quick else "reproduce")
+  began, progress = time.perf_counter(), Progress(len(arms) * seeds, args.jobs)
+  print(f"{len(arms)} arms x {seeds} seeds in {out}, {args.jobs} at a time", flush=True)
+  with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    # Seed by seed: after a third of the time there is one of each.
+    todo = [(arm, seed) for seed in range(seeds) for arm in arms]
+    good = list(pool.map(lambda t: run(*t, out, QUICK if args.quick else (), progress), todo))
+  failed = [f"{arm}/seed_{seed}" for (arm, seed), ok in zip(todo, good) if not ok]
+  found = results.read(out, arms, seeds)
+  minutes = (time.perf_counter() - began) / 60
+  text = results.markdown(found, " ".join(["python", "benchmarks/reproduce.py", *sys.argv[1:]]), minutes)
+  (out / "results.md").write_text(text)
+  results.picture(found, out / "results.png")
+  (out / "results.json").write_text(json.dumps(results.figures(found), indent=1) + "\n")
+  if args.docs and not failed:
+    for name in ("results.md", "results.png"):
+      shutil.copy(out / name, ROOT / "docs" / name)
+  print("\n" + text)
+  print(json.dumps({"command": " ".join(["python", *sys.argv]), "cores": os.cpu_count(), "minutes": minutes,
+                    "failed": failed, "figures": results.figures(found)}))
+  if failed:
+    raise SystemExit(f"error: {len(failed)} runs failed, see train.log in their folders: {', '.join(failed)}; "
+                     "give the same command again to go on with them")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,205 @@
+"""From the workdirs of benchmarks/reproduce.py to tables, curves, and what they say about the paper's claims.
+
+Every figure is over held-out tasks after training, all seeds together.  Its 95% interval is a bootstrap over
+seeds and, within them, over tasks (the same for all seeds); a difference of two arms draws the same seeds and
+tasks for both.  With three seeds the interval knows little of how seeds differ: each seed's own value stands
+beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from virl_jax.eval import harness
+from virl_jax.eval import metrics
+from virl_jax.report import log
+
+H0 = 0.4             # of every figure here, whatever the arm was trained with
+BOOTSTRAP = 4000
+SHOWN = ("acc_ans", "acc_rat", "rationale_count", "hit_rate", "mean_iou")
+SECTIONS = {
+    "The method, and what is left of it": ("full", "fidelity", "outcome_only"),
+    "The threshold h0 (full has 0.4)": ("h0_0.2", "h0_0.3", "full", "h0_0.5"),
+    "The modulators h_good and h_bad (full has 1.5 and 0.5)": (
+        "h_1.25_0.75", "full", "h_1.5_0.0", "h_2.0_0.5", "h_2.0_0.0"),
+    "The redundancy penalty rho (full has 0.5)": ("rho_0.0", "full", "rho_1.0"),
+    "Three quarters of the training pictures guessable without a zoom": (
+        "full", "guessable_full", "outcome_only", "guessable_outcome_only"),
+    "Eight rounds instead of three, and what is made of their rewards": (
+        "long_mean", "long_sum", "long_discounted", "long_best"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """Something that was published: metric of arm `more` minus metric of arm `less` is above `margin`."""
+
+  text: str
+  metric: str
+  more: str
+  less: str
+  margin: float = 0.0
+
+
+CLAIMS = (
+    Claim("ViRL's zooms are right more often than those of outcome-only training (87.3 against 78.2: 9 points)",
+          "acc_rat", "full", "outcome_only", 0.09),
+    Claim("and its answers are (90.4 against 87.6)", "acc_ans", "full", "outcome_only"),
+    Claim("Credit to single actions adds to the fidelity reward, in zooms", "acc_rat", "full", "fidelity"),
+    Claim("and in answers", "acc_ans", "full", "fidelity"),
+    Claim("h0 = 0.2 rewards weak alignment: zooms get worse", "mean_iou", "full", "h0_0.2"),
+    Claim("h0 = 0.5 punishes exploration: fewer tasks are ever hit", "hit_rate", "full", "h0_0.5"),
+    Claim("Outcome-only training on guessable data stops zooming", "rationale_count", "outcome_only",
+          "guessable_outcome_only"),
+    Claim("and the fidelity reward prevents it", "rationale_count", "guessable_full", "guessable_outcome_only"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """What came of an arm.
+
+  Attributes:
+    terms: float64[2, S, N, K], numerators and denominators of `metrics.METRICS` by seed and task.
+    curves: for each seed the lines of its metrics.jsonl.
+  """
+
+  terms: np.ndarray
+  curves: tuple[list[dict], ...]
+
+
+def read(out: pathlib.Path, arms: tuple[str, ...], seeds: int) -> dict[str, Arm]:
+  """All arms of which every seed has come to its end, and "before": the base, as the first of them found it."""
+  found, before = {}, []
+  for arm in arms:
+    folders = [out / arm / f"seed_{s}" for s in range(seeds)]
+    if not all((f / "eval_after.json").exists() for f in folders):
+      continue
+    load = lambda f, when: metrics.terms(harness.outcomes(json.loads((f / f"eval_{when}.json").read_text())), H0)
+    curves = tuple(log.read(str(f / "metrics.jsonl")) for f in folders)
+    before = before or [load(f, "before") for f in folders]
+    found[arm] = Arm(np.stack([load(f, "after") for f in folders], 1), curves)
+  return ({"before": Arm(np.stack(before, 1), ())} if before else {}) | found
+
+
+def _ratio(terms):
+  with np.errstate(invalid="ignore", divide="ignore"):
+    return terms[0] / terms[1]
+
+
+def _draws(arm: Arm, seed: int = 0) -> np.ndarray:
+  """[BOOTSTRAP, K]: the figures of each resample; the same seeds and tasks for every arm of the same size."""
+  _, S, N, K = arm.terms.shape
+  rng, samples = np.random.default_rng(seed), []
+  for _ in range(BOOTSTRAP):
+    seeds = np.bincount(rng.integers(S, size=S), minlength=S)
+    tasks = np.bincount(rng.integers(N, size=N), minlength=N)
+    samples.append(_ratio(np.einsum("s,n,xsnk->xk", seeds, tasks, arm.terms, optimize=True)))
+  return np.array(samples)
+
+
+def _interval(samples) -> tuple[float, float]:
+  kept = samples[np.isfinite(samples)]
+  return tuple(np.percentile(kept, (2.5, 97.5)).tolist()) if len(kept) else (float("nan"),) * 2
+
+
+def figures(found: dict[str, Arm]) -> dict:
+  """{arm: {metric: {"value", "low", "high", "seeds": [...]}}}, and under "claims" the verdicts."""
+  result, draws = {}, {name: _draws(arm) for name, arm in found.items()}
+  for name, arm in found.items():
+    result[name] = {}
+    for metric in SHOWN:
+      k = metrics.METRICS.index(metric)
+      low, high = _interval(draws[name][:, k])
+      result[name][metric] = {"value": float(_ratio(arm.terms.sum((1, 2)))[k]), "low": low, "high": high,
+                              "seeds": _ratio(arm.terms.sum(2))[:, k].tolist()}
+  result["claims"] = []
+  for claim in CLAIMS:
+    if claim.more not in found or claim.less not in found:
+      continue
+    k = metrics.METRICS.index(claim.metric)
+    value = result[claim.more][claim.metric]["value"] - result[claim.less][claim.metric]["value"]
+    low, high = _interval(draws[claim.more][:, k] - draws[claim.less][:, k])
+    result["claims"].append(dataclasses.asdict(claim) | {"value": value, "low": low, "high": high,
+                                                         "verdict": verdict(value, low, high, claim.margin)})
+  return result
+
+
+def verdict(value: float, low: float, high: float, margin: float) -> str:
+  """What a difference with its interval says of a claim that it is above the margin."""
+  if low > 0 and value >= margin:
+    return "seen here"
+  return "opposite" if high < 0 else "not seen here"
+
+
+def _cell(figure: dict) -> str:
+  seeds = " ".join(f"{v:.3f}" for v in figure["seeds"])
+  return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}] ({seeds})"
+
+
+def markdown(found: dict[str, Arm], command: str, minutes: float) -> str:
+  """The page."""
+  every = figures(found)
+  arms = len(found) - 1 if found else 0
+  _, seeds, tasks, _ = found["before"].terms.shape if found else (0,) * 4
+  lines = ["# What was seen, and what was not", "",
+           f"    {command}", "",
+           f"{arms} arms, {seeds} seeds each, {tasks} held-out tasks each; {minutes:.0f} minutes for what was not kept "
+           "from an earlier call. The tiny run of configs/tiny.py, with what configs/ablations/arms.py changes in each "
+           f"arm and nothing else. Zooms are judged at an IoU of {H0} throughout. In brackets the 95% interval of the "
+           "mean (bootstrap over seeds and tasks), in parentheses each seed.", "",
+           "These are a policy of two million parameters and drawn pictures. They can show that a mechanism works as "
+           "described, or does not, at this scale; they say nothing of its size at 7B.", "",
+           "## The paper's claims", "", "| claim | metric | difference | verdict |", "|---|---|---|---|"]
+  for c in every["claims"]:
+    wanted = f", {c['margin']:.2f} or more" if c["margin"] else ""
+    lines.append(f"| {c['text']} | `{c['metric']}`, {c['more']} - {c['less']}{wanted} | {c['value']:+.3f} "
+                 f"[{c['low']:+.3f}, {c['high']:+.3f}] | *{c['verdict']}* |")
+  lines += ["", "*Seen here*: the interval lies above 0 and the difference reaches what was claimed. *Opposite*: the "
+            "interval lies below 0. *Not seen here*: anything else.", ""]
+  for title, names in SECTIONS.items():
+    there = [n for n in names if n in found]
+    if len(there) < 2:
+      continue
+    lines += [f"## {title}", "", "| arm | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
+    for name in ["before", *there]:
+      lines.append(f"| {name} | " + " | ".join(_cell(every[name][m]) for m in SHOWN) + " |")
+    lines.append("")
+  return "\n".join(lines + ["![curves of the arms over training](results.png)", ""])
+
+
+def picture(found: dict[str, Arm], path: pathlib.Path) -> None:
+  """Curves of training, a row a section: means over seeds, smoothed, with the range of the seeds."""
+  import matplotlib
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+  rows = [(t, [n for n in names if n in found]) for t, names in SECTIONS.items()]
+  rows = [(t, names) for t, names in rows if len(names) > 1]
+  if not rows:
+    return
+  shown = ("acc_ans", "acc_rat", "rationale_count")
+  figure, axes = plt.subplots(len(rows), len(shown), figsize=(12, 3 * len(rows)), squeeze=False, layout="constrained")
+  for line, (title, names) in zip(axes, rows):
+    for ax, metric in zip(line, shown):
+      for name in names:
+        steps = min(len(c) for c in found[name].curves)
+        values = np.array([[l.get(metric, np.nan) for l in c[:steps]] for c in found[name].curves], float)
+        width = max(1, steps // 8)
+        kernel = np.ones(width) / width
+        smooth = np.array([np.convolve(v, kernel, "valid") for v in values])
+        x = np.arange(smooth.shape[1]) + width
+        ax.plot(x, smooth.mean(0), label=name, linewidth=1.6)
+        ax.fill_between(x, smooth.min(0), smooth.max(0), alpha=0.15)
+      ax.set_title(metric if metric != shown[0] else f"{title}\n{metric}", fontsize=9, loc="left")
+      ax.grid(alpha=0.3)
+      ax.spines[["top", "right"]].set_visible(False)
+    line[-1].legend(fontsize=8, frameon=False)
+    for ax in line:
+      ax.set_xlabel("step", fontsize=8)
+      ax.tick_params(labelsize=8)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)

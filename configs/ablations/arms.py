@@ -1,0 +1,43 @@
+"""The arms of the experiments in docs/results.md: the tiny run with one thing changed in each.
+
+    python -m virl_jax.train --config=configs/ablations/arms.py:outcome_only --workdir=runs/outcome_only
+
+An arm is a name and what it changes in configs/tiny.py.  Everything else, the learning rate and the number of
+steps among it, is the same for all: nothing is tuned for one arm alone.
+"""
+
+import pathlib
+import runpy
+
+_OUTCOME = {"reward.w_fidelity": 0.0, "credit.kind": "none"}
+_GUESSABLE = {"data.needle.guessable": 0.75}
+# Room for rounds beyond six: a tool turn and the turn after it take at most 60 tokens.
+_LONG = {"rollout.max_rounds": 8, "rollout.max_total_tokens": 640}
+
+ARMS = {
+    # The method, and what is left of it.
+    "full": {},
+    "fidelity": {"credit.kind": "none"},
+    "outcome_only": _OUTCOME,
+    # The threshold.
+    **{f"h0_{h0}": {"reward.h0": h0} for h0 in (0.2, 0.3, 0.5)},
+    # The modulators: h_good, h_bad.
+    **{f"h_{good}_{bad}": {"credit.h_good": good, "credit.h_bad": bad}
+       for good, bad in ((1.25, 0.75), (1.5, 0.0), (2.0, 0.5), (2.0, 0.0))},
+    # The penalty of looking twice.
+    **{f"rho_{rho}": {"reward.rho": rho} for rho in (0.0, 1.0)},
+    # Three quarters of the training pictures can be answered without a zoom; no held-out one can.
+    "guessable_full": _GUESSABLE,
+    "guessable_outcome_only": _GUESSABLE | _OUTCOME,
+    # More rounds than six, and what is made of their rewards.
+    "long_mean": _LONG,
+    **{f"long_{a}": _LONG | {"reward.average": a} for a in ("sum", "discounted", "best")},
+}
+
+
+def get_config(arm: str = "full"):
+  if arm not in ARMS:
+    raise ValueError(f"the arm must be one of {', '.join(ARMS)}. Received: {arm!r}")
+  c = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "tiny.py"))["get_config"]()
+  c.update_from_flattened_dict(ARMS[arm])
+  return c
