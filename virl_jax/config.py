@@ -69,6 +69,7 @@ def default() -> ConfigDict:
   r.max_turn_tokens = 1024         # tokens sampled in one turn [ours]
   r.max_total_tokens = 16384       # tokens of a whole trajectory, prompt included [ours]
   r.temperature = 1.0              # [DeepEyes, Pixel-Reasoner, Mini-o3]
+  r.resample = 0                   # further batches of prompts to replace groups with equal rewards [DAPO]
   r.mask_overlong = False          # drop trajectories that ran out of tokens from the loss
   r.pad_tokens = 64                # token buckets are multiples of this [ours]
   r.max_images = 0                 # images a trajectory, the shown one too; 0 for no limit
@@ -201,7 +202,7 @@ def validate(c: ConfigDict) -> None:
   need(c.rollout.temperature > 0, "rollout.temperature",
        "positive (PPO needs a distribution to sample from)", c.rollout.temperature)
   need(c.eval.temperature >= 0, "eval.temperature", "0 (greedy) or positive", c.eval.temperature)
-  for key in ("max_images", "max_vision_tokens", "top_k", "slots"):
+  for key in ("max_images", "max_vision_tokens", "top_k", "slots", "resample"):
     need(c.rollout[key] >= 0, f"rollout.{key}", "0 or more", c.rollout[key])
   for key in ("decode_ratio", "append_ratio"):
     need(c.rollout[key] > 1, f"rollout.{key}", "above 1", c.rollout[key])

@@ -11,6 +11,7 @@ ends as if it had not been stopped.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import logging
 import os
@@ -39,9 +40,9 @@ from virl_jax.report import html
 from virl_jax.report import log as log_lib
 from virl_jax.rl import credit
 from virl_jax.rl import reward
+from virl_jax.rollout import dynamic
 from virl_jax.rollout import pack
 from virl_jax.rollout import plan
-from virl_jax.rollout import zoom
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME_OF_CONFIG by default.")
@@ -95,8 +96,10 @@ def train(c, workdir: str) -> dict:
   progress = log_lib.Progress(c.steps, start)
   tensorboard = log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard, start)
   prefetch = concurrent.futures.ThreadPoolExecutor(1)
-  draw = lambda step: prefetch.submit(batches.train, source, c.seed, step, c.rollout.prompts,
-                                      c.image.decode_max_pixels)
+  # Each further try of a step walks through the data in an order of its own.
+  draw = lambda step, attempt=0: prefetch.submit(batches.train, source, c.seed + attempt * 2 ** 32, step,
+                                                 c.rollout.prompts, c.image.decode_max_pixels)
+  further = lambda step, attempt: draw(step, attempt).result().tasks
   upcoming, skipped = draw(start), 0
 
   # --- the loop ----------------------------------------------------------------------------------------
@@ -105,9 +108,11 @@ def train(c, workdir: str) -> dict:
     key = jax.random.fold_in(root_key, step)  # so that resuming needs no RNG state
     drawn, upcoming = upcoming.result(), draw(step + 1)
     skipped += _report_skips(drawn)
-    trajectories, rolled_out = zoom.run(p.policy, state.params, drawn.tasks, key, c.rollout.group_size)
-    rolled = time.perf_counter()
     h0 = np.float32(reward.threshold(p.step.reward, step))
+    trajectories, rolled_out, tries = dynamic.run(
+        p.policy, state.params, drawn.tasks, functools.partial(further, step), key, c.rollout.group_size,
+        c.rollout.resample, _teaches(p, h0))
+    rolled = time.perf_counter()
     dealt = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches, (c.seed, step))
     scored, score_metrics = zip(*[
         step_lib.score_step(state, ref_params, mesh_lib.place(pack.pack(part, p.pack), p.mesh), p.step, h0)
@@ -119,7 +124,7 @@ def train(c, workdir: str) -> dict:
     metrics = _merge(score_metrics) | _merge(updates)  # waits for the update
     metrics |= {"time/rollout_s": rolled - began, "time/update_s": time.perf_counter() - rolled,
                 "time/compile_s": compiled.seconds, "compile/count": compiled.count, "data/skipped": skipped,
-                **_stops(trajectories), **rolled_out.metrics()}
+                "rollout/further_batches": tries, **_stops(trajectories), **rolled_out.metrics()}
     log.write(step, metrics)
     line = log.flush()  # before the checkpoint: it never runs ahead of the log
     progress.line(step, line)
@@ -168,6 +173,11 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
   setup_run.write_text(file, json.dumps(result) + "\n")
   print(f"evaluated in {time.perf_counter() - began:.0f} s", flush=True)
   return result
+
+
+def _teaches(p, h0):
+  """Whether each trajectory's group teaches something, at this threshold."""
+  return lambda found: step_lib.teaches(pack.boxes(found, p.pack.max_rounds), *pack.outcomes(found), p.step, h0)
 
 
 def _merge(parts) -> dict:

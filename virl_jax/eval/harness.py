@@ -6,13 +6,13 @@ import dataclasses
 import functools
 
 import jax
-import numpy as np
 
 from virl_jax import types
 from virl_jax.eval import metrics
 from virl_jax.report import gallery
 from virl_jax.rl import credit
 from virl_jax.rl import reward
+from virl_jax.rollout import pack
 from virl_jax.rollout import turns
 from virl_jax.rollout import zoom
 
@@ -60,15 +60,7 @@ def judge(trajectories: list[types.Trajectory], max_rounds: int, cfg: reward.Con
     max_rounds: most visual actions in one.
     cfg: the reward, for h0.
   """
-  B, J = len(trajectories), max(max(len(t.task.boxes) for t in trajectories), 1)
-  box, mask = np.zeros((B, max_rounds, 4), np.float32), np.zeros((B, max_rounds), bool)
-  gt, gt_mask = np.zeros((B, J, 4), np.float32), np.zeros((B, J), bool)
-  for b, t in enumerate(trajectories):
-    for r, found in enumerate(t.boxes):
-      box[b, r], mask[b, r] = found, True
-    for j, true in enumerate(t.task.boxes):
-      gt[b, j], gt_mask[b, j] = true, True
-  iou_BR, class_BR = jax.device_get(_judge(box, mask, gt, gt_mask, cfg))
+  iou_BR, class_BR = jax.device_get(_judge(*pack.boxes(trajectories, max_rounds), cfg))
   return [Judged(t, tuple(float(v) for v in iou_BR[b, :len(t.boxes)]),
                  tuple(credit.NAMES[int(k)] for k in class_BR[b, :len(t.boxes)]))
           for b, t in enumerate(trajectories)]

@@ -163,6 +163,28 @@ def mask(batch: types.Batch) -> jax.Array:
   return batch.sampled_BT & batch.row_mask_B[:, None]
 
 
+def _rewards(boxes, answer_B, format_B, cfg, h0) -> tuple[reward.Fidelity, jax.Array]:
+  fid = jax.vmap(lambda *a: reward.fidelity(*a, cfg.reward, h0))(*boxes)
+  return fid, jax.vmap(lambda *a: reward.total(*a, cfg.reward))(answer_B, format_B, fid.mean)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def teaches(boxes: tuple[jax.Array, ...], answer_B: jax.Array, format_B: jax.Array, cfg: Config, h0: jax.Array | float
+            ) -> jax.Array:
+  """Whether the rewards of each trajectory's group differ.
+
+  Args:
+    boxes: as `pack.boxes` gives them; whole groups, neighbours in rows.
+    answer_B, format_B: as `pack.outcomes` gives them.
+    cfg: static.
+    h0: the threshold of this step.
+
+  Returns:
+    bool[B].
+  """
+  return advantage.informative(_rewards(boxes, answer_B, format_B, cfg, h0)[1], cfg.group_size)
+
+
 @functools.partial(jax.jit, static_argnames="cfg")
 def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, cfg: Config,
                h0: jax.Array | float | None = None) -> tuple[types.ScoredBatch, dict]:
@@ -183,9 +205,8 @@ def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, c
   h0 = cfg.reward.h0 if h0 is None else h0
   logp, _, value = outputs(state.params, cfg, batch, state.critic)
   logp_ref = logp if ref_params is None else outputs(ref_params, cfg, batch)[0]
-  fid = jax.vmap(lambda *a: reward.fidelity(*a, cfg.reward, h0))(
-      batch.box_BR4, batch.box_mask_BR, batch.gt_BJ4, batch.gt_mask_BJ)
-  total_B = jax.vmap(lambda *a: reward.total(*a, cfg.reward))(batch.answer_B, batch.format_B, fid.mean)
+  fid, total_B = _rewards((batch.box_BR4, batch.box_mask_BR, batch.gt_BJ4, batch.gt_mask_BJ), batch.answer_B,
+                          batch.format_B, cfg, h0)
   metrics = _score_metrics(batch, fid, total_B, cfg)
   if cfg.loss.kl_in_reward:
     kl_BT = loss.kl(logp, logp_ref, cfg.loss.kl_estimator)

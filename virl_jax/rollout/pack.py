@@ -58,21 +58,18 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
   """
   if not trajectories:
     raise ValueError("trajectories must not be empty")
-  B, R = len(trajectories), cfg.max_rounds
-  most = max(len(t.boxes) for t in trajectories)
-  if most > R:
-    raise ValueError(f"trajectories must have at most max_rounds={R} visual actions. Received: {most}")
+  B = len(trajectories)
+  box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ = boxes(trajectories, cfg.max_rounds)
+  answer_B, format_B = outcomes(trajectories)
   ids = [t.ids for t in trajectories]
   T = up(max(map(len, ids)), cfg.pad_tokens)
-  J = 1 << (max(max(len(t.task.boxes) for t in trajectories), 1) - 1).bit_length()
   f32 = np.float32
   b = types.Batch(
       tokens_BT=np.zeros((B, T), np.int32), valid_BT=np.zeros((B, T), bool), sampled_BT=np.zeros((B, T), bool),
       pos_BXT=np.zeros((B, 3, T), np.int32), vision_BT=np.full((B, T), -1, np.int32),
       logp_sampler_BT=np.zeros((B, T), f32), action_BT=np.full((B, T), -1, np.int32),
-      box_BR4=np.zeros((B, R, 4), f32), box_mask_BR=np.zeros((B, R), bool), gt_BJ4=np.zeros((B, J, 4), f32),
-      gt_mask_BJ=np.zeros((B, J), bool), answer_B=np.zeros(B, f32), format_B=np.zeros(B, f32),
-      row_mask_B=np.ones(B, bool), images=())
+      box_BR4=box_BR4, box_mask_BR=box_mask_BR, gt_BJ4=gt_BJ4, gt_mask_BJ=gt_mask_BJ, answer_B=answer_B,
+      format_B=format_B, row_mask_B=np.ones(B, bool), images=())
   batches, where = _images(trajectories, cfg)
   for r, (t, row) in enumerate(zip(trajectories, ids)):
     n = len(row)
@@ -89,14 +86,45 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
       if turn.box is not None:
         first, last = {"call": turn.call_span, "box": turn.box_span}.get(cfg.scope) or (0, len(turn.ids))
         b.action_BT[r, at + first:at + last] = action
-        b.box_BR4[r, action], b.box_mask_BR[r, action] = turn.box, True
         action += 1
       at += len(turn.ids)
-    for j, box in enumerate(t.task.boxes):
-      b.gt_BJ4[r, j], b.gt_mask_BJ[r, j] = box, True
-    b.answer_B[r], b.format_B[r] = t.correct, well_formed(t)
     b.row_mask_B[r] = not (cfg.mask_overlong and t.stop == types.StopReason.OVERLONG)
   return b.replace(images=batches)
+
+
+def boxes(trajectories: list[types.Trajectory], max_rounds: int
+          ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """What the reward of visual actions is about.
+
+  Args:
+    trajectories: rows, at least one.
+    max_rounds: R.
+
+  Returns:
+    Boxes of the actions float32[B, R, 4] and bool[B, R]; ground-truth boxes float32[B, J, 4] and bool[B, J], J a
+    power of two.
+
+  Raises:
+    ValueError: if one has more visual actions than `max_rounds`.
+  """
+  B, R, most = len(trajectories), max_rounds, max(len(t.boxes) for t in trajectories)
+  if most > R:
+    raise ValueError(f"trajectories must have at most max_rounds={R} visual actions. Received: {most}")
+  J = 1 << (max(max(len(t.task.boxes) for t in trajectories), 1) - 1).bit_length()
+  box_BR4, box_mask_BR = np.zeros((B, R, 4), np.float32), np.zeros((B, R), bool)
+  gt_BJ4, gt_mask_BJ = np.zeros((B, J, 4), np.float32), np.zeros((B, J), bool)
+  for b, t in enumerate(trajectories):
+    for r, box in enumerate(t.boxes):
+      box_BR4[b, r], box_mask_BR[b, r] = box, True
+    for j, box in enumerate(t.task.boxes):
+      gt_BJ4[b, j], gt_mask_BJ[b, j] = box, True
+  return box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ
+
+
+def outcomes(trajectories: list[types.Trajectory]) -> tuple[np.ndarray, np.ndarray]:
+  """float32[B] each: 1 if the answer is right; 1 if every turn was well formed."""
+  return (np.array([t.correct for t in trajectories], np.float32),
+          np.array([well_formed(t) for t in trajectories], np.float32))
 
 
 def well_formed(trajectory: types.Trajectory) -> bool:

@@ -1,0 +1,83 @@
+"""Which groups are kept, what is drawn for it, and that nothing changes where nothing is asked."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from virl_jax import types
+from virl_jax.learner import step as step_lib
+from virl_jax.rollout import dynamic
+from virl_jax.rollout import pack
+from virl_jax.rollout import zoom
+
+G = 2
+
+
+@pytest.fixture
+def played(monkeypatch):
+  """Rollouts that give back their tasks, G of each; and what they were asked for."""
+  asked = []
+
+  def run(policy, params, tasks, key, group_size):
+    asked.append(jax.random.key_data(key).tolist())
+    found = [types.Trajectory(t, i * G + g, np.zeros(1, np.int32), correct="one" in t.uid and g == 0)
+             for i, t in enumerate(tasks) for g in range(group_size)]
+    return found, zoom.Stats(seconds=1.0, sampled_tokens=len(found))
+
+  monkeypatch.setattr(zoom, "run", run)
+  return asked
+
+
+def teaches(found):
+  correct = np.array([t.correct for t in found]).reshape(-1, G)
+  return (correct.min(1) != correct.max(1)).repeat(G)
+
+
+def go(batches, tries):
+  """uids of the groups that were kept; "one" in a uid makes one of the group right, so that it teaches."""
+  drawn = []
+
+  def draw(attempt):
+    drawn.append(attempt)
+    return [types.Task(uid, b"", "?") for uid in batches[attempt]]
+
+  found, stats, further = dynamic.run(None, None, draw(0), draw, jax.random.key(3), G, tries, teaches)
+  assert [t.task.uid for t in found[::G]] == [t.task.uid for t in found[1::G]]
+  assert stats.sampled_tokens == sum(len(b) * G for b in batches[:further + 1])
+  assert drawn == list(range(further + 1))
+  return [t.task.uid for t in found[::G]], further
+
+
+BATCHES = [["a", "one_b", "c"], ["d", "e", "one_f"], ["one_g", "one_h", "i"], ["one_j", "k", "l"]]
+
+
+@pytest.mark.parametrize("tries, kept, further", [
+    (0, ["a", "one_b", "c"], 0),
+    (1, ["one_b", "one_f", "a"], 1),   # dull ones fill up, in order
+    (2, ["one_b", "one_f", "one_g"], 2),
+    (3, ["one_b", "one_f", "one_g"], 2)])  # enough is enough
+def test_groups_that_teach_are_kept(played, tries, kept, further):
+  assert go(BATCHES, tries) == (kept, further)
+  assert len({str(k) for k in played}) == len(played)  # each try has a key of its own
+  assert played[0] == jax.random.key_data(jax.random.key(3)).tolist()  # the first, the step's
+
+
+def test_a_batch_that_teaches_is_left_alone(played):
+  assert go([["one_a", "one_b"], ["one_c", "one_d"]], 5) == (["one_a", "one_b"], 0)
+
+
+def test_what_teaches_is_what_the_reward_says(small):
+  box, other = types.Box(0, 0, 10, 10), types.Box(20, 20, 30, 30)
+  task = types.Task("t", b"", "?", ("x",), (box,))
+
+  def row(correct, *boxes):
+    turns = [types.Turn("assistant", np.zeros(2, np.int32), np.zeros(2, np.float32), box=b) for b in boxes]
+    return types.Trajectory(task, 0, np.zeros(1, np.int32), turns, [], types.StopReason.ANSWERED, correct=correct)
+
+  rows = [row(True, box), row(True, box), row(True, box), row(True, other), row(False), row(True)]
+  cfg = step_lib.Config(small.cfg, G)
+  got = step_lib.teaches(pack.boxes(rows, 3), *pack.outcomes(rows), cfg, jnp.float32(0.4))
+  assert got.tolist() == [False, False, True, True, True, True]
+  strict = step_lib.Config(small.cfg, G, reward=step_lib.reward.Config(w_answer=0.0, w_fidelity=0.0))
+  assert not step_lib.teaches(pack.boxes(rows, 3), *pack.outcomes(rows), strict, jnp.float32(0.4)).any()

@@ -1,0 +1,61 @@
+"""Dynamic sampling: groups that teach nothing are replaced by further ones, without changing a batch's shape.
+
+A group whose rewards are all equal has no advantage.  Instead of training on what is left, further prompts are
+rolled out until there are as many groups as before, or the tries are spent; then the first dull groups fill up.
+Source: DAPO (arXiv 2503.14476), section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+import numpy as np
+
+from virl_jax import mesh as mesh_lib
+from virl_jax import types
+from virl_jax.rollout import turns
+from virl_jax.rollout import zoom
+
+_FURTHER = 2 ** 30  # folded into the step's key; no uid is ever so large
+
+
+def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Callable[[int], list[types.Task]],
+        key: jax.Array, group_size: int, tries: int, teaches: Callable[[list[types.Trajectory]], np.ndarray]
+        ) -> tuple[list[types.Trajectory], zoom.Stats, int]:
+  """Rolls out tasks, and further ones in place of groups that teach nothing.
+
+  Args:
+    policy: everything but the parameters.
+    params: the policy's parameters.
+    tasks: the step's own.
+    draw: as many further tasks, for try 1, 2, ...; a pure function.
+    key: of the step.
+    group_size: G.
+    tries: how many further batches at most; 0 keeps what comes.
+    teaches: bool for each trajectory of whole groups, whether its group teaches something.
+
+  Returns:
+    Trajectories, groups together, as many as the first try gave; what all tries took; and how many further
+    ones there were.
+  """
+  good, dull, wanted, stats = [], [], 0, None
+  for attempt in range(tries + 1):
+    of_try = jax.random.fold_in(key, _FURTHER + attempt) if attempt else key
+    found, took = zoom.run(policy, params, draw(attempt) if attempt else tasks, of_try, group_size)
+    stats = took if stats is None else _sum(stats, took)
+    if not tries:
+      return found, stats, 0
+    groups = [found[i:i + group_size] for i in range(0, len(found), group_size)]
+    wanted = wanted or len(groups)
+    for group, useful in zip(groups, np.asarray(teaches(found))[::group_size], strict=True):
+      (good if useful else dull).append(group)
+    # Processes go on together: each keeps its own groups, and the one that lacks most decides.
+    if mesh_lib.agree(np.array([wanted - len(good)]))[0] <= 0:
+      break
+  return [t for group in (good + dull)[:wanted] for t in group], stats, attempt
+
+
+def _sum(a: zoom.Stats, b: zoom.Stats) -> zoom.Stats:
+  return zoom.Stats(**{f.name: getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(zoom.Stats)})
