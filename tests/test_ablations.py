@@ -1,0 +1,104 @@
+"""The arms of the experiments, and what their results are made into: verdicts, intervals, the page."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from virl_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[path.stem] = module  # dataclasses look their module up
+  spec.loader.exec_module(module)
+  return module
+
+
+arms, results = load(ROOT / "configs/ablations/arms.py"), load(ROOT / "benchmarks/results.py")
+
+
+@pytest.mark.parametrize("arm", arms.ARMS)
+def test_every_arm_is_a_configuration_and_differs_in_what_it_says(arm):
+  c, full = arms.get_config(arm), arms.get_config("full")
+  config_lib.validate(c)
+  flat = lambda c: {k: v for k, v in c.to_dict().items() if not isinstance(v, dict)} | {
+      f"{s}.{k}": v for s, section in c.to_dict().items() if isinstance(section, dict) for k, v in section.items()}
+  differ = {k for k, v in flat(c).items() if v != flat(full)[k]}
+  assert differ <= {".".join(k.split(".")[:2]) for k in arms.ARMS[arm]}  # a grid passes through the default
+  assert differ or arm == "full"
+
+
+def test_an_unknown_arm_is_named():
+  with pytest.raises(ValueError, match="must be one of full, fidelity.*Received: 'fulll'"):
+    arms.get_config("fulll")
+
+
+def test_every_arm_is_shown_and_every_claim_is_about_arms():
+  shown = {name for names in results.SECTIONS.values() for name in names}
+  assert shown == set(arms.ARMS)
+  assert {c.more for c in results.CLAIMS} | {c.less for c in results.CLAIMS} <= set(arms.ARMS)
+
+
+@pytest.mark.parametrize("value, low, high, margin, expected", [
+    (0.12, 0.05, 0.2, 0.09, "seen here"), (0.08, 0.05, 0.2, 0.09, "not seen here"),
+    (0.12, -0.01, 0.2, 0.09, "not seen here"), (0.01, 0.001, 0.02, 0.0, "seen here"),
+    (-0.1, -0.2, -0.01, 0.0, "opposite"), (-0.1, -0.2, 0.01, 0.0, "not seen here"),
+    (float("nan"), float("nan"), float("nan"), 0.0, "not seen here")])
+def test_verdicts(value, low, high, margin, expected):
+  assert results.verdict(value, low, high, margin) == expected
+
+
+def outcome(correct, ious, boxes=True):
+  return {"correct": correct, "ious": list(ious), "invalid_actions": 0, "has_boxes": boxes, "overlong": False,
+          "kind": "pattern", "answerable": True}
+
+
+@pytest.fixture
+def runs(tmp_path):
+  """Two arms, two seeds, 40 tasks: full is right on three in four and hits with all zooms, the other seldom."""
+  rng = np.random.default_rng(0)
+  for arm, share, iou in (("full", 0.75, 0.8), ("outcome_only", 0.25, 0.1), ("rho_0.0", 0.5, 0.5)):
+    for seed in range(2):
+      folder = tmp_path / arm / f"seed_{seed}"
+      folder.mkdir(parents=True)
+      made = [outcome(bool(rng.random() < share), [iou]) for _ in range(40)]
+      base = [outcome(False, [])] * 40
+      (folder / "eval_before.json").write_text(json.dumps({"outcomes": base}))
+      if (arm, seed) != ("rho_0.0", 1):  # this one has not ended
+        (folder / "eval_after.json").write_text(json.dumps({"outcomes": made}))
+      lines = [{"step": s, "acc_ans": s / 10, "acc_rat": 0.5, "rationale_count": 1.0} for s in range(8)]
+      (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return tmp_path
+
+
+def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
+  monkeypatch.setattr(results, "BOOTSTRAP", 300)
+  found = results.read(runs, tuple(arms.ARMS), 2)
+  assert set(found) == {"before", "full", "outcome_only"}  # only what has ended in all seeds
+  f = results.figures(found)
+  seeds = [np.mean([o["correct"] for o in json.loads((runs / "full" / f"seed_{s}" / "eval_after.json").read_text())[
+      "outcomes"]]) for s in range(2)]
+  assert f["full"]["acc_ans"]["seeds"] == pytest.approx(seeds)
+  assert f["full"]["acc_ans"]["value"] == pytest.approx(np.mean(seeds))
+  assert f["full"]["acc_ans"]["low"] < np.mean(seeds) < f["full"]["acc_ans"]["high"]
+  assert f["full"]["acc_rat"] == {"value": 1.0, "low": 1.0, "high": 1.0, "seeds": [1.0, 1.0]}
+  assert f["before"]["rationale_count"]["value"] == 0.0 and np.isnan(f["before"]["acc_rat"]["value"])
+  assert [(c["metric"], c["more"], c["less"]) for c in f["claims"]] == [
+      ("acc_rat", "full", "outcome_only"), ("acc_ans", "full", "outcome_only")]
+  assert [c["verdict"] for c in f["claims"]] == ["seen here"] * 2
+  page = results.markdown(found, "python benchmarks/reproduce.py", 12.0)
+  for said in ("| *seen here* |", "| outcome_only | ", "2 arms, 2 seeds each, 40 held-out tasks each"):
+    assert said in page
+  assert "rho" not in page  # a section of one arm says nothing
+
+
+def test_nothing_has_ended(tmp_path):
+  assert results.read(tmp_path, ("full",), 1) == {}
+  assert "0 arms" in results.markdown({}, "x", 0.0)
