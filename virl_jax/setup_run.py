@@ -119,7 +119,7 @@ def claim_workdir(path: str, c: config_lib.ConfigDict) -> pathlib.Path:
 
   Args:
     path: the workdir.
-    c: the run's configuration; only `steps` may differ from what the folder holds.
+    c: the run's configuration; only `steps` and `monitor`, which change no step, may differ from what the folder holds.
 
   Raises:
     ValueError: names the keys that differ; nothing in the folder is touched.
@@ -133,7 +133,8 @@ def claim_workdir(path: str, c: config_lib.ConfigDict) -> pathlib.Path:
     except ValueError as e:
       raise ValueError(f"{file} must be JSON ({e}); use another --workdir") from e
     old, new = _flat(found), _flat(json.loads(text))
-    differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "steps")
+    differ = sorted(k for k in old.keys() | new.keys()
+                    if old.get(k) != new.get(k) and k != "steps" and not k.startswith("monitor."))
     if differ:
       shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differ[:5])
       raise ValueError(f"{folder} holds a run with another configuration ({shown}"

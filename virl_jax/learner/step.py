@@ -169,6 +169,7 @@ def score_step(params: dict, ref_params: dict | None, batch: types.Batch, cfg: C
       "rationale_count": actions / batch.answer_B.shape[0],
       "hit_rate": loss.masked_mean(fid.correct_R.any(-1).astype(jnp.float32), has_gt_B),
       "mean_iou": loss.masked_mean(fid.iou_R, judged_BR),
+      "box/log_area_ratio": loss.masked_mean(_log_area_ratio(batch.box_BR4, batch.gt_BJ4, fid.target_R), judged_BR),
       "credit/redundant_share": loss.masked_mean((class_BR == credit.REDUNDANT).astype(jnp.float32), judged_BR),
       "advantage/abs_mean": jnp.abs(advantage_B).mean(),
       "rollout/logp_gap_max": gap.max(), "rollout/logp_gap_mean": loss.masked_mean(gap, mask(batch)),
@@ -176,6 +177,14 @@ def score_step(params: dict, ref_params: dict | None, batch: types.Batch, cfg: C
   }
   return types.ScoredBatch(batch, logp, logp_ref, advantage_BT, fid.iou_R, class_BR, modulator_BR, advantage_B,
                            total_B), metrics
+
+
+def _log_area_ratio(box_BR4, gt_BJ4, target_BR):
+  """log2 of each box's area over that of the box it is judged by, both at least a pixel: finite where masked, too."""
+  area = lambda box_X4: (box_X4[..., 2] - box_X4[..., 0]) * (box_X4[..., 3] - box_X4[..., 1])
+  judge_BRJ = jax.nn.one_hot(target_BR, gt_BJ4.shape[1]) > 0
+  gt_BR = jnp.where(judge_BRJ, area(gt_BJ4)[:, None], 0.0).sum(-1)
+  return jnp.log2(jnp.maximum(area(box_BR4), 1.0) / jnp.maximum(gt_BR, 1.0))
 
 
 def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, dict]:
