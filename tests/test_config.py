@@ -71,6 +71,10 @@ def test_algorithms_that_make_sense_are_not(changes):
     ("rollout.top_p", 0.0, "above 0"), ("rollout.min_p", 2.0, "between 0 and 1"), ("rollout.slots", -1, "0 or more"),
     ("rollout.max_images", 1, "the shown image is one"), ("rollout.decode_ratio", 1.0, "above 1"),
     ("rollout.token_steps", 3, "1, 2 or 4"), ("rollout.stop_strings", ("",), "non-empty strings"),
+    ("monitor.window", 0, "monitor.window must be at least 1"), ("monitor.past", 0, "at least 1"),
+    ("monitor.explosion_ratio", 0.5, "at least 1"), ("monitor.collapse_acc_ans", 1.5, "between 0 and 1"),
+    ("monitor.entropy_share", -0.1, "between 0 and 1"), ("monitor.drift_max_nats", -1.0, "0 or more"),
+    ("monitor.stop", ("entropy_collapse", "entropy"), "visual_thinking_collapse.*box_size_hacking.*sampler_drift"),
     ("ppo.minibatches", 3, "a divisor of config.rollout.prompts = 16"), ("model.dtype", "float8", "'float32' or"),
     ("image.max_pixels", 1000, "image.min_pixels must be at least 784 and at most image.max_pixels = 1000")])
 def test_values_that_cannot_work_are_named(key, value, message):

@@ -20,7 +20,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in {
     4.6: "rollout.chunks",
     5: "rollout.zoom learner.checkpoint",
     5.5: "rollout.dynamic",
-    6: "data.curation eval.metrics eval.benchmarks report.style report.curves report.log report.gallery",
+    6: "data.curation eval.metrics eval.monitors eval.benchmarks report.style report.curves report.log report.gallery",
     6.1: "report.trajectory",
     6.2: "report.html eval.harness",
     6.5: "setup_run",

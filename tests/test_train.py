@@ -41,6 +41,10 @@ def _lines(workdir):
   return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def _steps(workdir):
+  return [line for line in _lines(workdir) if "step" in line]
+
+
 def _timeless(lines):
   return [{k: v for k, v in line.items() if not k.startswith(("time/", "compile/"))} for line in lines]
 
@@ -57,7 +61,8 @@ def six_steps(places):
 
 def test_a_run_leaves_what_it_should(six_steps):
   workdir, out = six_steps
-  lines = _lines(workdir)
+  header, *lines = _lines(workdir)
+  assert header["config"] == json.loads((workdir / "config.json").read_text()) and header["versions"]["jax"]
   assert [line["step"] for line in lines] == list(range(6))
   wanted = {"reward/total", "reward/answer", "reward/fidelity", "acc_ans", "acc_rat", "rationale_count", "hit_rate",
             "mean_iou", "loss/policy", "loss/kl", "ppo/clip_frac", "ppo/ratio_max", "rollout/logp_gap_max",
@@ -72,11 +77,11 @@ def test_a_run_leaves_what_it_should(six_steps):
 
 
 def test_sampler_and_trainer_agree(six_steps):
-  assert max(line["rollout/logp_gap_max"] for line in _lines(six_steps[0])) < 1e-4
+  assert max(line["rollout/logp_gap_max"] for line in _steps(six_steps[0])) < 1e-4
 
 
 def test_few_compilations_after_the_first_step(six_steps):
-  counts = [line["compile/count"] for line in _lines(six_steps[0])]
+  counts = [line["compile/count"] for line in _steps(six_steps[0])]
   assert counts[0] > 0 and counts[-1] - counts[0] <= 12, counts
 
 
@@ -85,7 +90,7 @@ def test_killed_and_started_again_ends_the_same(places, six_steps):
   at = random.randint(1, 4)
   run = _start(places, workdir, *SMALL, "--config.steps=6")
   give_up = time.monotonic() + 600
-  while len(_lines(workdir)) <= at and run.poll() is None and time.monotonic() < give_up:
+  while len(_steps(workdir)) <= at and run.poll() is None and time.monotonic() < give_up:
     time.sleep(0.02)
   run.send_signal(signal.SIGKILL)
   run.communicate()
@@ -99,6 +104,27 @@ def test_killed_and_started_again_ends_the_same(places, six_steps):
   assert ours == theirs, f"killed after step {at}"
 
 
+def test_an_alarm_can_end_a_run_and_the_run_can_go_on(places):
+  workdir = places[0] / "stopped"
+  alarming = ("--config.steps=3", "--config.eval.tasks=0", "--config.checkpoint.every=50", "--config.monitor.window=1",
+              "--config.monitor.entropy_nats=9.0")
+  small = [option for option in SMALL if "eval.tasks" not in option and "checkpoint" not in option]
+  for attempt in range(2):  # the second finds that the run has ended
+    run = _start(places, workdir, *small, *alarming, "--config.monitor.stop=('entropy_collapse',)")
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, out
+    assert "stopped by entropy_collapse, which began at step 1." in out
+    assert out.count("alarm: entropy_collapse") == 1 - attempt
+    assert len(_steps(workdir)) == 1 and "entropy collapse</b> from step 0" in (workdir / "report.html").read_text()
+  run = _start(places, workdir, *small, *alarming, "--config.monitor.stop=()")
+  out, _ = run.communicate(timeout=600)
+  assert run.returncode == 0, out
+  assert "going on from step 1" in out and "stopped by" not in out and "alarm: " not in out, "it has begun before"
+  header, *lines = _lines(workdir)
+  assert [line["step"] for line in lines] == [0, 1, 2]
+  assert header["config"]["monitor"]["stop"] == [] and header["earlier"][0]["until"] == 1
+
+
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs (shared/realdata) are not here")
 def test_real_photographs_run_through(places):
   workdir = places[0] / "photos"
@@ -107,7 +133,7 @@ def test_real_photographs_run_through(places):
                "--config.rollout.max_total_tokens=512")
   out, _ = run.communicate(timeout=600)
   assert run.returncode == 0, out
-  assert len(_lines(workdir)) == 2 and (workdir / "report.html").stat().st_size > 10_000
+  assert len(_steps(workdir)) == 2 and (workdir / "report.html").stat().st_size > 10_000
 
 
 def _fails(places, workdir, *more, config="configs/tiny.py"):
@@ -134,6 +160,20 @@ def test_another_runs_workdir_is_refused_and_kept(six_steps):
   with pytest.raises(ValueError, match="another configuration"):
     setup_run.claim_workdir(str(workdir), c)
   assert before == {f: f.read_bytes() for f in workdir.iterdir() if f.is_file()}
+
+
+def test_a_run_from_before_the_monitors_is_its_configuration_s(tmp_path):
+  c = config_lib.default()
+  setup_run.claim_workdir(str(tmp_path), c)
+  found = json.loads((tmp_path / "config.json").read_text())
+  del found["monitor"]
+  (tmp_path / "config.json").write_text(json.dumps(found))
+  c.monitor.window = 3
+  setup_run.claim_workdir(str(tmp_path), c)
+  assert json.loads((tmp_path / "config.json").read_text())["monitor"]["window"] == 3
+  c.reward.h0 = 0.3
+  with pytest.raises(ValueError, match="reward.h0: 0.4 there, 0.3 now"):
+    setup_run.claim_workdir(str(tmp_path), c)
 
 
 def test_an_empty_data_set_is_named(tmp_path):

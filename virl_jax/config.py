@@ -18,6 +18,10 @@ from virl_jax.rl import reward
 
 ConfigDict = ml_collections.ConfigDict
 
+# The monitors of `eval/monitors.py` by name; a test compares the two.
+MONITORS = ("visual_thinking_collapse", "invocation_explosion", "superficial_grounding", "box_size_hacking",
+            "entropy_collapse", "sampler_drift")
+
 
 def default() -> ConfigDict:
   """The configuration that `configs/*.py` start from and override."""
@@ -175,6 +179,25 @@ def default() -> ConfigDict:
   g.gallery = 8                    # trajectories kept for the report each time
   g.gallery_every = 20             # steps between kept rollouts
   g.tensorboard = True             # write scalars where TensorBoard's writer is installed
+
+  c.monitor = v = ConfigDict()     # alarms while training, see docs/monitors.md; all thresholds [ours]
+  v.window = 8                     # steps that means and medians are taken over [ours]
+  v.past = 16                      # steps before those that count as the recent past [ours]
+  v.collapse_acc_ans = 0.5         # visual thinking collapse: share of right answers, at least [ours]
+  v.collapse_zooms = 0.1           #   zooms a trajectory, at most [ours]
+  v.explosion_ratio = 1.5          # invocation explosion: zooms against the recent past, at least [ours]
+  v.explosion_zooms = 0.5          #   more zooms a trajectory, at least [ours]
+  v.explosion_acc_drop = 0.1       #   fall of the share of right answers, at least [ours]
+  v.superficial_zooms = 2.0        # superficial grounding: zooms a trajectory, at least [ours]
+  v.superficial_acc_rat = 0.2      #   share of right zooms, at most [ours]
+  v.hacking_log2 = 1.0             # box-size hacking: doublings between areas of box and truth, at least [ours]
+  v.hacking_growth = 0.5           #   doublings more than in the first steps, at least [ours]
+  v.hacking_fidelity_rise = 0.1    #   fidelity reward above that of the first steps, at least [ours]
+  v.entropy_nats = 0.02            # entropy collapse: nats a token, at most [ours]
+  v.entropy_share = 0.2            #   or share of the first steps' entropy, at most [ours]
+  v.drift_mean_nats = 0.05         # sampler drift: mean gap of log-probabilities, nats, at least [ours]
+  v.drift_max_nats = 5.0           #   or largest gap, nats, at least [ours]
+  v.stop = ()                      # names of monitors that end the run; () for none [ours]
   return c
 
 
@@ -220,6 +243,14 @@ def validate(c: ConfigDict) -> None:
          f"at least 784 and at most image.{high} = {c.image[high]}", c.image[low])
   for key in ("dtype", "compute_dtype"):
     need(c.model[key] in ("float32", "bfloat16"), f"model.{key}", "'float32' or 'bfloat16'", c.model[key])
+  for key in ("window", "past", "explosion_ratio"):
+    need(c.monitor[key] >= 1, f"monitor.{key}", "at least 1", c.monitor[key])
+  for key in ("collapse_acc_ans", "explosion_acc_drop", "superficial_acc_rat", "entropy_share"):
+    need(0 <= c.monitor[key] <= 1, f"monitor.{key}", "between 0 and 1", c.monitor[key])
+  for key in ("collapse_zooms", "explosion_zooms", "superficial_zooms", "hacking_log2", "hacking_growth",
+              "hacking_fidelity_rise", "entropy_nats", "drift_mean_nats", "drift_max_nats"):
+    need(c.monitor[key] >= 0, f"monitor.{key}", "0 or more", c.monitor[key])
+  need(set(c.monitor.stop) <= set(MONITORS), "monitor.stop", f"names out of {MONITORS}", c.monitor.stop)
   _validate_algorithm(c, need)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.resources
 import json
 import os
 import pathlib
+import platform
 
 import jax
 
@@ -117,7 +119,7 @@ def claim_workdir(path: str, c: config_lib.ConfigDict) -> pathlib.Path:
 
   Args:
     path: the workdir.
-    c: the run's configuration; only `steps` may differ from what the folder holds.
+    c: the run's configuration; only `steps` and `monitor`, which change no step, may differ from what the folder holds.
 
   Raises:
     ValueError: names the keys that differ; nothing in the folder is touched.
@@ -131,7 +133,8 @@ def claim_workdir(path: str, c: config_lib.ConfigDict) -> pathlib.Path:
     except ValueError as e:
       raise ValueError(f"{file} must be JSON ({e}); use another --workdir") from e
     old, new = _flat(found), _flat(json.loads(text))
-    differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "steps")
+    differ = sorted(k for k in old.keys() | new.keys()
+                    if old.get(k) != new.get(k) and k != "steps" and not k.startswith("monitor."))
     if differ:
       shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differ[:5])
       raise ValueError(f"{folder} holds a run with another configuration ({shown}"
@@ -141,6 +144,28 @@ def claim_workdir(path: str, c: config_lib.ConfigDict) -> pathlib.Path:
   (folder / "rollouts").mkdir(parents=True, exist_ok=True)
   write_text(file, text)
   return folder
+
+
+def header(c: config_lib.ConfigDict) -> dict:
+  """What a run's figures are made with, for the first line of metrics.jsonl; no clock, so that runs can be compared.
+
+  Args:
+    c: the run's configuration.
+
+  Returns:
+    "config", the whole of it; "versions" by package, and of Python; "device", its kind; "devices", how many.
+  """
+  packages = ("jax", "jaxlib", "flax", "optax", "numpy", "virl_jax")
+  return {"config": json.loads(config_lib.to_json(c)),
+          "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+          "device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:  # virl_jax, run from its folder
+    return "not installed"
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

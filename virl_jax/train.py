@@ -32,6 +32,7 @@ from virl_jax import user_cache
 from virl_jax.data import batches
 from virl_jax.eval import harness
 from virl_jax.eval import metrics as metrics_lib
+from virl_jax.eval import monitors
 from virl_jax.learner import checkpoint
 from virl_jax.learner import compiles
 from virl_jax.learner import step as step_lib
@@ -92,7 +93,10 @@ def train(c, workdir: str) -> dict:
   rows = c.rollout.prompts * c.rollout.group_size
   print(plan.cache(p.policy.model, c.rollout.max_total_tokens, c.rollout.slots, rows, p.mesh, plan.free_bytes()),
         flush=True)
-  log = log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start)
+  log = log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start, setup_run.header(c))
+  history = log_lib.read(str(workdir / "metrics.jsonl"))
+  watch = monitors.Config(**c.monitor)
+  alarms = monitors.all_begun(history, watch)
   progress = log_lib.Progress(c.steps, start)
   tensorboard = log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard, start)
   prefetch = concurrent.futures.ThreadPoolExecutor(1)
@@ -104,6 +108,8 @@ def train(c, workdir: str) -> dict:
 
   # --- the loop ----------------------------------------------------------------------------------------
   for step in range(start, c.steps):
+    if monitors.stopping(alarms, watch):  # perhaps in an earlier process
+      break
     began = time.perf_counter()
     key = jax.random.fold_in(root_key, step)  # so that resuming needs no RNG state
     drawn, upcoming = upcoming.result(), draw(step + 1)
@@ -131,13 +137,18 @@ def train(c, workdir: str) -> dict:
     if tensorboard is not None:
       tensorboard(step, line)
     _check_finite(line, workdir)
+    history.append(line)
+    alarms += _say(monitors.begun(history, watch))
     if step and step % c.log.gallery_every == 0:
       _keep(workdir / "rollouts" / f"step_{step:06d}.jsonl", dealt[0][:c.log.gallery], scored[0])
-    checkpoints.maybe_save(step + 1, state, last=step + 1 == c.steps)
+    checkpoints.maybe_save(step + 1, state, last=step + 1 == c.steps or bool(monitors.stopping(alarms, watch)))
   prefetch.shutdown(cancel_futures=True)
   checkpoints.close()
 
   # --- what came of it ---------------------------------------------------------------------------------
+  if stopped := monitors.stopping(alarms, watch):
+    print(f"stopped by {stopped.name}, which began at step {stopped.step + 1}. To go on, give the same command with "
+          "--config.monitor.stop='()'", flush=True)
   after = _evaluate(c, p, state.params, held_out, root_key, workdir, "after", before)
   if after is not None:
     print("\n" + metrics_lib.format_table(before, after, after["difference"]) + "\n", flush=True)
@@ -208,6 +219,12 @@ def _report_skips(drawn) -> int:
   for why in drawn.skipped:
     print(f"skipped {why}", flush=True)
   return len(drawn.skipped)
+
+
+def _say(alarms: list) -> list:
+  for alarm in alarms:
+    print(f"alarm: {alarm.name}: {alarm.message}", flush=True)
+  return alarms
 
 
 def _keep(path: pathlib.Path, trajectories, scored) -> None:

@@ -124,12 +124,26 @@ def test_metrics_by_hand(batch, scored):
       "reward/total": REWARD.mean(), "reward/answer": 3 / 8, "acc_ans": 3 / 8, "reward/format": 7 / 8,
       "reward/fidelity": (1.25 - 1 - 1 + 1.0) / 8,
       "acc_rat": 4 / 5, "mean_iou": (0.5 + 1 + 0 + 1 + 1) / 5, "credit/redundant_share": 1 / 5,  # of judged actions
+      "box/log_area_ratio": -1 / 5,  # HALF is half of TARGET; AWAY is as large
       "rationale_count": 7 / 8, "hit_rate": 2 / 4,  # of tasks with boxes
       "tokens/generated": batch.sampled_BT.sum(),
   }
   for name, value in want.items():
     np.testing.assert_allclose(m[name], value, rtol=1e-5, err_msg=name)
   assert all(v.shape == () and np.isfinite(v) for v in m.values())
+
+
+def test_boxes_are_measured_against_the_truth_that_they_are_judged_by(small, batch):
+  box_BR4, gt_BJ4 = batch.box_BR4.copy(), np.zeros((8, 2, 4), np.float32)
+  gt_BJ4[:4, 0], gt_BJ4[:4, 1] = (0, 0, 40, 40), (100, 100, 110, 110)
+  gt_mask_BJ = np.repeat([[True, True], [False, False]], 4, axis=0)
+  box_BR4[1, 0] = (100, 100, 120, 120)  # four times the second box
+  box_BR4[3, 1] = (5, 5, 5, 5)          # no area at all counts as a pixel
+  cfg, other = make_config(small), batch.replace(box_BR4=box_BR4, gt_BJ4=gt_BJ4, gt_mask_BJ=gt_mask_BJ)
+  _, m = step_lib.score_step(small.params, None, other, cfg)
+  np.testing.assert_allclose(m["box/log_area_ratio"], (-1 + 0 + 2 + 0 - np.log2(1600)) / 5, rtol=1e-5)
+  _, m = step_lib.score_step(small.params, None, batch.replace(gt_mask_BJ=np.zeros((8, 1), bool)), cfg)
+  assert m["box/log_area_ratio"] == 0 and all(np.isfinite(v) for v in m.values())
 
 
 def test_a_reference_has_log_probabilities_of_its_own(small, batch, scored):

@@ -32,7 +32,7 @@ def _words(root):
     [(0, math.nan)], [(0, math.nan), (1, 1.0), (2, math.inf), (3, 2.0), (4, 3.0)], [(0, -1.0), (1, 1.0)],
     [(0, 1e-30), (1, 1e30)], [(0, -1e300), (1, 1e300)], [(i, 1e9 + i) for i in range(4)]])
 def test_odd_values_draw_inside_the_picture(points, log):
-  root = _draw(points, log=log, zero=True, cap=4.0, marks=[(1, "<m>")], before=0.5,
+  root = _draw(points, log=log, zero=True, cap=4.0, marks=[(1, "<t>", "<m>")], before=0.5,
                after={"value": 0.7, "low": 0.6, "high": None})
   _, _, width, height = map(float, root.get("viewBox").split())
   drawn = [p for line in root.iter() if line.get("points") for p in _path(line)]
@@ -98,14 +98,26 @@ def test_cap_keeps_a_slow_first_step_from_flattening_the_rest():
 
 
 def test_marks_and_evaluations_are_drawn():
-  root = _draw([(0, 0.0), (10, 1.0)], marks=[(5, "a <b>"), (99, "outside")], before=0.0,
+  root = _draw([(0, 0.0), (10, 1.0)], marks=[(5, "<1>", "a <b>"), (99, "2", "outside")], before=0.0,
                after={"value": 1.0, "low": 0.5, "high": 1.0})
-  assert [e[0].text for e in _named(root, "mark")] == ["a <b>"]
+  mark, = _named(root, "mark")
+  title, line, tag = mark
+  assert (title.text, tag.text) == ("a <b>", "<1>")
+  (x0, _), (x1, _) = _path(_named(root, "raw")[0])
+  assert float(line.get("x1")) == float(line.get("x2")) == float(tag.get("x")) == pytest.approx((x0 + x1) / 2, abs=0.1)
   assert _named(root, "before") and _named(root, "after")
   bar = next(e for e in _named(root, "after")[0] if e.get("y1"))
   (_, y0), (_, y1) = _path(_named(root, "raw")[0])
   assert float(bar.get("y1")) == pytest.approx((y0 + y1) / 2, abs=0.2)
   assert not _named(_draw([(0, 1.0)], before={"value": None}), "before")
+
+
+def test_tags_of_crowded_marks_do_not_overlap():
+  root = _draw([(0, 0.0), (999, 1.0)], marks=[(x, "1", "m") for x in (0, 1, 2, 500, 501, 998)])
+  marks = _named(root, "mark")
+  assert len(marks) == 6 and all(m.findall("{*}line") for m in marks)
+  tags = [float(t.get("x")) for m in marks for t in m.findall("{*}text")]
+  assert len(tags) == 5 and all(b - a > 8 for a, b in itertools.pairwise(tags))  # that of 2 would be far from it
 
 
 @pytest.mark.parametrize(("low", "high"), [

@@ -212,6 +212,46 @@ def test_only_curves_with_values_are_drawn():
   assert labels == ["Total", "Answer accuracy", "Sampler–trainer gap"]
 
 
+def _entropies(*stretches):
+  return [{"step": i, "loss/entropy": v} for i, v in enumerate(v for n, v in stretches for _ in range(n))]
+
+
+def test_alarms_are_listed_and_marked_where_they_begin():
+  metrics = _entropies((20, 0.5), (12, 0.05), (20, 0.5), (12, 0.05))
+  for line in metrics[40:]:
+    line["rollout/logp_gap_mean"] = 1.0
+  text = _full(metrics=metrics)
+  page = _Page(text)
+  assert "Alarms entropy collapse from steps 27, 59: entropy is 0.05 nats a token" in page.text
+  assert "sampler drift from step 43: rollout/logp_gap_mean is 1 nats" in page.text  # once, though it persists
+  svg = text[text.index('aria-label="Entropy, nats"'):]
+  svg = svg[:svg.index("</svg>")]
+  marks = re.findall(r'<g class="mark"><title>(.*?)</title><line x1="([\d.]+)".*?>(\d)</text>', svg)
+  assert [(title, tag) for title, _, tag in marks] == [
+      ("step 27: entropy collapse begins", "1"), ("step 43: sampler drift begins", "2"),
+      ("step 59: entropy collapse begins", "1")]
+  x27, x43, x59 = (float(x) for _, x, _ in marks)
+  assert (x43 - x27) / (x59 - x27) == pytest.approx(16 / 32, abs=0.01)
+
+
+def test_a_run_without_alarms_says_so():
+  text = _full(metrics=_entropies((40, 0.5)))
+  assert "Alarms none Training" in _Page(text).text and 'class="mark"' not in text
+  assert "Alarms" not in _Page(_full(metrics=[])).text
+
+
+def test_alarms_are_by_the_run_s_own_thresholds():
+  metrics = _entropies((40, 0.5))
+  strict = _full(metrics=metrics, config={"monitor": {"entropy_nats": 0.6, "window": 3, "stop": [], "new": 1}})
+  assert "entropy collapse from step 2: entropy is 0.5 nats a token (means of 3 steps)" in _Page(strict).text
+
+
+def test_an_alarm_that_comes_and_goes_keeps_the_list_short():
+  metrics = _entropies(*[(1, 0.01 if i % 4 == 3 else 0.5) for i in range(60)])
+  text = _Page(_full(metrics=metrics, config={"monitor": {"window": 1}})).text
+  assert "entropy collapse from steps 3, 7, 11, 15, 19, 23, 27, 31 and 7 more: entropy" in text
+
+
 def test_missing_pieces_are_left_out():
   page = _Page(_render())
   assert page.text == "run ViRL run" and not page.all("section")

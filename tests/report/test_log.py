@@ -83,6 +83,66 @@ def test_resume_drops_exactly_what_will_be_done_again(tmp_path):
   assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+HEADER = {"config": {"steps": 3, "optim": {"clip_norm": math.inf}, "marks": ("a", "b")}, "versions": {"jax": "1"},
+          "device": "cpu"}
+KEPT = {"config": {"steps": 3, "optim": {"clip_norm": "inf"}, "marks": ["a", "b"]}, "versions": {"jax": "1"},
+        "device": "cpu"}
+
+
+def _begin(path, start_step, steps, **changes):
+  metrics_log = log.MetricsLog(path, start_step, {**HEADER, **changes})
+  for step in steps:
+    metrics_log.write(step, {"loss": step / 10})
+  metrics_log.close()
+
+
+def test_the_header_is_the_first_line_and_no_step(tmp_path):
+  path = str(tmp_path / "deep" / "metrics.jsonl")
+  _begin(path, 0, range(2))
+  first, *steps = (json.loads(raw, parse_constant=pytest.fail) for raw in _lines(path))
+  assert first == log.header(path) == KEPT
+  assert log.read(path) == steps == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.1}]
+
+
+def test_a_resumed_run_has_one_header(tmp_path):
+  path = str(tmp_path / "metrics.jsonl")
+  _begin(path, 0, range(4))
+  before = _lines(path)
+  inode = os.stat(path).st_ino
+  _begin(path, 4, [])
+  assert os.stat(path).st_ino == inode  # nothing to change, nothing changed
+  _begin(path, 2, range(2, 4))
+  assert _lines(path) == before
+  assert log.MetricsLog(path, 4).flush() is None and _lines(path) == before  # none given: the old one stays
+  _begin(path, 0, range(4))
+  assert _lines(path) == before
+
+
+def test_an_earlier_header_that_said_otherwise_is_kept(tmp_path):
+  path = str(tmp_path / "metrics.jsonl")
+  _begin(path, 0, range(4))
+  _begin(path, 3, [3, 4, 5], versions={"jax": "2"})
+  assert log.header(path) == {**KEPT, "versions": {"jax": "2"}, "earlier": [{"until": 3, **KEPT}]}
+  _begin(path, 3, [3, 4, 5], versions={"jax": "3"}, device="gpu")  # of "2" no step is left
+  assert log.header(path)["earlier"] == [{"until": 3, **KEPT}]
+  _begin(path, 5, [5], versions={"jax": "3"}, device="cpu")
+  assert log.header(path)["earlier"] == [{"until": 3, **KEPT},
+                                         {"until": 5, **KEPT, "versions": {"jax": "3"}, "device": "gpu"}]
+  _begin(path, 2, [2])  # set back further
+  assert log.header(path)["earlier"] == [{"until": 2, **KEPT}]
+  _begin(path, 0, [0, 1])
+  assert log.header(path) == KEPT and _steps(path) == [0, 1]
+
+
+def test_a_file_without_a_header_is_read_as_ever_and_gets_one(tmp_path):
+  path = str(tmp_path / "metrics.jsonl")
+  _write(path, range(3))
+  old = _lines(path)
+  assert log.header(path) is None and _steps(path) == [0, 1, 2]
+  _begin(path, 3, [3])
+  assert log.header(path) == KEPT and _steps(path) == [0, 1, 2, 3] and _lines(path)[1:4] == old
+
+
 def test_line_cut_off_by_a_kill_is_dropped(tmp_path):
   path = str(tmp_path / "metrics.jsonl")
   _write(path, range(3))

@@ -260,6 +260,7 @@ def _score_metrics(batch: types.Batch, fid: reward.Fidelity, total_B: jax.Array,
       "coverage": loss.masked_mean(fid.covered, has_gt_B),
       "mean_iou": loss.masked_mean(fid.iou_R, judged_BR),
       "data/no_boxes_share": 1.0 - has_gt_B.mean(),
+      "box/log_area_ratio": loss.masked_mean(_log_area_ratio(batch.box_BR4, batch.gt_BJ4, fid.target_R), judged_BR),
       "tokens/generated": batch.sampled_BT.sum().astype(jnp.float32),
   }
 
@@ -274,6 +275,14 @@ def _plain_advantages(batch, fid, total_B, value_BT, cfg) -> tuple[jax.Array, ja
   raw_BT, return_BT = jax.vmap(lambda *a: advantage.gae(*a, cfg.advantage))(reward_BT, value_BT, trained)
   plain_BT = advantage.standardize(raw_BT.reshape(-1), trained.reshape(-1), True).reshape(raw_BT.shape)
   return plain_BT, jax.vmap(loss.masked_mean)(plain_BT, trained), return_BT
+
+
+def _log_area_ratio(box_BR4, gt_BJ4, target_BR):
+  """log2 of each box's area over that of the box it is judged by, both at least a pixel: finite where masked, too."""
+  area = lambda box_X4: (box_X4[..., 2] - box_X4[..., 0]) * (box_X4[..., 3] - box_X4[..., 1])
+  judge_BRJ = jax.nn.one_hot(target_BR, gt_BJ4.shape[1]) > 0
+  gt_BR = jnp.where(judge_BRJ, area(gt_BJ4)[:, None], 0.0).sum(-1)
+  return jnp.log2(jnp.maximum(area(box_BR4), 1.0) / jnp.maximum(gt_BR, 1.0))
 
 
 def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, dict]:

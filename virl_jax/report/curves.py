@@ -12,16 +12,17 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 54, 34, 24  # margins around the plot: tick l
 _MAX_DRAWN = 400    # more points than this can't be told apart at this width
 _MAX_HOVER = 120    # each hover target is an element of its own
 _ACCENT = "var(--accent, #1f6fb5)"
+_ALERT = "var(--bad, #b8420b)"
 _FONT = "font-family:system-ui,-apple-system,'Segoe UI',sans-serif;font-variant-numeric:tabular-nums"
 
 
 def svg(points: Sequence[tuple[float, float]], title: str, *, subtitle: str = "", log: bool = False,
-        zero: bool = False, cap: float | None = None, marks: Sequence[tuple[float, str]] = (),
+        zero: bool = False, cap: float | None = None, marks: Sequence[tuple[float, str, str]] = (),
         before: dict | float | None = None, after: dict | float | None = None) -> str:
   """Draws one quantity over the steps of a run.
 
   The thin line is the raw values, the bold one their moving average, whose last value is labelled.
-  Colours come from `currentColor` and from the CSS variable --accent, where the page sets it.
+  Colours come from `currentColor` and from the CSS variables --accent and --bad, where the page sets them.
 
   Args:
     points: (x, y) in order of x; where y is NaN or infinite the line is broken.
@@ -31,7 +32,8 @@ def svg(points: Sequence[tuple[float, float]], title: str, *, subtitle: str = ""
     zero: whether the y axis always includes 0; without effect if `log`.
     cap: what exceeds this many times the median (> 0) is drawn as a triangle at the top edge and kept out
       of the average, so that one slow first step does not flatten all the others.
-    marks: (x, label) of moments worth a vertical line.
+    marks: (x, tag, label) in order of x, moments worth a vertical line; the tag, a few characters, stands above it,
+      the label is shown on hovering.
     before: an evaluation before the run, drawn at the left edge: its value, or value, low and high.
     after: the same after the run, at the right edge.
 
@@ -63,11 +65,7 @@ def svg(points: Sequence[tuple[float, float]], title: str, *, subtitle: str = ""
   values += [0.0] if zero and not log else []
   at_y, y_ticks = _y_axis(values, log)
   parts = [head, _grid(at_x, at_y, y_ticks, bool(xs))]
-  for x, label in marks:
-    if at_x.low <= x <= at_x.high:
-      parts.append(f'<line class="mark" x1="{at_x(x):.1f}" x2="{at_x(x):.1f}" y1="{_TOP}" '
-                   f'y2="{_HEIGHT - _BOTTOM}" stroke="currentColor" stroke-opacity=".35" '
-                   f'stroke-dasharray="2 3"><title>{html.escape(label)}</title></line>')
+  parts.append(_marks([mark for mark in marks if at_x.low <= mark[0] <= at_x.high], at_x))
   parts.append(_lines(kept, shown, at_x, at_y, log))
   for x, y in outliers:
     parts.append(f'<path class="outlier" d="M{at_x(x):.1f} {_TOP}l4 7h-8z" style="fill:{_ACCENT}">'
@@ -165,6 +163,22 @@ def _grid(at_x, at_y, y_ticks, has_steps):
     whole = {round(x) for x in ticks(at_x.low, at_x.high)} if at_x.high - at_x.low >= 1 else {at_x.low}
     out += [_text(at_x(x), bottom + 15, number(x), "middle") for x in sorted(whole)
             if at_x.low <= x <= at_x.high]
+  return "".join(out)
+
+
+def _marks(marks, at_x):
+  out, free = [], 0.0
+  for x, tag, label in marks:
+    out.append(f'<g class="mark"><title>{html.escape(label)}</title><line x1="{at_x(x):.1f}" x2="{at_x(x):.1f}" '
+               f'y1="{_TOP - 4}" y2="{_HEIGHT - _BOTTOM}" style="stroke:{_ALERT}" stroke-opacity=".7" '
+               f'stroke-dasharray="2 3"/>')
+    wide = 3.2 * len(tag) + 1
+    at = max(at_x(x), free + wide)  # beside the tag before, but not so far that it seems another mark's
+    if at - at_x(x) <= 10:
+      free = at + wide
+      out.append(f'<text x="{at:.1f}" y="{_TOP - 6}" font-size="10" font-weight="600" text-anchor="middle" '
+                 f'style="fill:{_ALERT}">{html.escape(tag)}</text>')
+    out.append("</g>")
   return "".join(out)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 
+from virl_jax.eval import monitors
 from virl_jax.report import curves
 from virl_jax.report import gallery
 from virl_jax.report import log
@@ -36,12 +38,15 @@ _CHARTS = (
                    ("acc_rat", "Rationale accuracy", {"zero": True}),
                    ("hit_rate", "Hit rate", {"zero": True}),
                    ("rationale_count", "Zooms per trajectory", {"zero": True}),
-                   ("mean_iou", "Mean IoU", {"zero": True}))),
-    ("Optimisation", (("loss/policy", "Policy loss", {}), ("policy/entropy", "Entropy, nats", {}),
+                   ("mean_iou", "Mean IoU", {"zero": True}),
+                   ("box/log_area_ratio", "Box area to truth, log2", {"zero": True}))),
+    ("Optimisation", (("loss/policy", "Policy loss", {}), ("loss/entropy", "Entropy, nats", {}),
                       ("ppo/clip_frac", "Clipped share", {"zero": True}))),
     ("Machine", (("rollout/logp_gap_max", "Sampler–trainer gap", {"log": True}),
                  ("time/rollout_s", "Rollout, s", {"zero": True, "cap": 4.0}),
                  ("time/update_s", "Update, s", {"zero": True, "cap": 4.0}))))
+
+_ALARM_STEPS = 8  # beginnings of one alarm that are listed; the curves show all
 
 # No script may run and nothing may be fetched, whatever text ends up in the page.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -68,7 +73,8 @@ def render(config: dict, metrics: list[dict], before: dict | None, after: dict |
   if before or after:
     body += [_cards(config, before or {}, after or {}, difference or {}), _tables(before or {}, after or {})]
   if metrics:
-    body.append(_curves(metrics, before or {}, after or {}))
+    alarms = _begun(config, metrics)
+    body += [_alarms(alarms), _curves(metrics, before or {}, after or {}, alarms)]
   if gallery:
     body.append(_gallery(gallery))
   if config:
@@ -245,7 +251,36 @@ def _tables(before, after):
   return f'<section class="tables">{"".join(out)}</section>' if out else ""
 
 
-def _curves(metrics, before, after):
+def _begun(config, metrics):
+  """The alarms of a run by monitor, in order of the first: a monitor's number in the page is its place."""
+  section = config.get("monitor") or {}  # runs once had none
+  known = {f.name: section[f.name] for f in dataclasses.fields(monitors.Config) if f.name in section}
+  steps = [line for line in metrics if _is_number(line.get("step"))]
+  found = {}
+  for alarm in monitors.all_begun(steps, monitors.Config(**known)):
+    found.setdefault(alarm.name, []).append(alarm)
+  return list(found.values())
+
+
+def _alarms(alarms):
+  items = []
+  for of_one in alarms:
+    steps = [str(alarm.step) for alarm in of_one]
+    more = f" and {len(steps) - _ALARM_STEPS} more" if len(steps) > _ALARM_STEPS else ""
+    when = f"from step{'s' * (len(steps) > 1)} {', '.join(steps[:_ALARM_STEPS])}{more}"
+    items.append(f'<li><b>{trajectory.escape(_spoken(of_one[0]))}</b> {when}: '
+                 f'{trajectory.escape(of_one[0].message)}.</li>')
+  shown = f'<ol class="alarms">{"".join(items)}</ol>' if items else '<p class="fine">none</p>'
+  return f"<section><h2>Alarms</h2>{shown}</section>"
+
+
+def _spoken(alarm):
+  return alarm.name.replace("_", " ")
+
+
+def _curves(metrics, before, after, alarms):
+  marks = sorted((alarm.step, str(i), f"step {alarm.step}: {_spoken(alarm)} begins")
+                 for i, of_one in enumerate(alarms, start=1) for alarm in of_one)
   groups = []
   for heading, charts in _CHARTS:
     drawn = []
@@ -254,12 +289,13 @@ def _curves(metrics, before, after):
                 if _is_number(line.get(key)) and _is_number(line.get("step"))]
       if points:
         ends = {"before": before.get(key), "after": after.get(key)} if heading == "Behaviour" else {}
-        drawn.append(f'<div class="chart">{curves.svg(points, name, subtitle=key, **how, **ends)}</div>')
+        drawn.append(f'<div class="chart">{curves.svg(points, name, subtitle=key, marks=marks, **how, **ends)}</div>')
     if drawn:
       groups.append(f'<h3>{heading}</h3><div class="charts">{"".join(drawn)}</div>')
   held_out = " Diamonds: held-out tasks before and after." if before or after else ""
+  numbers = " Numbered lines: where an alarm begins." if marks else ""
   return (f'<section><h2>Training</h2><p class="fine">Thin line: each step. Bold line and its label: '
-          f'moving average.{held_out}</p>{"".join(groups)}</section>')
+          f'moving average.{held_out}{numbers}</p>{"".join(groups)}</section>')
 
 
 def _gallery(shown):

@@ -30,21 +30,24 @@ class MetricsLog:
   A process that is killed loses the pending step: call `flush` before saving a checkpoint.
   """
 
-  def __init__(self, path: str, start_step: int):
+  def __init__(self, path: str, start_step: int, header: dict | None = None):
     """Opens the file, forgetting what a resumed run will do again.
 
     Lines with "step" >= start_step and a last line that was cut off are dropped, by replacing the
-    file whole; every other line is kept byte for byte.
+    file whole; every other line but the header is kept byte for byte.
 
     Args:
       path: the metrics file; made, with its folder, if missing.
       start_step: the first step that will be written.
+      header: what the figures are made with, "config" above all, as JSON has it: the file's first line.  If
+        another is there, it is kept in the list "earlier" of this one, with the first step it is not about, "until".
+        None leaves the header there is.
 
     Raises:
       ValueError: a line other than the last is not a JSON object.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    _rewind(path, start_step)
+    _rewind(path, start_step, header)
     self._path = path
     self._next_step = start_step
     self._pending: tuple[int, dict] | None = None
@@ -95,15 +98,14 @@ class MetricsLog:
     step, metrics = self._pending
     self._pending = None
     line = {"step": int(step), **{k: _plain(v) for k, v in metrics.items() if k != "step"}}
-    strict = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     with open(self._path, "ab") as f:
-      f.write(json.dumps(strict, allow_nan=False).encode() + b"\n")
+      f.write(_bytes(line))
     self._last = line
     return line
 
 
 def read(path: str) -> list[dict]:
-  """Reads a metrics file; a last line that was cut off is left out.
+  """Reads a metrics file; the header and a last line that was cut off are left out.
 
   Args:
     path: a file that `MetricsLog` wrote, perhaps one that is still growing.
@@ -115,7 +117,23 @@ def read(path: str) -> list[dict]:
     ValueError: a line other than the last is not a JSON object.
   """
   return [{k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in line.items()}
-          for _, line in _parse(path, _content(path))]
+          for _, line in _parse(path, _content(path)) if not _is_header(line)]
+
+
+def header(path: str) -> dict | None:
+  """What the figures of a metrics file are made with.
+
+  Args:
+    path: a file that `MetricsLog` wrote.
+
+  Returns:
+    The header that it was given, with "earlier" if it was given several, in the words of JSON; None for a file
+    without one, as runs wrote them once.
+
+  Raises:
+    ValueError: a line other than the last is not a JSON object.
+  """
+  return next((line for _, line in _parse(path, _content(path)) if _is_header(line)), None)
 
 
 class Progress:
@@ -235,12 +253,47 @@ def _object(raw: bytes) -> dict | None:
   return line if isinstance(line, dict) else None
 
 
-def _rewind(path: str, start_step: int) -> None:
-  if not os.path.exists(path):
-    return
-  content = _content(path)
-  kept = b"".join(raw + b"\n" for raw, line in _parse(path, content)
-                  if not isinstance(line.get("step"), int) or line["step"] < start_step)
+def _is_header(line: dict) -> bool:
+  return "config" in line and "step" not in line
+
+
+def _succeed(old: dict | None, new: dict, start_step: int) -> dict:
+  """The new header, with those before it that other steps were made with."""
+  if old is None:
+    return new
+  entries = old.pop("earlier", [])
+  if old != new:
+    entries = [*entries, {"until": start_step, **old}]
+  earlier, since = [], 0
+  for entry in entries:
+    until = min(entry["until"], start_step)  # the run may have been set back
+    if until > since:
+      earlier.append({**entry, "until": until})
+      since = until
+  return {**new, "earlier": earlier} if earlier else new
+
+
+def _strict(value):
+  """JSON knows no numbers that are not finite: they become text."""
+  if isinstance(value, dict):
+    return {k: _strict(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_strict(v) for v in value]
+  return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _bytes(line: dict) -> bytes:
+  return json.dumps(_strict(line), allow_nan=False).encode() + b"\n"
+
+
+def _rewind(path: str, start_step: int, header: dict | None) -> None:
+  content = _content(path) if os.path.exists(path) else b""
+  lines = _parse(path, content)
+  kept = b"".join(raw + b"\n" for raw, line in lines if not (header and _is_header(line))
+                  and (not isinstance(line.get("step"), int) or line["step"] < start_step))
+  if header:
+    old = next((line for _, line in lines if _is_header(line)), None)
+    kept = _bytes(_succeed(old, _strict(header), start_step)) + kept
   if kept == content:
     return
   temporary = f"{path}.tmp"

@@ -55,6 +55,9 @@ border-bottom:1px solid var(--line)}
 .chart{min-width:0}
 .curve{display:block;width:100%;height:auto;overflow:visible}
 
+.alarms{margin:12px 0 0;padding-left:1.5em;max-width:92ch}.alarms li{margin-top:6px}
+.alarms li::marker,.alarms b{color:var(--bad);font-weight:600}
+
 .legend{display:flex;flex-wrap:wrap;gap:4px 20px;font-size:.84rem;color:var(--soft);margin:6px 0 18px}
 .legend i{display:inline-block;width:18px;height:11px;border:2px solid;border-radius:2px;margin-right:7px;
 vertical-align:-1px}
