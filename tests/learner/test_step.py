@@ -140,9 +140,9 @@ def test_boxes_are_measured_against_the_truth_that_they_are_judged_by(small, bat
   box_BR4[1, 0] = (100, 100, 120, 120)  # four times the second box
   box_BR4[3, 1] = (5, 5, 5, 5)          # no area at all counts as a pixel
   cfg, other = make_config(small), batch.replace(box_BR4=box_BR4, gt_BJ4=gt_BJ4, gt_mask_BJ=gt_mask_BJ)
-  _, m = step_lib.score_step(small.params, None, other, cfg)
+  _, m = step_lib.score_step(held(small.params), None, other, cfg)
   np.testing.assert_allclose(m["box/log_area_ratio"], (-1 + 0 + 2 + 0 - np.log2(1600)) / 5, rtol=1e-5)
-  _, m = step_lib.score_step(small.params, None, batch.replace(gt_mask_BJ=np.zeros((8, 1), bool)), cfg)
+  _, m = step_lib.score_step(held(small.params), None, batch.replace(gt_mask_BJ=np.zeros((8, 1), bool)), cfg)
   assert m["box/log_area_ratio"] == 0 and all(np.isfinite(v) for v in m.values())
 
 
