@@ -317,7 +317,8 @@ def test_every_token_is_made_of_its_own_patches(grid, sizes):
   slots = batch.patches_IWQC[..., 0].reshape(-1, per)  # a merged token reads `per` neighbouring slots
   place = batch.rowcol_IWQ2.reshape(-1, per, 2)
   windows = batch.window_IWQ.reshape(-1, per)
-  assert (W > 1) == any(rows * cols > images.ONE_PIECE_CELLS for rows, cols in sizes)
+  full = sizes == [(4, 4)] and grid.window == 2  # four windows with nothing to spare
+  assert (W > 1) == (full or any(rows * cols > images.ONE_PIECE_CELLS for rows, cols in sizes))
   first = 1
   for i, ((rows, cols), at) in enumerate(zip(sizes, index)):
     assert at.dtype == np.int32 and at.shape == (rows * cols,)
@@ -341,12 +342,14 @@ def test_buckets_come_in_few_sizes():
   assert shape((1, 1)) == shape((2, 2)) == shape((1, 2)) == (1, 1, 16)
   assert shape((3, 3)) == (1, 1, 36) and shape((4, 4)) == (1, 1, 64)
   assert shape((5, 4)) == (1, 1, 100) and shape((7, 4)) == (1, 1, 144) and shape((1, 9)) == (1, 1, 36)
-  assert shape((8, 8)) == (1, 1, 256)
-  # Larger ones are cut by window.
+  assert shape((7, 9)) == (1, 1, 256)
+  # Larger ones are cut by window, and those that fill their windows.
+  assert shape((8, 8)) == (1, 4, 64) and shape((3, 4), (8, 8)) == (2, 4, 64) and shape((8, 4)) == (1, 2, 64)
+  assert shape((1, 16), (8, 8)) == (2, 4, 64)
   assert shape((9, 9)) == (1, 16, 64) and shape((9, 9), (1, 1)) == (2, 16, 64) and shape((13, 5)) == (1, 8, 64)
   assert shape((1, 65)) == (1, 32, 64)
-  every = {images.bucket((1, cells), GRID) for cells in range(1, images.ONE_PIECE_CELLS + 1)}
-  assert len(every) == 7 and all(windows == 1 for windows, _ in every)
+  every = {shape((r, c)) for r in range(1, 65) for c in range(1, 64 // r + 1)}
+  assert every == {(1, 1, 4 * n * n) for n in range(2, 9)} | {(1, 2, 64), (1, 4, 64)}
 
 
 def test_a_bucket_for_a_picture_that_is_elsewhere():
