@@ -43,15 +43,6 @@ class Step:
     assert int(count.min()) == self.steps
 
 
-def product_flops(dtype) -> float:
-  """FLOP/s of a large matrix product in the model's numbers."""
-  n = 8192 if jax.default_backend() != "cpu" else 1536
-  a = jnp.ones((n, n), dtype)
-  product = jax.jit(lambda a: a @ a)
-  seconds = timing.interleaved({"": lambda: product(a).block_until_ready()}, 5)[""]
-  return 2 * n ** 3 / timing.median(seconds)
-
-
 def main():
   p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   p.add_argument("--size", choices=["bench", *qwen.SIZES], default="bench")
@@ -67,8 +58,7 @@ def main():
   params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.dtype(args.dtype)))(jax.random.key(0))
   t, size = cfg.text, jnp.dtype(args.dtype).itemsize
   weights = params_lib.count(qwen.specs(cfg)["text"]) - (0 if t.tied else t.vocab * t.hidden)  # rows look few tokens up
-  _, bandwidth = policy_bench.ceilings()
-  flops = product_flops(jnp.dtype(args.dtype))
+  flops, bandwidth = policy_bench.ceilings(jnp.dtype(args.dtype))
   print(f"{weights * size / 1e9:.2f} GB of weights; a copy moves {bandwidth / 1e9:.0f} GB/s, a product does "
         f"{flops / 1e9:.0f} GFLOP/s", flush=True)
   table, figures = [], []

@@ -153,10 +153,10 @@ def agreement(ours: Ours, peer: Transformers, ops: list[str]) -> dict:
 # --- accelerators: shares of what the device reaches --------------------------------------------------------
 
 
-def ceilings() -> tuple[float, float]:
-  """FLOP/s of a bfloat16 matrix product, and bytes/s read and written by a copy, both measured now."""
-  n = 8192 if jax.default_backend() != "cpu" else 1024
-  a = jnp.ones((n, n), jnp.bfloat16)
+def ceilings(dtype=jnp.bfloat16) -> tuple[float, float]:
+  """FLOP/s of a large matrix product in `dtype`, and bytes/s read and written by a copy, both measured now."""
+  n = 8192 if jax.default_backend() != "cpu" else 1536
+  a = jnp.ones((n, n), dtype)
   product = jax.jit(lambda a: a @ a)
   copy = jax.jit(lambda x: x + 1)
   x = jnp.ones((2 ** 28 if n == 8192 else 2 ** 24,), jnp.float32)

@@ -96,16 +96,17 @@ def main():
   failed = [f"{arm}/seed_{seed}" for (arm, seed), ok in zip(todo, good) if not ok]
   found = results.read(out, arms, seeds)
   minutes = (time.perf_counter() - began) / 60
-  text = results.markdown(found, " ".join(["python", "benchmarks/reproduce.py", *sys.argv[1:]]), minutes)
+  figures = results.figures(found)
+  text = results.markdown(found, figures, " ".join(["python", "benchmarks/reproduce.py", *sys.argv[1:]]), minutes)
   (out / "results.md").write_text(text)
   results.picture(found, out / "results.png")
-  (out / "results.json").write_text(json.dumps(results.figures(found), indent=1) + "\n")
+  (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
   if args.docs and not failed:
     for name in ("results.md", "results.png"):
       shutil.copy(out / name, ROOT / "docs" / name)
   print("\n" + text)
   print(json.dumps({"command": " ".join(["python", *sys.argv]), "cores": os.cpu_count(), "minutes": minutes,
-                    "failed": failed, "figures": results.figures(found)}))
+                    "failed": failed, "figures": figures}))
   if failed:
     raise SystemExit(f"error: {len(failed)} runs failed, see train.log in their folders: {', '.join(failed)}; "
                      "give the same command again to go on with them")

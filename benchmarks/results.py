@@ -141,9 +141,8 @@ def _cell(figure: dict) -> str:
   return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}] ({seeds})"
 
 
-def markdown(found: dict[str, Arm], command: str, minutes: float) -> str:
-  """The page."""
-  every = figures(found)
+def markdown(found: dict[str, Arm], every: dict, command: str, minutes: float) -> str:
+  """The page, of the arms and their `figures`."""
   arms = len(found) - 1 if found else 0
   _, seeds, tasks, _ = found["before"].terms.shape if found else (0,) * 4
   lines = ["# What was seen, and what was not", "",

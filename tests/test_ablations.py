@@ -93,7 +93,7 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   assert [(c["metric"], c["more"], c["less"]) for c in f["claims"]] == [
       ("acc_rat", "full", "outcome_only"), ("acc_ans", "full", "outcome_only")]
   assert [c["verdict"] for c in f["claims"]] == ["seen here"] * 2
-  page = results.markdown(found, "python benchmarks/reproduce.py", 12.0)
+  page = results.markdown(found, f, "python benchmarks/reproduce.py", 12.0)
   for said in ("| *seen here* |", "| outcome_only | ", "2 arms, 2 seeds each, 40 held-out tasks each"):
     assert said in page
   assert "rho" not in page  # a section of one arm says nothing
@@ -101,4 +101,4 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
 
 def test_nothing_has_ended(tmp_path):
   assert results.read(tmp_path, ("full",), 1) == {}
-  assert "0 arms" in results.markdown({}, "x", 0.0)
+  assert "0 arms" in results.markdown({}, results.figures({}), "x", 0.0)
