@@ -214,13 +214,14 @@ def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, c
   informative_B = advantage.informative(total_B, cfg.group_size, batch.row_mask_B)
   if cfg.advantage.drop_equal:
     batch = batch.replace(row_mask_B=batch.row_mask_B & informative_B)
-  class_BR = jax.vmap(credit.classify)(fid.correct_R, fid.redundant_R, fid.target_R >= 0)
+  judged_BR = fid.target_R >= 0
+  class_BR = jax.vmap(credit.classify)(fid.correct_R, fid.redundant_R, judged_BR)
   plain_BT, advantage_B, return_BT = _plain_advantages(batch, fid, total_B, value, cfg)
   modulate = lambda sign_B: jax.vmap(lambda c, a, s: credit.modulator(c, a, cfg.credit, s - h0))(
       class_BR, sign_B, fid.score_R)
   step_BR = None
   if cfg.credit.kind == "additive":
-    step_BR = cfg.credit.step_weight * advantage.steps(fid.reward_R, fid.target_R >= 0, cfg.group_size)
+    step_BR = cfg.credit.step_weight * advantage.steps(fid.reward_R, judged_BR, cfg.group_size)
   modulator_BR = modulate(advantage_B)
   spread = jax.vmap(credit.token_advantages, (0, 0, 0, 0, None if step_BR is None else 0))
   if cfg.advantage.kind == "gae":  # each token has a sign of its own
@@ -234,7 +235,6 @@ def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, c
   if cfg.credit.keep_scale:
     advantage_BT = credit.keep_scale(advantage_BT, plain_BT, mask(batch))
   gap = jnp.where(mask(batch), jnp.abs(logp - batch.logp_sampler_BT), 0.0)
-  judged_BR = batch.box_mask_BR & batch.gt_mask_BJ.any(-1)[:, None]
   metrics |= {
       "credit/redundant_share": loss.masked_mean((class_BR == credit.REDUNDANT).astype(jnp.float32), judged_BR),
       "advantage/abs_mean": jnp.abs(advantage_B).mean(),
@@ -248,8 +248,7 @@ def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, c
 def _score_metrics(batch: types.Batch, fid: reward.Fidelity, total_B: jax.Array, cfg: Config) -> dict:
   """What the trajectories are like; in terms of IoU and `cfg.reward.h0`, whatever is rewarded."""
   has_gt_B = batch.gt_mask_BJ.any(-1)
-  # Visual actions are judged only where there is something to judge them by.
-  judged_BR = batch.box_mask_BR & has_gt_B[:, None]
+  judged_BR = fid.target_R >= 0  # visual actions, where there is something to judge them by
   hit_BR = judged_BR & (fid.iou_R >= cfg.reward.h0)
   return {
       "reward/total": total_B.mean(), "reward/answer": batch.answer_B.mean(), "reward/format": batch.format_B.mean(),
