@@ -55,6 +55,30 @@ class Progress:
       print(f"[{self.ended}/{self.total}] {name}: {how}{eta}", flush=True)
 
 
+class Clock:
+  """Minutes over all calls with the same folder, kept in a file every few seconds: one that is killed counts too."""
+
+  def __init__(self, path: pathlib.Path, every_s: float = 10.0):
+    self.path, self.began = path, time.perf_counter()
+    self.before = json.loads(path.read_text())["minutes"] if path.exists() else 0.0
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def tick():
+      while True:
+        time.sleep(every_s)
+        self.keep()
+
+    threading.Thread(target=tick, daemon=True).start()
+
+  def minutes(self) -> float:
+    return self.before + (time.perf_counter() - self.began) / 60
+
+  def keep(self):
+    new = self.path.with_suffix(".new")
+    new.write_text(json.dumps({"minutes": self.minutes()}) + "\n")
+    os.replace(new, self.path)
+
+
 def run(arm: str, seed: int, out: pathlib.Path, more: tuple[str, ...], progress: Progress) -> bool:
   """One run, to its end; True if it got there."""
   workdir, began = out / arm / f"seed_{seed}", time.perf_counter()
@@ -87,7 +111,7 @@ def main():
     p.error("--docs wants a whole run: --quick says nothing about the method")
   seeds = args.seeds or (1 if args.quick else 3)
   out = args.out or pathlib.Path("runs") / ("reproduce_quick" if args.quick else "reproduce")
-  began, progress = time.perf_counter(), Progress(len(arms) * seeds, args.jobs)
+  clock, progress = Clock(out / "minutes.json"), Progress(len(arms) * seeds, args.jobs)
   print(f"{len(arms)} arms x {seeds} seeds in {out}, {args.jobs} at a time", flush=True)
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     # Seed by seed: after a third of the time there is one of each.
@@ -95,9 +119,10 @@ def main():
     good = list(pool.map(lambda t: run(*t, out, QUICK if args.quick else (), progress), todo))
   failed = [f"{arm}/seed_{seed}" for (arm, seed), ok in zip(todo, good) if not ok]
   found = results.read(out, arms, seeds)
-  minutes = (time.perf_counter() - began) / 60
+  minutes = clock.minutes()
   figures = results.figures(found)
-  text = results.markdown(found, figures, " ".join(["python", "benchmarks/reproduce.py", *sys.argv[1:]]), minutes)
+  command = " ".join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])
+  text = results.markdown(found, figures, command, minutes, args.jobs)
   (out / "results.md").write_text(text)
   results.picture(found, out / "results.png")
   (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")

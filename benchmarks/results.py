@@ -141,16 +141,17 @@ def _cell(figure: dict) -> str:
   return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}] ({seeds})"
 
 
-def markdown(found: dict[str, Arm], every: dict, command: str, minutes: float) -> str:
+def markdown(found: dict[str, Arm], every: dict, command: str, minutes: float, jobs: int) -> str:
   """The page, of the arms and their `figures`."""
   arms = len(found) - 1 if found else 0
   _, seeds, tasks, _ = found["before"].terms.shape if found else (0,) * 4
   lines = ["# What was seen, and what was not", "",
            f"    {command}", "",
-           f"{arms} arms, {seeds} seeds each, {tasks} held-out tasks each; {minutes:.0f} minutes for what was not kept "
-           "from an earlier call. The tiny run of configs/tiny.py, with what configs/ablations/arms.py changes in each "
-           f"arm and nothing else. Zooms are judged at an IoU of {H0} throughout. In brackets the 95% interval of the "
-           "mean (bootstrap over seeds and tasks), in parentheses each seed.", "",
+           f"{arms} arms, {seeds} seeds each, {tasks} held-out tasks each; {minutes:.0f} minutes over all calls, "
+           f"{jobs} runs at a time. The tiny run of configs/tiny.py, with what configs/ablations/arms.py changes in "
+           "each arm and nothing else; its reward weights were chosen for the full method, which is `full`. Zooms are "
+           f"judged at an IoU of {H0} throughout. In brackets the 95% interval of the mean (bootstrap over seeds and "
+           "tasks), in parentheses each seed.", "",
            "These are a policy of two million parameters and drawn pictures. They can show that a mechanism works as "
            "described, or does not, at this scale; they say nothing of its size at 7B.", "",
            "## The paper's claims", "", "| claim | metric | difference | verdict |", "|---|---|---|---|"]

@@ -22,6 +22,7 @@ def load(path):
 
 
 arms, results = load(ROOT / "configs/ablations/arms.py"), load(ROOT / "benchmarks/results.py")
+reproduce = load(ROOT / "benchmarks/reproduce.py")
 
 
 @pytest.mark.parametrize("arm", arms.ARMS)
@@ -93,7 +94,7 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   assert [(c["metric"], c["more"], c["less"]) for c in f["claims"]] == [
       ("acc_rat", "full", "outcome_only"), ("acc_ans", "full", "outcome_only")]
   assert [c["verdict"] for c in f["claims"]] == ["seen here"] * 2
-  page = results.markdown(found, f, "python benchmarks/reproduce.py", 12.0)
+  page = results.markdown(found, f, "python benchmarks/reproduce.py", 12.0, 2)
   for said in ("| *seen here* |", "| outcome_only | ", "2 arms, 2 seeds each, 40 held-out tasks each"):
     assert said in page
   assert "rho" not in page  # a section of one arm says nothing
@@ -101,4 +102,14 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
 
 def test_nothing_has_ended(tmp_path):
   assert results.read(tmp_path, ("full",), 1) == {}
-  assert "0 arms" in results.markdown({}, results.figures({}), "x", 0.0)
+  assert "0 arms" in results.markdown({}, results.figures({}), "x", 0.0, 1)
+
+
+def test_minutes_add_up_over_calls(tmp_path):
+  path = tmp_path / "out" / "minutes.json"
+  first = reproduce.Clock(path, every_s=1000)
+  first.began -= 120
+  first.keep()
+  again = reproduce.Clock(path, every_s=1000)
+  again.began -= 60
+  assert 3.0 <= again.minutes() < 3.1
