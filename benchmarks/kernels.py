@@ -1,7 +1,7 @@
 """The reward, credit and advantage kernels, against the same in NumPy loops and in torch; and their share of a step.
 
     python benchmarks/kernels.py --peer=torch
-    python benchmarks/kernels.py --peer=none --step-s=10    # their share of a training step of ten seconds
+    python benchmarks/kernels.py --step    # what share of a training step of the bench model they are
 
 4,096 trajectories of 6 actions and 4 targets each, rows of 16,384 tokens, groups of 8.  All sides compute the
 rewards of the actions, their classes, the group-relative advantage and an advantage for each token, and must agree.
@@ -15,9 +15,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import policy as policy_bench  # of this folder
 import timing  # of this folder
 
 from virl_jax import host_memory
+from virl_jax.model import params as params_lib
+from virl_jax.model import qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
 from virl_jax.rl import reward
@@ -146,6 +149,14 @@ class Torch:
       self.out = total, torch.where(d["sampled"], adv[:, None] * m.gather(1, at), 0.0)
 
 
+def seconds_a_token(repeat: int) -> float:
+  """Of a training step (forward, backward, AdamW) of the bench model on 8 rows of 128 tokens, images among them."""
+  cfg = policy_bench.BENCH
+  params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.float32))(jax.random.key(0))
+  side = policy_bench.Ours(cfg, params, policy_bench.inputs(cfg, 8, 128, 224), 1)
+  return timing.median(timing.interleaved({"": side.train}, repeat)[""]) / (8 * 128)
+
+
 def main():
   p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   p.add_argument("--peer", choices=["none", "torch"], default="none")
@@ -154,7 +165,7 @@ def main():
   p.add_argument("--targets", type=int, default=4)
   p.add_argument("--tokens", type=int, default=16384)
   p.add_argument("--group", type=int, default=8)
-  p.add_argument("--step-s", type=float, default=0.0, help="seconds of a training step, to tell the share of")
+  p.add_argument("--step", action="store_true", help="time a training step of the bench model, too, on fewer tokens")
   p.add_argument("--repeat", type=int, default=5)
   args = p.parse_args()
   host_memory.keep_when_on_cpu()
@@ -174,9 +185,11 @@ def main():
             f"{apart[name]:.1g}" if name in apart else ""] for name in sides]
   print(timing.table(["", "s", "times ours", "largest difference"], table) + "\n")
   figures = {name: timing.median(seconds[name]) for name in sides} | {"largest_difference": apart}
-  if args.step_s:
-    figures["share_of_step"] = base / args.step_s
-    print(f"share of a training step of {args.step_s:g} s: {100 * base / args.step_s:.2f} %\n")
+  if args.step:
+    a_token = seconds_a_token(args.repeat)
+    figures["step_s_a_token"], figures["share_of_step"] = a_token, base / (a_token * args.rows * args.tokens)
+    print(f"a training step of the bench model takes {a_token * 1e6:.0f} us a token; the kernels, for as many tokens "
+          f"as here, {100 * figures['share_of_step']:.2g} % of it\n")
   print(timing.last_line(vars(args) | {"seconds": figures}, ("torch",) if args.peer == "torch" else ()))
 
 

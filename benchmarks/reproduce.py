@@ -16,6 +16,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import queue
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,15 @@ class Clock:
     os.replace(new, self.path)
 
 
-def run(arm: str, seed: int, out: pathlib.Path, more: tuple[str, ...], progress: Progress) -> bool:
+def share_cores(jobs: int) -> queue.Queue:
+  """A set of cores for each job, None where they can't be shared out: runs that take turns on one are slower."""
+  shares, cores = queue.Queue(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  for job in range(jobs):
+    shares.put(set(cores[job::jobs]) if len(cores) >= jobs else None)
+  return shares
+
+
+def run(arm: str, seed: int, out: pathlib.Path, more: tuple[str, ...], progress: Progress, shares: queue.Queue) -> bool:
   """One run, to its end; True if it got there."""
   workdir, began = out / arm / f"seed_{seed}", time.perf_counter()
   if (workdir / "eval_after.json").exists():
@@ -88,8 +97,13 @@ def run(arm: str, seed: int, out: pathlib.Path, more: tuple[str, ...], progress:
   workdir.mkdir(parents=True, exist_ok=True)
   command = [sys.executable, "-m", "virl_jax.train", f"--config={CONFIG}:{arm}", f"--config.seed={seed}",
              f"--workdir={workdir}", *more]
+  cores = shares.get()
   with open(workdir / "train.log", "a") as log:
-    code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+    if cores:  # long before JAX counts them
+      os.sched_setaffinity(process.pid, cores)
+    code = process.wait()
+  shares.put(cores)
   progress.end(f"{arm}, seed {seed}", time.perf_counter() - began, False, code == 0)
   return code == 0
 
@@ -116,7 +130,8 @@ def main():
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     # Seed by seed: after a third of the time there is one of each.
     todo = [(arm, seed) for seed in range(seeds) for arm in arms]
-    good = list(pool.map(lambda t: run(*t, out, QUICK if args.quick else (), progress), todo))
+    shares = share_cores(args.jobs)
+    good = list(pool.map(lambda t: run(*t, out, QUICK if args.quick else (), progress, shares), todo))
   failed = [f"{arm}/seed_{seed}" for (arm, seed), ok in zip(todo, good) if not ok]
   found = results.read(out, arms, seeds)
   minutes = clock.minutes()

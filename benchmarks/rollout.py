@@ -256,26 +256,27 @@ def compare(args, params):
 
 
 def scale(args, params):
-  """Trajectories a second against one thing at a time."""
+  """Trajectories a second against one thing at a time; the values of a sweep take turns."""
   base = {"group": 8, "rounds": 3, "slots": 16, "crop_px": 168}
   sweeps = {"group": (1, 2, 4, 8, 16), "rounds": (1, 2, 3, 4, 5, 6), "slots": (4, 8, 16, 32),
             "crop_px": (112, 168, 224)}
   table, figures = [], []
-  for knob, values in sweeps.items():
-    for value in values:
+  for knob in args.sweeps:
+    sides, scripts = {}, {}
+    for value in sweeps[knob]:
       c = base | {knob: value}
-      prompts = max(1, 32 // c["group"])
-      scripts = draw(prompts, c["group"], (c["rounds"],) * 2, (32, 32), 448, (c["crop_px"],) * 2)
-      ours = Ours(params, scripts, c["group"], c["slots"], args.segment, args.serve)
-      seconds = timing.interleaved({"ours": ours.run}, args.repeat)["ours"]
-      rate = len(scripts) / timing.median(seconds)
-      s = ours.stats
-      table.append([f"{knob} {value}", len(scripts), timing.spread(seconds), f"{rate:.2f}", s.prompt_tokens,
+      prompts, rounds, crop_px = max(1, 32 // c["group"]), (c["rounds"],) * 2, (c["crop_px"],) * 2
+      scripts[value] = draw(prompts, c["group"], rounds, (32, 32), 448, crop_px)
+      sides[value] = Ours(params, scripts[value], c["group"], c["slots"], args.segment, args.serve)
+    found = timing.interleaved({value: side.run for value, side in sides.items()}, args.repeat)
+    for value, side in sides.items():
+      seconds, n, s = timing.median(found[value]), len(scripts[value]), side.stats
+      table.append([f"{knob} {value}", n, timing.spread(found[value]), f"{n / seconds:.2f}", s.prompt_tokens,
                     s.appended_tokens, s.sampled_tokens])
-      figures.append({"knob": knob, "value": value, "trajectories": len(scripts), "s": timing.median(seconds),
-                      "trajectories_s": rate, "prompt_tokens": s.prompt_tokens, "appended_tokens": s.appended_tokens,
+      figures.append({"knob": knob, "value": value, "trajectories": n, "s": seconds, "trajectories_s": n / seconds,
+                      "prompt_tokens": s.prompt_tokens, "appended_tokens": s.appended_tokens,
                       "sampled_tokens": s.sampled_tokens})
-      print(f"  {knob} {value} done", flush=True)
+    print(f"  {knob} done", flush=True)
   header = ["", "trajectories", "s", "trajectories/s", "tokens prefilled", "appended", "sampled"]
   print("\n" + timing.table(header, table))
   return {"base": base, "rows": figures}
@@ -293,6 +294,7 @@ def main():
   p.add_argument("--serve", type=float, default=0.125)
   p.add_argument("--repeat", type=int, default=5)
   p.add_argument("--scale", action="store_true")
+  p.add_argument("--sweeps", type=lambda s: s.split(","), default=["group", "rounds", "slots", "crop_px"])
   args = p.parse_args()
   host_memory.keep_when_on_cpu()
   params = jax.jit(lambda key: params_lib.init(qwen.specs(CFG), key, jnp.float32))(jax.random.key(0))
