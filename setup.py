@@ -31,8 +31,8 @@ setuptools.setup(
     ],
     extras_require={
         "test": ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.12"],
-        # The reference implementation, for tests.  A CPU build of torch will do; get that one first.
-        "parity": ["safetensors>=0.6.2", "torch>=2.6"],
+        # Reference implementations, for tests.  A CPU build of torch will do; get that one first.
+        "parity": ["rlax>=0.1.8", "safetensors>=0.6.2", "torch>=2.6"],
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
