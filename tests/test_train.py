@@ -129,18 +129,18 @@ def test_the_rivals_train_and_go_on(places):
   """A critic, CISPO, and an adaptive KL in the reward: what they carry from step to step is in the checkpoint."""
   rivals = ("--config.advantage.kind=gae", "--config.credit.scope=call", "--config.loss.kind=cispo",
             "--config.loss.kl_coef=0.05", "--config.loss.kl_in_reward=True", "--config.loss.kl_target=0.001",
-            "--config.loss.kl_horizon=100.0", "--config.ppo.minibatches=2", "--config.eval.tasks=0")
+            "--config.loss.kl_horizon=100.0", "--config.eval.tasks=0")
   small = [option for option in SMALL if "eval.tasks" not in option]
-  for workdir, ends in (("rivals", (1, 3)), ("rivals_whole", (3,))):
-    for steps in ends:
-      run = _start(places, places[0] / workdir, *small, *rivals, f"--config.steps={steps}")
-      out, _ = run.communicate(timeout=600)
-      assert run.returncode == 0, out
-      assert ("going on from step 1" in out) == (steps == 3 and len(ends) == 2)
-  cut, whole = (_timeless(_steps(places[0] / w)) for w in ("rivals", "rivals_whole"))
-  assert cut == whole and len(whole) == 3
-  assert whole[0]["critic/loss"] > 0 and whole[0]["critic/explained"] == pytest.approx(0, abs=0.3), "it knew nothing"
-  assert len({line["loss/kl_coef"] for line in whole}) == 3, "it adapts"
+  for steps in (1, 2):
+    run = _start(places, places[0] / "rivals", *small, *rivals, f"--config.steps={steps}")
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, out
+    assert ("going on from step 1" in out) == (steps == 2)
+  first, second = _steps(places[0] / "rivals")
+  assert first["critic/loss"] > 0 and first["critic/explained"] == pytest.approx(0, abs=0.3), "it knew nothing"
+  assert first["loss/kl_coef"] == pytest.approx(0.05)
+  # All below the target: 8 * 4 trajectories of a horizon of 100, a fifth at most.
+  assert first["loss/kl"] < 0.0008 and second["loss/kl_coef"] == pytest.approx(0.05 * (1 - 0.2 * 32 / 100))
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs (shared/realdata) are not here")

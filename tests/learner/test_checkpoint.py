@@ -26,13 +26,14 @@ def quiet(monkeypatch):
   gc.collect()
 
 
-def make_state(seed=0, update=3, sharding=None):
+def make_state(seed=0, update=3, sharding=None, critic_width=0):
   rng = np.random.default_rng(seed)
   draw = lambda *shape: jax.device_put(rng.standard_normal(shape, np.float32), sharding)
   params = {"a_w": draw(8, 4), "inner": {"b_b": draw(8), "half_w": draw(8, 8).astype(jnp.bfloat16)}}
-  state = step_lib.init_state(params, OPTIM)
-  filled = jax.tree.map(lambda a: a + (1 if a.dtype == jnp.int32 else 0.1), state.opt_state)
-  return state.replace(update=jnp.int32(update), opt_state=filled)
+  state = step_lib.init_state(params, OPTIM, 0.1 * update, critic_width)
+  filled = lambda tree: jax.tree.map(lambda a: a + (1 if a.dtype == jnp.int32 else 0.1), tree)
+  return state.replace(update=jnp.int32(update), opt_state=filled(state.opt_state), critic=filled(state.critic),
+                       critic_opt_state=filled(state.critic_opt_state))
 
 
 def same(a, b):
@@ -40,14 +41,15 @@ def same(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_equal((x.dtype, x.sharding), (y.dtype, y.sharding)), a, b)
 
 
-def test_a_state_comes_back_bit_for_bit(tmp_path):
-  state = make_state()
+@pytest.mark.parametrize("critic_width", [0, 5])
+def test_a_state_comes_back_bit_for_bit(tmp_path, critic_width):
+  state = make_state(critic_width=critic_width)
   saves = checkpoint.Checkpoints(tmp_path / "new" / "checkpoints", 2, 2)
   assert saves.latest() is None and saves.maybe_save(4, state)
   saves.close()
   again = checkpoint.Checkpoints(tmp_path / "new" / "checkpoints", 2, 2)
   assert again.latest() == 4
-  found = again.restore(4, make_state(seed=1, update=0))
+  found = again.restore(4, make_state(seed=1, update=0, critic_width=critic_width))
   same(found, state)
   assert type(found) is step_lib.TrainState and int(found.update) == 3
   again.close()
