@@ -183,9 +183,11 @@ def test_decoding_over_a_cache_is_the_full_forward_pass(small, case, plan):
   assert not np.asarray(cache.k_LBKSH[:, 0, :, T:]).any()  # nor does padding leave anything behind
 
 
-def test_rows_of_a_cache_have_lengths_of_their_own(small, case):
+@pytest.mark.parametrize("together", [64, 128, 192])
+def test_rows_of_a_cache_have_lengths_of_their_own(small, together, monkeypatch):
   """Row 1 starts late, pauses, and crosses the border of a block of slots; row 0 is elsewhere meanwhile."""
-  b, _ = case
+  monkeypatch.setattr(text, "_slots_together", lambda T, S: together)  # 128 does not divide the cache's 192
+  extend = jax.jit(lambda *a: text.extend(*a), static_argnums=1)  # traced anew
   rng = np.random.default_rng(3)
   ids = rng.integers(10, 60, (2, 150)).astype(np.int32)
   pos = np.broadcast_to(np.arange(150, dtype=np.int32), (2, 3, 150))
@@ -203,6 +205,24 @@ def test_rows_of_a_cache_have_lengths_of_their_own(small, case):
   assert at.tolist() == [150, 150] == cache.len_B.tolist()
   for r in (0, 1):
     np.testing.assert_allclose(jnp.concatenate(got[r]), want[r], atol=ATOL)
+
+
+@pytest.mark.parametrize("width", [1, 40])
+def test_a_cache_in_half_precision_is_as_near_as_whole_sequences_are(small, width):
+  rng, T = np.random.default_rng(5), 160
+  ids, pos = rng.integers(10, 60, (1, T)).astype(np.int32), np.broadcast_to(np.arange(T, dtype=np.int32), (1, 3, T))
+  x = embed(small.params, small.cfg, ids, np.full_like(ids, -1), ())
+  half, p, cfg = x.astype(jnp.bfloat16), small.params["text"], small.cfg.text
+  whole = jax.jit(text.apply, static_argnums=1)
+  exact, valid = whole(p, cfg, x, pos, np.ones((1, T), bool)), np.ones((1, T), bool)
+  cache, out = text.new_cache(cfg, 1, 192, jnp.bfloat16), []
+  for at in range(0, T, width):
+    h, cache = extend(p, cfg, half[:, at:at + width], pos[:, :, at:at + width], np.array([width], np.int32), cache)
+    out.append(h)
+  got, wanted = jnp.concatenate(out, 1), whole(p, cfg, half, pos, valid)
+  assert got.dtype == wanted.dtype == jnp.bfloat16
+  error = lambda y: float(jnp.abs(y.astype(jnp.float32) - exact).mean())
+  assert 0 < error(got) < 1.2 * error(wanted)
 
 
 def test_cache_slots_come_in_blocks(small):

@@ -8,6 +8,7 @@ Source: Qwen2.5 (arXiv 2412.15115): GQA with biased q, k, v; SwiGLU; RMSNorm.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -20,8 +21,7 @@ from virl_jax.model import rope
 
 Spec = params_lib.ParamSpec
 
-# Cache slots that attention reads at a time; cache lengths are multiples of it.
-CACHE_BLOCK = 64
+CACHE_BLOCK = 64     # cache lengths are multiples of it
 _ROWS_TOGETHER = 16  # rows that a CPU attends for at a time
 
 
@@ -170,18 +170,26 @@ def _run(params, cfg, x_BTD, pos_BXT, valid_BT, remat, right_padded, keep):
   return layers.rms_norm(x, params["norm"], cfg.eps), before
 
 
-def _read(stack_LBKSH: jax.Array, layer: jax.Array, i: jax.Array, row_A: jax.Array | None, shards: int) -> jax.Array:
-  """float32[A, K, CACHE_BLOCK, H]: block i of a layer, of the rows `row_A` or of all."""
+def _slots_together(T: int, S: int) -> int:
+  """Cache slots that attention of T new tokens reads at a time: few and large steps, but where caches are small."""
+  if jax.default_backend() == "cpu":
+    return CACHE_BLOCK
+  # No more scores at a time than 2^18 a head and row; an accelerator's loop pays for each of its steps.
+  return min(S, max(CACHE_BLOCK, min(1024, 2 ** 18 // T // CACHE_BLOCK * CACHE_BLOCK)))
+
+
+def _read(stack_LBKSH: jax.Array, layer: jax.Array, at: jax.Array, width: int, row_A: jax.Array | None, shards: int
+          ) -> jax.Array:
+  """[A, K, width, H]: a layer's slots from `at` on, of the rows `row_A` or of all."""
   L, B, K, S, H = stack_LBKSH.shape
-  at = i * CACHE_BLOCK
   if row_A is None:
-    return jax.lax.dynamic_slice(stack_LBKSH, (layer, 0, 0, at, 0), (1, B, K, CACHE_BLOCK, H))[0].astype(jnp.float32)
+    return jax.lax.dynamic_slice(stack_LBKSH, (layer, 0, 0, at, 0), (1, B, K, width, H))[0]
 
   def shard(stack, rows):
-    one = lambda r: jax.lax.dynamic_slice(stack, (layer, r, 0, at, 0), (1, 1, K, CACHE_BLOCK, H))[0, 0]
+    one = lambda r: jax.lax.dynamic_slice(stack, (layer, r, 0, at, 0), (1, 1, K, width, H))[0, 0]
     return jax.vmap(one)(rows)
 
-  return by_shard(shard, shards)(stack_LBKSH, row_A).astype(jnp.float32)
+  return by_shard(shard, shards)(stack_LBKSH, row_A)
 
 
 def by_shard(fn, shards: int, out_axis: int = 0):
@@ -210,11 +218,12 @@ def _write(stack_LBKSH: jax.Array, layer: jax.Array, row_A: jax.Array | None, sl
 
 
 def _attend_cache(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax.Array, slot_AT: jax.Array,
-                  n_blocks: jax.Array, row_A: jax.Array | None, shards: int) -> jax.Array:
-  """Attention of new tokens over the filled blocks of the cache, by online softmax.
+                  filled: jax.Array, row_A: jax.Array | None, shards: int) -> jax.Array:
+  """Attention of new tokens over what is filled of the cache, some slots at a time, by online softmax.
 
-  A row's token in slot s sees slots 0..s.  Only `n_blocks` blocks are read, so the cost follows what is
-  filled and not what is allocated.
+  A row's token in slot s sees slots 0..s.  Only the first `filled` slots are read, rounded up, so the cost
+  follows what is filled and not what is allocated.  Products take the cache's own precision and add up in
+  float32; the softmax is float32.
 
   Args:
     q_ATNH: rotated queries.
@@ -222,7 +231,7 @@ def _attend_cache(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, lay
     v_LBKSH: already holds the new values.
     layer: int32 scalar.
     slot_AT: int32, the slot of each new token.
-    n_blocks: int32 scalar, blocks that hold anything a query may see.
+    filled: int32 scalar, slots that hold anything a query may see.
     row_A: int32, the cache row of each query row; None for all rows in order.
     shards: see `extend`.
 
@@ -236,28 +245,33 @@ def _attend_cache(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, lay
     row_A = order if row_A is None else row_A[order]
     parts = [slice(i, i + _ROWS_TOGETHER) for i in range(0, A, _ROWS_TOGETHER)]
     outs = [_attend_cache(q_ATNH[order[p]], k_LBKSH, v_LBKSH, layer, slot_AT[order[p]],
-                          jnp.minimum(n_blocks, slot_AT[order[p], 0].max() // CACHE_BLOCK + 1), row_A[p], 1)
+                          jnp.minimum(filled, slot_AT[order[p], 0].max() + 1), row_A[p], 1)
             for p in parts]
     return jnp.zeros_like(q_ATNH).at[order].set(jnp.concatenate(outs))
-  K = k_LBKSH.shape[2]
+  K, S = k_LBKSH.shape[2:4]
   G = N // K  # query heads that share a key head; each of them is one more query Q = T * G of it
   q_AKQH = (q_ATNH.astype(jnp.float32) * (H ** -0.5)).reshape(A, T, K, G, H).swapaxes(1, 2).reshape(A, K, T * G, H)
-  slot_AQ = jnp.repeat(slot_AT, G, axis=1)
+  q_AKQH, slot_AQ = q_AKQH.astype(k_LBKSH.dtype), jnp.repeat(slot_AT, G, axis=1)
+  width = _slots_together(T, S)
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
   def step(i, carry):
     top, total, acc = carry
-    logits = jnp.einsum("akqh,aksh->akqs", q_AKQH, _read(k_LBKSH, layer, i, row_A, shards))
-    seen = (i * CACHE_BLOCK + jnp.arange(CACHE_BLOCK))[None, None] <= slot_AQ[:, :, None]
-    logits = jnp.where(seen[:, None], logits, -jnp.inf)
+    at = jnp.minimum(i * width, S - width)  # the last step may begin earlier, and then skips what it has seen
+    logits = product("akqh,aksh->akqs", q_AKQH, _read(k_LBKSH, layer, at, width, row_A, shards))
+    slot_11S = (at + jnp.arange(width))[None, None]
+    seen_AQS = (slot_11S <= slot_AQ[:, :, None]) & (slot_11S >= i * width)
+    logits = jnp.where(seen_AQS[:, None], logits, -jnp.inf)
     new_top = jnp.maximum(top, logits.max(-1))
     weight = jnp.exp(logits - new_top[..., None])
     keep = jnp.exp(top - new_top)
-    acc = acc * keep[..., None] + jnp.einsum("akqs,aksh->akqh", weight, _read(v_LBKSH, layer, i, row_A, shards))
-    return new_top, total * keep + weight.sum(-1), acc
+    value = product("akqs,aksh->akqh", weight.astype(v_LBKSH.dtype), _read(v_LBKSH, layer, at, width, row_A, shards))
+    return new_top, total * keep + weight.sum(-1), acc * keep[..., None] + value
 
-  # A finite floor: block 0 always holds slot 0, which every query sees, so no row divides by zero.
+  # A finite floor: the first step always holds slot 0, which every query sees, so no row divides by zero.
   top = jnp.full((A, K, T * G), -1e30, jnp.float32)
-  _, total, acc = jax.lax.fori_loop(0, n_blocks, step, (top, jnp.zeros_like(top), jnp.zeros_like(q_AKQH)))
+  start = top, jnp.zeros_like(top), jnp.zeros(q_AKQH.shape, jnp.float32)
+  _, total, acc = jax.lax.fori_loop(0, (filled + width - 1) // width, step, start)
   out_AKQH = acc / total[..., None]
   return out_AKQH.reshape(A, K, T, G, H).swapaxes(1, 2).reshape(A, T, N, H).astype(q_ATNH.dtype)
 
@@ -290,14 +304,14 @@ def extend(params: dict, cfg: Config, x_ATD: jax.Array, pos_AXT: jax.Array, n_ne
   slot_AT = jnp.arange(T)[None] + len_A[:, None]
   real_AT = jnp.arange(T)[None] < n_new_A[:, None]
   write_AT = jnp.where(real_AT, slot_AT, S)  # out of range: dropped by the scatter
-  n_blocks = (jnp.max(jnp.where(n_new_A > 0, len_A + n_new_A, 0)) + CACHE_BLOCK - 1) // CACHE_BLOCK
+  filled = jnp.max(jnp.where(n_new_A > 0, len_A + n_new_A, 0))
 
   def block(carry, layer):
     x, k_all, v_all = carry
     p, l = layer
     q, k, v = _project(p, cfg, x, cos, sin)
     k_all, v_all = _write(k_all, l, row_A, write_AT, k, shards), _write(v_all, l, row_A, write_AT, v, shards)
-    out = _attend_cache(q, k_all, v_all, l, slot_AT, n_blocks, row_A, shards)
+    out = _attend_cache(q, k_all, v_all, l, slot_AT, filled, row_A, shards)
     return (_finish(p, cfg, x, out), k_all, v_all), None
 
   numbered = (params["blocks"], jnp.arange(cfg.layers))
