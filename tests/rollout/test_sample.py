@@ -167,7 +167,7 @@ def test_rows_on_eight_devices(small):
   assert state.cache.k_LBKSH.sharding.is_equivalent_to(mesh_lib.cache(mesh, small.cfg.text.kv_heads), 5)
   one = sample.restart(one, *(jnp.asarray([v], jnp.int32) for v in (6, 7, 3, 3)), width=64)
   _, want, want_logp, _ = decode(small, one, turns(range(8)))
-  state, out, logp, _ = decode(small, state, put(turns(range(8))))
+  state, out, logp, _ = decode(small, state, put(turns(range(8))), shards=4)
   np.testing.assert_array_equal(out, want)
   np.testing.assert_allclose(logp, want_logp, atol=1e-5)
   assert state.cache.k_LBKSH.sharding.is_equivalent_to(mesh_lib.cache(mesh, small.cfg.text.kv_heads), 5)

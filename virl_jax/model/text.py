@@ -212,7 +212,7 @@ def _write(stack_LBKSH: jax.Array, layer: jax.Array, row_A: jax.Array | None, sl
            shards: int) -> jax.Array:
   """Puts keys or values into their slots; what lies past the last slot or row is dropped."""
   if row_A is None:
-    row_A, shards = jnp.arange(stack_LBKSH.shape[1]), 1
+    row_A = jnp.tile(jnp.arange(stack_LBKSH.shape[1] // shards), shards)
   put = lambda stack, rows, slots, new: stack.at[layer, rows[:, None], :, slots].set(new, mode="drop")
   return by_shard(put, shards, 1)(stack_LBKSH, row_A, slot_AT, new_ATKH.astype(stack_LBKSH.dtype))
 

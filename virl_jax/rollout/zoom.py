@@ -300,15 +300,17 @@ class _Loop:
     cfg, policy = self.policy.rollout, self.policy
     self._dispatch()
     each = chunks.least(most, self.decode_rows)
+    whole = each == self.slots  # then every row is in its place, and the cache is read in slices
     asked, who = np.zeros((5, self.n_lanes, each), np.int32), {}
     asked[4] = self.slots
     used = [0] * self.n_lanes
     for number, slot in writers:
-      row, a = self.lanes[number].rows[slot], used[number]
+      row, a = self.lanes[number].rows[slot], slot if whole else used[number]
       asked[:, number, a] = row.traj.uid, row.turn, row.said, self.game.left(policy, row), slot
       used[number] += 1
       who[number * each + a] = number, slot
-    asked = mesh_lib.place_rows(sample.Turns(*asked.reshape(5, -1)), policy.mesh)
+    asked = asked.reshape(5, -1)
+    asked = mesh_lib.place_rows(sample.Turns(*asked[:4], None if whole else asked[4]), policy.mesh)
     serve = max(1, int(cfg.serve_share * self.slots * self.shards))
     self.state, *sampled = sample.decode(self.params, policy.model, self.state, asked, self.key, self.temperature,
                                          cfg.segment_tokens, np.int32(serve), cfg.keep, self.shards)
