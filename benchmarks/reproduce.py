@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import queue
+import runpy
 import shutil
 import subprocess
 import sys
@@ -32,9 +33,24 @@ QUICK_ARMS = ("full", "fidelity", "outcome_only")
 QUICK = ("--config.steps=6", "--config.eval.tasks=64", "--config.rollout.prompts=8", "--config.log.tensorboard=False")
 
 
-def all_arms() -> tuple[str, ...]:
-  import runpy
-  return tuple(runpy.run_path(str(CONFIG))["ARMS"])
+def settings() -> tuple[dict[str, dict], tuple[str, ...]]:
+  """The arms, and what makes the base that some of them start from."""
+  found = runpy.run_path(str(CONFIG))
+  return found["ARMS"], found["GUESSER"]
+
+
+def make_base(out: pathlib.Path, how: tuple[str, ...]) -> pathlib.Path:
+  """The folder of the base that answers some questions without looking; made, unless it is there."""
+  folder = out / "guesser"
+  if not (folder / "RECIPE.json").exists():
+    print(f"a base that guesses, in {folder}", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(out / "guesser.log", "a") as log:
+      code = subprocess.run([sys.executable, "-m", "virl_jax.warmstart", "--config=configs/tiny.py", *how,
+                             f"--out={folder}"], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+    if code:
+      raise SystemExit(f"error: the base was not made, see {out / 'guesser.log'}; give the same command again to go on")
+  return folder
 
 
 class Progress:
@@ -117,21 +133,25 @@ def main():
   p.add_argument("--out", type=pathlib.Path, default=None)
   p.add_argument("--docs", action="store_true", help="write docs/results.md and docs/results.png too")
   args = p.parse_args()
-  known = all_arms()
-  arms = args.arms or (QUICK_ARMS if args.quick else known)
+  known, guesser = settings()
+  arms = args.arms or (QUICK_ARMS if args.quick else tuple(known))
   if unknown := [a for a in arms if a not in known]:
     p.error(f"--arms must be some of {', '.join(known)}. Received: {', '.join(unknown)}")
   if args.docs and args.quick:
     p.error("--docs wants a whole run: --quick says nothing about the method")
   seeds = args.seeds or (1 if args.quick else 3)
-  out = args.out or pathlib.Path("runs") / ("reproduce_quick" if args.quick else "reproduce")
+  # Whole, for the runs are started elsewhere than here.
+  out = (args.out or pathlib.Path("runs") / ("reproduce_quick" if args.quick else "reproduce")).resolve()
   clock, progress = Clock(out / "minutes.json"), Progress(len(arms) * seeds, args.jobs)
   print(f"{len(arms)} arms x {seeds} seeds in {out}, {args.jobs} at a time", flush=True)
+  quick = QUICK if args.quick else ()
+  on_guesser = {arm for arm in arms if "model.path" in known[arm]}
+  base = (f"--config.model.path={make_base(out, guesser)}",) if on_guesser else ()
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     # Seed by seed: after a third of the time there is one of each.
     todo = [(arm, seed) for seed in range(seeds) for arm in arms]
     shares = share_cores(args.jobs)
-    good = list(pool.map(lambda t: run(*t, out, QUICK if args.quick else (), progress, shares), todo))
+    good = list(pool.map(lambda t: run(*t, out, quick + (base if t[0] in on_guesser else ()), progress, shares), todo))
   failed = [f"{arm}/seed_{seed}" for (arm, seed), ok in zip(todo, good) if not ok]
   found = results.read(out, arms, seeds)
   minutes = clock.minutes()

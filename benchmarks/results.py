@@ -16,6 +16,7 @@ import numpy as np
 
 from virl_jax.eval import harness
 from virl_jax.eval import metrics
+from virl_jax.eval import monitors
 from virl_jax.report import log
 
 H0 = 0.4             # of every figure here, whatever the arm was trained with
@@ -27,10 +28,19 @@ SECTIONS = {
     "The modulators h_good and h_bad (full has 1.5 and 0.5)": (
         "h_1.25_0.75", "full", "h_1.5_0.0", "h_2.0_0.5", "h_2.0_0.0"),
     "The redundancy penalty rho (full has 0.5)": ("rho_0.0", "full", "rho_1.0"),
-    "Three quarters of the training pictures guessable without a zoom": (
-        "full", "guessable_full", "outcome_only", "guessable_outcome_only"),
+    "From a base that at times answers without looking: pictures that want a zoom, or three in four guessable": (
+        "filtered_full", "guessable_full", "filtered_outcome_only", "guessable_outcome_only", "guessable_shipped_base"),
     "Eight rounds instead of three, and what is made of their rewards": (
         "long_mean", "long_sum", "long_discounted", "long_best"),
+}
+
+# Beneath a section's title, by its first arm.
+NOTES = {
+    "filtered_full":
+        "The base of these arms is the shipped one after 200 more steps of imitation, in which three demonstrations in "
+        "ten answer without a zoom, as colours suggest (`GUESSER` in configs/ablations/arms.py); on guessable pictures "
+        "that is right. `guessable_shipped_base` is outcome-only training on the same pictures from the shipped base, "
+        "which never answers without a zoom: what is never sampled can't be reinforced.",
 }
 
 
@@ -53,7 +63,7 @@ CLAIMS = (
     Claim("and in answers", "acc_ans", "full", "fidelity"),
     Claim("h0 = 0.2 rewards weak alignment: zooms get worse", "mean_iou", "full", "h0_0.2"),
     Claim("h0 = 0.5 punishes exploration: fewer tasks are ever hit", "hit_rate", "full", "h0_0.5"),
-    Claim("Outcome-only training on guessable data stops zooming", "rationale_count", "outcome_only",
+    Claim("Outcome-only training on guessable data stops zooming", "rationale_count", "filtered_outcome_only",
           "guessable_outcome_only"),
     Claim("and the fidelity reward prevents it", "rationale_count", "guessable_full", "guessable_outcome_only"),
 )
@@ -65,25 +75,36 @@ class Arm:
 
   Attributes:
     terms: float64[2, S, N, K], numerators and denominators of `metrics.METRICS` by seed and task.
+    before: the same of its base.
     curves: for each seed the lines of its metrics.jsonl.
   """
 
   terms: np.ndarray
+  before: np.ndarray
   curves: tuple[list[dict], ...]
 
 
+def _terms(folders: list[pathlib.Path], when: str) -> np.ndarray:
+  pages = [json.loads((f / f"eval_{when}.json").read_text()) for f in folders]
+  return np.stack([metrics.terms(harness.outcomes(page), H0) for page in pages], 1)
+
+
 def read(out: pathlib.Path, arms: tuple[str, ...], seeds: int) -> dict[str, Arm]:
-  """All arms of which every seed has come to its end, and "before": the base, as the first of them found it."""
-  found, before = {}, []
+  """All arms of which every seed has come to its end."""
+  found = {}
   for arm in arms:
     folders = [out / arm / f"seed_{s}" for s in range(seeds)]
     if not all((f / "eval_after.json").exists() for f in folders):
       continue
-    load = lambda f, when: metrics.terms(harness.outcomes(json.loads((f / f"eval_{when}.json").read_text())), H0)
-    curves = tuple(log.read(str(f / "metrics.jsonl")) for f in folders)
-    before = before or [load(f, "before") for f in folders]
-    found[arm] = Arm(np.stack([load(f, "after") for f in folders], 1), curves)
-  return ({"before": Arm(np.stack(before, 1), ())} if before else {}) | found
+    found[arm] = Arm(_terms(folders, "after"), _terms(folders, "before"),
+                     tuple(log.read(str(f / "metrics.jsonl")) for f in folders))
+  return found
+
+
+def sections(found: dict[str, Arm]) -> dict[str, tuple[str, ...]]:
+  """Those of `SECTIONS` that compare something, and their arms."""
+  there = {title: tuple(n for n in names if n in found) for title, names in SECTIONS.items()}
+  return {title: names for title, names in there.items() if len(names) > 1}
 
 
 def _ratio(terms):
@@ -91,14 +112,14 @@ def _ratio(terms):
     return terms[0] / terms[1]
 
 
-def _draws(arm: Arm, seed: int = 0) -> np.ndarray:
-  """[BOOTSTRAP, K]: the figures of each resample; the same seeds and tasks for every arm of the same size."""
-  _, S, N, K = arm.terms.shape
+def _draws(terms, seed: int = 0) -> np.ndarray:
+  """[BOOTSTRAP, K]: the figures of each resample; the same seeds and tasks for all terms of the same size."""
+  _, S, N, K = terms.shape
   rng, samples = np.random.default_rng(seed), []
   for _ in range(BOOTSTRAP):
     seeds = np.bincount(rng.integers(S, size=S), minlength=S)
     tasks = np.bincount(rng.integers(N, size=N), minlength=N)
-    samples.append(_ratio(np.einsum("s,n,xsnk->xk", seeds, tasks, arm.terms, optimize=True)))
+    samples.append(_ratio(np.einsum("s,n,xsnk->xk", seeds, tasks, terms, optimize=True)))
   return np.array(samples)
 
 
@@ -107,16 +128,23 @@ def _interval(samples) -> tuple[float, float]:
   return tuple(np.percentile(kept, (2.5, 97.5)).tolist()) if len(kept) else (float("nan"),) * 2
 
 
+def _summary(terms, draws) -> dict:
+  """{metric: {"value", "low", "high", "seeds": [...]}}."""
+  result = {}
+  for metric in SHOWN:
+    k = metrics.METRICS.index(metric)
+    low, high = _interval(draws[:, k])
+    result[metric] = {"value": float(_ratio(terms.sum((1, 2)))[k]), "low": low, "high": high,
+                      "seeds": _ratio(terms.sum(2))[:, k].tolist()}
+  return result
+
+
 def figures(found: dict[str, Arm]) -> dict:
-  """{arm: {metric: {"value", "low", "high", "seeds": [...]}}}, and under "claims" the verdicts."""
-  result, draws = {}, {name: _draws(arm) for name, arm in found.items()}
-  for name, arm in found.items():
-    result[name] = {}
-    for metric in SHOWN:
-      k = metrics.METRICS.index(metric)
-      low, high = _interval(draws[name][:, k])
-      result[name][metric] = {"value": float(_ratio(arm.terms.sum((1, 2)))[k]), "low": low, "high": high,
-                              "seeds": _ratio(arm.terms.sum(2))[:, k].tolist()}
+  """{arm: `_summary`}, under "before" the same of the base of each section's first arm, under "claims" the verdicts."""
+  draws = {name: _draws(arm.terms) for name, arm in found.items()}
+  result = {name: _summary(arm.terms, draws[name]) for name, arm in found.items()}
+  result["before"] = {names[0]: _summary(found[names[0]].before, _draws(found[names[0]].before))
+                      for names in sections(found).values()}
   result["claims"] = []
   for claim in CLAIMS:
     if claim.more not in found or claim.less not in found:
@@ -136,6 +164,13 @@ def verdict(value: float, low: float, high: float, margin: float) -> str:
   return "opposite" if high < 0 else "not seen here"
 
 
+def alarms(arm: Arm) -> str:
+  """The monitors that spoke while training, with how many seeds they spoke in and where they first did."""
+  first = [{a.name: a.step for a in reversed(monitors.all_begun(c, monitors.Config()))} for c in arm.curves]
+  steps = {m.__name__: [f[m.__name__] for f in first if m.__name__ in f] for m in monitors.MONITORS}
+  return ", ".join(f"{n} (seeds {len(s)}/{len(first)}, from step {min(s)})" for n, s in steps.items() if s) or "none"
+
+
 def _cell(figure: dict) -> str:
   seeds = " ".join(f"{v:.3f}" for v in figure["seeds"])
   return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}] ({seeds})"
@@ -143,15 +178,14 @@ def _cell(figure: dict) -> str:
 
 def markdown(found: dict[str, Arm], every: dict, command: str, minutes: float, jobs: int) -> str:
   """The page, of the arms and their `figures`."""
-  arms = len(found) - 1 if found else 0
-  _, seeds, tasks, _ = found["before"].terms.shape if found else (0,) * 4
+  _, seeds, tasks, _ = next(iter(found.values())).terms.shape if found else (0,) * 4
   lines = ["# What was seen, and what was not", "",
            f"    {command}", "",
-           f"{arms} arms, {seeds} seeds each, {tasks} held-out tasks each; {minutes:.0f} minutes over all calls, "
+           f"{len(found)} arms, {seeds} seeds each, {tasks} held-out tasks each; {minutes:.0f} minutes over all calls, "
            f"{jobs} runs at a time. The tiny run of configs/tiny.py, with what configs/ablations/arms.py changes in "
            "each arm and nothing else; its reward weights were chosen for the full method, which is `full`. Zooms are "
            f"judged at an IoU of {H0} throughout. In brackets the 95% interval of the mean (bootstrap over seeds and "
-           "tasks), in parentheses each seed.", "",
+           "tasks), in parentheses each seed. Alarms are those of docs/monitors.md, with their default thresholds.", "",
            "These are a policy of two million parameters and drawn pictures. They can show that a mechanism works as "
            "described, or does not, at this scale; they say nothing of its size at 7B.", "",
            "## The paper's claims", "", "| claim | metric | difference | verdict |", "|---|---|---|---|"]
@@ -161,13 +195,12 @@ def markdown(found: dict[str, Arm], every: dict, command: str, minutes: float, j
                  f"[{c['low']:+.3f}, {c['high']:+.3f}] | *{c['verdict']}* |")
   lines += ["", "*Seen here*: the interval lies above 0 and the difference reaches what was claimed. *Opposite*: the "
             "interval lies below 0. *Not seen here*: anything else.", ""]
-  for title, names in SECTIONS.items():
-    there = [n for n in names if n in found]
-    if len(there) < 2:
-      continue
-    lines += [f"## {title}", "", "| arm | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
-    for name in ["before", *there]:
-      lines.append(f"| {name} | " + " | ".join(_cell(every[name][m]) for m in SHOWN) + " |")
+  for title, names in sections(found).items():
+    note = [NOTES[names[0]], ""] if names[0] in NOTES else []
+    lines += [f"## {title}", "", *note, "| arm | " + " | ".join(SHOWN) + " | alarms |", "|---" * (len(SHOWN) + 2) + "|"]
+    for name, row in {"before": every["before"][names[0]], **{n: every[n] for n in names}}.items():
+      lines.append(f"| {name} | " + " | ".join(_cell(row[m]) for m in SHOWN)
+                   + f" | {'' if name == 'before' else alarms(found[name])} |")
     lines.append("")
   return "\n".join(lines + ["![curves of the arms over training](results.png)", ""])
 
@@ -177,13 +210,12 @@ def picture(found: dict[str, Arm], path: pathlib.Path) -> None:
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
-  rows = [(t, [n for n in names if n in found]) for t, names in SECTIONS.items()]
-  rows = [(t, names) for t, names in rows if len(names) > 1]
+  rows = sections(found)
   if not rows:
     return
   shown = ("acc_ans", "acc_rat", "rationale_count")
   figure, axes = plt.subplots(len(rows), len(shown), figsize=(12, 3 * len(rows)), squeeze=False, layout="constrained")
-  for line, (title, names) in zip(axes, rows):
+  for line, (title, names) in zip(axes, rows.items()):
     for ax, metric in zip(line, shown):
       for name in names:
         steps = min(len(c) for c in found[name].curves)

@@ -70,7 +70,7 @@ def runs(tmp_path):
       folder = tmp_path / arm / f"seed_{seed}"
       folder.mkdir(parents=True)
       made = [outcome(bool(rng.random() < share), [iou]) for _ in range(40)]
-      base = [outcome(False, [])] * 40
+      base = [outcome(False, [])] * 40 if arm == "full" else [outcome(True, [0.5])] * 40
       (folder / "eval_before.json").write_text(json.dumps({"outcomes": base}))
       if (arm, seed) != ("rho_0.0", 1):  # this one has not ended
         (folder / "eval_after.json").write_text(json.dumps({"outcomes": made}))
@@ -82,7 +82,7 @@ def runs(tmp_path):
 def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   monkeypatch.setattr(results, "BOOTSTRAP", 300)
   found = results.read(runs, tuple(arms.ARMS), 2)
-  assert set(found) == {"before", "full", "outcome_only"}  # only what has ended in all seeds
+  assert set(found) == {"full", "outcome_only"}  # only what has ended in all seeds
   f = results.figures(found)
   seeds = [np.mean([o["correct"] for o in json.loads((runs / "full" / f"seed_{s}" / "eval_after.json").read_text())[
       "outcomes"]]) for s in range(2)]
@@ -90,19 +90,44 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   assert f["full"]["acc_ans"]["value"] == pytest.approx(np.mean(seeds))
   assert f["full"]["acc_ans"]["low"] < np.mean(seeds) < f["full"]["acc_ans"]["high"]
   assert f["full"]["acc_rat"] == {"value": 1.0, "low": 1.0, "high": 1.0, "seeds": [1.0, 1.0]}
-  assert f["before"]["rationale_count"]["value"] == 0.0 and np.isnan(f["before"]["acc_rat"]["value"])
+  assert set(f["before"]) == {"full"}  # the first arm of each section lends its base
+  before = f["before"]["full"]
+  assert before["rationale_count"]["value"] == 0.0 and np.isnan(before["acc_rat"]["value"])
   assert [(c["metric"], c["more"], c["less"]) for c in f["claims"]] == [
       ("acc_rat", "full", "outcome_only"), ("acc_ans", "full", "outcome_only")]
   assert [c["verdict"] for c in f["claims"]] == ["seen here"] * 2
   page = results.markdown(found, f, "python benchmarks/reproduce.py", 12.0, 2)
   for said in ("| *seen here* |", "| outcome_only | ", "2 arms, 2 seeds each, 40 held-out tasks each"):
     assert said in page
+  assert page.count("| before | 0.000 ") == 1
   assert "rho" not in page  # a section of one arm says nothing
+
+
+def test_alarms_are_told_with_their_seeds_and_first_step():
+  calm = [{"step": s, "acc_ans": 0.9, "rationale_count": 1.0} for s in range(20)]
+  collapsed = calm[:10] + [{"step": s, "acc_ans": 0.9, "rationale_count": 0.0} for s in range(10, 30)]
+  arm = lambda *curves: results.Arm(np.zeros(0), np.zeros(0), curves)
+  assert results.alarms(arm(calm)) == "none"
+  said = results.alarms(arm(calm, collapsed))
+  assert said == "visual_thinking_collapse (seeds 1/2, from step 17)"  # eight steps without a zoom, the window
 
 
 def test_nothing_has_ended(tmp_path):
   assert results.read(tmp_path, ("full",), 1) == {}
   assert "0 arms" in results.markdown({}, results.figures({}), "x", 0.0, 1)
+
+
+def test_the_base_that_guesses_is_a_configuration_and_made_once(tmp_path):
+  c = arms.get_config("full")
+  for flag in arms.GUESSER:
+    section, name = flag.split("=")[0].removeprefix("--config.").split(".")
+    c[section][name] = type(c[section][name])(flag.split("=")[1])
+  config_lib.validate(c)
+  (tmp_path / "guesser").mkdir()
+  (tmp_path / "guesser" / "RECIPE.json").write_text("{}")
+  assert reproduce.make_base(tmp_path, arms.GUESSER) == tmp_path / "guesser"
+  with pytest.raises(SystemExit, match="not made, see .*guesser.log"):
+    reproduce.make_base(tmp_path / "other", ("--config.warmstart.nothing=1",))
 
 
 def test_minutes_add_up_over_calls(tmp_path):

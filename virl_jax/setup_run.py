@@ -30,8 +30,8 @@ from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 
 
-def model_dir(path: str) -> str:
-  """The HF folder that `config.model.path` means.
+def model_dir(path: str, key: str = "model.path") -> str:
+  """The HF folder that a key of the configuration, most often `model.path`, means.
 
   Raises:
     ValueError: says what is missing and how to get it.
@@ -40,9 +40,9 @@ def model_dir(path: str) -> str:
     return str(importlib.resources.files("virl_jax") / "assets" / "tiny_base")
   if not path or not os.path.isfile(os.path.join(path, "config.json")):
     raise ValueError(
-        f"config.model.path must be a folder with a Qwen2.5-VL checkpoint, but {path or 'nothing'!r} is not one: get "
+        f"config.{key} must be a folder with a Qwen2.5-VL checkpoint, but {path or 'nothing'!r} is not one: get "
         "it with `hf download Qwen/Qwen2.5-VL-7B-Instruct --local-dir=weights/Qwen2.5-VL-7B-Instruct`, or name "
-        "another folder with --config.model.path=HF_DIR")
+        f"another folder with --config.{key}=HF_DIR")
   return path
 
 

@@ -5,6 +5,11 @@
 Supervised learning on demonstrations, from easy to hard (`STAGES`): finding the only object, finding the one
 that is asked for, reading its mark, and at the end zooming clumsily, so that the base reads marks well and zooms
 badly.  Worker processes draw the pictures.  Interrupt it at any time and start it again: it goes on where it was.
+
+    python -m virl_jax.warmstart --config=configs/tiny.py --config.warmstart.base=@tiny --config.warmstart.steps=200 \\
+      --config.warmstart.p_direct=0.3 --out=HF_DIR
+
+goes on from a base, in the clumsy stage alone: here, until it answers three questions in ten without looking.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import shlex
+import sys
 import time
 
 from absl import app
@@ -28,7 +35,9 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
+from virl_jax import config as config_lib
 from virl_jax import host_memory
+from virl_jax import setup_run
 from virl_jax import user_cache
 from virl_jax.data import demos
 from virl_jax.data import images
@@ -83,7 +92,8 @@ class Plan:
   """What a worker needs to draw any batch: a pure function of (plan, step)."""
 
   tokenizer_dir: str
-  ids: tuple[tuple[str, int], ...]
+  image_token: int
+  eos: int
   prompt: prompt.Config
   image: images.Config
   grid: images.Grid
@@ -93,6 +103,8 @@ class Plan:
   marks: tuple[str, ...]
   most_objects: int
   side_px: int
+  stages: tuple[Stage, ...] = STAGES
+  p_direct: float = 0.0
 
 
 _VOICE: dict[str, demos.Voice] = {}  # one tokenizer a worker process
@@ -101,8 +113,7 @@ _VOICE: dict[str, demos.Voice] = {}  # one tokenizer a worker process
 def _voice(plan: Plan) -> demos.Voice:
   if plan.tokenizer_dir not in _VOICE:
     import transformers
-    ids = dict(plan.ids)
-    codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(plan.tokenizer_dir), ids["image_token"], ids["eos"])
+    codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(plan.tokenizer_dir), plan.image_token, plan.eos)
     _VOICE[plan.tokenizer_dir] = demos.Voice(codec, plan.prompt, plan.image, plan.grid)
   return _VOICE[plan.tokenizer_dir]
 
@@ -114,14 +125,15 @@ def _picture(plan: Plan, objects: tuple[int, int], index: int) -> demos.Picture:
   return demos.picture(rng, plan.marks, objects, plan.side_px, _voice(plan))
 
 
-def stage_of(step: int, steps: int) -> Stage:
+def stage_of(step: int, plan: Plan) -> Stage:
   """The stage that a step belongs to."""
-  return next(stage for stage in STAGES if step < round(stage.until * steps) or stage is STAGES[-1])
+  return next(stage for stage in plan.stages if step < round(stage.until * plan.steps) or stage is plan.stages[-1])
 
 
 def draw_batch(plan: Plan, step: int):
   """The batch of one step (numpy leaves)."""
-  stage = stage_of(step, plan.steps)
+  stage = stage_of(step, plan)
+  manner = demos.Config(p_direct=plan.p_direct if stage.learn == "all" else 0.0)
   objects = (stage.objects[0], stage.objects[1] or plan.most_objects)
   whole = step % stage.whole_every == 0
   kind = "reading" if stage.learn == "reading" else "whole" if whole else "first zooms"
@@ -130,9 +142,8 @@ def draw_batch(plan: Plan, step: int):
   for i in range(pictures):
     drawn = _picture(plan, objects, (step * pictures + i) % plan.pictures)
     rows += demos.lesson(drawn, np.random.default_rng([plan.seed, step, i]), questions, stage.noise,
-                         stage.learn, _voice(plan), demos.Config(), None if whole else 1)
-  return pack.pack(rows, pack.Config(plan.grid, dict(plan.ids)["image_token"], max_rounds=4, pad_tokens=16,
-                                     pad_images=32))
+                         stage.learn, _voice(plan), manner, None if whole else 1)
+  return pack.pack(rows, pack.Config(plan.grid, plan.image_token, max_rounds=4, pad_tokens=16, pad_images=32))
 
 
 def _batches(plan: Plan, start: int, workers: int):
@@ -155,52 +166,60 @@ def _batches(plan: Plan, start: int, workers: int):
                        "the same command again: it goes on from the last checkpoint") from e
 
 
-def optim_config(c, clumsy: bool) -> step_lib.OptimConfig:
-  """AdamW for the careful or the clumsy stages."""
-  first = turning(c.warmstart.steps)
+def optim_config(c, turn: int, clumsy: bool) -> step_lib.OptimConfig:
+  """AdamW for the steps before `turn` or from there on."""
   return step_lib.OptimConfig(
       learning_rate=c.warmstart.clumsy_learning_rate if clumsy else c.warmstart.learning_rate,
-      warmup_steps=20 if clumsy else 50, decay_steps=c.warmstart.steps - first if clumsy else first, b2=0.98)
+      warmup_steps=20 if clumsy else 50, decay_steps=c.warmstart.steps - turn if clumsy else turn, b2=0.98)
 
 
-def turning(steps: int) -> int:
+def turning(plan: Plan) -> int:
   """The first step that learns to be clumsy."""
-  return next(step for step in range(steps + 1) if step == steps or stage_of(step, steps).learn == "all")
+  return next(step for step in range(plan.steps + 1) if step == plan.steps or stage_of(step, plan).learn == "all")
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  c, out = _CONFIG.value, _OUT.value
-  if not out:
-    raise app.UsageError("--out=HF_DIR is missing")
-  for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
-    logging.getLogger(chatty).setLevel(logging.WARNING)
-  host_memory.keep_when_on_cpu()
-  user_cache.keep_programs()
-  workdir = pathlib.Path(_WORKDIR.value or out.rstrip("/") + ".work")
-  workdir.mkdir(parents=True, exist_ok=True)
+def begin(c, folder: str | None, workdir: pathlib.Path):
+  """What training goes on from, a base's folder or nothing: (folder with the tokenizer, model, parameters)."""
+  if folder:
+    return folder, *weights.load_hf(folder)
+  tokenizer = tiny_tokenizer.build(workdir / "tokenizer", c.prompt.system)
+  cfg = qwen.tiny(-(-len(tokenizer) // 64) * 64, tiny_tokenizer.token_ids(tokenizer))
+  return str(workdir / "tokenizer"), cfg, params_lib.init(qwen.specs(cfg), jax.random.key(c.seed), jnp.float32)
+
+
+def warm_start(c, out: str, workdir: str, command: str) -> None:
+  """Trains and writes a base, from the start or from the last checkpoint.
+
+  Args:
+    c: the configuration.
+    out: HF folder to write.
+    workdir: where checkpoints and the log go.
+    command: how this was asked for, for RECIPE.json.
+
+  Raises:
+    ValueError: if the configuration, the base or the workdir won't do.
+  """
+  config_lib.validate(c)
   u = c.warmstart
+  base = setup_run.model_dir(u.base, "warmstart.base") if u.base else None  # before anything is written
+  workdir = setup_run.claim_workdir(workdir, c)
   platforms = os.environ.get("JAX_PLATFORMS")
   jax.devices()  # settle on a platform before the environment is changed for the workers
-  tokenizer = tiny_tokenizer.build(workdir / "tokenizer", c.prompt.system)
-  ids = tiny_tokenizer.token_ids(tokenizer)
-  cfg = qwen.tiny(-(-len(tokenizer) // 64) * 64, ids)
-  plan = Plan(str(workdir / "tokenizer"), tuple(ids.items()), prompt.Config(**c.prompt), images.Config(**c.image),
-              cfg.vision.grid, c.seed, u.steps, u.pictures, tuple(u.marks), c.data.needle.objects[1],
-              c.data.needle.side_px)
-  careful, clumsy = (step_lib.Config(cfg, 1, optim=optim_config(c, k)) for k in (False, True))
-  params = params_lib.init(qwen.specs(cfg), jax.random.key(c.seed), jnp.float32)
+  folder, cfg, params = begin(c, base, workdir)
+  plan = Plan(folder, cfg.image_token, cfg.eos, prompt.Config(**c.prompt), images.Config(**c.image), cfg.vision.grid,
+              c.seed, u.steps, u.pictures, tuple(u.marks), c.data.needle.objects[1], c.data.needle.side_px,
+              STAGES[-1:] if base else STAGES, u.p_direct)
+  turn = turning(plan)
+  careful, clumsy = (step_lib.Config(cfg, 1, optim=optim_config(c, turn, k)) for k in (False, True))
   state = step_lib.init_state(params, careful.optim)
-  print(f"{params_lib.count(qwen.specs(cfg)):,} parameters, {len(tokenizer)} tokens, {jax.devices()[0]}", flush=True)
+  print(f"{params_lib.count(qwen.specs(cfg)):,} parameters, {jax.devices()[0]}", flush=True)
 
   saves = checkpoint.Checkpoints(workdir / "checkpoints", u.save_every, 2)
   start = saves.latest() or 0
   if start:
     state = saves.restore(start, state)
     print(f"going on from step {start}", flush=True)
-  turn = turning(u.steps)
-  began, log = time.time(), open(workdir / "metrics.jsonl", "a")
+  began, log, nll = time.time(), open(workdir / "metrics.jsonl", "a"), None
   for step, batch in enumerate(_batches(plan, start, u.workers), start):
     if step == turn:  # a new optimiser: the careful stage's schedule has run out
       state = step_lib.init_state(state.params, clumsy.optim)
@@ -217,12 +236,30 @@ def main(argv):
   saves.close()
   if platforms is None:
     os.environ.pop("JAX_PLATFORMS", None)
-  weights.save_hf(out, cfg, state.params, "bfloat16", like=str(workdir / "tokenizer"))
+  weights.save_hf(out, cfg, state.params, "bfloat16", like=folder)
   (pathlib.Path(out) / "RECIPE.json").write_text(json.dumps({
-      "command": "python -m virl_jax.warmstart --config=configs/tiny.py --out=HF_DIR", "seed": c.seed,
-      "device": str(jax.devices()[0].device_kind), "jax": jax.__version__,
+      "command": command, "seed": c.seed, "device": str(jax.devices()[0].device_kind), "jax": jax.__version__,
       "warmstart": json.loads(u.to_json()), "final_nll_nats": nll}, indent=1) + "\n")
   print(f"wrote {out}", flush=True)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  out = _OUT.value
+  if not out:
+    raise app.UsageError("--out=HF_DIR is missing")
+  for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
+    logging.getLogger(chatty).setLevel(logging.WARNING)
+  host_memory.keep_when_on_cpu()
+  user_cache.keep_programs()
+  command = shlex.join(["python", "-m", "virl_jax.warmstart", *sys.argv[1:]]).replace(out, "HF_DIR")
+  try:
+    warm_start(_CONFIG.value, out, _WORKDIR.value or out.rstrip("/") + ".work", command)
+  except ValueError as e:
+    if os.environ.get("VIRL_JAX_DEBUG"):
+      raise
+    raise SystemExit(f"error: {e}\n(VIRL_JAX_DEBUG=1 shows where)") from e
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A demonstrator knows where the objects are.  It zooms on what the question names, says what it reads in
 the crop, and answers.  With `noise` it zooms as a poor policy does: too loosely, off centre, at times on
-the wrong object; what it cannot read it calls unclear, tries once more, and then guesses.
+the wrong object; what it cannot read it calls unclear, tries once more, and then guesses.  With `p_direct` it
+answers some questions without looking, as the colours suggest.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Config:
     shift: standard deviation of a noisy box's centre, share of the object's side.
     jitter: standard deviation of each side of a careful box, share of the object's side.
     p_retry: chance to zoom once more on a mark that was unclear.
+    p_direct: chance to answer at once, without a zoom, with `needle.guess`.
   """
 
   p_wrong: float = 0.2
@@ -41,6 +43,7 @@ class Config:
   shift: float = 0.15
   jitter: float = 0.01
   p_retry: float = 0.6
+  p_direct: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +122,8 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
     traj.turns.append(types.Turn("assistant", ids, np.zeros(len(ids), np.float32) if learned else None, text, box))
 
   thought, read = "", []
+  if cfg.p_direct and rng.random() < cfg.p_direct:
+    answer, targets = needle.guess(targets, scene.mark), ()
   for target in targets:
     others = [t.box for t in scene.things if t is not target]
     for _ in range(2 if learn == "all" else 1):

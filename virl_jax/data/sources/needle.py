@@ -226,6 +226,12 @@ def mark_of(colour: str, mark: str) -> str:
   return MARKS[mark][list(COLOURS).index(colour) % len(MARKS[mark])]
 
 
+def guess(targets: tuple[Thing, ...], mark: str) -> str:
+  """What colours alone suggest as the answer about one object or a pair: right on every guessable picture."""
+  marks = [mark_of(t.colour, mark) for t in targets]
+  return marks[0] if len(marks) == 1 else "yes" if marks[0] == marks[1] else "no"
+
+
 _QUESTIONS = {"pattern": "Which pattern is on the {}?", "dot": "Which colour are the dots on the {}?",
               "digit": "Which digit is on the {}?"}
 _PAIR_NOUNS = {"pattern": "pattern", "dot": "dot colour", "digit": "digit"}

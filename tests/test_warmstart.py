@@ -1,0 +1,66 @@
+"""The warm start: which stage a step belongs to, and going on from a base."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from virl_jax import setup_run
+from virl_jax import warmstart
+from virl_jax.data import images
+from virl_jax.data import prompt
+from virl_jax.model import weights
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def plan(steps, **more):
+  return warmstart.Plan("nowhere", 1, 2, prompt.Config(), images.Config(), images.Grid(), 0, steps, 4, ("pattern",), 5,
+                        252, **more)
+
+
+def test_stages_follow_each_other_and_the_last_is_clumsy():
+  p = plan(100)
+  of = [warmstart.STAGES.index(warmstart.stage_of(step, p)) for step in range(100)]
+  assert of == sorted(of) and set(of) == set(range(len(warmstart.STAGES)))
+  assert warmstart.turning(p) == of.index(len(warmstart.STAGES) - 1) == 90
+  from_base = plan(100, stages=warmstart.STAGES[-1:])
+  assert warmstart.turning(from_base) == 0
+  assert {warmstart.stage_of(step, from_base) for step in (0, 50, 99)} == {warmstart.STAGES[-1]}
+
+
+def run(out, *more):
+  return subprocess.run([sys.executable, "-m", "virl_jax.warmstart", "--config=configs/tiny.py", f"--out={out}",
+                         "--config.warmstart.base=@tiny", "--config.warmstart.workers=1",
+                         "--config.warmstart.pictures=4", *more], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_going_on_from_a_base(tmp_path):
+  out = tmp_path / "base"
+  done = run(out, "--config.warmstart.steps=2", "--config.warmstart.p_direct=0.5")
+  assert done.returncode == 0, done.stderr
+  folder = setup_run.model_dir("@tiny")
+  (cfg, new), (base_cfg, base) = weights.load_hf(str(out)), weights.load_hf(folder)
+  assert cfg == base_cfg
+  assert (out / "tokenizer.json").read_bytes() == (pathlib.Path(folder) / "tokenizer.json").read_bytes()
+  steps = [np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in zip(new["text"].values(), base["text"].values())
+           if hasattr(a, "shape")]
+  assert 0 < max(steps) < 0.01  # two updates of a warm-up, from where the base was
+  recipe = json.loads((out / "RECIPE.json").read_text())
+  assert recipe["warmstart"]["base"] == "@tiny" and "--out=HF_DIR" in recipe["command"]
+  assert 0.2 < recipe["final_nll_nats"] < 2.0  # a base that knows nothing has about 6
+  # The folder beside it belongs to this recipe.
+  other = run(out, "--config.warmstart.steps=3", "--config.warmstart.p_direct=0.5")
+  assert other.returncode == 1 and "warmstart.steps: 2 there, 3 now" in other.stderr, other.stderr
+
+
+@pytest.mark.parametrize("flag, said", [
+    ("--config.warmstart.p_direct=1.5", "config.warmstart.p_direct must be a share in [0, 1]. Received: 1.5"),
+    ("--config.warmstart.base=/nowhere", "config.warmstart.base must be a folder with a Qwen2.5-VL checkpoint, but '/nowhere'")])
+def test_what_cannot_be_is_said(tmp_path, flag, said):
+  done = run(tmp_path / "base", flag)
+  assert done.returncode == 1 and said in done.stderr, done.stderr
+  assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
