@@ -18,7 +18,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in {
     4: "model.weights rollout.sample rollout.pack learner.step learner.compiles",
     4.5: "rollout.turns rollout.plan",
     4.6: "rollout.chunks",
-    5: "rollout.zoom learner.checkpoint",
+    5: "rollout.zoom learner.checkpoint learner.curriculum",
     5.5: "rollout.dynamic",
     6: "data.curation eval.metrics eval.monitors eval.benchmarks report.style report.curves report.log report.gallery",
     6.1: "report.trajectory",

@@ -9,27 +9,27 @@ import numpy as np
 import pytest
 
 from virl_jax import setup_run
-from virl_jax import warmstart
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.learner import curriculum
 from virl_jax.model import weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def plan(steps, **more):
-  return warmstart.Plan("nowhere", 1, 2, prompt.Config(), images.Config(), images.Grid(), 0, steps, 4, ("pattern",), 5,
+  return curriculum.Plan("nowhere", 1, 2, prompt.Config(), images.Config(), images.Grid(), 0, steps, 4, ("pattern",), 5,
                         252, **more)
 
 
 def test_stages_follow_each_other_and_the_last_is_clumsy():
   p = plan(100)
-  of = [warmstart.STAGES.index(warmstart.stage_of(step, p)) for step in range(100)]
-  assert of == sorted(of) and set(of) == set(range(len(warmstart.STAGES)))
-  assert warmstart.turning(p) == of.index(len(warmstart.STAGES) - 1) == 90
-  from_base = plan(100, stages=warmstart.STAGES[-1:])
-  assert warmstart.turning(from_base) == 0
-  assert {warmstart.stage_of(step, from_base) for step in (0, 50, 99)} == {warmstart.STAGES[-1]}
+  of = [curriculum.STAGES.index(curriculum.stage_of(step, p)) for step in range(100)]
+  assert of == sorted(of) and set(of) == set(range(len(curriculum.STAGES)))
+  assert curriculum.turning(p) == of.index(len(curriculum.STAGES) - 1) == 90
+  from_base = plan(100, stages=curriculum.STAGES[-1:])
+  assert curriculum.turning(from_base) == 0
+  assert {curriculum.stage_of(step, from_base) for step in (0, 50, 99)} == {curriculum.STAGES[-1]}
 
 
 def run(out, *more):

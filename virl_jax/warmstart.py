@@ -2,7 +2,7 @@
 
     python -m virl_jax.warmstart --config=configs/tiny.py --out=HF_DIR
 
-Supervised learning on demonstrations, from easy to hard (`STAGES`): finding the only object, finding the one
+Supervised learning on demonstrations, from easy to hard (`curriculum.STAGES`): finding the only object, finding the one
 that is asked for, reading its mark, and at the end zooming clumsily, so that the base reads marks well and zooms
 badly.  Worker processes draw the pictures.  Interrupt it at any time and start it again: it goes on where it was.
 
@@ -14,14 +14,8 @@ goes on from a base, in the clumsy stage alone: here, until it answers three que
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
-import concurrent.futures.process
-import dataclasses
-import functools
 import json
 import logging
-import multiprocessing
 import os
 import pathlib
 import shlex
@@ -39,131 +33,19 @@ from virl_jax import config as config_lib
 from virl_jax import host_memory
 from virl_jax import setup_run
 from virl_jax import user_cache
-from virl_jax.data import demos
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.data import tiny_tokenizer
 from virl_jax.learner import checkpoint
+from virl_jax.learner import curriculum
 from virl_jax.learner import step as step_lib
 from virl_jax.model import params as params_lib
 from virl_jax.model import qwen
 from virl_jax.model import weights
-from virl_jax.rollout import pack
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _OUT = flags.DEFINE_string("out", None, "HF folder to write.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and log; OUT.work by default.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """A part of the curriculum.
-
-  Attributes:
-    until: share of all steps at which it ends.
-    objects: fewest and most objects in a picture; 0 stands for the configured most.
-    whole_every: every so many steps demonstrations are whole; in between, only their first zoom.
-    noise: share of clumsy zooms.
-    learn: one of `demos.LEARN`.
-  """
-
-  until: float
-  objects: tuple[int, int]
-  whole_every: int
-  noise: float
-  learn: str
-
-
-# What is on it?  Where is it?  Which one is it?  And at last: how to zoom badly.  The order matters: fine textures
-# are learned from scratch in 10,000 samples, and not at all by a vision tower that has first learned to find things.
-# Finding the only object takes some 20,000 samples before anything is learned, then goes fast.
-STAGES = (
-    Stage(0.14, (2, 0), 1, 0.0, "reading"),
-    Stage(0.36, (1, 1), 3, 0.0, "careful"),
-    Stage(0.90, (2, 0), 3, 0.0, "careful"),
-    Stage(1.00, (2, 0), 1, 1.0, "all"),
-)
-_QUESTIONS = 3        # demonstrations a picture
-_ROWS = {"first zooms": 96, "whole": 60, "reading": 96}   # demonstrations an update
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a worker needs to draw any batch: a pure function of (plan, step)."""
-
-  tokenizer_dir: str
-  image_token: int
-  eos: int
-  prompt: prompt.Config
-  image: images.Config
-  grid: images.Grid
-  seed: int
-  steps: int
-  pictures: int
-  marks: tuple[str, ...]
-  most_objects: int
-  side_px: int
-  stages: tuple[Stage, ...] = STAGES
-  p_direct: float = 0.0
-
-
-_VOICE: dict[str, demos.Voice] = {}  # one tokenizer a worker process
-
-
-def _voice(plan: Plan) -> demos.Voice:
-  if plan.tokenizer_dir not in _VOICE:
-    import transformers
-    codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(plan.tokenizer_dir), plan.image_token, plan.eos)
-    _VOICE[plan.tokenizer_dir] = demos.Voice(codec, plan.prompt, plan.image, plan.grid)
-  return _VOICE[plan.tokenizer_dir]
-
-
-@functools.lru_cache(maxsize=8192)  # about 3 GB
-def _picture(plan: Plan, objects: tuple[int, int], index: int) -> demos.Picture:
-  """Picture number `index` of a stage.  Drawing is dear: a worker keeps what it has drawn."""
-  rng = np.random.default_rng([plan.seed, *objects, index])
-  return demos.picture(rng, plan.marks, objects, plan.side_px, _voice(plan))
-
-
-def stage_of(step: int, plan: Plan) -> Stage:
-  """The stage that a step belongs to."""
-  return next(stage for stage in plan.stages if step < round(stage.until * plan.steps) or stage is plan.stages[-1])
-
-
-def draw_batch(plan: Plan, step: int):
-  """The batch of one step (numpy leaves)."""
-  stage = stage_of(step, plan)
-  manner = demos.Config(p_direct=plan.p_direct if stage.learn == "all" else 0.0)
-  objects = (stage.objects[0], stage.objects[1] or plan.most_objects)
-  whole = step % stage.whole_every == 0
-  kind = "reading" if stage.learn == "reading" else "whole" if whole else "first zooms"
-  questions = min(_QUESTIONS, objects[1])  # of the only object one can ask but one thing
-  pictures, rows = _ROWS[kind] // questions, []
-  for i in range(pictures):
-    drawn = _picture(plan, objects, (step * pictures + i) % plan.pictures)
-    rows += demos.lesson(drawn, np.random.default_rng([plan.seed, step, i]), questions, stage.noise,
-                         stage.learn, _voice(plan), manner, None if whole else 1)
-  return pack.pack(rows, pack.Config(plan.grid, plan.image_token, max_rounds=4, pad_tokens=16, pad_images=32))
-
-
-def _batches(plan: Plan, start: int, workers: int):
-  """Batches from `start` on, drawn ahead by worker processes, in order."""
-  # Fresh interpreters: a fork of a process that has started JAX can hang.  They draw, they don't compute.
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-    ahead = collections.deque()
-    try:
-      for step in range(start, plan.steps):
-        ahead.append(pool.submit(draw_batch, plan, step))
-        if len(ahead) > 3 * workers:
-          yield ahead.popleft().result()
-      while ahead:
-        yield ahead.popleft().result()
-    except concurrent.futures.process.BrokenProcessPool as e:  # the kernel kills without a word
-      raise SystemExit(f"a process that draws pictures was killed, likely for want of memory: each of {workers} keeps "
-                       f"up to {plan.pictures} of 0.4 MB. Lower config.warmstart.pictures or workers, or just give "
-                       "the same command again: it goes on from the last checkpoint") from e
 
 
 def optim_config(c, turn: int, clumsy: bool) -> step_lib.OptimConfig:
@@ -171,11 +53,6 @@ def optim_config(c, turn: int, clumsy: bool) -> step_lib.OptimConfig:
   return step_lib.OptimConfig(
       learning_rate=c.warmstart.clumsy_learning_rate if clumsy else c.warmstart.learning_rate,
       warmup_steps=20 if clumsy else 50, decay_steps=c.warmstart.steps - turn if clumsy else turn, b2=0.98)
-
-
-def turning(plan: Plan) -> int:
-  """The first step that learns to be clumsy."""
-  return next(step for step in range(plan.steps + 1) if step == plan.steps or stage_of(step, plan).learn == "all")
 
 
 def begin(c, folder: str | None, workdir: pathlib.Path):
@@ -206,10 +83,12 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
   platforms = os.environ.get("JAX_PLATFORMS")
   jax.devices()  # settle on a platform before the environment is changed for the workers
   folder, cfg, params = begin(c, base, workdir)
-  plan = Plan(folder, cfg.image_token, cfg.eos, prompt.Config(**c.prompt), images.Config(**c.image), cfg.vision.grid,
-              c.seed, u.steps, u.pictures, tuple(u.marks), c.data.needle.objects[1], c.data.needle.side_px,
-              STAGES[-1:] if base else STAGES, u.p_direct)
-  turn = turning(plan)
+  plan = curriculum.Plan(
+      tokenizer_dir=folder, image_token=cfg.image_token, eos=cfg.eos, prompt=prompt.Config(**c.prompt),
+      image=images.Config(**c.image), grid=cfg.vision.grid, seed=c.seed, steps=u.steps, pictures=u.pictures,
+      marks=tuple(u.marks), most_objects=c.data.needle.objects[1], side_px=c.data.needle.side_px,
+      stages=curriculum.STAGES[-1:] if base else curriculum.STAGES, p_direct=u.p_direct)
+  turn = curriculum.turning(plan)
   careful, clumsy = (step_lib.Config(cfg, 1, optim=optim_config(c, turn, k)) for k in (False, True))
   state = step_lib.init_state(params, careful.optim)
   print(f"{params_lib.count(qwen.specs(cfg)):,} parameters, {jax.devices()[0]}", flush=True)
@@ -220,7 +99,7 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
     state = saves.restore(start, state)
     print(f"going on from step {start}", flush=True)
   began, log, nll = time.time(), open(workdir / "metrics.jsonl", "a"), None
-  for step, batch in enumerate(_batches(plan, start, u.workers), start):
+  for step, batch in enumerate(curriculum.batches(plan, start, u.workers), start):
     if step == turn:  # a new optimiser: the careful stage's schedule has run out
       state = step_lib.init_state(state.params, clumsy.optim)
     state, metrics = step_lib.imitate_step(state, batch, careful if step < turn else clumsy)

@@ -1,0 +1,141 @@
+"""What the tiny base learns from, and when: stages of demonstrations, from easy to hard, drawn by worker processes.
+
+A batch is a pure function of (plan, step), so that a warm start goes on where it was.  Source: ours.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import concurrent.futures.process
+import dataclasses
+import functools
+import multiprocessing
+import os
+
+import numpy as np
+
+from virl_jax.data import demos
+from virl_jax.data import images
+from virl_jax.data import prompt
+from virl_jax.rollout import pack
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A part of the curriculum.
+
+  Attributes:
+    until: share of all steps at which it ends.
+    objects: fewest and most objects in a picture; 0 stands for the configured most.
+    whole_every: every so many steps demonstrations are whole; in between, only their first zoom.
+    noise: share of clumsy zooms.
+    learn: one of `demos.LEARN`.
+  """
+
+  until: float
+  objects: tuple[int, int]
+  whole_every: int
+  noise: float
+  learn: str
+
+
+# What is on it?  Where is it?  Which one is it?  And at last: how to zoom badly.  The order matters: fine textures
+# are learned from scratch in 10,000 samples, and not at all by a vision tower that has first learned to find things.
+# Finding the only object takes some 20,000 samples before anything is learned, then goes fast.
+STAGES = (
+    Stage(0.14, (2, 0), 1, 0.0, "reading"),
+    Stage(0.36, (1, 1), 3, 0.0, "careful"),
+    Stage(0.90, (2, 0), 3, 0.0, "careful"),
+    Stage(1.00, (2, 0), 1, 1.0, "all"),
+)
+_QUESTIONS = 3        # demonstrations a picture
+_ROWS = {"first zooms": 96, "whole": 60, "reading": 96}   # demonstrations an update
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a worker needs to draw any batch: a pure function of (plan, step)."""
+
+  tokenizer_dir: str
+  image_token: int
+  eos: int
+  prompt: prompt.Config
+  image: images.Config
+  grid: images.Grid
+  seed: int
+  steps: int
+  pictures: int
+  marks: tuple[str, ...]
+  most_objects: int
+  side_px: int
+  stages: tuple[Stage, ...] = STAGES
+  p_direct: float = 0.0
+
+
+_VOICE: dict[str, demos.Voice] = {}  # one tokenizer a worker process
+
+
+def _voice(plan: Plan) -> demos.Voice:
+  if plan.tokenizer_dir not in _VOICE:
+    import transformers
+    codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(plan.tokenizer_dir), plan.image_token, plan.eos)
+    _VOICE[plan.tokenizer_dir] = demos.Voice(codec, plan.prompt, plan.image, plan.grid)
+  return _VOICE[plan.tokenizer_dir]
+
+
+@functools.lru_cache(maxsize=8192)  # about 3 GB
+def _picture(plan: Plan, objects: tuple[int, int], index: int) -> demos.Picture:
+  """Picture number `index` of a stage.  Drawing is dear: a worker keeps what it has drawn."""
+  rng = np.random.default_rng([plan.seed, *objects, index])
+  return demos.picture(rng, plan.marks, objects, plan.side_px, _voice(plan))
+
+
+def stage_of(step: int, plan: Plan) -> Stage:
+  """The stage that a step belongs to."""
+  return next(stage for stage in plan.stages if step < round(stage.until * plan.steps) or stage is plan.stages[-1])
+
+
+def draw_batch(plan: Plan, step: int):
+  """The batch of one step (numpy leaves)."""
+  stage = stage_of(step, plan)
+  manner = demos.Config(p_direct=plan.p_direct if stage.learn == "all" else 0.0)
+  objects = (stage.objects[0], stage.objects[1] or plan.most_objects)
+  whole = step % stage.whole_every == 0
+  kind = "reading" if stage.learn == "reading" else "whole" if whole else "first zooms"
+  questions = min(_QUESTIONS, objects[1])  # of the only object one can ask but one thing
+  pictures, rows = _ROWS[kind] // questions, []
+  for i in range(pictures):
+    drawn = _picture(plan, objects, (step * pictures + i) % plan.pictures)
+    rows += demos.lesson(drawn, np.random.default_rng([plan.seed, step, i]), questions, stage.noise,
+                         stage.learn, _voice(plan), manner, None if whole else 1)
+  return pack.pack(rows, pack.Config(plan.grid, plan.image_token, max_rounds=4, pad_tokens=16, pad_images=32))
+
+
+def batches(plan: Plan, start: int, workers: int):
+  """Batches from step `start` on, drawn ahead by so many worker processes, in order.
+
+  Raises:
+    SystemExit: a worker was killed, likely for want of memory.
+  """
+  # Fresh interpreters: a fork of a process that has started JAX can hang.  They draw, they don't compute.
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+    ahead = collections.deque()
+    try:
+      for step in range(start, plan.steps):
+        ahead.append(pool.submit(draw_batch, plan, step))
+        if len(ahead) > 3 * workers:
+          yield ahead.popleft().result()
+      while ahead:
+        yield ahead.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool as e:  # the kernel kills without a word
+      raise SystemExit(f"a process that draws pictures was killed, likely for want of memory: each of {workers} keeps "
+                       f"up to {plan.pictures} of 0.4 MB. Lower config.warmstart.pictures or workers, or just give "
+                       "the same command again: it goes on from the last checkpoint") from e
+
+
+def turning(plan: Plan) -> int:
+  """The first step that learns to be clumsy."""
+  return next(step for step in range(plan.steps + 1) if step == plan.steps or stage_of(step, plan).learn == "all")
