@@ -172,8 +172,11 @@ def alarms(arm: Arm) -> str:
 
 
 def _cell(figure: dict) -> str:
-  seeds = " ".join(f"{v:.3f}" for v in figure["seeds"])
-  return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}] ({seeds})"
+  show = lambda v: f"{v:.3f}" if np.isfinite(v) else "-"  # of no zooms none is right or wrong
+  if not np.isfinite(figure["value"]):
+    return "-"
+  seeds = " ".join(map(show, figure["seeds"]))
+  return f"{show(figure['value'])} [{show(figure['low'])}, {show(figure['high'])}] ({seeds})"
 
 
 def markdown(found: dict[str, Arm], every: dict, command: str, minutes: float, jobs: int) -> str:

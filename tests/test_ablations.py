@@ -99,7 +99,7 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   page = results.markdown(found, f, "python benchmarks/reproduce.py", 12.0, 2)
   for said in ("| *seen here* |", "| outcome_only | ", "2 arms, 2 seeds each, 40 held-out tasks each"):
     assert said in page
-  assert page.count("| before | 0.000 ") == 1
+  assert page.count("| before | 0.000 [0.000, 0.000] (0.000 0.000) | - | 0.000 ") == 1  # no zoom, none right
   assert "rho" not in page  # a section of one arm says nothing
 
 
