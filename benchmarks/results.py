@@ -40,7 +40,8 @@ NOTES = {
         "The base of these arms is the shipped one after 200 more steps of imitation, in which three demonstrations in "
         "ten answer without a zoom, as colours suggest (`GUESSER` in configs/ablations/arms.py); on guessable pictures "
         "that is right. `guessable_shipped_base` is outcome-only training on the same pictures from the shipped base, "
-        "which never answers without a zoom: what is never sampled can't be reinforced.",
+        "which never answers without a zoom: what is never sampled can't be reinforced. The other four arms were "
+        "added, and the claims made about them, after one seed of that one had shown no collapse.",
 }
 
 
