@@ -217,10 +217,11 @@ def picture(found: dict[str, Arm], path: pathlib.Path) -> None:
   rows = sections(found)
   if not rows:
     return
-  shown = ("acc_ans", "acc_rat", "rationale_count")
-  figure, axes = plt.subplots(len(rows), len(shown), figsize=(12, 3 * len(rows)), squeeze=False, layout="constrained")
+  # While training, acc_rat is judged at the arm's own h0: arms that differ in it have only the IoU in common.
+  shown = {t: ("acc_ans", "mean_iou" if "threshold" in t else "acc_rat", "rationale_count") for t in rows}
+  figure, axes = plt.subplots(len(rows), 3, figsize=(12, 3 * len(rows)), squeeze=False, layout="constrained")
   for line, (title, names) in zip(axes, rows.items()):
-    for ax, metric in zip(line, shown):
+    for ax, metric in zip(line, shown[title]):
       for name in names:
         steps = min(len(c) for c in found[name].curves)
         values = np.array([[l.get(metric, np.nan) for l in c[:steps]] for c in found[name].curves], float)
@@ -230,7 +231,7 @@ def picture(found: dict[str, Arm], path: pathlib.Path) -> None:
         x = np.arange(smooth.shape[1]) + width
         ax.plot(x, smooth.mean(0), label=name, linewidth=1.6)
         ax.fill_between(x, smooth.min(0), smooth.max(0), alpha=0.15)
-      ax.set_title(metric if metric != shown[0] else f"{title}\n{metric}", fontsize=9, loc="left")
+      ax.set_title(metric if metric != shown[title][0] else f"{title}\n{metric}", fontsize=9, loc="left")
       ax.grid(alpha=0.3)
       ax.spines[["top", "right"]].set_visible(False)
     line[-1].legend(fontsize=8, frameon=False)
