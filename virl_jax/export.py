@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pathlib
 
 from absl import app
@@ -66,12 +65,8 @@ def main(argv):
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   args = flags.FLAGS
   logging.getLogger("absl").setLevel(logging.WARNING)
-  try:
+  with setup_run.told():
     step = export(args.workdir, args.out, args.step, args.dtype)
-  except ValueError as e:
-    if os.environ.get("VIRL_JAX_DEBUG"):
-      raise
-    raise SystemExit(f"error: {e}\n(VIRL_JAX_DEBUG=1 shows where)") from e
   files = list(pathlib.Path(args.out).iterdir())
   print(json.dumps({"out": args.out, "step": step, "dtype": args.dtype, "files": len(files),
                     "bytes": sum(f.stat().st_size for f in files)}))

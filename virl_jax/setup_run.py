@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.resources
@@ -28,6 +29,21 @@ from virl_jax.rl import reward
 from virl_jax.rollout import pack
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
+
+
+@contextlib.contextmanager
+def told():
+  """Ends the program with a ValueError's message alone, or with all of it if VIRL_JAX_DEBUG is set.
+
+  Raises:
+    SystemExit: in place of the ValueError.
+  """
+  try:
+    yield
+  except ValueError as e:
+    if os.environ.get("VIRL_JAX_DEBUG"):
+      raise
+    raise SystemExit(f"error: {e}\n(VIRL_JAX_DEBUG=1 shows where)") from e
 
 
 def model_dir(path: str, key: str = "model.path") -> str:

@@ -248,12 +248,8 @@ def main(argv):
   host_memory.keep_when_on_cpu()
   user_cache.keep_programs()
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-  try:
+  with setup_run.told():
     train(_CONFIG.value, _WORKDIR.value or os.path.join("runs", name))
-  except ValueError as e:
-    if os.environ.get("VIRL_JAX_DEBUG"):
-      raise
-    raise SystemExit(f"error: {e}\n(VIRL_JAX_DEBUG=1 shows where)") from e
 
 
 if __name__ == "__main__":

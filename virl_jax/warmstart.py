@@ -132,13 +132,10 @@ def main(argv):
     logging.getLogger(chatty).setLevel(logging.WARNING)
   host_memory.keep_when_on_cpu()
   user_cache.keep_programs()
-  command = shlex.join(["python", "-m", "virl_jax.warmstart", *sys.argv[1:]]).replace(out, "HF_DIR")
-  try:
+  given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # where it went is of no matter to a recipe
+  command = shlex.join(["python", "-m", "virl_jax.warmstart", *(given.get(arg, arg) for arg in sys.argv[1:])])
+  with setup_run.told():
     warm_start(_CONFIG.value, out, _WORKDIR.value or out.rstrip("/") + ".work", command)
-  except ValueError as e:
-    if os.environ.get("VIRL_JAX_DEBUG"):
-      raise
-    raise SystemExit(f"error: {e}\n(VIRL_JAX_DEBUG=1 shows where)") from e
 
 
 if __name__ == "__main__":
