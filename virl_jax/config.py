@@ -76,6 +76,8 @@ def default() -> ConfigDict:
   r.resample = 0                   # further batches of prompts to replace groups with equal rewards [DAPO]
   r.mask_overlong = False          # drop trajectories that ran out of tokens from the loss
   r.pad_tokens = 64                # token buckets are multiples of this [ours]
+  r.join_rows = False              # the learner puts short trajectories into one row (sequence packing); not for
+                                   #   GPUs: cuDNN's attention can't keep them apart, and is not used then [ours]
   r.max_images = 0                 # images a trajectory, the shown one too; 0 for no limit
   r.max_vision_tokens = 0          # vision tokens a trajectory; 0 for no limit
   r.top_k = 0                      # sample from the k likeliest tokens; 0 for all. PPO's loss knows of no cut:

@@ -105,10 +105,11 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
                           mesh),
       step=step_lib.Config(model, r.group_size, r.temperature, reward.Config(**c.reward), credit.Config(**c.credit),
                            advantage.Config(**c.advantage), loss.Config(**c.loss), step_lib.OptimConfig(**c.optim),
-                           mesh),
+                           mesh, single_update=c.ppo.minibatches * c.ppo.epochs == 1),
       pack=pack.Config(model.vision.grid, model.image_token, r.max_rounds, r.pad_tokens,
-                       pad_images=rows, pad_shown=max(shards, rows // r.group_size),
-                       mask_overlong=r.mask_overlong, scope=c.credit.scope),
+                       pad_images=pack.up(rows // 2, shards), pad_shown=max(shards, rows // r.group_size),
+                       mask_overlong=r.mask_overlong, scope=c.credit.scope, join=r.join_rows,
+                       pad_joined=pack.up(rows // 8, shards)),
       mesh=mesh, hf_dir=hf_dir)
 
 

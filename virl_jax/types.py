@@ -188,6 +188,8 @@ class Batch:
     format_B: float32, 1 if every turn was well formed and the last is an answer.
     row_mask_B: bool, False on rows that only fill the batch or are masked from the loss.
     images: the image buckets.
+    joined_PU: int32 index into [B, T] put flat, -1 on padding: rows as the model is to take them, several short
+      trajectories in each (sequence packing).  None: each trajectory in a row of its own.
   """
 
   tokens_BT: jax.Array
@@ -205,6 +207,7 @@ class Batch:
   format_B: jax.Array
   row_mask_B: jax.Array
   images: tuple[ImageBatch, ...]
+  joined_PU: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -213,7 +216,8 @@ class ScoredBatch:
 
   Attributes:
     batch: the trajectories.
-    logp_old_BT: float32 nats, the trainer's own log-probabilities before the update.
+    logp_old_BT: float32 nats, the trainer's own log-probabilities before the update; None where it is the only one,
+      whose forward pass computes them.
     logp_ref_BT: float32 nats under the frozen reference; equal to logp_old_BT if there is none.
     advantage_BT: float32, per token, after credit assignment; 0 off sampled tokens.
     iou_BR: float32, best IoU of each action with a ground-truth box.
@@ -226,8 +230,8 @@ class ScoredBatch:
   """
 
   batch: Batch
-  logp_old_BT: jax.Array
-  logp_ref_BT: jax.Array
+  logp_old_BT: jax.Array | None
+  logp_ref_BT: jax.Array | None
   advantage_BT: jax.Array
   iou_BR: jax.Array
   class_BR: jax.Array

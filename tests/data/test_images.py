@@ -340,8 +340,8 @@ def test_every_token_is_made_of_its_own_patches(grid, sizes):
 def test_buckets_come_in_few_sizes():
   shape = lambda *sizes: images.layout([numbered(r, c, 1, GRID) for r, c in sizes], GRID)[0].mask_IWQ.shape
   assert shape((1, 1)) == shape((2, 2)) == shape((1, 2)) == (1, 1, 16)
-  assert shape((3, 3)) == (1, 1, 36) and shape((4, 4)) == (1, 1, 64)
-  assert shape((5, 4)) == (1, 1, 100) and shape((7, 4)) == (1, 1, 144) and shape((1, 9)) == (1, 1, 36)
+  assert shape((1, 5)) == (1, 1, 24) and shape((3, 3)) == (1, 1, 36) and shape((4, 4)) == (1, 1, 64)
+  assert shape((5, 4)) == (1, 1, 80) and shape((7, 4)) == (1, 1, 120) and shape((1, 9)) == (1, 1, 36)
   assert shape((7, 9)) == (1, 1, 256)
   # Larger ones are cut by window, and those that fill their windows.
   assert shape((8, 8)) == (1, 4, 64) and shape((3, 4), (8, 8)) == (2, 4, 64) and shape((8, 4)) == (1, 2, 64)
@@ -349,12 +349,13 @@ def test_buckets_come_in_few_sizes():
   assert shape((9, 9)) == (1, 16, 64) and shape((9, 9), (1, 1)) == (2, 16, 64) and shape((13, 5)) == (1, 8, 64)
   assert shape((1, 65)) == (1, 32, 64)
   every = {shape((r, c)) for r in range(1, 65) for c in range(1, 64 // r + 1)}
-  assert every == {(1, 1, 4 * n * n) for n in range(2, 9)} | {(1, 2, 64), (1, 4, 64)}
+  pieces = {n * n for n in range(2, 9)} | {n * (n + 1) for n in range(2, 8)}
+  assert every == {(1, 1, 4 * cells) for cells in pieces} | {(1, 2, 64), (1, 4, 64)}
 
 
 def test_a_bucket_for_a_picture_that_is_elsewhere():
   small = numbered(1, 9, 1, GRID)
-  for least, shape in (((1, 1), (1, 36)), ((1, 20), (1, 100)), ((4, 16), (1, 64)), ((16, 81), (16, 64)),
+  for least, shape in (((1, 1), (1, 36)), ((1, 20), (1, 80)), ((4, 16), (1, 64)), ((16, 81), (16, 64)),
                        ((1, 81), (4, 64))):
     batch, (index,) = images.layout([small], GRID, least=least)
     assert batch.mask_IWQ.shape[1:] == shape

@@ -157,6 +157,31 @@ def test_a_stored_set_is_what_was_drawn(tmp_path):
   assert before and needle.load(str(tmp_path), "test", FEW).task(1) == test.task(1) and stamp() == before
 
 
+def test_runs_that_start_together_draw_the_same_set(tmp_path, monkeypatch):
+  """Another run ends its drawing while this one draws, and one before them was cut off."""
+  from virl_jax.data.sources import needle_tfds
+  draw, calls = needle_tfds.Needle.download_and_prepare, []
+
+  def slow(builder, *args, **kwargs):
+    calls.append(builder)
+    draw(builder, *args, **kwargs)
+    if len(calls) == 1:
+      assert len(needle.load(str(tmp_path), "train", FEW)) == 5
+
+  with monkeypatch.context() as m:
+    def cut_off(builder):
+      draw(builder)
+      raise KeyboardInterrupt
+    m.setattr(needle_tfds.Needle, "download_and_prepare", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+      needle.load(str(tmp_path), "train", FEW)
+  monkeypatch.setattr(needle_tfds.Needle, "download_and_prepare", slow)
+  source = needle.load(str(tmp_path), "test", FEW)
+  assert len(calls) == 2 and source.task(1) == needle.draw(9, "test", 1, FEW)[0]
+  folder, = tmp_path.iterdir()
+  assert [p.name for p in folder.iterdir()] == ["needle"]  # what the others drew is gone
+
+
 def test_sets_go_to_the_cache_unless_told_otherwise(tmp_path, monkeypatch):
   monkeypatch.setenv("VIRL_JAX_CACHE", str(tmp_path / "cache"))
   assert len(needle.load("", "test", FEW)) == 3

@@ -237,6 +237,66 @@ def test_eight_devices_compute_what_one_does(small, batch, scored, updated, size
     np.testing.assert_allclose(update_metrics[name], value, atol=1e-4, err_msg=name)
 
 
+def joined(small, width=32):
+  """The batch with several trajectories to a row."""
+  cfg = pack.Config(small.cfg.vision.grid, small.cfg.image_token, 2, width, 8, join=True, pad_joined=1)
+  return pack.pack(trajectories(small.cfg), cfg)
+
+
+def test_joined_rows_compute_what_rows_of_their_own_do(small, batch, scored, updated):
+  together = joined(small)
+  assert len(together.joined_PU) == 4 and len(together.tokens_BT) == 8
+  s, metrics = step_lib.score_step(held(small.params), None, together, make_config(small))
+  T = batch.tokens_BT.shape[1]
+  for name in ("logp_old_BT", "advantage_BT"):
+    got, want = (np.asarray(getattr(x, name))[:, :T][batch.valid_BT] for x in (s, scored[0]))
+    np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)
+  for name, value in scored[1].items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+  state, metrics = step_lib.update_step(fresh(small), s, make_config(small))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, updated[0].params)
+  for name, value in updated[1].items():
+    np.testing.assert_allclose(metrics[name], value, atol=1e-4, err_msg=name)
+
+
+def test_a_critic_values_tokens_of_joined_rows_as_of_their_own(small, batch):
+  critic = {"w": jnp.asarray(np.random.default_rng(0).normal(size=small.cfg.text.hidden), jnp.float32),
+            "b": jnp.full(1, 0.5)}
+  run = jax.jit(lambda b: step_lib.outputs(small.params, make_config(small), b, critic))
+  T = batch.tokens_BT.shape[1]
+  for got, want in zip(run(joined(small)), run(batch)):
+    np.testing.assert_allclose(got[:, :T][batch.valid_BT], want[batch.valid_BT], atol=1e-5)
+    assert not np.asarray(got)[:, 0].any()
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_single_update_computes_the_old_log_probabilities_itself(small, batch, scored, reference):
+  """Scoring leaves them out, and what comes of the update, metrics among it, is the same."""
+  ref = jax.tree.map(lambda a: a * 0.9, small.params) if reference else None
+  o = loss.Config(kl_coef=0.1 * reference, sampler_cap=2.0)
+  found = []
+  for single in (False, True):
+    cfg = make_config(small, loss=o, single_update=single)
+    s, metrics = step_lib.score_step(held(small.params), ref, batch, cfg)
+    assert (s.logp_old_BT is None) == single and (s.logp_ref_BT is None) == (single and not reference)
+    state, more = step_lib.update_step(fresh(small), s, cfg)
+    found.append((state.params, metrics | more))
+  (want, want_metrics), (got, metrics) = found
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+  assert metrics.keys() == want_metrics.keys() and metrics["rollout/logp_gap_max"] > 0
+  for name, value in want_metrics.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_scoring_keeps_log_probabilities_where_it_needs_them(small, batch):
+  run = lambda state, **kwargs: jax.eval_shape(
+      lambda s, b: step_lib.score_step(s, None, b, make_config(small, single_update=True, **kwargs)), state, batch)[0]
+  assert run(held(small.params), loss=loss.Config(kl_coef=0.1, kl_in_reward=True)).logp_old_BT is not None
+  critic = {"w": jnp.zeros(small.cfg.text.hidden), "b": jnp.zeros(1)}
+  s = run(held(small.params).replace(critic=critic), advantage=advantage.Config(kind="gae"))
+  assert s.logp_old_BT is not None and s.value_old_BT is not None
+
+
 def test_imitation_lowers_the_loss(small, batch):
   cfg, state, losses = make_config(small, 1), fresh(small), []
   for _ in range(5):

@@ -49,14 +49,24 @@ def test_kernels_agree_with_attention_by_hand(kind, causal, small_blocks):
   assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("kind", ["plain", "blocks"])
-def test_groups_of_a_row_are_as_rows_of_their_own(kind, small_blocks):
+@pytest.mark.parametrize("kind, causal", [("plain", False), ("blocks", False), ("plain", True), ("blocks", True),
+                                          ("splash", True)])
+def test_groups_of_a_row_are_as_rows_of_their_own(kind, causal, small_blocks):
   q, k, v, valid = inputs(right_padded())
   group = np.random.default_rng(1).integers(0, 3, valid.shape)
-  got = np.asarray(attention.attend(q, k, v, valid, False, kind=kind, group_BT=group))
+  got = np.asarray(attention.attend(q, k, v, valid, causal, kind=kind, group_BT=group))
   for g in range(3):
     mine = valid & (group == g)
-    np.testing.assert_allclose(got[mine], by_hand(q, k, v, mine, False)[mine], atol=2e-6)
+    np.testing.assert_allclose(got[mine], by_hand(q, k, v, mine, causal)[mine], atol=2e-6)
+
+
+def test_a_kernel_that_knows_of_no_groups_is_not_chosen_for_them(monkeypatch):
+  asked = []
+  monkeypatch.setattr(attention, "choose", lambda *args: asked.append(args[-1]) or "plain")
+  q, k, v, valid = inputs(right_padded())
+  for group in (None, jnp.zeros(valid.shape, jnp.int32)):
+    attention.attend(q, k, v, valid, True, right_padded=True, group_BT=group)
+  assert asked == [True, False]
 
 
 @pytest.mark.parametrize("kind", ["plain", "blocks", "splash"])

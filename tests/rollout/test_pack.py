@@ -86,6 +86,35 @@ def test_every_index_leads_to_the_right_image():
   assert (batch.images[1].patches_IWQC[:, 0, 0, 0] == 2).sum() == 1
 
 
+def test_short_rows_are_joined_by_hand():
+  index = pack.joined([3, 5, 2, 4], 6, 2)
+  # The longest first, each where it fits: 5 alone, 4 with 2, 3 alone; a fourth row makes it even.
+  assert index.tolist() == [[6, 7, 8, 9, 10, -1], [18, 19, 20, 21, 12, 13], [0, 1, 2, -1, -1, -1], [-1] * 6]
+  # Never more rows than there were.
+  assert pack.joined([6, 6, 6], 6, 2).shape == (3, 6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_joined_rows_hold_every_token_once_and_in_order(seed):
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, 33, 40).tolist()
+  index = pack.joined(lengths, 32, 4)
+  assert index.shape[1] == 32 and index.shape[0] % 4 == 0 and sum(lengths) <= index.size < sum(lengths) + 8 * 32
+  want = [b * 32 + t for b, n in enumerate(lengths) for t in range(n)]
+  assert sorted(index[index >= 0].tolist()) == want
+  for row in index:
+    at = row[row >= 0]
+    assert (row[:len(at)] >= 0).all()  # padding only follows
+    new = np.flatnonzero(np.diff(at, prepend=-9) != 1)
+    assert (at[new] % 32 == 0).all() and len(set(at[new])) == len(new)  # each from its first token on
+
+
+def test_rows_are_joined_only_if_asked():
+  assert pack.pack(rows(), CFG).joined_PU is None
+  b = pack.pack(rows(), dataclasses.replace(CFG, join=True, pad_joined=2))
+  assert b.joined_PU.dtype == np.int32 and b.joined_PU.tolist() == [[*range(11), -1], [12, 13, 14, 15, 16] + [-1] * 7]
+
+
 @pytest.mark.parametrize("scope, own", [("turn", [0, 0, 0, 0]), ("call", [-1, 0, 0, 0]), ("box", [-1, -1, 0, -1])])
 def test_which_tokens_are_an_action_s(scope, own):
   zooms, _ = rows()

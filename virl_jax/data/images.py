@@ -346,7 +346,7 @@ def extent(images: list[types.ImageInput | None], grid: Grid) -> tuple[int, int]
 def bucket(most: tuple[int, int], grid: Grid) -> tuple[int, int]:
   """What images are padded to: windows, and merged cells in each.
 
-  Small images lie in one piece (windows = 1), rounded up to a square of cells, at least 4, whatever their
+  Small images lie in one piece (windows = 1), rounded up to n^2 or n(n + 1) cells, at least 4, whatever their
   aspect; a mask keeps their windows apart.  Large ones, and small ones that fill their windows, are cut by
   window, so that attention costs only what is in a window: a power of two of whole windows.
 
@@ -358,4 +358,5 @@ def bucket(most: tuple[int, int], grid: Grid) -> tuple[int, int]:
   cut = 1 << max(windows - 1, 1).bit_length(), grid.window ** 2
   if cells > ONE_PIECE_CELLS or cut[0] * cut[1] <= cells:
     return cut
-  return 1, max(2, math.isqrt(cells - 1) + 1) ** 2
+  side = max(2, math.isqrt(cells - 1) + 1)
+  return 1, side * (side - 1 if side > 2 and side * (side - 1) >= cells else side)

@@ -45,6 +45,9 @@ class Config:
 
   With a mesh, updated parameters and moments stay where `mesh.param_shardings` puts them.  Left alone, the
   partitioner moves some about, and the next step is compiled again.
+
+  With `single_update`, a batch serves one update, made with the policy that scores it: where scoring has no use for
+  log-probabilities, it leaves them to the update's own forward pass.
   """
 
   model: qwen.Config
@@ -56,6 +59,7 @@ class Config:
   loss: loss.Config = loss.Config()
   optim: OptimConfig = OptimConfig()
   mesh: jax.sharding.Mesh | None = None
+  single_update: bool = False
 
 
 @flax.struct.dataclass
@@ -146,16 +150,23 @@ def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None =
     Log-probability of each token and entropy where it was written (nats), and what the critic expected before
     it (None without one); float32[B, T] each.  Position t is about token t, position 0 holds 0.
   """
+  B, T = batch.tokens_BT.shape
+  rows = batch.tokens_BT, batch.valid_BT, batch.vision_BT, jnp.roll(batch.tokens_BT, -1, axis=1)
+  pos, group, src_PU = batch.pos_BXT, None, batch.joined_PU
+  if src_PU is not None:
+    take = lambda a: a.reshape(B * T, *a.shape[2:])[jnp.maximum(src_PU, 0)]
+    rows, pos = [take(a) for a in rows], take(pos.swapaxes(1, 2)).swapaxes(1, 2)
+    rows[1], group = src_PU >= 0, src_PU // T
+  tokens, valid, vision, targets = rows
   with mesh_lib.context(cfg.mesh):
-    h = qwen.hidden(params, cfg.model, batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT, batch.images,
-                    right_padded=True)
-  targets = jnp.roll(batch.tokens_BT, -1, axis=1)
-  logp, entropy = qwen.token_logp(params, cfg.model, h, targets, cfg.temperature)
-  shift = lambda a: jnp.pad(a[:, :-1], ((0, 0), (1, 0)))
-  value = None
+    h = qwen.hidden(params, cfg.model, tokens, pos, valid, vision, batch.images, right_padded=True, group_BT=group)
+  found = list(qwen.token_logp(params, cfg.model, h, targets, cfg.temperature))
   if critic is not None:
-    value = shift(jnp.einsum("btd,d->bt", h.astype(jnp.float32), critic["w"]) + critic["b"][None])
-  return shift(logp), shift(entropy), value
+    found.append(jnp.einsum("btd,d->bt", h.astype(jnp.float32), critic["w"]) + critic["b"][None])
+  if src_PU is not None:  # what no row holds is padding, and 0
+    found = [jnp.zeros(B * T).at[jnp.where(valid, src_PU, B * T)].set(a, mode="drop").reshape(B, T) for a in found]
+  logp, entropy, *value = (jnp.pad(a[:, :-1], ((0, 0), (1, 0))) for a in found)
+  return logp, entropy, value[0] if value else None
 
 
 def mask(batch: types.Batch) -> jax.Array:
@@ -203,7 +214,9 @@ def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, c
   Source: ViRL (arXiv 2511.23031), as DESIGN's formulas read it; see `rl.reward` and `rl.credit`.
   """
   h0 = cfg.reward.h0 if h0 is None else h0
-  logp, _, value = outputs(state.params, cfg, batch, state.critic)
+  logp = value = None
+  if not cfg.single_update or state.critic is not None or cfg.loss.kl_in_reward:
+    logp, _, value = outputs(state.params, cfg, batch, state.critic)
   logp_ref = logp if ref_params is None else outputs(ref_params, cfg, batch)[0]
   fid, total_B = _rewards((batch.box_BR4, batch.box_mask_BR, batch.gt_BJ4, batch.gt_mask_BJ), batch.answer_B,
                           batch.format_B, cfg, h0)
@@ -234,15 +247,21 @@ def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, c
     advantage_BT = spread(advantage_B, modulator_BR, batch.action_BT, mask(batch), step_BR)
   if cfg.credit.keep_scale:
     advantage_BT = credit.keep_scale(advantage_BT, plain_BT, mask(batch))
-  gap = jnp.where(mask(batch), jnp.abs(logp - batch.logp_sampler_BT), 0.0)
   metrics |= {
       "credit/redundant_share": loss.masked_mean((class_BR == credit.REDUNDANT).astype(jnp.float32), judged_BR),
       "advantage/abs_mean": jnp.abs(advantage_B).mean(),
       "advantage/informative_share": informative_B.mean(),
-      "rollout/logp_gap_max": gap.max(), "rollout/logp_gap_mean": loss.masked_mean(gap, mask(batch)),
   }
+  if logp is not None:
+    metrics |= _sampler_gap(logp, batch)
   return types.ScoredBatch(batch, logp, logp_ref, advantage_BT, fid.iou_R, class_BR, modulator_BR, advantage_B,
                            total_B, value, return_BT), metrics
+
+
+def _sampler_gap(logp_BT: jax.Array, batch: types.Batch) -> dict:
+  """How far the trainer's log-probabilities of the trained tokens are from the sampler's."""
+  gap = jnp.where(mask(batch), jnp.abs(logp_BT - batch.logp_sampler_BT), 0.0)
+  return {"rollout/logp_gap_max": gap.max(), "rollout/logp_gap_mean": loss.masked_mean(gap, mask(batch))}
 
 
 def _score_metrics(batch: types.Batch, fid: reward.Fidelity, total_B: jax.Array, cfg: Config) -> dict:
@@ -321,8 +340,13 @@ def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tu
 
   def loss_fn(params, critic):
     logp, entropy, value = outputs(params, cfg, scored.batch, critic)
-    total, metrics = loss.policy_loss(logp, scored.logp_old_BT, scored.logp_ref_BT, entropy, scored.advantage_BT,
-                                      trained, cfg.loss, scored.batch.logp_sampler_BT, state.kl_coef)
+    first = scored.logp_old_BT is None  # then this is the policy that scored the batch
+    logp_old = jax.lax.stop_gradient(logp) if first else scored.logp_old_BT
+    logp_ref = logp_old if scored.logp_ref_BT is None else scored.logp_ref_BT
+    total, metrics = loss.policy_loss(logp, logp_old, logp_ref, entropy, scored.advantage_BT, trained, cfg.loss,
+                                      scored.batch.logp_sampler_BT, state.kl_coef)
+    if first:
+      metrics |= _sampler_gap(logp_old, scored.batch)
     if critic is None:
       return total, metrics
     critic_loss, more = loss.value_loss(value, scored.value_old_BT, scored.return_BT, trained, cfg.loss)

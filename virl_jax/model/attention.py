@@ -53,18 +53,20 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, valid_BT: ja
     causal: whether a token sees only itself and what precedes it.
     right_padded: promise that each row's padding follows all its tokens.
     kind: one of `KINDS`; None to `choose`.
-    group_BT: int32; tokens see only those of their own group.  None: all of their row.  Not if causal.
+    group_BT: int32, not negative on tokens; they see only those of their own group.  None: all of their row.
 
   Returns:
     [B, T, N, H]; finite nonsense on padding.
 
   Source: GQA, arXiv 2305.13245; FlashAttention, arXiv 2205.14135, for what the kernels do.
   """
-  kind = kind or choose(jax.default_backend(), q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[3], causal, right_padded)
+  kind = kind or choose(jax.default_backend(), q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[3], causal,
+                        right_padded and group_BT is None)  # cuDNN's causal attention knows of no groups
   if kind == "cudnn":
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
   if kind == "splash":
-    return _splash(q_BTNH, k_BTKH, v_BTKH, valid_BT)
+    segment_BT = valid_BT.astype(jnp.int32) if group_BT is None else jnp.where(valid_BT, group_BT + 1, 0)
+    return _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT)
   if kind == "blocks":
     return _blocks(q_BTNH, k_BTKH, v_BTKH, valid_BT, causal, group_BT)
   mask = valid_BT[:, None, None, :]
@@ -98,8 +100,8 @@ def _blocks(q_BTNH, k_BTKH, v_BTKH, valid_BT, causal, group_BT):
   return out.swapaxes(0, 1).reshape(B, n * QUERY_BLOCK, N, H)[:, :T]
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, valid_BT):
-  """Causal attention within the valid and within the padding tokens, on each device's own rows and heads."""
+def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
+  """Causal attention within each segment of a row, padding among them, on each device's own rows and heads."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
@@ -119,7 +121,7 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, valid_BT):
     return jax.vmap(one)(*heads_first, segment_BT).swapaxes(1, 2)
 
   # A kernel is opaque to the partitioner: under a mesh each device is told to run it on what it holds.
-  mesh, segment_BT = jax.sharding.get_abstract_mesh(), valid_BT.astype(jnp.int32)
+  mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return local(q_BTNH, k_BTKH, v_BTKH, segment_BT)
   tensor = "tensor" if k_BTKH.shape[2] % mesh.shape["tensor"] == 0 else None

@@ -110,11 +110,11 @@ def embed(params: dict, cfg: Config, tokens_BT: jax.Array, vision_BT: jax.Array,
 
 
 def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, pos_BXT: jax.Array, valid_BT: jax.Array,
-           vision_BT: jax.Array, image_batches: tuple[types.ImageBatch, ...], right_padded: bool = False
-           ) -> jax.Array:
+           vision_BT: jax.Array, image_batches: tuple[types.ImageBatch, ...], right_padded: bool = False,
+           group_BT: jax.Array | None = None) -> jax.Array:
   """Final hidden states [B, T, D] of whole sequences; arguments as in `embed` and `text.apply`."""
   x = embed(params, cfg, tokens_BT, vision_BT, image_batches)
-  return text.apply(params["text"], cfg.text, x, pos_BXT, valid_BT, cfg.remat, right_padded)
+  return text.apply(params["text"], cfg.text, x, pos_BXT, valid_BT, cfg.remat, right_padded, group_BT)
 
 
 def logits(params: dict, cfg: Config, hidden_BTD: jax.Array) -> jax.Array:

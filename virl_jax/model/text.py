@@ -134,7 +134,7 @@ def _finish(p: dict, cfg: Config, x, out):
 
 
 def apply(params: dict, cfg: Config, x_BTD: jax.Array, pos_BXT: jax.Array, valid_BT: jax.Array,
-          remat: bool = False, right_padded: bool = False) -> jax.Array:
+          remat: bool = False, right_padded: bool = False, group_BT: jax.Array | None = None) -> jax.Array:
   """Hidden states of whole sequences.
 
   Args:
@@ -145,25 +145,26 @@ def apply(params: dict, cfg: Config, x_BTD: jax.Array, pos_BXT: jax.Array, valid
     valid_BT: bool, False on padding, on either side.
     remat: recompute blocks in the backward pass.
     right_padded: promise that padding only follows the tokens; some kernels need it.
+    group_BT: int32, where a row holds several sequences, the number of each token's; None: one sequence a row.
 
   Returns:
     [B, T, D] after the final norm.
   """
-  return _run(params, cfg, x_BTD, pos_BXT, valid_BT, remat, right_padded, keep=False)[0]
+  return _run(params, cfg, x_BTD, pos_BXT, valid_BT, remat, right_padded, group_BT, keep=False)[0]
 
 
 def every_layer(params: dict, cfg: Config, x_BTD: jax.Array, pos_BXT: jax.Array, valid_BT: jax.Array) -> jax.Array:
   """The residual stream [L + 1, B, T, D]: before the first block, between blocks, and after the final norm."""
-  last, before = _run(params, cfg, x_BTD, pos_BXT, valid_BT, False, False, keep=True)
+  last, before = _run(params, cfg, x_BTD, pos_BXT, valid_BT, False, False, None, keep=True)
   return jnp.concatenate([before, last[None]])
 
 
-def _run(params, cfg, x_BTD, pos_BXT, valid_BT, remat, right_padded, keep):
+def _run(params, cfg, x_BTD, pos_BXT, valid_BT, remat, right_padded, group_BT, keep):
   cos, sin = rope.mrope(pos_BXT, cfg.head_size, cfg.mrope_section, cfg.theta)
 
   def block(x, p):
     q, k, v = _project(p, cfg, x, cos, sin)
-    out = attention.attend(q, k, v, valid_BT, causal=True, right_padded=right_padded)
+    out = attention.attend(q, k, v, valid_BT, causal=True, right_padded=right_padded, group_BT=group_BT)
     return _finish(p, cfg, x, out), x if keep else None
 
   x, before = jax.lax.scan(jax.checkpoint(block) if remat else block, x_BTD, params["blocks"])

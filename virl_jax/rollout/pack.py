@@ -24,6 +24,8 @@ class Config:
     pad_images: counts of crops are multiples of this.
     mask_overlong: whether rows that ran out of tokens are masked from the loss.
     scope: which of a turn's tokens are its visual action's; see `rl.credit.SCOPES`.
+    join: put several trajectories into a row of the model's, where they fit.
+    pad_joined: counts of such rows are multiples of this.
   """
 
   grid: images.Grid
@@ -34,6 +36,8 @@ class Config:
   pad_shown: int = 8
   mask_overlong: bool = False
   scope: str = "turn"
+  join: bool = False
+  pad_joined: int = 8
 
 
 def up(n: int, multiple: int) -> int:
@@ -89,7 +93,33 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
         action += 1
       at += len(turn.ids)
     b.row_mask_B[r] = not (cfg.mask_overlong and t.stop == types.StopReason.OVERLONG)
-  return b.replace(images=batches)
+  return b.replace(images=batches, joined_PU=joined([len(row) for row in ids], T, cfg.pad_joined) if cfg.join else None)
+
+
+def joined(lengths: list[int], width: int, pad: int) -> np.ndarray:
+  """Sequences in fewer rows, each whole in one of them: first fit, the longest first.
+
+  Args:
+    lengths: of the sequences, in tokens; each stands at the start of a row `width` long.
+    width: of the new rows, too.
+    pad: their number is a multiple of this, but not above the number of sequences.
+
+  Returns:
+    int32[P, width]: which token of the old rows put flat stands there; -1 for none.
+  """
+  free, members = [], []
+  for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
+    row = next((r for r, room in enumerate(free) if room >= lengths[b]), len(free))
+    if row == len(free):
+      free.append(width)
+      members.append([])
+    free[row] -= lengths[b]
+    members[row].append(b)
+  index_PU = np.full((max(len(members), min(up(len(members), pad), len(lengths))), width), -1, np.int32)
+  for row, bs in enumerate(members):
+    tokens = np.concatenate([b * width + np.arange(lengths[b]) for b in bs])
+    index_PU[row, :len(tokens)] = tokens
+  return index_PU
 
 
 def boxes(trajectories: list[types.Trajectory], max_rounds: int

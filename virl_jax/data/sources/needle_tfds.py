@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault("TFDS_DISABLE_PROGRESS_BAR", "1")
 import tensorflow_datasets as tfds  # noqa: E402
@@ -51,5 +52,17 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
   """
   Needle.cfg = cfg
   builder = Needle(data_dir=str(folder), file_format="array_record")
-  builder.download_and_prepare()
+  kept = pathlib.Path(builder.data_dir)
+  if not kept.exists():
+    # Elsewhere first, then all at once: of runs that start together each draws, and what the first has drawn is kept.
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as elsewhere:
+      drawn = Needle(data_dir=elsewhere, file_format="array_record")
+      drawn.download_and_prepare()
+      try:
+        os.rename(drawn.data_dir, kept)
+      except OSError:
+        if not kept.exists():
+          raise
+    builder = Needle(data_dir=str(folder), file_format="array_record")
   return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
