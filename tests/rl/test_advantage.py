@@ -7,25 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.rl import oracles
 from virl_jax import config
 from virl_jax.rl import advantage
 
 # Compiled, because tests pay for every small operation that is compiled by itself.
 relative = jax.jit(advantage.relative, static_argnames=("group_size", "cfg"))
 PLAIN, SCALED = advantage.Config(normalize_std=False), advantage.Config(normalize_std=True)
-
-
-def slow(reward_B, group_size, cfg, mask_B):
-  adv_B = np.zeros(len(reward_B))
-  for start in range(0, len(reward_B), group_size):
-    rows = [i for i in range(start, start + group_size) if mask_B[i]]
-    if not rows:
-      continue
-    values = np.array([reward_B[i] for i in rows], np.float64)
-    scale = np.sqrt(values.var() + 1e-12) if cfg.normalize_std else 1.0
-    for i, value in zip(rows, values):
-      adv_B[i] = (value - values.mean()) / scale
-  return adv_B
 
 
 def test_golden():
@@ -43,7 +31,7 @@ def test_agrees_with_the_slow_loop(cfg):
   for group_size in (1, 2, 5):
     reward_B = rng.normal(size=group_size * 20).astype(np.float32)
     for mask_B in (rng.random(reward_B.shape) < 0.7, np.ones(reward_B.shape, bool)):
-      expected = slow(reward_B, group_size, cfg, mask_B)
+      expected = oracles.relative(reward_B, group_size, cfg, mask_B)
       np.testing.assert_allclose(relative(reward_B, group_size, cfg, mask_B), expected, atol=1e-6)
   np.testing.assert_allclose(relative(reward_B, 5, cfg), expected, atol=1e-6)
   np.testing.assert_allclose(advantage.relative(reward_B, 5, cfg), expected, atol=1e-6)
@@ -120,14 +108,7 @@ def test_the_other_kinds_agree_with_the_slow_loop(kind):
   rng, cfg = np.random.default_rng(3), advantage.Config(kind=kind)
   reward_B, mask_B = rng.normal(size=40).astype(np.float32), rng.random(40) < 0.7
   mask_B[:5], mask_B[5:9], mask_B[9] = False, False, True  # a group without rows, and one of a single row
-  slow_B = np.zeros(40)
-  for i in np.flatnonzero(mask_B):
-    mine = np.arange(40) if kind == "batch" else np.arange(i // 5 * 5, i // 5 * 5 + 5)
-    seen = [j for j in mine if mask_B[j]]
-    if kind == "batch":
-      slow_B[i] = (reward_B[i] - reward_B[seen].mean()) / reward_B[seen].std()
-    elif len(seen) > 1:
-      slow_B[i] = reward_B[i] - np.mean([reward_B[j] for j in seen if j != i])
+  slow_B = oracles.relative(reward_B, 5, cfg, mask_B)
   np.testing.assert_allclose(relative(reward_B, 5, cfg, mask_B), slow_B, atol=1e-6)
   np.testing.assert_allclose(advantage.relative(reward_B, 5, cfg, mask_B), slow_B, atol=1e-6)
   kernel = functools.partial(relative, group_size=5, cfg=cfg)
@@ -161,27 +142,16 @@ def test_steps_are_compared_with_all_actions_of_the_group():
     advantage.steps(reward_BR, mask_BR, 3)
 
 
-def slow_gae(reward_T, value_T, mask_T, gamma, lam):
-  """By the definition: a sum over all later steps."""
-  real = np.flatnonzero(mask_T)
-  out = np.zeros(len(mask_T))
-  delta = [reward_T[t] + gamma * (value_T[real[i + 1]] if i + 1 < len(real) else 0.0) - value_T[t]
-           for i, t in enumerate(real)]
-  for i, t in enumerate(real):
-    out[t] = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(real)))
-  return out
-
-
 def test_gae_agrees_with_its_definition():
   gae = jax.jit(advantage.gae, static_argnames="cfg")
   for seed, (gamma, lam) in enumerate([(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)]):
     rng, cfg = np.random.default_rng(seed), advantage.Config(kind="gae", gamma=gamma, lam=lam)
     reward_T, value_T = rng.normal(size=(2, 40)).astype(np.float32)
     mask_T = rng.random(40) < 0.6
-    want = slow_gae(reward_T, value_T, mask_T, gamma, lam)
+    want, _ = oracles.gae(reward_T, value_T, mask_T, cfg)
     got, returns = gae(reward_T, value_T, mask_T, cfg)
-    np.testing.assert_allclose(got, want, atol=1e-5)
-    np.testing.assert_allclose(returns, np.where(mask_T, want + value_T, 0), atol=1e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(returns, np.where(mask_T, want + value_T, 0), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(advantage.gae(reward_T, value_T, mask_T, cfg)[0], got, atol=1e-6)
     rows, _ = jax.vmap(functools.partial(gae, cfg=cfg))(*(np.stack([x, x]) for x in (reward_T, value_T, mask_T)))
     np.testing.assert_allclose(rows[1], got, atol=1e-6)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.rl import oracles
 from virl_jax import config
 from virl_jax.rl import loss
 
@@ -29,27 +30,6 @@ def random_batch(seed=0, rows=6, tokens=20):
   entropy = rng.random((rows, tokens)).astype(np.float32)
   advantage = rng.normal(size=(rows, tokens)).astype(np.float32)
   return logp, old, ref, entropy, advantage, rng.random((rows, tokens)) < 0.6
-
-
-def slow_loss(logp, old, ref, entropy, advantage, mask, cfg):
-  tokens = []
-  for index in zip(*np.nonzero(np.asarray(mask))):
-    p, o, r, a = (float(x[index]) for x in (logp, old, ref, advantage))
-    ratio = math.exp(p - o)
-    held = min(max(ratio, 1 - cfg.clip_low), 1 + cfg.clip_high)
-    tokens.append({
-        "loss/policy": -min(ratio * a, held * a),
-        "loss/kl": math.exp(r - p) - (r - p) - 1,
-        "loss/entropy": float(entropy[index]),
-        "ppo/clip_frac": (a > 0 and ratio > 1 + cfg.clip_high) or (a < 0 and ratio < 1 - cfg.clip_low),
-        "ppo/kl_old": ratio - (p - o) - 1,
-        "ratio": ratio})
-  means = {key: np.mean([t[key] for t in tokens]) for key in tokens[0]}
-  means["ppo/ratio_max"] = max(t["ratio"] for t in tokens)
-  del means["ratio"]
-  means["loss/total"] = (means["loss/policy"] + cfg.kl_coef * means["loss/kl"]
-                         - cfg.entropy_coef * means["loss/entropy"])
-  return means
 
 
 def test_masked_mean():
@@ -102,7 +82,7 @@ def test_k3_gradient_brings_the_policy_to_the_reference():
 @pytest.mark.parametrize("seed", range(4))
 def test_agrees_with_the_slow_loop(seed):
   batch = random_batch(seed)
-  expected = slow_loss(*batch, CFG)
+  _, expected = oracles.policy_loss(*batch, CFG)
   for kernel in (loss.policy_loss, policy_loss) if seed == 0 else (policy_loss,):
     value, metrics = kernel(*batch, cfg=CFG)
     assert set(metrics) == set(expected)
@@ -186,31 +166,6 @@ def test_wrong_shapes_are_named():
 # --- rivals of the token-mean clip, against one slow loop -----------------------------------------------
 
 
-def slow_rival(logp, old, advantage, mask, cfg, sampler=None):
-  """The policy term alone."""
-  rows = []
-  for b in range(len(logp)):
-    at = np.flatnonzero(mask[b])
-    if not len(at):
-      continue
-    gaps = {t: float(logp[b, t]) - float(old[b, t]) for t in at}
-    if cfg.kind == "gspo":
-      gaps = dict.fromkeys(at, np.mean(list(gaps.values())))
-    tokens = []
-    for t in at:
-      r, a = math.exp(gaps[t]), float(advantage[b, t])
-      held = min(max(r, 1 - cfg.clip_low), 1 + cfg.clip_high)
-      gain = held * a * float(logp[b, t]) if cfg.kind == "cispo" else min(r * a, held * a)
-      if cfg.dual_clip and a < 0:
-        gain = max(gain, cfg.dual_clip * a)
-      weight = min(math.exp(float(old[b, t]) - float(sampler[b, t])), cfg.sampler_cap) if cfg.sampler_cap else 1.0
-      tokens.append(-gain * weight)
-    rows.append(tokens)
-  if cfg.aggregate == "token":
-    return np.mean(sum(rows, []))
-  return np.mean([sum(r) / (len(r) if cfg.aggregate == "sequence" else cfg.norm_tokens) for r in rows])
-
-
 RIVALS = {
     "dual": {"dual_clip": 1.5}, "gspo": {"kind": "gspo", "aggregate": "sequence"}, "cispo": {"kind": "cispo"},
     "sequence": {"aggregate": "sequence"}, "constant": {"aggregate": "constant", "norm_tokens": 7},
@@ -223,7 +178,7 @@ def test_rivals_agree_with_the_slow_loop(changes):
   logp, old, ref, entropy, advantage, mask = random_batch(7)
   mask[2] = False  # a row that counts for nothing
   sampler = (old + np.random.default_rng(1).normal(size=old.shape) * 0.5).astype(np.float32)
-  want = slow_rival(logp, old, advantage, mask, cfg, sampler)
+  want, _ = oracles.policy_loss(logp, old, ref, entropy, advantage, mask, cfg, sampler)
   for kernel in (policy_loss, loss.policy_loss):
     value, metrics = kernel(logp, old, ref, entropy, advantage, mask, cfg=cfg, logp_sampler_BT=sampler)
     np.testing.assert_allclose([value, metrics["loss/policy"]], [want, want], rtol=1e-5, atol=1e-6)

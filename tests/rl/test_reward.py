@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.rl import oracles
 from virl_jax import config
 from virl_jax.rl import reward
 
@@ -32,37 +33,6 @@ def score(boxes, targets, cfg=CFG, box_mask=None, gt_mask=None, pad=(5, 3)):
       np.pad(box_R4, ((0, more_R), (0, 0))), np.pad(box_mask_R, (0, more_R)),
       np.pad(gt_J4, ((0, more_J), (0, 0))), np.pad(gt_mask_J, (0, more_J)), cfg))
   return jax.tree.map(lambda x: x[:n] if x.ndim else x, f)
-
-
-def slow_iou(a, b):
-  width = min(a[2], b[2]) - max(a[0], b[0])
-  height = min(a[3], b[3]) - max(a[1], b[1])
-  if width <= 0 or height <= 0:
-    return 0.0
-  shared = width * height
-  return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
-
-
-def slow_fidelity(boxes, box_mask, targets, gt_mask, cfg):
-  """The formulas of the module docstring, one action after another."""
-  live = [j for j in range(len(targets)) if gt_mask[j]]
-  rows, history = [], []
-  for box, is_action in zip(boxes, box_mask):
-    if not is_action or not live:
-      rows.append((0.0, 0.0, -1, False, False))
-      continue
-    ious = {j: slow_iou(box, targets[j]) for j in live}
-    target = max(live, key=lambda j: (ious[j], -j))
-    value = ious[target]
-    best = max((v for j, v in history if j == target), default=None)
-    correct = value >= cfg.h0
-    redundant = correct and best is not None and best >= cfg.h0 and value <= best
-    r = (1 if correct else -1) + cfg.lam * max(0.0, value - (best or 0.0)) - (cfg.rho if redundant else 0)
-    rows.append((r, value, target, redundant, correct))
-    history.append((target, value))
-  rewards = [row[0] for row, is_action in zip(rows, box_mask) if is_action]
-  mean = np.mean(rewards) if rewards else cfg.no_action
-  return [np.array(column) for column in zip(*rows)] + [mean if live else 0.0]
 
 
 def random_batch(seed=0, n=64, rounds=6, targets=3):
@@ -122,7 +92,7 @@ def test_iou_agrees_with_the_slow_loop():
   a, b = rng.uniform(0, 100, (40, 4)), rng.uniform(0, 100, (30, 4))
   a[:, 2:] += a[:, :2]
   b[:20, 2:] += b[:20, :2]  # the last ten are mostly reversed
-  slow = [[slow_iou(x, y) if y[2] > y[0] and y[3] > y[1] else 0.0 for y in b] for x in a]
+  slow = [[oracles.overlap(x, y, "iou") for y in b] for x in a]
   np.testing.assert_allclose(IOU(a, b), slow, atol=1e-6)
   assert np.max(slow) > 0.3
 
@@ -199,13 +169,9 @@ def test_fidelity_agrees_with_the_slow_loop():
   batch = random_batch()
   f = jax.device_get(FIDELITIES(*batch))
   for row in range(len(batch[0])):
-    r, ious, target, redundant, correct, mean = slow_fidelity(*(x[row] for x in batch), CFG)
-    np.testing.assert_allclose(f.reward_R[row], r, atol=1e-6)
-    np.testing.assert_allclose(f.iou_R[row], ious, atol=1e-6)
-    np.testing.assert_array_equal(f.target_R[row], target)
-    np.testing.assert_array_equal(f.redundant_R[row], redundant)
-    np.testing.assert_array_equal(f.correct_R[row], correct)
-    np.testing.assert_allclose(f.mean[row], mean, atol=1e-6)
+    want = oracles.fidelity(*(x[row] for x in batch), CFG)
+    for name, value in want.items():
+      np.testing.assert_allclose(np.asarray(getattr(f, name)[row], np.float64), value, atol=1e-6, err_msg=name)
   assert 0.05 < f.redundant_R.mean() < f.correct_R.mean() < 0.95  # the cases are worth the loop
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.rl import oracles
 from virl_jax.rl import reward
 
 SQUARE, SHIFTED, AWAY, INNER = (0, 0, 10, 10), (5, 0, 15, 10), (20, 20, 30, 30), (0, 0, 5, 5)
@@ -17,22 +18,6 @@ fidelity = jax.jit(reward.fidelity, static_argnames="cfg")
 pool = jax.jit(reward.pool, static_argnames="cfg")
 place = jax.jit(reward.place, static_argnames="cfg")
 ONE_TARGET = np.array([SQUARE], np.float32), np.ones(1, bool)
-
-
-def slow_overlap(a, b, mode):
-  """One pair, by the table of the docstring."""
-  area = lambda x: max(0.0, x[2] - x[0]) * max(0.0, x[3] - x[1])
-  worst = -1.0 if mode == "giou" else 0.0
-  if not area(a) or not area(b):
-    return worst
-  shared = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
-  union = area(a) + area(b) - shared
-  w, h = max(a[2], b[2]) - min(a[0], b[0]), max(a[3], b[3]) - min(a[1], b[1])
-  if mode == "centre":
-    dx, dy = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
-    return 1 - (dx * dx + dy * dy) / (w * w + h * h)
-  return {"iou": shared / union, "giou": shared / union - (w * h - union) / (w * h), "coverage": shared / area(b),
-          "tightness": shared / area(a)}[mode]
 
 
 @pytest.mark.parametrize("mode, expected", [
@@ -53,7 +38,7 @@ def test_scores_agree_with_the_slow_loop(mode):
   a, b = rng.uniform(0, 60, (2, 24, 4)).astype(np.float32)
   a[:16, 2:] += a[:16, :2]  # the others are mostly reversed
   b[:20, 2:] += b[:20, :2]
-  slow = [[slow_overlap(x, y, mode) for y in b.tolist()] for x in a.tolist()]
+  slow = [[oracles.overlap(x, y, mode) for y in b.tolist()] for x in a.tolist()]
   np.testing.assert_allclose(overlap(a, b, mode), slow, atol=2e-6)
   np.testing.assert_allclose(reward.overlap(a[:3], b[:3], mode), overlap(a[:3], b[:3], mode), atol=1e-6)
   mapped = jax.vmap(functools.partial(overlap, mode=mode))(a[:, None], b[:, None])

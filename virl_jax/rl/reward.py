@@ -2,7 +2,7 @@
 
 Each function takes one trajectory; the caller vmaps.  With `s_k` the best score of visual action k with a
 ground-truth box (its IoU, unless another of `MODES` is asked for), `j_k` that box, and `best_k` the best score
-that actions before k reached on `j_k` (0 if they reached none):
+that actions before k reached on `j_k` (0 if they reached none, or one below 0, as a generalised IoU may be):
 
     sign_k   = +1 if s_k >= h0 else -1
     bonus_k  = max(0, s_k - best_k)
