@@ -237,9 +237,9 @@ def test_eight_devices_compute_what_one_does(small, batch, scored, updated, size
     np.testing.assert_allclose(update_metrics[name], value, atol=1e-4, err_msg=name)
 
 
-def joined(small, width=32):
+def joined(small):
   """The batch with several trajectories to a row."""
-  cfg = pack.Config(small.cfg.vision.grid, small.cfg.image_token, 2, width, 8, join=True, pad_joined=1)
+  cfg = pack.Config(small.cfg.vision.grid, small.cfg.image_token, 2, 8, 8, join=True, pad_joined=1)
   return pack.pack(trajectories(small.cfg), cfg)
 
 

@@ -19,7 +19,7 @@ class Config:
     grid: patch geometry.
     image_token: id of the image placeholder.
     max_rounds: R.
-    pad_tokens: T is a multiple of this.
+    pad_tokens: T is a multiple of this, or of four times this if rows are joined.
     pad_shown: counts of shown images are multiples of this.
     pad_images: counts of crops are multiples of this.
     mask_overlong: whether rows that ran out of tokens are masked from the loss.
@@ -66,7 +66,8 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
   box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ = boxes(trajectories, cfg.max_rounds)
   answer_B, format_B = outcomes(trajectories)
   ids = [t.ids for t in trajectories]
-  T = up(max(map(len, ids)), cfg.pad_tokens)
+  # Joined rows are full whatever their width: one that fits all batches is one program less to compile.
+  T = up(max(map(len, ids)), cfg.pad_tokens * (4 if cfg.join else 1))
   f32 = np.float32
   b = types.Batch(
       tokens_BT=np.zeros((B, T), np.int32), valid_BT=np.zeros((B, T), bool), sampled_BT=np.zeros((B, T), bool),
