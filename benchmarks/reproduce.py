@@ -5,14 +5,15 @@
     python benchmarks/reproduce.py --arms=full,outcome_only --seeds=3 --out=runs/reproduce
 
 Runs are subprocesses of virl_jax.train, `--jobs` at a time, each in OUT/ARM/seed_S.  Give the same command again
-and what is finished is kept, what was cut off goes on from its checkpoint.  At the end OUT/results.md, curves.png
-and results.json are written; `--docs` puts the first two into docs/.
+and what is finished is kept, what was cut off goes on from its checkpoint.  At the end OUT/results.md, two pictures
+and results.json are written; `--docs` puts the page and its pictures into docs/.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import importlib.util
 import json
 import os
 import pathlib
@@ -137,6 +138,8 @@ def main():
   arms = args.arms or (QUICK_ARMS if args.quick else tuple(known))
   if unknown := [a for a in arms if a not in known]:
     p.error(f"--arms must be some of {', '.join(known)}. Received: {', '.join(unknown)}")
+  if not importlib.util.find_spec("matplotlib"):  # said now, not when all runs have ended
+    p.error("the pictures need matplotlib: pip install -e '.[benchmarks]'")
   if args.docs and args.quick:
     p.error("--docs wants a whole run: --quick says nothing about the method")
   seeds = args.seeds or (1 if args.quick else 3)
@@ -160,9 +163,10 @@ def main():
   text = results.markdown(found, figures, command, minutes, args.jobs)
   (out / "results.md").write_text(text)
   results.picture(found, out / "results.png")
+  results.forest(figures, out / "results_differences.png")
   (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
   if args.docs and not failed:
-    for name in ("results.md", "results.png"):
+    for name in ("results.md", "results.png", "results_differences.png"):
       shutil.copy(out / name, ROOT / "docs" / name)
   print("\n" + text)
   print(json.dumps({"command": " ".join(["python", *sys.argv]), "cores": os.cpu_count(), "minutes": minutes,

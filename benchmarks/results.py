@@ -140,21 +140,43 @@ def _summary(terms, draws) -> dict:
   return result
 
 
+def _difference(result: dict, draws: dict, metric: str, more: str, less: str) -> dict:
+  """How far apart two arms are, with the interval of seeds and tasks drawn for both."""
+  k = metrics.METRICS.index(metric)
+  low, high = _interval(draws[more][:, k] - draws[less][:, k])
+  return {"value": result[more][metric]["value"] - result[less][metric]["value"], "low": low, "high": high}
+
+
+def _differences(found: dict[str, Arm], result: dict, draws: dict, names: tuple[str, ...]) -> dict:
+  """A section's arms against one of them: `full`, or else the first; those that began with the same policy."""
+  against = "full" if "full" in names else names[0]
+  same = [n for n in names if n != against and np.array_equal(found[n].before, found[against].before, equal_nan=True)]
+  return {"against": against, "arms": {
+      n: {m: _difference(result, draws, m, n, against) for m in SHOWN} for n in same}}
+
+
 def figures(found: dict[str, Arm]) -> dict:
-  """{arm: `_summary`}, under "before" the same of the base of each section's first arm, under "claims" the verdicts."""
+  """All numbers of the page.
+
+  Args:
+    found: by `read`.
+
+  Returns:
+    {arm: `_summary`}; and under "before" the same of the base of each section's first arm; under "differences"
+    {section: {"against": arm, "arms": {arm: {metric: value, low, high}}}}; under "claims" the verdicts.
+  """
   draws = {name: _draws(arm.terms) for name, arm in found.items()}
   result = {name: _summary(arm.terms, draws[name]) for name, arm in found.items()}
+  result["differences"] = {title: _differences(found, result, draws, names)
+                           for title, names in sections(found).items()}
   result["before"] = {names[0]: _summary(found[names[0]].before, _draws(found[names[0]].before))
                       for names in sections(found).values()}
   result["claims"] = []
   for claim in CLAIMS:
     if claim.more not in found or claim.less not in found:
       continue
-    k = metrics.METRICS.index(claim.metric)
-    value = result[claim.more][claim.metric]["value"] - result[claim.less][claim.metric]["value"]
-    low, high = _interval(draws[claim.more][:, k] - draws[claim.less][:, k])
-    result["claims"].append(dataclasses.asdict(claim) | {"value": value, "low": low, "high": high,
-                                                         "verdict": verdict(value, low, high, claim.margin)})
+    apart = _difference(result, draws, claim.metric, claim.more, claim.less)
+    result["claims"].append(dataclasses.asdict(claim) | apart | {"verdict": verdict(**apart, margin=claim.margin)})
   return result
 
 
@@ -206,7 +228,43 @@ def markdown(found: dict[str, Arm], every: dict, command: str, minutes: float, j
       lines.append(f"| {name} | " + " | ".join(_cell(row[m]) for m in SHOWN)
                    + f" | {'' if name == 'before' else alarms(found[name])} |")
     lines.append("")
-  return "\n".join(lines + ["![curves of the arms over training](results.png)", ""])
+  return "\n".join(lines + [
+      "## Every arm against the first of its section, or against full", "",
+      "Differences with their 95% intervals, the same seeds and tasks drawn for both, of arms that began with the same "
+      "policy; green above 0, red below. With this many intervals some exclude 0 by chance alone: about one in twenty "
+      "where there is nothing.", "",
+      "![differences of the arms, with intervals](results_differences.png)", "",
+      "## While training", "", "![curves of the arms over training](results.png)", ""])
+
+
+def forest(every: dict, path: pathlib.Path) -> None:
+  """The differences of `figures` with their intervals, a line an arm; those that exclude 0 in colour."""
+  import matplotlib
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+  lines = [(section["against"], name, apart) for section in every["differences"].values()
+           for name, apart in section["arms"].items()]
+  if not lines:
+    return
+  shown = ("acc_ans", "acc_rat", "rationale_count")
+  figure, axes = plt.subplots(1, len(shown), figsize=(12, 1.5 + 0.34 * len(lines)), sharey=True, layout="constrained")
+  for ax, metric in zip(axes, shown):
+    for y, (_, _, apart) in enumerate(lines):
+      d = apart[metric]
+      if np.isfinite([d["value"], d["low"], d["high"]]).all():
+        colour = "#1b7f4d" if d["low"] > 0 else "#b3362b" if d["high"] < 0 else "#777777"
+        ax.plot([d["low"], d["high"]], [y, y], color=colour, linewidth=2)
+        ax.plot(d["value"], y, "o", color=colour, markersize=5)
+      else:
+        ax.text(0, y, "no zoom to judge", fontsize=7, va="center", color="#777777")
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_title(metric, fontsize=10, loc="left")
+    ax.grid(axis="x", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+  axes[0].set_yticks(range(len(lines)), [f"{name} - {against}" for against, name, _ in lines], fontsize=8)
+  axes[0].invert_yaxis()
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
 
 
 def picture(found: dict[str, Arm], path: pathlib.Path) -> None:

@@ -70,7 +70,7 @@ def runs(tmp_path):
       folder = tmp_path / arm / f"seed_{seed}"
       folder.mkdir(parents=True)
       made = [outcome(bool(rng.random() < share), [iou]) for _ in range(40)]
-      base = [outcome(False, [])] * 40 if arm == "full" else [outcome(True, [0.5])] * 40
+      base = [outcome(False, [])] * 40 if arm != "rho_0.0" else [outcome(True, [0.5])] * 40
       (folder / "eval_before.json").write_text(json.dumps({"outcomes": base}))
       if (arm, seed) != ("rho_0.0", 1):  # this one has not ended
         (folder / "eval_after.json").write_text(json.dumps({"outcomes": made}))
@@ -96,11 +96,37 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   assert [(c["metric"], c["more"], c["less"]) for c in f["claims"]] == [
       ("acc_rat", "full", "outcome_only"), ("acc_ans", "full", "outcome_only")]
   assert [c["verdict"] for c in f["claims"]] == ["seen here"] * 2
+  section, = f["differences"].values()
+  assert section["against"] == "full" and set(section["arms"]) == {"outcome_only"}
+  apart = section["arms"]["outcome_only"]["acc_rat"]
+  assert apart == {"value": -1.0, "low": -1.0, "high": -1.0}
+  # Whoever began with another policy is not compared.
+  found["outcome_only"].before[:] = 1.0
+  assert results.figures(found)["differences"]["The method, and what is left of it"]["arms"] == {}
   page = results.markdown(found, f, "python benchmarks/reproduce.py", 12.0, 2)
   for said in ("| *seen here* |", "| outcome_only | ", "2 arms, 2 seeds each, 40 held-out tasks each"):
     assert said in page
   assert page.count("| before | 0.000 [0.000, 0.000] (0.000 0.000) | - | 0.000 ") == 1  # no zoom, none right
   assert "rho" not in page  # a section of one arm says nothing
+
+
+def test_pictures(runs, tmp_path, monkeypatch):
+  pytest.importorskip("matplotlib")
+  monkeypatch.setattr(results, "BOOTSTRAP", 100)
+  found = results.read(runs, tuple(arms.ARMS), 2)
+  results.forest(results.figures(found), tmp_path / "forest.png")
+  results.picture(found, tmp_path / "curves.png")
+  assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("forest", "curves"))
+  results.forest({"differences": {}}, tmp_path / "none.png")
+  assert not (tmp_path / "none.png").exists()
+
+
+def test_pictures_are_asked_for_before_the_runs(monkeypatch, capsys):
+  monkeypatch.setattr(reproduce.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(sys, "argv", ["reproduce.py", "--quick"])
+  with pytest.raises(SystemExit):
+    reproduce.main()
+  assert "pip install -e '.[benchmarks]'" in capsys.readouterr().err
 
 
 def test_alarms_are_told_with_their_seeds_and_first_step():
