@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import importlib.resources
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -14,7 +15,9 @@ import platform
 import jax
 
 from virl_jax import config as config_lib
+from virl_jax import host_memory
 from virl_jax import mesh as mesh_lib
+from virl_jax import user_cache
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.data.sources import jsonl
@@ -29,6 +32,14 @@ from virl_jax.rl import reward
 from virl_jax.rollout import pack
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
+
+
+def begin() -> None:
+  """What a program that trains does before all else: quiet libraries, memory that is kept, compiled programs too."""
+  for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
+    logging.getLogger(chatty).setLevel(logging.WARNING)
+  host_memory.keep_when_on_cpu()
+  user_cache.keep_programs()
 
 
 @contextlib.contextmanager

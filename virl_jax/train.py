@@ -13,7 +13,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import json
-import logging
 import os
 import pathlib
 import time
@@ -24,11 +23,9 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from virl_jax import host_memory
 from virl_jax import mesh as mesh_lib
 from virl_jax import setup_run
 from virl_jax import types
-from virl_jax import user_cache
 from virl_jax.data import batches
 from virl_jax.eval import harness
 from virl_jax.eval import metrics as metrics_lib
@@ -243,10 +240,7 @@ def _keep(path: pathlib.Path, trajectories, scored) -> None:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
-    logging.getLogger(chatty).setLevel(logging.WARNING)
-  host_memory.keep_when_on_cpu()
-  user_cache.keep_programs()
+  setup_run.begin()
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   with setup_run.told():
     train(_CONFIG.value, _WORKDIR.value or os.path.join("runs", name))

@@ -15,7 +15,6 @@ goes on from a base, in the clumsy stage alone: here, until it answers three que
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pathlib
 import shlex
@@ -30,9 +29,7 @@ from ml_collections import config_flags
 import numpy as np
 
 from virl_jax import config as config_lib
-from virl_jax import host_memory
 from virl_jax import setup_run
-from virl_jax import user_cache
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.data import tiny_tokenizer
@@ -128,10 +125,7 @@ def main(argv):
   out = _OUT.value
   if not out:
     raise app.UsageError("--out=HF_DIR is missing")
-  for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
-    logging.getLogger(chatty).setLevel(logging.WARNING)
-  host_memory.keep_when_on_cpu()
-  user_cache.keep_programs()
+  setup_run.begin()
   given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # where it went is of no matter to a recipe
   command = shlex.join(["python", "-m", "virl_jax.warmstart", *(given.get(arg, arg) for arg in sys.argv[1:])])
   with setup_run.told():
