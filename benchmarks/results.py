@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import warnings
 
 import numpy as np
 
@@ -194,6 +195,20 @@ def alarms(arm: Arm) -> str:
   return ", ".join(f"{n} (seeds {len(s)}/{len(first)}, from step {min(s)})" for n, s in steps.items() if s) or "none"
 
 
+def beyond(terms: np.ndarray, rounds: int) -> float:
+  """Share of the trajectories with more zooms than so many."""
+  return float((terms[0, :, :, metrics.METRICS.index("rationale_count")] > rounds).mean())
+
+
+def _rounds(found: dict[str, Arm], names: tuple[str, ...]) -> str:
+  """How often rounds were used at all that only a longer budget has."""
+  said = lambda terms: " and ".join(f"{100 * beyond(terms, n):.1f} % with more than {n}" for n in (3, 6))
+  return ("Zooms a trajectory, of which the tasks want one or two: before, " + said(found[names[0]].before)
+          + "; after, " + "; ".join(f"{n} {said(found[n].terms)}" for n in names)
+          + ". Where no rounds beyond six are used, these arms tell how averaging acts on short trajectories, and "
+          "nothing of long ones.")
+
+
 def _cell(figure: dict) -> str:
   show = lambda v: f"{v:.3f}" if np.isfinite(v) else "-"  # of no zooms none is right or wrong
   if not np.isfinite(figure["value"]):
@@ -227,7 +242,7 @@ def markdown(found: dict[str, Arm], every: dict, command: str, minutes: float, j
     for name, row in {"before": every["before"][names[0]], **{n: every[n] for n in names}}.items():
       lines.append(f"| {name} | " + " | ".join(_cell(row[m]) for m in SHOWN)
                    + f" | {'' if name == 'before' else alarms(found[name])} |")
-    lines.append("")
+    lines += ["", _rounds(found, names), ""] if names[0].startswith("long") else [""]
   return "\n".join(lines + [
       "## Every arm against the first of its section, or against full", "",
       "Differences with their 95% intervals, the same seeds and tasks drawn for both, of arms that began with the same "
@@ -267,6 +282,13 @@ def forest(every: dict, path: pathlib.Path) -> None:
   plt.close(figure)
 
 
+def _smooth(values_SX: np.ndarray, width: int) -> np.ndarray:
+  """Means over windows of what is a number in them; NaN where nothing is."""
+  total = lambda x: np.array([np.convolve(row, np.ones(width), "valid") for row in x])
+  with np.errstate(invalid="ignore"):
+    return total(np.nan_to_num(values_SX)) / total(np.isfinite(values_SX).astype(float))
+
+
 def picture(found: dict[str, Arm], path: pathlib.Path) -> None:
   """Curves of training, a row a section: means over seeds, smoothed, with the range of the seeds."""
   import matplotlib
@@ -283,12 +305,15 @@ def picture(found: dict[str, Arm], path: pathlib.Path) -> None:
       for name in names:
         steps = min(len(c) for c in found[name].curves)
         values = np.array([[l.get(metric, np.nan) for l in c[:steps]] for c in found[name].curves], float)
+        if metric in ("acc_rat", "mean_iou"):  # where nobody zooms, none is wrong
+          values[[[not l.get("rationale_count") for l in c[:steps]] for c in found[name].curves]] = np.nan
         width = max(1, steps // 8)
-        kernel = np.ones(width) / width
-        smooth = np.array([np.convolve(v, kernel, "valid") for v in values])
+        smooth = _smooth(values, width)
         x = np.arange(smooth.shape[1]) + width
-        ax.plot(x, smooth.mean(0), label=name, linewidth=1.6)
-        ax.fill_between(x, smooth.min(0), smooth.max(0), alpha=0.15)
+        with np.errstate(invalid="ignore"), warnings.catch_warnings():
+          warnings.simplefilter("ignore", RuntimeWarning)  # a column of no numbers has no mean, and is not drawn
+          ax.plot(x, np.nanmean(smooth, 0), label=name, linewidth=1.6)
+          ax.fill_between(x, np.nanmin(smooth, 0), np.nanmax(smooth, 0), alpha=0.15)
       ax.set_title(metric if metric != shown[title][0] else f"{title}\n{metric}", fontsize=9, loc="left")
       ax.grid(alpha=0.3)
       ax.spines[["top", "right"]].set_visible(False)

@@ -110,6 +110,16 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   assert "rho" not in page  # a section of one arm says nothing
 
 
+def test_how_often_longer_budgets_were_used():
+  terms = results.metrics.terms([results.metrics.Outcome(**outcome(True, [0.5] * n)) for n in (0, 3, 4, 7)], 0.4)
+  assert [results.beyond(np.array(terms)[:, None], n) for n in (0, 3, 6)] == [0.75, 0.5, 0.25]
+
+
+def test_curves_are_means_of_what_there_is():
+  got = results._smooth(np.array([[1.0, 2.0, np.nan, np.nan, 4.0]]), 2)
+  np.testing.assert_array_equal(got, [[1.5, 2.0, np.nan, 4.0]])
+
+
 def test_pictures(runs, tmp_path, monkeypatch):
   pytest.importorskip("matplotlib")
   monkeypatch.setattr(results, "BOOTSTRAP", 100)
