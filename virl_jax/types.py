@@ -9,6 +9,7 @@ An array's name ends in its axes, one capital letter each: `tokens_BT`, `box_BR4
     I images                   W attention windows          Q patch slots in a window
     P patches                  C values in a patch          M merged vision tokens
     J ground-truth boxes       X rotary axes (time, height, width)
+    U rows of several trajectories
 
 Host data (`Task`, `Turn`, `Trajectory`, `ImageInput`) are plain dataclasses of numpy and Python
 values.  Device data (`ImageBatch`, `Batch`, `ScoredBatch`) are pytrees with static, padded shapes.
@@ -188,7 +189,7 @@ class Batch:
     format_B: float32, 1 if every turn was well formed and the last is an answer.
     row_mask_B: bool, False on rows that only fill the batch or are masked from the loss.
     images: the image buckets.
-    joined_PU: int32 index into [B, T] put flat, -1 on padding: rows as the model is to take them, several short
+    joined_UT: int32 index into [B, T] put flat, -1 on padding: rows as the model is to take them, several short
       trajectories in each (sequence packing).  None: each trajectory in a row of its own.
   """
 
@@ -207,7 +208,7 @@ class Batch:
   format_B: jax.Array
   row_mask_B: jax.Array
   images: tuple[ImageBatch, ...]
-  joined_PU: jax.Array | None = None
+  joined_UT: jax.Array | None = None
 
 
 @flax.struct.dataclass

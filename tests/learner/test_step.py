@@ -245,7 +245,7 @@ def joined(small):
 
 def test_joined_rows_compute_what_rows_of_their_own_do(small, batch, scored, updated):
   together = joined(small)
-  assert len(together.joined_PU) == 4 and len(together.tokens_BT) == 8
+  assert len(together.joined_UT) == 4 and len(together.tokens_BT) == 8
   s, metrics = step_lib.score_step(held(small.params), None, together, make_config(small))
   T = batch.tokens_BT.shape[1]
   for name in ("logp_old_BT", "advantage_BT"):

@@ -110,10 +110,10 @@ def test_joined_rows_hold_every_token_once_and_in_order(seed):
 
 
 def test_rows_are_joined_only_if_asked():
-  assert pack.pack(rows(), CFG).joined_PU is None
+  assert pack.pack(rows(), CFG).joined_UT is None
   b = pack.pack(rows(), dataclasses.replace(CFG, join=True, pad_joined=1))
-  assert b.tokens_BT.shape == (2, 16) and b.joined_PU.dtype == np.int32
-  assert b.joined_PU.tolist() == [[*range(11), 16, 17, 18, 19, 20]]  # eleven and five: just full
+  assert b.tokens_BT.shape == (2, 16) and b.joined_UT.dtype == np.int32
+  assert b.joined_UT.tolist() == [[*range(11), 16, 17, 18, 19, 20]]  # eleven and five: just full
 
 
 @pytest.mark.parametrize("scope, own", [("turn", [0, 0, 0, 0]), ("call", [-1, 0, 0, 0]), ("box", [-1, -1, 0, -1])])

@@ -152,19 +152,19 @@ def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None =
   """
   B, T = batch.tokens_BT.shape
   rows = batch.tokens_BT, batch.valid_BT, batch.vision_BT, jnp.roll(batch.tokens_BT, -1, axis=1)
-  pos, group, src_PU = batch.pos_BXT, None, batch.joined_PU
-  if src_PU is not None:
-    take = lambda a: a.reshape(B * T, *a.shape[2:])[jnp.maximum(src_PU, 0)]
+  pos, group, src_UT = batch.pos_BXT, None, batch.joined_UT
+  if src_UT is not None:
+    take = lambda a: a.reshape(B * T, *a.shape[2:])[jnp.maximum(src_UT, 0)]
     rows, pos = [take(a) for a in rows], take(pos.swapaxes(1, 2)).swapaxes(1, 2)
-    rows[1], group = src_PU >= 0, src_PU // T
+    rows[1], group = src_UT >= 0, src_UT // T
   tokens, valid, vision, targets = rows
   with mesh_lib.context(cfg.mesh):
     h = qwen.hidden(params, cfg.model, tokens, pos, valid, vision, batch.images, right_padded=True, group_BT=group)
   found = list(qwen.token_logp(params, cfg.model, h, targets, cfg.temperature))
   if critic is not None:
     found.append(jnp.einsum("btd,d->bt", h.astype(jnp.float32), critic["w"]) + critic["b"][None])
-  if src_PU is not None:  # what no row holds is padding, and 0
-    found = [jnp.zeros(B * T).at[jnp.where(valid, src_PU, B * T)].set(a, mode="drop").reshape(B, T) for a in found]
+  if src_UT is not None:  # what no row holds is padding, and 0
+    found = [jnp.zeros(B * T).at[jnp.where(valid, src_UT, B * T)].set(a, mode="drop").reshape(B, T) for a in found]
   logp, entropy, *value = (jnp.pad(a[:, :-1], ((0, 0), (1, 0))) for a in found)
   return logp, entropy, value[0] if value else None
 

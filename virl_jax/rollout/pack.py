@@ -94,7 +94,7 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
         action += 1
       at += len(turn.ids)
     b.row_mask_B[r] = not (cfg.mask_overlong and t.stop == types.StopReason.OVERLONG)
-  return b.replace(images=batches, joined_PU=joined([len(row) for row in ids], T, cfg.pad_joined) if cfg.join else None)
+  return b.replace(images=batches, joined_UT=joined([len(row) for row in ids], T, cfg.pad_joined) if cfg.join else None)
 
 
 def joined(lengths: list[int], width: int, pad: int) -> np.ndarray:
@@ -106,7 +106,7 @@ def joined(lengths: list[int], width: int, pad: int) -> np.ndarray:
     pad: their number is a multiple of this, but not above the number of sequences.
 
   Returns:
-    int32[P, width]: which token of the old rows put flat stands there; -1 for none.
+    int32[U, width]: which token of the old rows put flat stands there; -1 for none.
   """
   free, members = [], []
   for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
@@ -116,11 +116,11 @@ def joined(lengths: list[int], width: int, pad: int) -> np.ndarray:
       members.append([])
     free[row] -= lengths[b]
     members[row].append(b)
-  index_PU = np.full((max(len(members), min(up(len(members), pad), len(lengths))), width), -1, np.int32)
+  index_UT = np.full((max(len(members), min(up(len(members), pad), len(lengths))), width), -1, np.int32)
   for row, bs in enumerate(members):
     tokens = np.concatenate([b * width + np.arange(lengths[b]) for b in bs])
-    index_PU[row, :len(tokens)] = tokens
-  return index_PU
+    index_UT[row, :len(tokens)] = tokens
+  return index_UT
 
 
 def boxes(trajectories: list[types.Trajectory], max_rounds: int
