@@ -1,0 +1,89 @@
+"""A learner's step on the tiny run's own trajectories: joined rows against rows of their own, and what scoring costs.
+
+    python benchmarks/learner.py
+
+Both sides are given the same 128 trajectories, rolled out by the base that ships.  "own rows" pads each trajectory
+to the longest; "joined" puts several into a row (sequence packing).  "two passes" computes the log-probabilities
+before the update in a forward pass of its own, as several updates a batch need; "one pass" leaves them to the
+update.  Scoring without that pass is what reward, credit and advantage kernels cost in a step of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import timing  # of this folder
+
+from virl_jax import host_memory
+from virl_jax import mesh as mesh_lib
+from virl_jax import setup_run
+from virl_jax.data import batches
+from virl_jax.learner import step as step_lib
+from virl_jax.rollout import pack
+from virl_jax.rollout import zoom
+
+TINY = pathlib.Path(__file__).parents[1] / "configs" / "tiny.py"
+
+
+class Side:
+  """One way to do a step; timed apart are its scoring and its update."""
+
+  def __init__(self, p, params, batch, h0: float):
+    # A copy: an update donates its state.
+    self.p, self.h0, self.batch = p, np.float32(h0), mesh_lib.place(batch, p.mesh)
+    self.state = step_lib.init_state(jax.tree.map(lambda a: a.copy(), params), p.step.optim)
+
+  def score(self):
+    self.scored = jax.block_until_ready(step_lib.score_step(self.state, None, self.batch, self.p.step, self.h0))[0]
+
+  def update(self):
+    self.state, self.metrics = jax.block_until_ready(step_lib.update_step(self.state, self.scored, self.p.step))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--repeat", type=int, default=7)
+  args = parser.parse_args()
+  host_memory.keep_when_on_cpu()
+  c = runpy.run_path(str(TINY))["get_config"]()
+  p = setup_run.pieces(c)
+  params = setup_run.load_params(p, c.model.dtype)
+  tasks = batches.train(setup_run.source(c, "train"), c.seed, 0, c.rollout.prompts, c.image.decode_max_pixels).tasks
+  trajectories = zoom.rollout(p.policy, params, tasks, jax.random.key(c.seed), c.rollout.group_size)
+
+  sides, batches_ = {}, {}
+  for rows, join in (("own rows", False), ("joined", True)):
+    batches_[rows] = pack.pack(trajectories, dataclasses.replace(p.pack, join=join))
+    for passes, single in (("two passes", False), ("one pass", True)):
+      way = dataclasses.replace(p, step=dataclasses.replace(p.step, single_update=single))
+      sides[f"{rows}, {passes}"] = Side(way, params, batches_[rows], c.reward.h0)
+  work = {f"{name}/{part}": getattr(side, part) for name, side in sides.items() for part in ("score", "update")}
+  seconds = timing.interleaved(work, args.repeat)
+
+  step = {n: [a + b for a, b in zip(seconds[f"{n}/score"], seconds[f"{n}/update"])] for n in sides}
+  base = timing.median(step["own rows, two passes"])
+  loss = {n: float(s.metrics["loss/total"]) for n, s in sides.items()}
+  tokens = {n: int(np.prod((b.tokens_BT if b.joined_PU is None else b.joined_PU).shape)) for n, b in batches_.items()}
+  real = int(batches_["joined"].valid_BT.sum())
+  print(timing.table(
+      ["", "score, s", "update, s", "both, s", "times as fast", "tokens in rows"],
+      [[n, timing.spread(seconds[f"{n}/score"]), timing.spread(seconds[f"{n}/update"]), timing.spread(step[n]),
+        f"{base / timing.median(step[n]):.2f}", tokens[n.split(",")[0]]] for n in sides]) + "\n")
+  kernels = timing.median(seconds["joined, one pass/score"])
+  share = kernels / timing.median(step["joined, one pass"])
+  apart = max(loss.values()) - min(loss.values())
+  print(f"{len(trajectories)} trajectories of {real} tokens; reward, credit and advantage take {1e3 * kernels:.1f} ms, "
+        f"{100 * share:.2g} % of the learner's step; losses after {args.repeat + 1} updates differ by {apart:.1e}\n")
+  print(timing.last_line(vars(args) | {
+      "tokens": real, "tokens_in_rows": tokens, "kernel_share": share, "losses_differ": apart,
+      "seconds": {n: {"score": timing.median(seconds[f"{n}/score"]), "update": timing.median(seconds[f"{n}/update"]),
+                      "both": timing.median(step[n])} for n in sides}}))
+
+
+if __name__ == "__main__":
+  main()
