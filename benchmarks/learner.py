@@ -68,7 +68,7 @@ def main():
   step = {n: [a + b for a, b in zip(seconds[f"{n}/score"], seconds[f"{n}/update"])] for n in sides}
   base = timing.median(step["own rows, two passes"])
   loss = {n: float(s.metrics["loss/total"]) for n, s in sides.items()}
-  tokens = {n: int(np.prod((b.tokens_BT if b.joined_PU is None else b.joined_PU).shape)) for n, b in batches_.items()}
+  tokens = {n: int(np.prod((b.tokens_BT if b.joined_UT is None else b.joined_UT).shape)) for n, b in batches_.items()}
   real = int(batches_["joined"].valid_BT.sum())
   print(timing.table(
       ["", "score, s", "update, s", "both, s", "times as fast", "tokens in rows"],
