@@ -67,7 +67,6 @@ def main():
 
   step = {n: [a + b for a, b in zip(seconds[f"{n}/score"], seconds[f"{n}/update"])] for n in sides}
   base = timing.median(step["own rows, two passes"])
-  loss = {n: float(s.metrics["loss/total"]) for n, s in sides.items()}
   tokens = {n: int(np.prod((b.tokens_BT if b.joined_UT is None else b.joined_UT).shape)) for n, b in batches_.items()}
   real = int(batches_["joined"].valid_BT.sum())
   print(timing.table(
@@ -76,11 +75,13 @@ def main():
         f"{base / timing.median(step[n]):.2f}", tokens[n.split(",")[0]]] for n in sides]) + "\n")
   kernels = timing.median(seconds["joined, one pass/score"])
   share = kernels / timing.median(step["joined, one pass"])
-  apart = max(loss.values()) - min(loss.values())
+  # Not the losses: on policy a loss is minus the mean advantage, whatever the model computes.
+  first, *others = (jax.tree.leaves(jax.device_get(s.state.params)) for s in sides.values())
+  apart = max(float(np.abs(a - b).max()) for other in others for a, b in zip(first, other))
   print(f"{len(trajectories)} trajectories of {real} tokens; reward, credit and advantage take {1e3 * kernels:.1f} ms, "
-        f"{100 * share:.2g} % of the learner's step; losses after {args.repeat + 1} updates differ by {apart:.1e}\n")
+        f"{100 * share:.2g} % of the learner's step; parameters after {args.repeat + 1} updates differ by up to {apart:.1e}\n")
   print(timing.last_line(vars(args) | {
-      "tokens": real, "tokens_in_rows": tokens, "kernel_share": share, "losses_differ": apart,
+      "tokens": real, "tokens_in_rows": tokens, "kernel_share": share, "parameters_differ": apart,
       "seconds": {n: {"score": timing.median(seconds[f"{n}/score"]), "update": timing.median(seconds[f"{n}/update"]),
                       "both": timing.median(step[n])} for n in sides}}))
 
