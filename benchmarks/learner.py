@@ -79,7 +79,8 @@ def main():
   first, *others = (jax.tree.leaves(jax.device_get(s.state.params)) for s in sides.values())
   apart = max(float(np.abs(a - b).max()) for other in others for a, b in zip(first, other))
   print(f"{len(trajectories)} trajectories of {real} tokens; reward, credit and advantage take {1e3 * kernels:.1f} ms, "
-        f"{100 * share:.2g} % of the learner's step; parameters after {args.repeat + 1} updates differ by up to {apart:.1e}\n")
+        f"{100 * share:.2g} % of the learner's step; parameters after {args.repeat + 1} updates differ by up to "
+        f"{apart:.1e}\n")
   print(timing.last_line(vars(args) | {
       "tokens": real, "tokens_in_rows": tokens, "kernel_share": share, "parameters_differ": apart,
       "seconds": {n: {"score": timing.median(seconds[f"{n}/score"]), "update": timing.median(seconds[f"{n}/update"]),
