@@ -42,7 +42,7 @@ class Side:
     self.scored = jax.block_until_ready(step_lib.score_step(self.state, None, self.batch, self.p.step, self.h0))[0]
 
   def update(self):
-    self.state, self.metrics = jax.block_until_ready(step_lib.update_step(self.state, self.scored, self.p.step))
+    self.state = jax.block_until_ready(step_lib.update_step(self.state, self.scored, self.p.step))[0]
 
 
 def main():
@@ -56,19 +56,19 @@ def main():
   tasks = batches.train(setup_run.source(c, "train"), c.seed, 0, c.rollout.prompts, c.image.decode_max_pixels).tasks
   trajectories = zoom.rollout(p.policy, params, tasks, jax.random.key(c.seed), c.rollout.group_size)
 
-  sides, batches_ = {}, {}
+  sides, packed = {}, {}
   for rows, join in (("own rows", False), ("joined", True)):
-    batches_[rows] = pack.pack(trajectories, dataclasses.replace(p.pack, join=join))
+    packed[rows] = pack.pack(trajectories, dataclasses.replace(p.pack, join=join))
     for passes, single in (("two passes", False), ("one pass", True)):
       way = dataclasses.replace(p, step=dataclasses.replace(p.step, single_update=single))
-      sides[f"{rows}, {passes}"] = Side(way, params, batches_[rows], c.reward.h0)
+      sides[f"{rows}, {passes}"] = Side(way, params, packed[rows], c.reward.h0)
   work = {f"{name}/{part}": getattr(side, part) for name, side in sides.items() for part in ("score", "update")}
   seconds = timing.interleaved(work, args.repeat)
 
   step = {n: [a + b for a, b in zip(seconds[f"{n}/score"], seconds[f"{n}/update"])] for n in sides}
   base = timing.median(step["own rows, two passes"])
-  tokens = {n: int(np.prod((b.tokens_BT if b.joined_UT is None else b.joined_UT).shape)) for n, b in batches_.items()}
-  real = int(batches_["joined"].valid_BT.sum())
+  tokens = {n: int(np.prod((b.tokens_BT if b.joined_UT is None else b.joined_UT).shape)) for n, b in packed.items()}
+  real = int(packed["joined"].valid_BT.sum())
   print(timing.table(
       ["", "score, s", "update, s", "both, s", "times as fast", "tokens in rows"],
       [[n, timing.spread(seconds[f"{n}/score"]), timing.spread(seconds[f"{n}/update"]), timing.spread(step[n]),

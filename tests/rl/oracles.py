@@ -130,20 +130,18 @@ def standardize(values, mask, divide: bool) -> np.ndarray:
 
 
 def relative(rewards, group_size: int, cfg, mask) -> np.ndarray:
-  """`advantage.relative`, a trajectory and its siblings at a time."""
-  rewards, out = [float(r) if m else 0.0 for r, m in zip(rewards, mask)], np.zeros(len(rewards))
-  for i, value in enumerate(rewards):
-    start = 0 if cfg.kind == "batch" else i // group_size * group_size
-    seen = [j for j in range(start, len(rewards) if cfg.kind == "batch" else start + group_size) if mask[j]]
-    if not mask[i]:
+  """`advantage.relative`, a group at a time."""
+  if cfg.kind == "batch":
+    return standardize(rewards, mask, True)
+  out = np.zeros(len(rewards))
+  for start in range(0, len(rewards), group_size):
+    rows = slice(start, start + group_size)
+    if cfg.kind == "group":
+      out[rows] = standardize(rewards[rows], mask[rows], cfg.normalize_std)
       continue
-    if cfg.kind == "rloo":
-      others = [rewards[j] for j in seen if j != i]
-      out[i] = value - sum(others) / len(others) if others else 0.0
-    else:
-      mine = [rewards[j] for j in seen]
-      divide = cfg.kind == "batch" or cfg.normalize_std
-      out[i] = (value - np.mean(mine)) / (math.sqrt(np.var(mine) + 1e-12) if divide else 1.0)
+    seen = [i for i in range(start, start + group_size) if mask[i]]
+    for i in seen if len(seen) > 1 else ():
+      out[i] = float(rewards[i]) - np.mean([float(rewards[j]) for j in seen if j != i])
   return out
 
 

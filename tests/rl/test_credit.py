@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.rl import oracles
 from virl_jax import config
 from virl_jax.rl import credit
 
@@ -54,12 +55,8 @@ def test_token_advantages_agree_with_the_slow_loop():
   rng = np.random.default_rng(0)
   advantage_B, m_BR = rng.normal(size=32).astype(np.float32), rng.random((32, 4)).astype(np.float32)
   action_BT, sampled_BT = rng.integers(-1, 4, (32, 50)), rng.random((32, 50)) < 0.7
-  slow = np.zeros((32, 50))
-  for b in range(32):
-    for t in range(50):
-      if sampled_BT[b, t]:
-        slow[b, t] = advantage_B[b] * (m_BR[b, action_BT[b, t]] if action_BT[b, t] >= 0 else 1.0)
   arguments = advantage_B, m_BR, action_BT, sampled_BT
+  slow = [oracles.token_advantages(*row) for row in zip(*arguments)]
   np.testing.assert_allclose(jax.vmap(token_advantages)(*arguments), slow, atol=1e-6)
   row = [jnp.asarray(x[0]) for x in arguments]
   np.testing.assert_allclose(credit.token_advantages(*row), slow[0], atol=1e-6)

@@ -150,23 +150,30 @@ def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None =
     Log-probability of each token and entropy where it was written (nats), and what the critic expected before
     it (None without one); float32[B, T] each.  Position t is about token t, position 0 holds 0.
   """
-  B, T = batch.tokens_BT.shape
-  rows = batch.tokens_BT, batch.valid_BT, batch.vision_BT, jnp.roll(batch.tokens_BT, -1, axis=1)
-  pos, group, src_UT = batch.pos_BXT, None, batch.joined_UT
-  if src_UT is not None:
-    take = lambda a: a.reshape(B * T, *a.shape[2:])[jnp.maximum(src_UT, 0)]
-    rows, pos = [take(a) for a in rows], take(pos.swapaxes(1, 2)).swapaxes(1, 2)
-    rows[1], group = src_UT >= 0, src_UT // T
-  tokens, valid, vision, targets = rows
+  tokens, pos, valid, vision, targets, group = _rows(batch)
   with mesh_lib.context(cfg.mesh):
     h = qwen.hidden(params, cfg.model, tokens, pos, valid, vision, batch.images, right_padded=True, group_BT=group)
   found = list(qwen.token_logp(params, cfg.model, h, targets, cfg.temperature))
   if critic is not None:
     found.append(jnp.einsum("btd,d->bt", h.astype(jnp.float32), critic["w"]) + critic["b"][None])
-  if src_UT is not None:  # what no row holds is padding, and 0
-    found = [jnp.zeros(B * T).at[jnp.where(valid, src_UT, B * T)].set(a, mode="drop").reshape(B, T) for a in found]
+  if batch.joined_UT is not None:  # what no row holds is padding, and 0
+    B, T = batch.tokens_BT.shape
+    at_UT = jnp.where(valid, batch.joined_UT, B * T)
+    found = [jnp.zeros(B * T).at[at_UT].set(a, mode="drop").reshape(B, T) for a in found]
   logp, entropy, *value = (jnp.pad(a[:, :-1], ((0, 0), (1, 0))) for a in found)
   return logp, entropy, value[0] if value else None
+
+
+def _rows(batch: types.Batch) -> tuple[jax.Array | None, ...]:
+  """Rows as the model takes them: tokens, positions, which are tokens, vision indices, the tokens that follow, and
+  each token's trajectory (None where a row is one)."""
+  targets_BT, src_UT = jnp.roll(batch.tokens_BT, -1, axis=1), batch.joined_UT
+  if src_UT is None:
+    return batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT, targets_BT, None
+  B, T = batch.tokens_BT.shape
+  take = lambda a: a.reshape(B * T, *a.shape[2:])[jnp.maximum(src_UT, 0)]
+  pos_UXT = take(batch.pos_BXT.swapaxes(1, 2)).swapaxes(1, 2)
+  return take(batch.tokens_BT), pos_UXT, src_UT >= 0, take(batch.vision_BT), take(targets_BT), src_UT // T
 
 
 def mask(batch: types.Batch) -> jax.Array:
