@@ -198,6 +198,17 @@ def test_cards_show_values_intervals_and_the_difference():
   assert "Overlong 12.5% → 12.5%" in text
 
 
+def test_what_can_no_longer_be_measured_is_not_shown_as_it_was():
+  """A policy that has stopped zooming has no share of right zooms, least of all that of before."""
+  after = _summary(0.75) | {"acc_rat": {"value": None, "low": None, "high": None}, "overlong_rate": None}
+  after["by_kind"] = {"pattern": {"n": 64, "acc_ans": 0.75, "acc_rat": None, "hit_rate": None}}
+  page = _full(after=after)
+  text = _Page(page).text
+  assert "Rationale accuracy – from 25.0% 20.0 to 30.0 zooms that hit" in text
+  assert "pattern 64 25.0% → 75.0% – 25.0% → – –" in text and "Overlong 12.5% → –" in text
+  assert "25.0% 20.0 to 30.0 zooms that hit" in _Page(_full(after=None)).text  # before the end it is all there is
+
+
 def test_a_fall_is_shown_as_a_fall():
   difference = {"acc_ans": {"value": -0.5, "low": -0.6, "high": -0.4}}
   text = _full(before=_summary(0.75), after=_summary(0.25), difference=difference)

@@ -179,7 +179,7 @@ def _header(config, metrics, before, after, title):
 def _cards(config, before, after, difference):
   h0 = trajectory.escape((config.get("reward") or {}).get("h0", "h0"))
   cards = "".join(_card(key, name, meaning.format(h0=h0), share, _interval(before.get(key)),
-                        _interval(after.get(key)), _interval(difference.get(key)))
+                        _interval(after.get(key)), _interval(difference.get(key)), bool(after))
                   for key, name, meaning, share in _CARDS
                   if _interval(before.get(key)) or _interval(after.get(key)))
   key = ('<p class="fine">Held-out tasks, with 95% intervals. '
@@ -187,11 +187,11 @@ def _cards(config, before, after, difference):
   return f'<section><h2>Before and after</h2>{key}<div class="cards">{cards}</div></section>'
 
 
-def _card(key, name, meaning, share, before, after, difference):
-  shown = after or before
+def _card(key, name, meaning, share, before, after, difference, ended):
+  shown = after if ended else before  # nothing to measure after training (no zoom is right) is not what was before
   value = _format(shown and shown[0], share)
   was = ""
-  if before and after:
+  if before and ended:
     was = f'<p class="was">from {_format(before[0], share)}{_range(before, share)}</p>'
   now = f'<p class="now">{value}<span>{_range(shown, share)}</span></p>'
   return (f'<div class="card" data-measure="{key}"><h3>{name}</h3>{now}{was}'
@@ -234,7 +234,7 @@ def _tables(before, after):
     rows = []
     for kind in kinds:
       b, a = ((summary.get("by_kind") or {}).get(kind) or {} for summary in (before, after))
-      cells = "".join(f"<td>{_arrow(b.get(key), a.get(key), share)}</td>" for key, _, share in _BY_KIND)
+      cells = "".join(f"<td>{_arrow(b.get(key), a.get(key), share, bool(after))}</td>" for key, _, share in _BY_KIND)
       rows.append(f'<tr><th scope="row">{trajectory.escape(kind or "–")}</th>'
                   f'<td>{trajectory.escape(a.get("n", b.get("n", "–")))}</td>{cells}</tr>')
     heads = "".join(f"<th>{name}</th>" for _, name, _ in _BY_KIND)
@@ -244,7 +244,7 @@ def _tables(before, after):
   rest = [(name, before.get(key), after.get(key), share) for key, name, share in _OTHER
           if _interval(before.get(key)) or _interval(after.get(key))]
   if rest:
-    rows = "".join(f'<tr><th scope="row">{name}</th><td>{_arrow(b, a, share)}</td></tr>'
+    rows = "".join(f'<tr><th scope="row">{name}</th><td>{_arrow(b, a, share, bool(after))}</td></tr>'
                    for name, b, a, share in rest)
     out.append(f'<div><h3>Also measured</h3><div class="scroll"><table><tbody>{rows}</tbody></table>'
                f'</div></div>')
@@ -353,11 +353,10 @@ def _range(interval, share):
   return f' <small>{low.replace("-", "−")} to {high.replace("-", "−")}</small>'
 
 
-def _arrow(before, after, share):
+def _arrow(before, after, share, ended):
   b, a = _interval(before), _interval(after)
-  if b and a:
-    return f'<span class="from">{_format(b[0], share)} →</span> {_format(a[0], share)}'
-  return _format((a or b or (None,))[0], share)
+  now = _format(((a if ended else b) or (None,))[0], share)
+  return f'<span class="from">{_format(b[0], share)} →</span> {now}' if b and ended else now
 
 
 def _is_number(value):
