@@ -1,5 +1,7 @@
 """How far the model is from transformers' Qwen2.5-VL on configurations and conversations drawn from a seed.
 
+The model computes in float32, the reference in float64: what is measured is our rounding, not the sum of both.
+
     python -m tests.model.agreement --first=1000 --count=200
 
 prints each seed's figures, then the worst of each kind and the seed that gave it.  With
@@ -275,7 +277,7 @@ def compare(seed: int, folder: str) -> dict:
   weights.save_hf(folder, cfg, draw_params(cfg, rng), storage)
   found, params = weights.load_hf(folder)
   assert found == cfg
-  model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+  model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float64).eval()
   # At least one row has an image, and one has none.
   rows = [draw_part(cfg, rng, int(n)) for n in (rng.integers(1, 4), 0, rng.integers(0, 3))]
   rng.shuffle(rows)
