@@ -17,9 +17,9 @@ from virl_jax.model import weights
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def plan(steps, **more):
-  return curriculum.Plan("nowhere", 1, 2, prompt.Config(), images.Config(), images.Grid(), 0, steps, 4, ("pattern",), 5,
-                        252, **more)
+def plan(steps, folder="nowhere", image_token=1, eos=2, **more):
+  return curriculum.Plan(folder, image_token, eos, prompt.Config(), images.Config(), images.Grid(), 0, steps, 4,
+                        ("pattern",), 5, 252, **more)
 
 
 def test_stages_follow_each_other_and_the_last_is_clumsy():
@@ -30,6 +30,19 @@ def test_stages_follow_each_other_and_the_last_is_clumsy():
   from_base = plan(100, stages=curriculum.STAGES[-1:])
   assert curriculum.turning(from_base) == 0
   assert {curriculum.stage_of(step, from_base) for step in (0, 50, 99)} == {curriculum.STAGES[-1]}
+
+
+def test_counts_look_at_every_object_in_joined_rows():
+  folder = setup_run.model_dir("@tiny")
+  cfg = weights.read_config(folder)
+  of = lambda **more: curriculum.draw_batch(
+      plan(10, folder, cfg.image_token, cfg.eos, stages=curriculum.STAGES[-1:], **more), 3)
+  plain, counting = of(), of(p_count=1.0)
+  assert plain.joined_UT is None and plain.gt_mask_BJ.sum(1).max() == 2
+  assert (counting.joined_UT >= 0).sum() == counting.valid_BT.sum()
+  np.testing.assert_array_equal(counting.box_mask_BR.sum(1), counting.gt_mask_BJ.sum(1))
+  assert set(counting.gt_mask_BJ.sum(1)) <= {2, 3, 4, 5} and counting.gt_mask_BJ.sum(1).max() > 2
+  np.testing.assert_array_equal(of(p_count=1.0).tokens_BT, counting.tokens_BT)
 
 
 def run(out, *more):
@@ -59,6 +72,7 @@ def test_going_on_from_a_base(tmp_path):
 
 @pytest.mark.parametrize("flag, said", [
     ("--config.warmstart.p_direct=1.5", "config.warmstart.p_direct must be a share in [0, 1]. Received: 1.5"),
+    ("--config.warmstart.p_count=-0.1", "config.warmstart.p_count must be a share in [0, 1]. Received: -0.1"),
     ("--config.warmstart.base=/nowhere", "config.warmstart.base must be a folder with a Qwen2.5-VL checkpoint")])
 def test_what_cannot_be_is_said(tmp_path, flag, said):
   done = run(tmp_path / "base", flag)

@@ -171,6 +171,7 @@ def default() -> ConfigDict:
   c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; all [ours]
   u.base = ""                      # HF folder to go on from, in the clumsy stage alone; "" starts from nothing
   u.p_direct = 0.0                 # share of the clumsy stage's demonstrations that answer without a zoom
+  u.p_count = 0.0                  # share of the clumsy stage's demonstrations that count all objects with a mark
   u.steps = 2500                   # optimiser updates
   u.pictures = 8000                # different pictures in each stage
   u.marks = ("pattern",)           # kinds of marks, keys of needle.MARKS
@@ -248,7 +249,8 @@ def validate(c: ConfigDict) -> None:
   for key in ("dtype", "compute_dtype"):
     need(c.model[key] in ("float32", "bfloat16"), f"model.{key}", "'float32' or 'bfloat16'", c.model[key])
   need(c.warmstart.steps >= 1, "warmstart.steps", "at least 1", c.warmstart.steps)
-  need(0 <= c.warmstart.p_direct <= 1, "warmstart.p_direct", "a share in [0, 1]", c.warmstart.p_direct)
+  for key in ("p_direct", "p_count"):
+    need(0 <= c.warmstart[key] <= 1, f"warmstart.{key}", "a share in [0, 1]", c.warmstart[key])
   for key in ("window", "past", "explosion_ratio"):
     need(c.monitor[key] >= 1, f"monitor.{key}", "at least 1", c.monitor[key])
   for key in ("collapse_acc_ans", "explosion_acc_drop", "superficial_acc_rat", "entropy_share"):

@@ -1,4 +1,6 @@
-"""Demonstrations: what a careful, a clumsy and a guessing demonstrator do."""
+"""Demonstrations: what a careful, a clumsy, a guessing and a counting demonstrator do."""
+
+import re
 
 import numpy as np
 import pytest
@@ -67,11 +69,40 @@ def test_guessing_ones_answer_at_once_as_colours_suggest(pictures, voice):
 
 
 def test_guesses_are_right_on_guessable_pictures():
-  cfg = needle.Config(families=("pattern", "pair_pattern"), guessable=1.0)
+  cfg = needle.Config(families=("pattern", "pair_pattern", "count_pattern"), guessable=1.0)
   for i in range(12):
     task, scene = needle.draw(0, "train", i, cfg)
     asked = tuple(thing for thing in scene.things if thing.name in task.question)
-    assert task.answers == (needle.guess(asked, scene.mark),)
+    counted = re.search("pattern ([a-z]+):", task.question)
+    question = needle.Question(task.question, asked, counted and counted[1])
+    assert task.answers == (needle.guess(question, scene.mark),)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_counting_ones_look_at_every_object_once_and_say_how_many_they_have(pictures, voice, noise):
+  right = []
+  for seen, t in lessons(pictures, voice, noise, p_count=1.0):
+    names = [thing.name for thing in sorted(seen.scene.things, key=lambda thing: t.task.question.index(thing.name))]
+    counted = re.search("pattern ([a-z]+):", t.task.question)[1]
+    assert len(t.boxes) == len(t.task.boxes) == len(names) >= 3
+    number, said = 0, [turn.text for turn in t.turns if turn.role == "assistant"]
+    for k, (text, ahead) in enumerate(zip(said, [*names, None])):
+      thought = re.match("<think>(.*?)</think>", text)[1]
+      if not k:
+        assert thought == names[0]
+        continue
+      read, rest = thought.split(" ", 1)
+      number += read == counted
+      assert read in (*needle.PATTERNS, "unclear") and rest == (f"{number} {ahead}" if ahead else str(number))
+      assert read == "unclear" or read == next(x.mark for x in seen.scene.things if x.name == names[k - 1])
+    assert t.answer == str(number) == prompt.parse(said[-1]).text
+    right.append(t.answer in t.task.answers)
+  assert np.mean(right) == 1.0 if noise == 0 else 0.05 < np.mean(right) < 0.8
+
+
+def test_a_share_of_them_counts(pictures, voice):
+  done = lessons(pictures, voice, 1.0, p_count=0.4)
+  assert 0.2 < np.mean(["How many" in t.task.question for _, t in done]) < 0.6
 
 
 def test_a_share_of_them_guesses(pictures, voice):

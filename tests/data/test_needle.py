@@ -34,7 +34,7 @@ def test_pictures_are_what_their_tasks_say():
   for i in range(60):
     task, scene = needle.draw(0, "test", i, ALL)
     family = needle.FAMILIES[i % len(needle.FAMILIES)]
-    assert task.kind == family and scene.mark == family.removeprefix("pair_")
+    assert task.kind == family and scene.mark == family.rpartition("_")[2]
     assert scene.pixels.shape == (252, 252, 3) and scene.pixels.dtype == np.uint8
     assert 2 <= len(scene.things) <= 4
     colours = [t.colour for t in scene.things]
@@ -53,9 +53,13 @@ def test_pictures_are_what_their_tasks_say():
         assert b.x2 <= o.x1 or o.x2 <= b.x1 or b.y2 <= o.y1 or o.y2 <= b.y1
     # The question names exactly the objects whose boxes are the rationale.
     named = [t for t in scene.things if t.name in task.question]
-    assert len(named) == (2 if family.startswith("pair_") else 1)
+    kind = family.rpartition("_")[0]
+    assert len(named) == {"": 1, "pair": 2, "count": len(scene.things)}[kind]
     assert set(task.boxes) == {t.box for t in named} and len(task.boxes) == len(named)
-    want = named[0].mark if len(named) == 1 else ("yes" if named[0].mark == named[1].mark else "no")
+    want = named[0].mark if kind == "" else ("yes" if named[0].mark == named[1].mark else "no")
+    if kind == "count":
+      counted = re.match(r"How many carry the (?:pattern|dot colour|digit) (\w+): ", task.question)[1]
+      want = str([t.mark for t in named].count(counted))
     assert task.answers == (want,)
     seen[family, want] += 1
     # The file holds the picture.
@@ -73,7 +77,7 @@ def test_pair_answers_are_balanced_and_marks_are_even():
     scene = needle.Scene(None, tuple(things), "pattern")
     i, j = needle.choose_pair(scene, rng)
     assert i != j
-    pairs[needle.ask_pair(scene, i, j)[1]] += 1
+    pairs[needle.ask_pair(scene, i, j).truth] += 1
   assert 0.35 < pairs["yes"] / 400 < 0.65
   pairs.clear()
   cfg = needle.Config(families=("pair_pattern", "pattern"), side_px=84)
@@ -90,9 +94,25 @@ def test_pair_answers_are_balanced_and_marks_are_even():
 def test_questions_name_every_object_by_turns():
   scene = needle.draw_scene(np.random.default_rng(1), "dot", 4)
   for i, thing in enumerate(scene.things):
-    question, answer, things = needle.ask_one(scene, i)
-    assert question == f"Which colour are the dots on the {thing.name}?" and answer == thing.mark
-    assert things == (thing,)
+    question = needle.ask_one(scene, i)
+    assert question.text == f"Which colour are the dots on the {thing.name}?" and question.truth == thing.mark
+    assert question.targets == (thing,)
+
+
+def test_counts_are_of_every_number_and_of_all_objects():
+  rng, numbers, orders = np.random.default_rng(0), collections.Counter(), set()
+  for _ in range(400):
+    things = [needle.Thing(c, "tile", str(rng.choice(needle.PATTERNS[:4])), (0, 0, 1, 1))
+              for c in list(needle.COLOURS)[:5]]
+    question = needle.ask_count(needle.Scene(None, tuple(things), "pattern"), rng)
+    assert sorted(t.name for t in question.targets) == sorted(t.name for t in things)
+    assert [question.text.index(t.name) for t in question.targets] == sorted(
+        question.text.index(t.name) for t in things)
+    numbers[question.truth] += 1
+    orders.add(tuple(t.name for t in question.targets))
+  assert set(numbers) >= set("123") and "0" not in numbers and max(numbers.values()) < 240
+  assert len(orders) > 60  # of 120
+  assert question.answer(["unclear"] * 5) == "0" and question.answer([question.counted, "unclear"]) == "1"
 
 
 @pytest.mark.parametrize("objects", [1, 8])

@@ -3,7 +3,8 @@
 A demonstrator knows where the objects are.  It zooms on what the question names, says what it reads in
 the crop, and answers.  With `noise` it zooms as a poor policy does: too loosely, off centre, at times on
 the wrong object; what it cannot read it calls unclear, tries once more, and then guesses.  With `p_direct` it
-answers some questions without looking, as the colours suggest.
+answers some questions without looking, as the colours suggest.  To count it looks at every object once, and says
+each time what it reads, how many it has, and which object is next.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from virl_jax.data.sources import needle
 _COVERAGE = 0.6
 # Every turn; every turn but clumsy zooms; no zoom, only what is said of the crops.
 LEARN = ("all", "careful", "reading")
+_UNCLEAR = "unclear"
 _SCALE = 0.9
 
 
@@ -36,6 +38,7 @@ class Config:
     jitter: standard deviation of each side of a careful box, share of the object's side.
     p_retry: chance to zoom once more on a mark that was unclear.
     p_direct: chance to answer at once, without a zoom, with `needle.guess`.
+    p_count: chance that a lesson's question is how many objects carry a mark.
   """
 
   p_wrong: float = 0.2
@@ -44,6 +47,7 @@ class Config:
   jitter: float = 0.01
   p_retry: float = 0.6
   p_direct: float = 0.0
+  p_count: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +94,21 @@ def _readable(crop: types.ImageInput, target: types.Box, grid: images.Grid) -> b
   return covered >= _COVERAGE and min(w / (r.x2 - r.x1), h / (r.y2 - r.y1)) >= _SCALE
 
 
-def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[needle.Thing, ...], image,
-                shown: types.ImageInput, noise: float, learn: str, rng, voice: Voice, cfg: Config
-                ) -> types.Trajectory:
+def _thought(question: needle.Question, read: list[str], ahead: needle.Thing | None) -> str:
+  """What is said of the last crop; who counts says the number so far and the next object, too."""
+  words = read[-1:]
+  if question.counted is not None:
+    words += [question.answer(read)] * bool(read) + ([ahead.name] if ahead else [])
+  return " ".join(words)
+
+
+def demonstrate(scene: needle.Scene, question: needle.Question, image, shown: types.ImageInput, noise: float,
+                learn: str, rng, voice: Voice, cfg: Config) -> types.Trajectory:
   """One demonstration.
 
   Args:
     scene: the picture's objects.
-    question: about `targets`.
-    answer: its answer.
-    targets: the objects to look at, in order.
+    question: what is asked.
     image: the picture, PIL.
     shown: the picture as the policy is shown it.
     noise: chance that a zoom is clumsy.
@@ -112,8 +121,9 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
     A trajectory; turns that are to be learned have zero log-probabilities, the others None.
   """
   grid, codec = voice.grid, voice.codec
-  task = types.Task("demo", b"", question, (answer,), tuple(t.box for t in targets), None, scene.mark)
-  traj = types.Trajectory(task, 0, codec.encode(prompt.render(question, None, voice.prompt),
+  targets, answer, counts = question.targets, question.truth, question.counted is not None
+  task = types.Task("demo", b"", question.text, (answer,), tuple(t.box for t in targets), None, scene.mark)
+  traj = types.Trajectory(task, 0, codec.encode(prompt.render(question.text, None, voice.prompt),
                                                 (images.vision_tokens(shown, grid),)), images=[shown])
   size = images.shown_wh(shown, grid)
 
@@ -121,31 +131,32 @@ def demonstrate(scene: needle.Scene, question: str, answer: str, targets: tuple[
     ids = codec.encode(text + prompt.END)
     traj.turns.append(types.Turn("assistant", ids, np.zeros(len(ids), np.float32) if learned else None, text, box))
 
-  thought, read = "", []
   if cfg.p_direct and rng.random() < cfg.p_direct:
-    answer, targets = needle.guess(targets, scene.mark), ()
+    answer, targets = needle.guess(question, scene.mark), ()
+  read, said = [], []  # of every target what was read in the end, and of every crop
   for target in targets:
     others = [t.box for t in scene.things if t is not target]
-    for _ in range(2 if learn == "all" else 1):
+    for _ in range(2 if learn == "all" and not counts else 1):
       clumsy = rng.random() < noise
       box = (_clumsy_box(target.box, others, image.width, rng, cfg) if clumsy
              else _careful_box(target.box, rng, cfg))
       written = _integer_box(box, shown.region, size)
       actual = images.to_original(written, shown.region, size)
-      say(prompt.call_text(written, thought), actual, learn == "all" or (learn == "careful" and not clumsy))
+      say(prompt.call_text(written, _thought(question, said, target)), actual,
+          learn == "all" or (learn == "careful" and not clumsy))
       crop = images.prepare(image, actual, voice.image.crop_min_pixels, voice.image.crop_max_pixels, grid)
       traj.images.append(crop)
       ids = codec.encode(prompt.tool_turn(), (images.vision_tokens(crop, grid),))
       traj.turns.append(types.Turn("tool", ids, image_index=len(traj.images) - 1))
       clear = _readable(crop, target.box, grid)
-      thought = target.mark if clear else "unclear"
+      said.append(target.mark if clear else _UNCLEAR)
       if clear or rng.random() >= cfg.p_retry:
         break
-    read.append(clear)
-  if not all(read):
+    read.append(said[-1])
+  if _UNCLEAR in read:
     choices = needle.MARKS[scene.mark] if len(targets) == 1 else ("yes", "no")
-    answer = str(rng.choice(choices))
-  say(prompt.answer_text(answer, thought))
+    answer = question.answer(read) if counts else str(rng.choice(choices))
+  say(prompt.answer_text(answer, _thought(question, said, None)))
   traj.stop, traj.answer = types.StopReason.ANSWERED, answer
   return traj
 
@@ -184,7 +195,7 @@ def picture(rng: np.random.Generator, marks: tuple[str, ...], objects: tuple[int
 
 def lesson(seen: Picture, rng: np.random.Generator, questions: int, noise: float, learn: str, voice: Voice,
            cfg: Config, turns: int | None = None) -> list[types.Trajectory]:
-  """Several demonstrations on one picture: its objects asked about in turn, every third a comparison.
+  """Several demonstrations on one picture: its objects asked about in turn, every third a comparison, some a count.
 
   Args:
     seen: the picture.
@@ -198,11 +209,13 @@ def lesson(seen: Picture, rng: np.random.Generator, questions: int, noise: float
   scene, out = seen.scene, []
   order = rng.permutation(len(scene.things))
   for q in range(questions):
-    if len(scene.things) > 1 and q % 3 == 2:
+    if cfg.p_count and rng.random() < cfg.p_count:
+      asked = needle.ask_count(scene, rng)
+    elif len(scene.things) > 1 and q % 3 == 2:
       asked = needle.ask_pair(scene, *needle.choose_pair(scene, rng))
     else:
       asked = needle.ask_one(scene, int(order[q % len(order)]))
-    demo = demonstrate(scene, *asked, seen.image, seen.shown, noise, learn, rng, voice, cfg)
+    demo = demonstrate(scene, asked, seen.image, seen.shown, noise, learn, rng, voice, cfg)
     if turns is not None:
       del demo.turns[turns:]
       del demo.images[1 + sum(t.image_index is not None for t in demo.turns):]

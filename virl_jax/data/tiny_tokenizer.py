@@ -73,7 +73,7 @@ def _corpus(system: str) -> list[str]:
            *call.replace("<tool_call>", "0").replace("</tool_call>", "0").replace("2", "0").split("0"),
            ", ", "<answer>", "</answer>", "<think>", "</think>", "Error: "]
   sentences = [q.format("") for q in needle._QUESTIONS.values()]
-  sentences += [f"Do the and the carry the same {n}?" for n in needle._PAIR_NOUNS.values()]
+  sentences += [f"Do the and the carry the same {n}?" for n in needle._NOUNS.values()]
   words = {w.strip("?.,") for s in sentences for w in s.split()}
   words |= {*needle.COLOURS, *needle.SHAPES, *needle.PATTERNS, *needle.DOTS, "yes", "no", "unclear"}
   words |= {w for s in ("bbox_2d must have x1 < x2 and y1 < y2", "bbox_2d is too small",

@@ -50,7 +50,7 @@ STAGES = (
     Stage(1.00, (2, 0), 1, 1.0, "all"),
 )
 _QUESTIONS = 3        # demonstrations a picture
-_ROWS = {"first zooms": 96, "whole": 60, "reading": 96}   # demonstrations an update
+_ROWS = {"first zooms": 96, "whole": 60, "counting": 24, "reading": 96}   # demonstrations an update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Plan:
   side_px: int
   stages: tuple[Stage, ...] = STAGES
   p_direct: float = 0.0
+  p_count: float = 0.0
 
 
 _VOICE: dict[str, demos.Voice] = {}  # one tokenizer a worker process
@@ -99,17 +100,22 @@ def stage_of(step: int, plan: Plan) -> Stage:
 def draw_batch(plan: Plan, step: int):
   """The batch of one step (numpy leaves)."""
   stage = stage_of(step, plan)
-  manner = demos.Config(p_direct=plan.p_direct if stage.learn == "all" else 0.0)
+  manner = demos.Config(p_direct=plan.p_direct, p_count=plan.p_count) if stage.learn == "all" else demos.Config()
   objects = (stage.objects[0], stage.objects[1] or plan.most_objects)
   whole = step % stage.whole_every == 0
-  kind = "reading" if stage.learn == "reading" else "whole" if whole else "first zooms"
+  counting = bool(manner.p_count)
+  kind = ("reading" if stage.learn == "reading" else "first zooms" if not whole else
+          "counting" if counting else "whole")
   questions = min(_QUESTIONS, objects[1])  # of the only object one can ask but one thing
   pictures, rows = _ROWS[kind] // questions, []
   for i in range(pictures):
     drawn = _picture(plan, objects, (step * pictures + i) % plan.pictures)
     rows += demos.lesson(drawn, np.random.default_rng([plan.seed, step, i]), questions, stage.noise,
                          stage.learn, _voice(plan), manner, None if whole else 1)
-  return pack.pack(rows, pack.Config(plan.grid, plan.image_token, max_rounds=4, pad_tokens=16, pad_images=32))
+  # Counts differ widely in length: joined and padded more coarsely, they need few programs.
+  return pack.pack(rows, pack.Config(
+      plan.grid, plan.image_token, max_rounds=max(4, plan.most_objects), pad_tokens=64 if counting else 16,
+      pad_images=64 if counting else 32, join=counting))
 
 
 def batches(plan: Plan, start: int, workers: int):

@@ -2,13 +2,14 @@
 
 A picture holds a few coloured objects; each carries a mark made of fine texture with no mean contrast.
 The policy is shown the picture at a third of its size, where every mark averages away to the object's
-own colour; a crop of the object shows it.  The question names one object (or two) by colour and shape.
+own colour; a crop of the object shows it.  The question names one object, two or all of them by colour and shape.
 
 Families, easiest first (a policy of two million parameters learns the first two in minutes):
     pattern       which texture covers the object
     dot           which colour the fine dots on the object have
     digit         which digit is woven into the object's texture (hours, not minutes)
     pair_FAMILY   whether two objects carry the same mark; needs two zooms
+    count_FAMILY  how many of the objects carry a mark; needs as many zooms as there are objects
 
 `draw` is a pure function of (seed, index).  `load` stores a set of drawings as array_record through
 tensorflow-datasets, once, and reads tasks back; from there on a needle picture is a file like any
@@ -17,6 +18,7 @@ photograph's.  Source: ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -41,7 +43,7 @@ DOTS = {"white": (255, 255, 255), "black": (0, 0, 0), "red": (255, 0, 0), "green
         "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 DIGITS = tuple("0123456789")
 MARKS = {"pattern": PATTERNS, "dot": tuple(DOTS), "digit": DIGITS}
-FAMILIES = tuple(MARKS) + tuple("pair_" + m for m in MARKS)
+FAMILIES = tuple(prefix + m for prefix in ("", "pair_", "count_") for m in MARKS)
 _CONTRAST = {"pattern": 45, "digit": 34}   # standard deviation around the object's colour, levels
 _PERIOD = 3        # of every texture, pixels: with no mean contrast, resizing to a third leaves nothing of it
 _BLOTCH = 6.0      # of digits' surfaces, levels: hides what the glyph's edges leave when resized
@@ -95,6 +97,32 @@ class Thing:
   @property
   def name(self) -> str:
     return f"{self.colour} {self.shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """What is asked about a picture.
+
+  Attributes:
+    text: in words.
+    targets: the objects that have to be looked at, as they are named.
+    counted: the mark whose bearers are to be counted; None for the other questions.
+  """
+
+  text: str
+  targets: tuple[Thing, ...]
+  counted: str | None = None
+
+  def answer(self, marks: Sequence[str]) -> str:
+    """What follows from the marks that were read on the targets."""
+    if self.counted is not None:
+      return str(list(marks).count(self.counted))
+    return marks[0] if len(marks) == 1 else "yes" if marks[0] == marks[1] else "no"
+
+  @property
+  def truth(self) -> str:
+    """The right answer."""
+    return self.answer([t.mark for t in self.targets])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,28 +254,37 @@ def mark_of(colour: str, mark: str) -> str:
   return MARKS[mark][list(COLOURS).index(colour) % len(MARKS[mark])]
 
 
-def guess(targets: tuple[Thing, ...], mark: str) -> str:
-  """What colours alone suggest as the answer about one object or a pair: right on every guessable picture."""
-  marks = [mark_of(t.colour, mark) for t in targets]
-  return marks[0] if len(marks) == 1 else "yes" if marks[0] == marks[1] else "no"
+def guess(question: Question, mark: str) -> str:
+  """The answer that colours alone suggest: right on every guessable picture."""
+  return question.answer([mark_of(t.colour, mark) for t in question.targets])
 
 
 _QUESTIONS = {"pattern": "Which pattern is on the {}?", "dot": "Which colour are the dots on the {}?",
               "digit": "Which digit is on the {}?"}
-_PAIR_NOUNS = {"pattern": "pattern", "dot": "dot colour", "digit": "digit"}
+_NOUNS = {"pattern": "pattern", "dot": "dot colour", "digit": "digit"}
 
 
-def ask_one(scene: Scene, index: int) -> tuple[str, str, tuple[Thing, ...]]:
-  """Question, answer and the one object that a question about a single mark needs."""
+def ask_one(scene: Scene, index: int) -> Question:
+  """Which mark an object carries."""
   thing = scene.things[index]
-  return _QUESTIONS[scene.mark].format(thing.name), thing.mark, (thing,)
+  return Question(_QUESTIONS[scene.mark].format(thing.name), (thing,))
 
 
-def ask_pair(scene: Scene, i: int, j: int) -> tuple[str, str, tuple[Thing, ...]]:
-  """Question, answer and the two objects that a comparison needs."""
+def ask_pair(scene: Scene, i: int, j: int) -> Question:
+  """Whether two objects carry the same mark."""
   a, b = scene.things[i], scene.things[j]
-  question = f"Do the {a.name} and the {b.name} carry the same {_PAIR_NOUNS[scene.mark]}?"
-  return question, "yes" if a.mark == b.mark else "no", (a, b)
+  return Question(f"Do the {a.name} and the {b.name} carry the same {_NOUNS[scene.mark]}?", (a, b))
+
+
+def ask_count(scene: Scene, rng: np.random.Generator) -> Question:
+  """How many of the objects, named in any order, carry a mark that at least one does; any number is as likely."""
+  things = tuple(scene.things[i] for i in rng.permutation(len(scene.things)))
+  carried, by_number = [t.mark for t in things], {}
+  for mark in sorted(set(carried)):
+    by_number.setdefault(carried.count(mark), []).append(mark)
+  counted = str(rng.choice(by_number[int(rng.choice(sorted(by_number)))]))
+  names = ", ".join(t.name for t in things)
+  return Question(f"How many carry the {_NOUNS[scene.mark]} {counted}: {names}?", things, counted)
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -278,16 +315,17 @@ def draw(seed: int, stream: str, index: int, cfg: Config) -> tuple[types.Task, S
   # From a generator of its own: the other pictures are the same whatever the share.
   guessable = stream == "train" and rng_for(seed, "guess", index).random() < cfg.guessable
   family = cfg.families[index % len(cfg.families)]
-  pair = family.startswith("pair_")
-  scene = draw_scene(rng, family.removeprefix("pair_"), int(rng.integers(cfg.objects[0], cfg.objects[1] + 1)),
+  kind, _, mark = family.rpartition("_")
+  scene = draw_scene(rng, mark, int(rng.integers(cfg.objects[0], cfg.objects[1] + 1)),
                      cfg.side_px, guessable)
-  if pair:
-    i, j = choose_pair(scene, rng)
-    question, answer, things = ask_pair(scene, i, j)
+  if kind == "pair":
+    question = ask_pair(scene, *choose_pair(scene, rng))
+  elif kind == "count":
+    question = ask_count(scene, rng)
   else:
-    question, answer, things = ask_one(scene, int(rng.integers(len(scene.things))))
-  return types.Task(f"{stream}_{index:06d}", encode(scene.pixels), question, (answer,),
-                    tuple(t.box for t in things), None, family), scene
+    question = ask_one(scene, int(rng.integers(len(scene.things))))
+  return types.Task(f"{stream}_{index:06d}", encode(scene.pixels), question.text, (question.truth,),
+                    tuple(t.box for t in question.targets), None, family), scene
 
 
 def choose_pair(scene: Scene, rng: np.random.Generator) -> tuple[int, int]:
