@@ -1,12 +1,13 @@
-"""The experiments of docs/results.md: arms of configs/ablations/arms.py, several seeds each, and what came of them.
+"""The experiments of docs/results*.md: arms of configs/ablations/arms.py, several seeds each, and what came of them.
 
     python benchmarks/reproduce.py --quick                   # three arms, one seed, few steps: does it all work?
     python benchmarks/reproduce.py                           # everything
+    python benchmarks/reproduce.py --page=results_rounds     # the arms of one page
     python benchmarks/reproduce.py --arms=full,outcome_only --seeds=3 --out=runs/reproduce
 
 Runs are subprocesses of virl_jax.train, `--jobs` at a time, each in OUT/ARM/seed_S.  Give the same command again
-and what is finished is kept, what was cut off goes on from its checkpoint.  At the end OUT/results.md, two pictures
-and results.json are written; `--docs` puts the page and its pictures into docs/.
+and what is finished is kept, what was cut off goes on from its checkpoint.  At the end a page, two pictures and a
+JSON file are written into OUT for each of `results.PAGES`; `--docs` puts pages and pictures into docs/.
 """
 
 from __future__ import annotations
@@ -34,24 +35,23 @@ QUICK_ARMS = ("full", "fidelity", "outcome_only")
 QUICK = ("--config.steps=6", "--config.eval.tasks=64", "--config.rollout.prompts=8", "--config.log.tensorboard=False")
 
 
-def settings() -> tuple[dict[str, dict], tuple[str, ...]]:
-  """The arms, and what makes the base that some of them start from."""
+def settings() -> tuple[dict[str, dict], dict[str, tuple[str, ...]]]:
+  """The arms, and what makes the bases that some of them start from."""
   found = runpy.run_path(str(CONFIG))
-  return found["ARMS"], found["GUESSER"]
+  return found["ARMS"], found["BASES"]
 
 
-def make_base(out: pathlib.Path, how: tuple[str, ...]) -> pathlib.Path:
-  """The folder of the base that answers some questions without looking; made, unless it is there."""
-  folder = out / "guesser"
+def make_base(folder: pathlib.Path, how: tuple[str, ...]) -> None:
+  """Makes a base that arms start from, unless it is there."""
   if not (folder / "RECIPE.json").exists():
-    print(f"a base that guesses, in {folder}", flush=True)
+    print(f"a base, in {folder}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(out / "guesser.log", "a") as log:
+    log_path = folder.with_suffix(".log")
+    with open(log_path, "a") as log:
       code = subprocess.run([sys.executable, "-m", "virl_jax.warmstart", "--config=configs/tiny.py", *how,
                              f"--out={folder}"], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
     if code:
-      raise SystemExit(f"error: the base was not made, see {out / 'guesser.log'}; give the same command again to go on")
-  return folder
+      raise SystemExit(f"error: the base was not made, see {log_path}; give the same command again to go on")
 
 
 class Progress:
@@ -128,14 +128,17 @@ def run(arm: str, seed: int, out: pathlib.Path, more: tuple[str, ...], progress:
 def main():
   p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   p.add_argument("--quick", action="store_true")
+  p.add_argument("--page", choices=tuple(results.PAGES), default=None, help="only this page and its arms")
   p.add_argument("--arms", type=lambda s: tuple(s.split(",")), default=None)
   p.add_argument("--seeds", type=int, default=None, help="how many, from 0; 3 by default, 1 if quick")
   p.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
   p.add_argument("--out", type=pathlib.Path, default=None)
-  p.add_argument("--docs", action="store_true", help="write docs/results.md and docs/results.png too")
+  p.add_argument("--docs", action="store_true", help="write the pages and their pictures into docs/ too")
   args = p.parse_args()
-  known, guesser = settings()
-  arms = args.arms or (QUICK_ARMS if args.quick else tuple(known))
+  known, bases = settings()
+  pages = {args.page: results.PAGES[args.page]} if args.page else results.PAGES
+  on = {page: {name for section in pages[page].sections for name in section.arms} for page in pages}
+  arms = args.arms or (QUICK_ARMS if args.quick else tuple(n for n in known if n in set().union(*on.values())))
   if unknown := [a for a in arms if a not in known]:
     p.error(f"--arms must be some of {', '.join(known)}. Received: {', '.join(unknown)}")
   if not importlib.util.find_spec("matplotlib"):  # said now, not when all runs have ended
@@ -148,27 +151,32 @@ def main():
   clock, progress = Clock(out / "minutes.json"), Progress(len(arms) * seeds, args.jobs)
   print(f"{len(arms)} arms x {seeds} seeds in {out}, {args.jobs} at a time", flush=True)
   quick = QUICK if args.quick else ()
-  on_guesser = {arm for arm in arms if "model.path" in known[arm]}
-  base = (f"--config.model.path={make_base(out, guesser)}",) if on_guesser else ()
+  base = {arm: out / pathlib.Path(known[arm]["model.path"]).name for arm in arms if "model.path" in known[arm]}
+  for folder, how in {base[arm]: bases[known[arm]["model.path"]] for arm in base}.items():
+    make_base(folder, how)
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     # Seed by seed: after a third of the time there is one of each.
     todo = [(arm, seed) for seed in range(seeds) for arm in arms]
     shares = share_cores(args.jobs)
-    good = list(pool.map(lambda t: run(*t, out, quick + (base if t[0] in on_guesser else ()), progress, shares), todo))
+    more = lambda arm: quick + ((f"--config.model.path={base[arm]}",) if arm in base else ())
+    good = list(pool.map(lambda t: run(*t, out, more(t[0]), progress, shares), todo))
   failed = [f"{arm}/seed_{seed}" for (arm, seed), ok in zip(todo, good) if not ok]
-  found = results.read(out, arms, seeds)
-  minutes = clock.minutes()
-  figures = results.figures(found)
+  minutes, figures = clock.minutes(), {}
   command = " ".join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])
-  text = results.markdown(found, figures, command, minutes, args.jobs)
-  (out / "results.md").write_text(text)
-  results.picture(found, out / "results.png")
-  results.forest(figures, out / "results_differences.png")
-  (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
-  if args.docs and not failed:
-    for name in ("results.md", "results.png", "results_differences.png"):
-      shutil.copy(out / name, ROOT / "docs" / name)
-  print("\n" + text)
+  for page in pages:
+    found = results.read(out, tuple(arm for arm in arms if arm in on[page]), seeds)
+    if not found:
+      continue
+    figures[page] = results.figures(found)
+    text = results.markdown(page, found, figures[page], command, minutes, args.jobs)
+    (out / f"{page}.md").write_text(text)
+    results.picture(found, out / f"{page}.png")
+    results.forest(figures[page], out / f"{page}_differences.png")
+    (out / f"{page}.json").write_text(json.dumps(figures[page], indent=1) + "\n")
+    if args.docs and not failed:
+      for name in (f"{page}.md", f"{page}.png", f"{page}_differences.png"):
+        shutil.copy(out / name, ROOT / "docs" / name)
+    print("\n" + text)
   print(json.dumps({"command": " ".join(["python", *sys.argv]), "cores": os.cpu_count(), "minutes": minutes,
                     "failed": failed, "figures": figures}))
   if failed:

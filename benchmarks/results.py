@@ -23,27 +23,64 @@ from virl_jax.report import log
 H0 = 0.4             # of every figure here, whatever the arm was trained with
 BOOTSTRAP = 4000
 SHOWN = ("acc_ans", "acc_rat", "rationale_count", "hit_rate", "mean_iou")
-SECTIONS = {
-    "The method, and what is left of it": ("full", "fidelity", "outcome_only"),
-    "The threshold h0 (full has 0.4)": ("h0_0.2", "h0_0.3", "full", "h0_0.5"),
-    "The modulators h_good and h_bad (full has 1.5 and 0.5)": (
-        "h_1.25_0.75", "full", "h_1.5_0.0", "h_2.0_0.5", "h_2.0_0.0"),
-    "The redundancy penalty rho (full has 0.5)": ("rho_0.0", "full", "rho_1.0"),
-    "From a base that at times answers without looking: pictures that want a zoom, or three in four guessable": (
-        "filtered_full", "guessable_full", "filtered_outcome_only", "guessable_outcome_only", "guessable_shipped_base"),
-    "Eight rounds instead of three, and what is made of their rewards": (
-        "long_mean", "long_sum", "long_discounted", "long_best"),
-}
 
-# Beneath a section's title, by its first arm.
-NOTES = {
-    "filtered_full":
-        "The base of these arms is the shipped one after 200 more steps of imitation, in which three demonstrations in "
-        "ten answer without a zoom, as colours suggest (`GUESSER` in configs/ablations/arms.py); on guessable pictures "
-        "that is right. `guessable_shipped_base` is outcome-only training on the same pictures from the shipped base, "
-        "which never answers without a zoom: what is never sampled can't be reinforced. The other four arms were "
-        "added, and the claims made about them, after one seed of that one had shown no collapse.",
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """Arms that are compared.
+
+  Attributes:
+    title: of the section.
+    arms: their names; the others are compared with `full` if it is among them, or else with the first.
+    note: what has to be said beneath the title.
+    wanted: how many zooms its tasks want; where this is given, the page says how many were used.
+  """
+
+  title: str
+  arms: tuple[str, ...]
+  note: str = ""
+  wanted: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+  """A page of results."""
+
+  title: str
+  sections: tuple[Section, ...]
+
+
+PAGES = {
+    "results": Page("What was seen, and what was not", (
+        Section("The method, and what is left of it", ("full", "fidelity", "outcome_only")),
+        Section("The threshold h0 (full has 0.4)", ("h0_0.2", "h0_0.3", "full", "h0_0.5")),
+        Section("The modulators h_good and h_bad (full has 1.5 and 0.5)",
+                ("h_1.25_0.75", "full", "h_1.5_0.0", "h_2.0_0.5", "h_2.0_0.0")),
+        Section("The redundancy penalty rho (full has 0.5)", ("rho_0.0", "full", "rho_1.0")),
+        Section(
+            "From a base that at times answers without looking: pictures that want a zoom, or three in four guessable",
+            ("filtered_full", "guessable_full", "filtered_outcome_only", "guessable_outcome_only",
+             "guessable_shipped_base"),
+            "The base of these arms is the shipped one after 200 more steps of imitation, in which three "
+            "demonstrations in ten answer without a zoom, as colours suggest (`BASES` in configs/ablations/arms.py); "
+            "on guessable pictures that is right. `guessable_shipped_base` is outcome-only training on the same "
+            "pictures from the shipped base, which never answers without a zoom: what is never sampled can't be "
+            "reinforced. The other four arms were added, and the claims made about them, after one seed of that one "
+            "had shown no collapse."),
+        Section("Eight rounds instead of three, and what is made of their rewards",
+                ("long_mean", "long_sum", "long_discounted", "long_best"),
+                "These tasks never need more than two zooms; [another page](results_rounds.md) has tasks that do.",
+                "one or two"))),
+    "results_rounds": Page("Tasks that need more than six zooms", (
+        Section("Nine rounds, and what is made of their rewards",
+                ("count_mean", "count_sum", "count_discounted", "count_best", "count_outcome_only"),
+                "How many of seven or eight objects carry a pattern? Each has to be zoomed on, and each is a target of "
+                "the fidelity reward. The base is the shipped one after 300 more steps of imitation of a clumsy "
+                "demonstrator that counts (`BASES` in configs/ablations/arms.py). Thirty steps of 64 trajectories. The "
+                "claims were written after eight steps of one trial run of outcome-only training.",
+                "seven or eight"),)),
 }
+SECTIONS = tuple(section for page in PAGES.values() for section in page.sections)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +105,9 @@ CLAIMS = (
     Claim("Outcome-only training on guessable data stops zooming", "rationale_count", "filtered_outcome_only",
           "guessable_outcome_only"),
     Claim("and the fidelity reward prevents it", "rationale_count", "guessable_full", "guessable_outcome_only"),
+    Claim("On tasks of seven or eight zooms, too, zooms are right more often than those of outcome-only training",
+          "acc_rat", "count_mean", "count_outcome_only"),
+    Claim("and answers are", "acc_ans", "count_mean", "count_outcome_only"),
 )
 
 
@@ -103,10 +143,10 @@ def read(out: pathlib.Path, arms: tuple[str, ...], seeds: int) -> dict[str, Arm]
   return found
 
 
-def sections(found: dict[str, Arm]) -> dict[str, tuple[str, ...]]:
-  """Those of `SECTIONS` that compare something, and their arms."""
-  there = {title: tuple(n for n in names if n in found) for title, names in SECTIONS.items()}
-  return {title: names for title, names in there.items() if len(names) > 1}
+def sections(found: dict[str, Arm]) -> dict[Section, tuple[str, ...]]:
+  """Those of `SECTIONS` that compare something, and their arms that were found."""
+  there = {section: tuple(n for n in section.arms if n in found) for section in SECTIONS}
+  return {section: names for section, names in there.items() if len(names) > 1}
 
 
 def _ratio(terms):
@@ -168,8 +208,8 @@ def figures(found: dict[str, Arm]) -> dict:
   """
   draws = {name: _draws(arm.terms) for name, arm in found.items()}
   result = {name: _summary(arm.terms, draws[name]) for name, arm in found.items()}
-  result["differences"] = {title: _differences(found, result, draws, names)
-                           for title, names in sections(found).items()}
+  result["differences"] = {section.title: _differences(found, result, draws, names)
+                           for section, names in sections(found).items()}
   result["before"] = {names[0]: _summary(found[names[0]].before, _draws(found[names[0]].before))
                       for names in sections(found).values()}
   result["claims"] = []
@@ -200,13 +240,16 @@ def beyond(terms: np.ndarray, rounds: int) -> float:
   return float((terms[0, :, :, metrics.METRICS.index("rationale_count")] > rounds).mean())
 
 
-def _rounds(found: dict[str, Arm], names: tuple[str, ...]) -> str:
+def _rounds(found: dict[str, Arm], names: tuple[str, ...], wanted: str) -> str:
   """How often rounds were used at all that only a longer budget has."""
-  said = lambda terms: " and ".join(f"{100 * beyond(terms, n):.1f} % with more than {n}" for n in (3, 6))
-  return ("Zooms a trajectory, of which the tasks want one or two: before, " + said(found[names[0]].before)
-          + "; after, " + "; ".join(f"{n} {said(found[n].terms)}" for n in names)
-          + ". Where no rounds beyond six are used, these arms tell how averaging acts on short trajectories, and "
-          "nothing of long ones.")
+  shares = lambda terms: [beyond(terms, n) for n in (3, 6)]
+  said = lambda terms: "{:.1f} % with more than 3 and {:.1f} % with more than 6".format(
+      *(100 * share for share in shares(terms)))
+  text = (f"Zooms a trajectory, of which the tasks want {wanted}: before, {said(found[names[0]].before)}; after, "
+          + "; ".join(f"{n} {said(found[n].terms)}" for n in names) + ".")
+  if not any(shares(found[n].terms)[1] for n in names):
+    text += " No rounds beyond six are used: this tells how averaging acts on short trajectories, not on long ones."
+  return text
 
 
 def _cell(figure: dict) -> str:
@@ -217,10 +260,10 @@ def _cell(figure: dict) -> str:
   return f"{show(figure['value'])} [{show(figure['low'])}, {show(figure['high'])}] ({seeds})"
 
 
-def markdown(found: dict[str, Arm], every: dict, command: str, minutes: float, jobs: int) -> str:
-  """The page, of the arms and their `figures`."""
+def markdown(page: str, found: dict[str, Arm], every: dict, command: str, minutes: float, jobs: int) -> str:
+  """One of `PAGES`, of its arms and their `figures`."""
   _, seeds, tasks, _ = next(iter(found.values())).terms.shape if found else (0,) * 4
-  lines = ["# What was seen, and what was not", "",
+  lines = [f"# {PAGES[page].title}", "",
            f"    {command}", "",
            f"{len(found)} arms, {seeds} seeds each, {tasks} held-out tasks each; {minutes:.0f} minutes over all calls, "
            f"{jobs} runs at a time. The tiny run of configs/tiny.py, with what configs/ablations/arms.py changes in "
@@ -236,20 +279,20 @@ def markdown(found: dict[str, Arm], every: dict, command: str, minutes: float, j
                  f"[{c['low']:+.3f}, {c['high']:+.3f}] | *{c['verdict']}* |")
   lines += ["", "*Seen here*: the interval lies above 0 and the difference reaches what was claimed. *Opposite*: the "
             "interval lies below 0. *Not seen here*: anything else.", ""]
-  for title, names in sections(found).items():
-    note = [NOTES[names[0]], ""] if names[0] in NOTES else []
-    lines += [f"## {title}", "", *note, "| arm | " + " | ".join(SHOWN) + " | alarms |", "|---" * (len(SHOWN) + 2) + "|"]
+  for section, names in sections(found).items():
+    lines += [f"## {section.title}", "", *([section.note, ""] if section.note else []),
+              "| arm | " + " | ".join(SHOWN) + " | alarms |", "|---" * (len(SHOWN) + 2) + "|"]
     for name, row in {"before": every["before"][names[0]], **{n: every[n] for n in names}}.items():
       lines.append(f"| {name} | " + " | ".join(_cell(row[m]) for m in SHOWN)
                    + f" | {'' if name == 'before' else alarms(found[name])} |")
-    lines += ["", _rounds(found, names), ""] if names[0].startswith("long") else [""]
+    lines += ["", _rounds(found, names, section.wanted), ""] if section.wanted else [""]
   return "\n".join(lines + [
       "## Every arm against the first of its section, or against full", "",
       "Differences with their 95% intervals, the same seeds and tasks drawn for both, of arms that began with the same "
       "policy; green above 0, red below. With this many intervals some exclude 0 by chance alone: about one in twenty "
       "where there is nothing.", "",
-      "![differences of the arms, with intervals](results_differences.png)", "",
-      "## While training", "", "![curves of the arms over training](results.png)", ""])
+      f"![differences of the arms, with intervals]({page}_differences.png)", "",
+      "## While training", "", f"![curves of the arms over training]({page}.png)", ""])
 
 
 def forest(every: dict, path: pathlib.Path) -> None:
@@ -298,10 +341,10 @@ def picture(found: dict[str, Arm], path: pathlib.Path) -> None:
   if not rows:
     return
   # While training, acc_rat is judged at the arm's own h0: arms that differ in it have only the IoU in common.
-  shown = {t: ("acc_ans", "mean_iou" if "threshold" in t else "acc_rat", "rationale_count") for t in rows}
+  shown = {r: ("acc_ans", "mean_iou" if "threshold" in r.title else "acc_rat", "rationale_count") for r in rows}
   figure, axes = plt.subplots(len(rows), 3, figsize=(12, 3 * len(rows)), squeeze=False, layout="constrained")
-  for line, (title, names) in zip(axes, rows.items()):
-    for ax, metric in zip(line, shown[title]):
+  for line, (section, names) in zip(axes, rows.items()):
+    for ax, metric in zip(line, shown[section]):
       for name in names:
         steps = min(len(c) for c in found[name].curves)
         values = np.array([[l.get(metric, np.nan) for l in c[:steps]] for c in found[name].curves], float)
@@ -314,7 +357,7 @@ def picture(found: dict[str, Arm], path: pathlib.Path) -> None:
           warnings.simplefilter("ignore", RuntimeWarning)  # a column of no numbers has no mean, and is not drawn
           ax.plot(x, np.nanmean(smooth, 0), label=name, linewidth=1.6)
           ax.fill_between(x, np.nanmin(smooth, 0), np.nanmax(smooth, 0), alpha=0.15)
-      ax.set_title(metric if metric != shown[title][0] else f"{title}\n{metric}", fontsize=9, loc="left")
+      ax.set_title(metric if metric != shown[section][0] else f"{section.title}\n{metric}", fontsize=9, loc="left")
       ax.grid(alpha=0.3)
       ax.spines[["top", "right"]].set_visible(False)
     line[-1].legend(fontsize=8, frameon=False)

@@ -1,5 +1,7 @@
 """The arms of the experiments, and what their results are made into: verdicts, intervals, the page."""
 
+import ast
+import functools
 import importlib.util
 import json
 import pathlib
@@ -42,8 +44,7 @@ def test_an_unknown_arm_is_named():
 
 
 def test_every_arm_is_shown_and_every_claim_is_about_arms():
-  shown = {name for names in results.SECTIONS.values() for name in names}
-  assert shown == set(arms.ARMS)
+  assert {name for section in results.SECTIONS for name in section.arms} == set(arms.ARMS)
   assert {c.more for c in results.CLAIMS} | {c.less for c in results.CLAIMS} <= set(arms.ARMS)
 
 
@@ -103,7 +104,7 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   # Whoever began with another policy is not compared.
   found["outcome_only"].before[:] = 1.0
   assert results.figures(found)["differences"]["The method, and what is left of it"]["arms"] == {}
-  page = results.markdown(found, f, "python benchmarks/reproduce.py", 12.0, 2)
+  page = results.markdown("results", found, f, "python benchmarks/reproduce.py", 12.0, 2)
   for said in ("| *seen here* |", "| outcome_only | ", "2 arms, 2 seeds each, 40 held-out tasks each"):
     assert said in page
   assert page.count("| before | 0.000 [0.000, 0.000] (0.000 0.000) | - | 0.000 ") == 1  # no zoom, none right
@@ -113,6 +114,17 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
 def test_how_often_longer_budgets_were_used():
   terms = results.metrics.terms([results.metrics.Outcome(**outcome(True, [0.5] * n)) for n in (0, 3, 4, 7)], 0.4)
   assert [results.beyond(np.array(terms)[:, None], n) for n in (0, 3, 6)] == [0.75, 0.5, 0.25]
+
+
+def test_what_is_said_of_longer_budgets():
+  terms = lambda *zooms: np.array(results.metrics.terms(
+      [results.metrics.Outcome(**outcome(True, [0.5] * n)) for n in zooms], 0.4))[:, None]
+  arm = lambda *zooms: results.Arm(terms(*zooms), terms(1, 1), ())
+  short = results._rounds({"a": arm(1, 4)}, ("a",), "one or two")
+  assert "tasks want one or two: before, 0.0 % with more than 3" in short
+  assert "a 50.0 % with more than 3 and 0.0 % with more than 6. No rounds beyond six are used" in short
+  long = results._rounds({"a": arm(1, 4), "b": arm(7, 8)}, ("a", "b"), "seven")
+  assert long.endswith("b 100.0 % with more than 3 and 100.0 % with more than 6.")
 
 
 def test_curves_are_means_of_what_there_is():
@@ -150,19 +162,23 @@ def test_alarms_are_told_with_their_seeds_and_first_step():
 
 def test_nothing_has_ended(tmp_path):
   assert results.read(tmp_path, ("full",), 1) == {}
-  assert "0 arms" in results.markdown({}, results.figures({}), "x", 0.0, 1)
+  assert "0 arms" in results.markdown("results", {}, results.figures({}), "x", 0.0, 1)
 
 
-def test_the_base_that_guesses_is_a_configuration_and_made_once(tmp_path):
+@pytest.mark.parametrize("name", arms.BASES)
+def test_a_base_is_a_configuration_and_made_once(name, tmp_path):
   c = arms.get_config("full")
-  for flag in arms.GUESSER:
-    section, name = flag.split("=")[0].removeprefix("--config.").split(".")
-    c[section][name] = type(c[section][name])(flag.split("=")[1])
+  for flag in arms.BASES[name]:
+    key, value = flag.removeprefix("--config.").split("=")
+    *sections, last = key.split(".")
+    section = functools.reduce(lambda node, k: node[k], sections, c)
+    section[last] = ast.literal_eval(value) if not isinstance(section[last], str) else value
   config_lib.validate(c)
-  (tmp_path / "guesser").mkdir()
-  (tmp_path / "guesser" / "RECIPE.json").write_text("{}")
-  assert reproduce.make_base(tmp_path, arms.GUESSER) == tmp_path / "guesser"
-  with pytest.raises(SystemExit, match="not made, see .*guesser.log"):
+  assert {a["model.path"] for a in arms.ARMS.values() if "model.path" in a} == set(arms.BASES)
+  (tmp_path / "base").mkdir()
+  (tmp_path / "base" / "RECIPE.json").write_text("{}")
+  reproduce.make_base(tmp_path / "base", arms.BASES[name])
+  with pytest.raises(SystemExit, match="not made, see .*other.log"):
     reproduce.make_base(tmp_path / "other", ("--config.warmstart.nothing=1",))
 
 

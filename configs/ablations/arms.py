@@ -1,4 +1,4 @@
-"""The arms of the experiments in docs/results.md: the tiny run with one thing changed in each.
+"""The arms of the experiments in docs/results*.md: the tiny run with one thing changed in each.
 
     python -m virl_jax.train --config=configs/ablations/arms.py:outcome_only --workdir=runs/outcome_only
 
@@ -11,13 +11,23 @@ import runpy
 
 _OUTCOME = {"reward.w_fidelity": 0.0, "credit.kind": "none"}
 _GUESSABLE = {"data.needle.guessable": 0.75}
-# A base that answers three questions in ten without looking, as colours suggest: what the shipped one never does,
-# outcome-only training can't fall back to.  benchmarks/reproduce.py makes it; by hand it is
-# python -m virl_jax.warmstart --config=configs/tiny.py <GUESSER> --out=runs/guesser
-GUESSER = ("--config.warmstart.base=@tiny", "--config.warmstart.steps=200", "--config.warmstart.p_direct=0.3")
+# Bases that some arms start from.  benchmarks/reproduce.py makes them; by hand, of runs/NAME and what stands beside it,
+# python -m virl_jax.warmstart --config=configs/tiny.py <FLAGS> --out=runs/NAME
+BASES = {
+    # Answers three questions in ten without looking, as colours suggest: what the shipped one never does, outcome-only
+    # training can't fall back to.
+    "runs/guesser": ("--config.warmstart.base=@tiny", "--config.warmstart.steps=200",
+                     "--config.warmstart.p_direct=0.3"),
+    # Counts the objects that carry a mark; the shipped one was never asked to.
+    "runs/counter": ("--config.warmstart.base=@tiny", "--config.warmstart.steps=300", "--config.warmstart.p_count=1.0",
+                     "--config.data.needle.objects=(2,8)"),
+}
 _GUESSER = {"model.path": "runs/guesser"}
 # Room for rounds beyond six: a tool turn and the turn after it take at most 60 tokens.
 _LONG = {"rollout.max_rounds": 8, "rollout.max_total_tokens": 640}
+# Tasks that need seven or eight zooms.  A trajectory is three times as long: fewer of them a step, and fewer steps.
+_COUNT = {"model.path": "runs/counter", "data.needle.families": ("count_pattern",), "data.needle.objects": (7, 8),
+          "rollout.max_rounds": 9, "rollout.max_total_tokens": 512, "rollout.prompts": 8, "steps": 30}
 
 ARMS = {
     # The method, and what is left of it.
@@ -37,9 +47,13 @@ ARMS = {
     "guessable_full": _GUESSER | _GUESSABLE,
     "guessable_outcome_only": _GUESSER | _GUESSABLE | _OUTCOME,
     "guessable_shipped_base": _GUESSABLE | _OUTCOME,
-    # More rounds than six, and what is made of their rewards.
+    # Room for more rounds than six, and what is made of their rewards.
     "long_mean": _LONG,
     **{f"long_{a}": _LONG | {"reward.average": a} for a in ("sum", "discounted", "best")},
+    # The same where the tasks do need more than six.
+    "count_mean": _COUNT,
+    **{f"count_{a}": _COUNT | {"reward.average": a} for a in ("sum", "discounted", "best")},
+    "count_outcome_only": _COUNT | _OUTCOME,
 }
 
 
