@@ -72,6 +72,7 @@ def test_going_on_from_a_base(tmp_path):
 
 @pytest.mark.parametrize("flag, said", [
     ("--config.warmstart.p_direct=1.5", "config.warmstart.p_direct must be a share in [0, 1]. Received: 1.5"),
+    ("--config.warmstart.p_clumsy=2.0", "config.warmstart.p_clumsy must be a share in [0, 1]. Received: 2.0"),
     ("--config.warmstart.p_count=-0.1", "config.warmstart.p_count must be a share in [0, 1]. Received: -0.1"),
     ("--config.warmstart.base=/nowhere", "config.warmstart.base must be a folder with a Qwen2.5-VL checkpoint")])
 def test_what_cannot_be_is_said(tmp_path, flag, said):

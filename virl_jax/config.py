@@ -171,6 +171,7 @@ def default() -> ConfigDict:
   c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; all [ours]
   u.base = ""                      # HF folder to go on from, in the clumsy stage alone; "" starts from nothing
   u.p_direct = 0.0                 # share of the clumsy stage's demonstrations that answer without a zoom
+  u.p_clumsy = 1.0                 # share of the clumsy stage's zooms that are
   u.p_count = 0.0                  # share of the clumsy stage's demonstrations that count all objects with a mark
   u.steps = 2500                   # optimiser updates
   u.pictures = 8000                # different pictures in each stage
@@ -249,7 +250,7 @@ def validate(c: ConfigDict) -> None:
   for key in ("dtype", "compute_dtype"):
     need(c.model[key] in ("float32", "bfloat16"), f"model.{key}", "'float32' or 'bfloat16'", c.model[key])
   need(c.warmstart.steps >= 1, "warmstart.steps", "at least 1", c.warmstart.steps)
-  for key in ("p_direct", "p_count"):
+  for key in ("p_direct", "p_clumsy", "p_count"):
     need(0 <= c.warmstart[key] <= 1, f"warmstart.{key}", "a share in [0, 1]", c.warmstart[key])
   for key in ("window", "past", "explosion_ratio"):
     need(c.monitor[key] >= 1, f"monitor.{key}", "at least 1", c.monitor[key])

@@ -85,7 +85,7 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
       image=images.Config(**c.image), grid=cfg.vision.grid, seed=c.seed, steps=u.steps, pictures=u.pictures,
       marks=tuple(u.marks), most_objects=c.data.needle.objects[1], side_px=c.data.needle.side_px,
       stages=curriculum.STAGES[-1:] if base else curriculum.STAGES, p_direct=u.p_direct,
-      p_count=u.p_count)
+      p_clumsy=u.p_clumsy, p_count=u.p_count)
   turn = curriculum.turning(plan)
   careful, clumsy = (step_lib.Config(cfg, 1, optim=optim_config(c, turn, k)) for k in (False, True))
   state = step_lib.init_state(params, careful.optim)

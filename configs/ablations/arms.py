@@ -18,16 +18,17 @@ BASES = {
     # training can't fall back to.
     "runs/guesser": ("--config.warmstart.base=@tiny", "--config.warmstart.steps=200",
                      "--config.warmstart.p_direct=0.3"),
-    # Counts the objects that carry a mark; the shipped one was never asked to.
+    # Counts the objects that carry a mark; the shipped one was never asked to.  As clumsy as that one is, it would
+    # read so few marks that guessing pays better than looking.
     "runs/counter": ("--config.warmstart.base=@tiny", "--config.warmstart.steps=300", "--config.warmstart.p_count=1.0",
-                     "--config.data.needle.objects=(2,8)"),
+                     "--config.warmstart.p_clumsy=0.3", "--config.data.needle.objects=(2,8)"),
 }
 _GUESSER = {"model.path": "runs/guesser"}
 # Room for rounds beyond six: a tool turn and the turn after it take at most 60 tokens.
 _LONG = {"rollout.max_rounds": 8, "rollout.max_total_tokens": 640}
 # Tasks that need seven or eight zooms.  A trajectory is three times as long: fewer of them a step, and fewer steps.
 _COUNT = {"model.path": "runs/counter", "data.needle.families": ("count_pattern",), "data.needle.objects": (7, 8),
-          "rollout.max_rounds": 9, "rollout.max_total_tokens": 512, "rollout.prompts": 8, "steps": 30}
+          "rollout.max_rounds": 9, "rollout.max_total_tokens": 512, "rollout.prompts": 8, "steps": 25}
 
 ARMS = {
     # The method, and what is left of it.
@@ -53,6 +54,7 @@ ARMS = {
     # The same where the tasks do need more than six.
     "count_mean": _COUNT,
     **{f"count_{a}": _COUNT | {"reward.average": a} for a in ("sum", "discounted", "best")},
+    "count_cover": _COUNT | {"reward.w_cover": 1.0},
     "count_outcome_only": _COUNT | _OUTCOME,
 }
 

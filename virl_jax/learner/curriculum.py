@@ -71,6 +71,7 @@ class Plan:
   side_px: int
   stages: tuple[Stage, ...] = STAGES
   p_direct: float = 0.0
+  p_clumsy: float = 1.0
   p_count: float = 0.0
 
 
@@ -100,7 +101,9 @@ def stage_of(step: int, plan: Plan) -> Stage:
 def draw_batch(plan: Plan, step: int):
   """The batch of one step (numpy leaves)."""
   stage = stage_of(step, plan)
-  manner = demos.Config(p_direct=plan.p_direct, p_count=plan.p_count) if stage.learn == "all" else demos.Config()
+  manner, noise = demos.Config(), stage.noise
+  if stage.learn == "all":
+    manner, noise = demos.Config(p_direct=plan.p_direct, p_count=plan.p_count), noise * plan.p_clumsy
   objects = (stage.objects[0], stage.objects[1] or plan.most_objects)
   whole = step % stage.whole_every == 0
   counting = bool(manner.p_count)
@@ -110,7 +113,7 @@ def draw_batch(plan: Plan, step: int):
   pictures, rows = _ROWS[kind] // questions, []
   for i in range(pictures):
     drawn = _picture(plan, objects, (step * pictures + i) % plan.pictures)
-    rows += demos.lesson(drawn, np.random.default_rng([plan.seed, step, i]), questions, stage.noise,
+    rows += demos.lesson(drawn, np.random.default_rng([plan.seed, step, i]), questions, noise,
                          stage.learn, _voice(plan), manner, None if whole else 1)
   # Counts differ widely in length: joined and padded more coarsely, they need few programs.
   return pack.pack(rows, pack.Config(
