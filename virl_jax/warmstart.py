@@ -84,7 +84,7 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
       tokenizer_dir=folder, image_token=cfg.image_token, eos=cfg.eos, prompt=prompt.Config(**c.prompt),
       image=images.Config(**c.image), grid=cfg.vision.grid, seed=c.seed, steps=u.steps, pictures=u.pictures,
       marks=tuple(u.marks), most_objects=c.data.needle.objects[1], side_px=c.data.needle.side_px,
-      stages=curriculum.STAGES[-1:] if base else curriculum.STAGES, p_direct=u.p_direct,
+      stages=curriculum.last(tuple(c.data.needle.objects)) if base else curriculum.STAGES, p_direct=u.p_direct,
       p_clumsy=u.p_clumsy, p_count=u.p_count)
   turn = curriculum.turning(plan)
   careful, clumsy = (step_lib.Config(cfg, 1, optim=optim_config(c, turn, k)) for k in (False, True))

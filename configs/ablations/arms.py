@@ -20,8 +20,9 @@ BASES = {
                      "--config.warmstart.p_direct=0.3"),
     # Counts the objects that carry a mark; the shipped one was never asked to.  As clumsy as that one is, it would
     # read so few marks that guessing pays better than looking.
-    "runs/counter": ("--config.warmstart.base=@tiny", "--config.warmstart.steps=300", "--config.warmstart.p_count=1.0",
-                     "--config.warmstart.p_clumsy=0.3", "--config.data.needle.objects=(2,8)"),
+    "runs/counter": ("--config.warmstart.base=@tiny", "--config.warmstart.steps=500", "--config.warmstart.p_count=1.0",
+                     "--config.warmstart.p_clumsy=0.3", "--config.warmstart.clumsy_learning_rate=1e-3",
+                     "--config.data.needle.objects=(7,8)"),
 }
 _GUESSER = {"model.path": "runs/guesser"}
 # Room for rounds beyond six: a tool turn and the turn after it take at most 60 tokens.
@@ -54,7 +55,6 @@ ARMS = {
     # The same where the tasks do need more than six.
     "count_mean": _COUNT,
     **{f"count_{a}": _COUNT | {"reward.average": a} for a in ("sum", "discounted", "best")},
-    "count_cover": _COUNT | {"reward.w_cover": 1.0},
     "count_outcome_only": _COUNT | _OUTCOME,
 }
 

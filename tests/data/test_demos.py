@@ -72,8 +72,8 @@ def test_guesses_are_right_on_guessable_pictures():
   cfg = needle.Config(families=("pattern", "pair_pattern", "count_pattern"), guessable=1.0)
   for i in range(12):
     task, scene = needle.draw(0, "train", i, cfg)
-    asked = tuple(thing for thing in scene.things if thing.name in task.question)
-    counted = re.search("pattern ([a-z]+):", task.question)
+    counted = re.search("the pattern ([a-z]+)[?]", task.question)
+    asked = tuple(thing for thing in scene.things if counted or thing.name in task.question)
     question = needle.Question(task.question, asked, counted and counted[1])
     assert task.answers == (needle.guess(question, scene.mark),)
 
@@ -82,19 +82,19 @@ def test_guesses_are_right_on_guessable_pictures():
 def test_counting_ones_look_at_every_object_once_and_say_how_many_they_have(pictures, voice, noise):
   right = []
   for seen, t in lessons(pictures, voice, noise, p_count=1.0):
-    names = [thing.name for thing in sorted(seen.scene.things, key=lambda thing: t.task.question.index(thing.name))]
-    counted = re.search("pattern ([a-z]+):", t.task.question)[1]
-    assert len(t.boxes) == len(t.task.boxes) == len(names) >= 3
+    colours = [c for c in needle.COLOURS if c in {thing.colour for thing in seen.scene.things}]
+    counted = re.search("pattern ([a-z]+)[?]", t.task.question)[1]
+    assert len(t.boxes) == len(t.task.boxes) == len(colours) >= 3
     number, said = 0, [turn.text for turn in t.turns if turn.role == "assistant"]
-    for k, (text, ahead) in enumerate(zip(said, [*names, None])):
+    for k, (text, ahead) in enumerate(zip(said, [*colours, None])):
       thought = re.match("<think>(.*?)</think>", text)[1]
       if not k:
-        assert thought == names[0]
+        assert thought == colours[0]
         continue
       read, rest = thought.split(" ", 1)
       number += read == counted
       assert read in (*needle.PATTERNS, "unclear") and rest == (f"{number} {ahead}" if ahead else str(number))
-      assert read == "unclear" or read == next(x.mark for x in seen.scene.things if x.name == names[k - 1])
+      assert read == "unclear" or read == next(x.mark for x in seen.scene.things if x.colour == colours[k - 1])
     assert t.answer == str(number) == prompt.parse(said[-1]).text
     right.append(t.answer in t.task.answers)
   assert np.mean(right) == 1.0 if noise == 0 else 0.05 < np.mean(right) < 0.8

@@ -3,8 +3,8 @@
 A demonstrator knows where the objects are.  It zooms on what the question names, says what it reads in
 the crop, and answers.  With `noise` it zooms as a poor policy does: too loosely, off centre, at times on
 the wrong object; what it cannot read it calls unclear, tries once more, and then guesses.  With `p_direct` it
-answers some questions without looking, as the colours suggest.  To count it looks at every object once, and says
-each time what it reads, how many it has, and which object is next.
+answers some questions without looking, as the colours suggest.  To count it looks at every object once, colour by
+colour, and says each time what it reads, how many it has, and which colour is next.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def _readable(crop: types.ImageInput, target: types.Box, grid: images.Grid) -> b
 
 
 def _thought(question: needle.Question, read: list[str], ahead: needle.Thing | None) -> str:
-  """What is said of the last crop; who counts says the number so far and the next object, too."""
+  """What is said of the last crop; who counts says the number so far and the next object's colour, too."""
   words = read[-1:]
   if question.counted is not None:
-    words += [question.answer(read)] * bool(read) + ([ahead.name] if ahead else [])
+    words += [question.answer(read)] * bool(read) + ([ahead.colour] if ahead else [])
   return " ".join(words)
 
 

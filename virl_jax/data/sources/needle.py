@@ -2,7 +2,7 @@
 
 A picture holds a few coloured objects; each carries a mark made of fine texture with no mean contrast.
 The policy is shown the picture at a third of its size, where every mark averages away to the object's
-own colour; a crop of the object shows it.  The question names one object, two or all of them by colour and shape.
+own colour; a crop of the object shows it.  The question names one object or two by colour and shape, or is about all.
 
 Families, easiest first (a policy of two million parameters learns the first two in minutes):
     pattern       which texture covers the object
@@ -105,7 +105,7 @@ class Question:
 
   Attributes:
     text: in words.
-    targets: the objects that have to be looked at, as they are named.
+    targets: the objects that have to be looked at, in the order to do it.
     counted: the mark whose bearers are to be counted; None for the other questions.
   """
 
@@ -277,14 +277,16 @@ def ask_pair(scene: Scene, i: int, j: int) -> Question:
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Question:
-  """How many of the objects, named in any order, carry a mark that at least one does; any number is as likely."""
-  things = tuple(scene.things[i] for i in rng.permutation(len(scene.things)))
+  """How many of the objects carry a mark that at least one does; any number is as likely.
+
+  Nothing says where to begin: the targets are in the order of `COLOURS`.
+  """
+  things = tuple(sorted(scene.things, key=lambda t: list(COLOURS).index(t.colour)))
   carried, by_number = [t.mark for t in things], {}
   for mark in sorted(set(carried)):
     by_number.setdefault(carried.count(mark), []).append(mark)
   counted = str(rng.choice(by_number[int(rng.choice(sorted(by_number)))]))
-  names = ", ".join(t.name for t in things)
-  return Question(f"How many carry the {_NOUNS[scene.mark]} {counted}: {names}?", things, counted)
+  return Question(f"How many carry the {_NOUNS[scene.mark]} {counted}?", things, counted)
 
 
 def encode(pixels: np.ndarray) -> bytes:
