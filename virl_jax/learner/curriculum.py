@@ -49,13 +49,6 @@ STAGES = (
     Stage(0.90, (2, 0), 3, 0.0, "careful"),
     Stage(1.00, (2, 0), 1, 1.0, "all"),
 )
-
-
-def last(objects: tuple[int, int]) -> tuple[Stage, ...]:
-  """The last stage alone, for a base that has been through the others, on pictures of so many objects."""
-  return (dataclasses.replace(STAGES[-1], objects=objects),)
-
-
 _QUESTIONS = 3        # demonstrations a picture
 _ROWS = {"first zooms": 96, "whole": 60, "counting": 24, "reading": 96}   # demonstrations an update
 
@@ -98,6 +91,11 @@ def _picture(plan: Plan, objects: tuple[int, int], index: int) -> demos.Picture:
   """Picture number `index` of a stage.  Drawing is dear: a worker keeps what it has drawn."""
   rng = np.random.default_rng([plan.seed, *objects, index])
   return demos.picture(rng, plan.marks, objects, plan.side_px, _voice(plan))
+
+
+def last(objects: tuple[int, int]) -> tuple[Stage, ...]:
+  """The last stage alone, for a base that has been through the others, on pictures of so many objects."""
+  return (dataclasses.replace(STAGES[-1], objects=objects),)
 
 
 def stage_of(step: int, plan: Plan) -> Stage:
