@@ -9,8 +9,8 @@ Runs are subprocesses of virl_jax.train, `--jobs` at a time, each in OUT/ARM/see
 and what is finished is kept, what was cut off goes on from its checkpoint.  At the end a page, two pictures and a
 JSON file are written into OUT for each of `results.PAGES`; `--docs` puts pages and pictures into docs/.
 
-A run takes up to 8 GB of memory, one of the arms on the page results_rounds up to 15: give --jobs=1 where that is too
-much.  A run that the system killed says FAILED; the same command tries it again.
+A run of the arms on the page results_rounds takes up to 15 GB of memory: give --jobs=1 where two are too much.  What
+the system killed says FAILED; the same command tries it again.
 """
 
 from __future__ import annotations
