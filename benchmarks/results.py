@@ -271,9 +271,10 @@ def markdown(page: str, found: dict[str, Arm], every: dict, command: str, minute
            f"    {command}", "",
            f"{len(found)} arms, {seeds} seeds each, {tasks} held-out tasks each; {minutes:.0f} minutes over all calls, "
            f"{jobs} runs at a time. The tiny run of configs/tiny.py, with what configs/ablations/arms.py changes in "
-           "each arm and nothing else; its reward weights were chosen for the full method, which is `full`. Zooms are "
-           f"judged at an IoU of {H0} throughout. In brackets the 95% interval of the mean (bootstrap over seeds and "
-           "tasks), in parentheses each seed. Alarms are those of docs/monitors.md, with their default thresholds.", "",
+           "each arm and nothing else; its reward weights were chosen for the full method"
+           f"{', which is `full`' if 'full' in found else ''}. Zooms are judged at an IoU of {H0} throughout. In "
+           "brackets the 95% interval of the mean (bootstrap over seeds and tasks), in parentheses each seed. Alarms "
+           "are those of docs/monitors.md, with their default thresholds.", "",
            "These are a policy of two million parameters and drawn pictures. They can show that a mechanism works as "
            "described, or does not, at this scale; they say nothing of its size at 7B.", "",
            "## The paper's claims", "", "| claim | metric | difference | verdict |", "|---|---|---|---|"]
