@@ -141,9 +141,10 @@ def main():
   known, bases = settings()
   pages = {args.page: results.PAGES[args.page]} if args.page else results.PAGES
   on = {page: {name for section in pages[page].sections for name in section.arms} for page in pages}
-  arms = args.arms or (QUICK_ARMS if args.quick else tuple(n for n in known if n in set().union(*on.values())))
-  if unknown := [a for a in arms if a not in known]:
-    p.error(f"--arms must be some of {', '.join(known)}. Received: {', '.join(unknown)}")
+  there = [arm for arm in known if any(arm in names for names in on.values())]
+  arms = args.arms or (QUICK_ARMS if args.quick else tuple(there))
+  if unknown := [a for a in arms if a not in there]:
+    p.error(f"--arms must be some of {', '.join(there)}. Received: {', '.join(unknown)}")
   if not importlib.util.find_spec("matplotlib"):  # said now, not when all runs have ended
     p.error("the pictures need matplotlib: pip install -e '.[benchmarks]'")
   if args.docs and args.quick:

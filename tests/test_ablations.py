@@ -151,6 +151,14 @@ def test_pictures_are_asked_for_before_the_runs(monkeypatch, capsys):
   assert "pip install -e '.[benchmarks]'" in capsys.readouterr().err
 
 
+def test_an_arm_of_another_page_is_refused(monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["reproduce.py", "--page=results", "--arms=full,count_mean"])
+  with pytest.raises(SystemExit):
+    reproduce.main()
+  said = capsys.readouterr().err
+  assert "--arms must be some of full, fidelity," in said and said.strip().endswith("Received: count_mean")
+
+
 def test_alarms_are_told_with_their_seeds_and_first_step():
   calm = [{"step": s, "acc_ans": 0.9, "rationale_count": 1.0} for s in range(20)]
   collapsed = calm[:10] + [{"step": s, "acc_ans": 0.9, "rationale_count": 0.0} for s in range(10, 30)]

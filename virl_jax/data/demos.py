@@ -153,9 +153,10 @@ def demonstrate(scene: needle.Scene, question: needle.Question, image, shown: ty
       if clear or rng.random() >= cfg.p_retry:
         break
     read.append(said[-1])
-  if _UNCLEAR in read:
-    choices = needle.MARKS[scene.mark] if len(targets) == 1 else ("yes", "no")
-    answer = question.answer(read) if counts else str(rng.choice(choices))
+  if _UNCLEAR in read and counts:
+    answer = question.answer(read)
+  elif _UNCLEAR in read:
+    answer = str(rng.choice(needle.MARKS[scene.mark] if len(targets) == 1 else ("yes", "no")))
   say(prompt.answer_text(answer, _thought(question, said, None)))
   traj.stop, traj.answer = types.StopReason.ANSWERED, answer
   return traj

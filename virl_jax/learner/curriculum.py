@@ -111,16 +111,16 @@ def draw_batch(plan: Plan, step: int):
     manner, noise = demos.Config(p_direct=plan.p_direct, p_count=plan.p_count), noise * plan.p_clumsy
   objects = (stage.objects[0], stage.objects[1] or plan.most_objects)
   whole = step % stage.whole_every == 0
-  counting = bool(manner.p_count)
   kind = ("reading" if stage.learn == "reading" else "first zooms" if not whole else
-          "counting" if counting else "whole")
+          "counting" if manner.p_count else "whole")
   questions = min(_QUESTIONS, objects[1])  # of the only object one can ask but one thing
   pictures, rows = _ROWS[kind] // questions, []
   for i in range(pictures):
     drawn = _picture(plan, objects, (step * pictures + i) % plan.pictures)
     rows += demos.lesson(drawn, np.random.default_rng([plan.seed, step, i]), questions, noise,
                          stage.learn, _voice(plan), manner, None if whole else 1)
-  # Counts differ widely in length: joined and padded more coarsely, they need few programs.
+  # Counts can differ widely in length: joined and padded more coarsely, they need few programs.
+  counting = kind == "counting"
   return pack.pack(rows, pack.Config(
       plan.grid, plan.image_token, max_rounds=max(4, plan.most_objects), pad_tokens=64 if counting else 16,
       pad_images=64 if counting else 32, join=counting))

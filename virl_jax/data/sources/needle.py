@@ -277,7 +277,7 @@ def ask_pair(scene: Scene, i: int, j: int) -> Question:
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Question:
-  """How many of the objects carry a mark that at least one does; any number is as likely.
+  """How many of the objects carry a mark that at least one does; the numbers that occur are as likely as each other.
 
   Nothing says where to begin: the targets are in the order of `COLOURS`.
   """
@@ -318,8 +318,7 @@ def draw(seed: int, stream: str, index: int, cfg: Config) -> tuple[types.Task, S
   guessable = stream == "train" and rng_for(seed, "guess", index).random() < cfg.guessable
   family = cfg.families[index % len(cfg.families)]
   kind, _, mark = family.rpartition("_")
-  scene = draw_scene(rng, mark, int(rng.integers(cfg.objects[0], cfg.objects[1] + 1)),
-                     cfg.side_px, guessable)
+  scene = draw_scene(rng, mark, int(rng.integers(cfg.objects[0], cfg.objects[1] + 1)), cfg.side_px, guessable)
   if kind == "pair":
     question = ask_pair(scene, *choose_pair(scene, rng))
   elif kind == "count":
