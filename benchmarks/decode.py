@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import policy as policy_bench  # of this folder
 import timing  # of this folder
 
-from virl_jax import host_memory
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
-from virl_jax.model import text
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.model.qwen2_5 import text
 from virl_jax.rollout import pack
 from virl_jax.rollout import sample
+from virl_jax.run import memory
 
 
 class Step:
@@ -52,7 +52,7 @@ def main():
   p.add_argument("--steps", type=int, default=32)
   p.add_argument("--repeat", type=int, default=5)
   args = p.parse_args()
-  host_memory.keep_when_on_cpu()
+  memory.keep_when_on_cpu()
   cfg = policy_bench.BENCH if args.size == "bench" else qwen.SIZES[args.size]
   cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, eos=-1)  # nothing ends a turn
   params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.dtype(args.dtype)))(jax.random.key(0))

@@ -18,12 +18,12 @@ import numpy as np
 import policy as policy_bench  # of this folder
 import timing  # of this folder
 
-from virl_jax import host_memory
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
+from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
 from virl_jax.rl import reward
+from virl_jax.run import memory
 
 REWARD, CREDIT, ADVANTAGE = reward.Config(), credit.Config(), advantage.Config()
 
@@ -168,7 +168,7 @@ def main():
   p.add_argument("--step", action="store_true", help="time a training step of the bench model, too, on fewer tokens")
   p.add_argument("--repeat", type=int, default=5)
   args = p.parse_args()
-  host_memory.keep_when_on_cpu()
+  memory.keep_when_on_cpu()
   host = draw(args.rows, args.actions, args.targets, args.tokens)
   placed, found = jax.device_put(host), {}
   sides = {"ours": lambda: found.update(ours=jax.block_until_ready(ours(placed, args.group))),

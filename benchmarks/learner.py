@@ -19,13 +19,13 @@ import jax
 import numpy as np
 import timing  # of this folder
 
-from virl_jax import host_memory
-from virl_jax import mesh as mesh_lib
-from virl_jax import setup_run
 from virl_jax.data import batches
 from virl_jax.learner import step as step_lib
+from virl_jax.model import sharding
+from virl_jax.rollout import engine
 from virl_jax.rollout import pack
-from virl_jax.rollout import zoom
+from virl_jax.run import memory
+from virl_jax.run import setup
 
 TINY = pathlib.Path(__file__).parents[1] / "configs" / "tiny.py"
 
@@ -35,7 +35,7 @@ class Side:
 
   def __init__(self, p, params, batch, h0: float):
     # A copy: an update donates its state.
-    self.p, self.h0, self.batch = p, np.float32(h0), mesh_lib.place(batch, p.mesh)
+    self.p, self.h0, self.batch = p, np.float32(h0), sharding.place(batch, p.mesh)
     self.state = step_lib.init_state(jax.tree.map(lambda a: a.copy(), params), p.step.optim)
 
   def score(self):
@@ -49,12 +49,12 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--repeat", type=int, default=7)
   args = parser.parse_args()
-  host_memory.keep_when_on_cpu()
+  memory.keep_when_on_cpu()
   c = runpy.run_path(str(TINY))["get_config"]()
-  p = setup_run.pieces(c)
-  params = setup_run.load_params(p, c.model.dtype)
-  tasks = batches.train(setup_run.source(c, "train"), c.seed, 0, c.rollout.prompts, c.image.decode_max_pixels).tasks
-  trajectories = zoom.rollout(p.policy, params, tasks, jax.random.key(c.seed), c.rollout.group_size)
+  p = setup.pieces(c)
+  params = setup.load_params(p, c.model.dtype)
+  tasks = batches.train(setup.source(c, "train"), c.seed, 0, c.rollout.prompts, c.image.decode_max_pixels).tasks
+  trajectories = engine.rollout(p.policy, params, tasks, jax.random.key(c.seed), c.rollout.group_size)
 
   sides, packed = {}, {}
   for rows, join in (("own rows", False), ("joined", True)):

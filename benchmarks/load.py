@@ -24,8 +24,8 @@ from safetensors import numpy as safetensors_numpy
 import timing  # of this folder
 
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
 
 
 def anonymous_bytes() -> int:

@@ -21,16 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import timing  # of this folder
 
-from virl_jax import host_memory
 from virl_jax import types
 from virl_jax.learner import step as step_lib
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
-from virl_jax.model import text
-from virl_jax.model import vision
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.model.qwen2_5 import text
+from virl_jax.model.qwen2_5 import vision
 from virl_jax.rollout import pack
 from virl_jax.rollout import sample
+from virl_jax.run import memory
 
 # 50.5 million parameters, large enough that matrix products decide.
 BENCH = qwen.Config(
@@ -214,7 +214,7 @@ def main():
   if args.peer != "none" and (args.size, args.dtype) != ("bench", "float32"):
     p.error("--peer=transformers compares the bench model in float32")
 
-  host_memory.keep_when_on_cpu()  # for both sides: they share the process
+  memory.keep_when_on_cpu()  # for both sides: they share the process
   cfg = BENCH if args.size == "bench" else qwen.SIZES[args.size]
   cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, remat=args.size != "bench")
   params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.dtype(args.dtype)))(jax.random.key(0))

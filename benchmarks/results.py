@@ -16,9 +16,9 @@ import warnings
 import numpy as np
 
 from virl_jax.eval import harness
-from virl_jax.eval import metrics
 from virl_jax.eval import monitors
-from virl_jax.report import log
+from virl_jax.eval import outcome
+from virl_jax.run import log
 
 H0 = 0.4             # of every figure here, whatever the arm was trained with
 BOOTSTRAP = 4000
@@ -120,7 +120,7 @@ class Arm:
   """What came of an arm.
 
   Attributes:
-    terms: float64[2, S, N, K], numerators and denominators of `metrics.METRICS` by seed and task.
+    terms: float64[2, S, N, K], numerators and denominators of `outcome.METRICS` by seed and task.
     before: the same of its base.
     curves: for each seed the lines of its metrics.jsonl.
   """
@@ -132,7 +132,7 @@ class Arm:
 
 def _terms(folders: list[pathlib.Path], when: str) -> np.ndarray:
   pages = [json.loads((f / f"eval_{when}.json").read_text()) for f in folders]
-  return np.stack([metrics.terms(harness.outcomes(page), H0) for page in pages], 1)
+  return np.stack([outcome.terms(harness.outcomes(page), H0) for page in pages], 1)
 
 
 def read(out: pathlib.Path, arms: tuple[str, ...], seeds: int) -> dict[str, Arm]:
@@ -178,7 +178,7 @@ def _summary(terms, draws) -> dict:
   """{metric: {"value", "low", "high", "seeds": [...]}}."""
   result = {}
   for metric in SHOWN:
-    k = metrics.METRICS.index(metric)
+    k = outcome.METRICS.index(metric)
     low, high = _interval(draws[:, k])
     result[metric] = {"value": float(_ratio(terms.sum((1, 2)))[k]), "low": low, "high": high,
                       "seeds": _ratio(terms.sum(2))[:, k].tolist()}
@@ -187,7 +187,7 @@ def _summary(terms, draws) -> dict:
 
 def _difference(result: dict, draws: dict, metric: str, more: str, less: str) -> dict:
   """How far apart two arms are, with the interval of seeds and tasks drawn for both."""
-  k = metrics.METRICS.index(metric)
+  k = outcome.METRICS.index(metric)
   low, high = _interval(draws[more][:, k] - draws[less][:, k])
   return {"value": result[more][metric]["value"] - result[less][metric]["value"], "low": low, "high": high}
 
@@ -241,7 +241,7 @@ def alarms(arm: Arm) -> str:
 
 def beyond(terms: np.ndarray, rounds: int) -> float:
   """Share of the trajectories with more zooms than so many."""
-  return float((terms[0, :, :, metrics.METRICS.index("rationale_count")] > rounds).mean())
+  return float((terms[0, :, :, outcome.METRICS.index("rationale_count")] > rounds).mean())
 
 
 def _rounds(found: dict[str, Arm], names: tuple[str, ...], wanted: str) -> str:

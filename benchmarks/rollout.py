@@ -24,16 +24,16 @@ import numpy as np
 import policy as policy_bench  # of this folder
 import timing  # of this folder
 
-from virl_jax import host_memory
-from virl_jax import mesh as mesh_lib
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
 from virl_jax.model import rope
+from virl_jax.model import sharding
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.rollout import engine
 from virl_jax.rollout import turns
-from virl_jax.rollout import zoom
+from virl_jax.run import memory
 
 CFG = dataclasses.replace(policy_bench.BENCH, eos=-1)  # nothing the model writes ends a turn
 WORDS_IN_PROMPT, WORDS_IN_REPLY = 30, 14
@@ -92,11 +92,12 @@ class Ours:
     self.policy = turns.Policy(CFG, None, None, None, turns.Config(
         max_total_tokens=longest, slots=slots, segment_tokens=segment, serve_share=serve, threads=1, pad_tokens=32,
         decode_ratio=1.25, append_ratio=2.0, token_steps=4),
-        mesh_lib.make(devices=jax.devices()[:1]))
+        sharding.make(devices=jax.devices()[:1]))
     self.tasks = [types.Task(str(i), b"", "") for i in range(len(scripts) // group)]
 
   def run(self):
-    trajectories, self.stats = zoom.run(self.policy, self.params, self.tasks, jax.random.key(0), self.group, 0.0, self)
+    trajectories, self.stats = engine.run(self.policy, self.params, self.tasks, jax.random.key(0), self.group, 0.0,
+                                          self)
     self.ids = [t.ids for t in trajectories]
 
   def begin(self, policy, task):
@@ -296,7 +297,7 @@ def main():
   p.add_argument("--scale", action="store_true")
   p.add_argument("--sweeps", type=lambda s: s.split(","), default=["group", "rounds", "slots", "crop_px"])
   args = p.parse_args()
-  host_memory.keep_when_on_cpu()
+  memory.keep_when_on_cpu()
   params = jax.jit(lambda key: params_lib.init(qwen.specs(CFG), key, jnp.float32))(jax.random.key(0))
   figures = scale(args, params) if args.scale else compare(args, params)
   print(timing.last_line({"prompts": args.prompts, "group": args.group, "slots": args.slots, "segment": args.segment,

@@ -20,13 +20,14 @@ import numpy as np
 import timing  # of this folder
 
 from virl_jax import config as config_lib
-from virl_jax import host_memory
-from virl_jax import setup_run
 from virl_jax.data import batches
 from virl_jax.data.sources import jsonl
-from virl_jax.data.sources import needle
-from virl_jax.learner import compiles
-from virl_jax.rollout import zoom
+from virl_jax.rollout import engine
+from virl_jax.run import compiles
+from virl_jax.run import memory
+from virl_jax.run import setup
+from virl_jax.tiny import needle
+from virl_jax.tiny import source
 
 
 def resident() -> int:
@@ -44,8 +45,8 @@ def policy(prompts: int, group: int, slots: int):
   r = c.rollout
   r.prompts, r.group_size, r.slots, r.max_rounds = prompts, group, slots, 6
   r.max_turn_tokens, r.max_total_tokens, r.segment_tokens, r.pad_tokens = 32, 1024, 16, 256
-  p = setup_run.pieces(c)
-  return p.policy, setup_run.load_params(p, "float32")
+  p = setup.pieces(c)
+  return p.policy, setup.load_params(p, "float32")
 
 
 def main():
@@ -57,18 +58,18 @@ def main():
   p.add_argument("--slots", type=int, default=32)
   p.add_argument("--warmup", type=int, default=20, help="rounds before memory and compilations are watched")
   args = p.parse_args()
-  host_memory.keep_when_on_cpu()
+  memory.keep_when_on_cpu()
   compiled, (pol, params) = compiles.Counter(), policy(args.prompts, args.group, args.slots)
-  sources = [needle.load("", "train", needle.Config())]
+  sources = [source.load("", "train", needle.Config())]
   if args.records:
     sources.append(jsonl.load(args.records, "all", 0.2, 0))
   each = args.prompts * args.group
   rounds = args.warmup + -(-args.count // each)
-  stops, memory, late, total, began = collections.Counter(), [], 0, 0, time.perf_counter()
+  stops, mib, late, total, began = collections.Counter(), [], 0, 0, time.perf_counter()
   for r in range(rounds):
     before, watched = compiled.count, r >= args.warmup
     drawn = batches.train(sources[r % len(sources)], 0, r // len(sources), args.prompts, pol.image.decode_max_pixels)
-    got, stats = zoom.run(pol, params, drawn.tasks, jax.random.fold_in(jax.random.key(0), r), args.group)
+    got, stats = engine.run(pol, params, drawn.tasks, jax.random.fold_in(jax.random.key(0), r), args.group)
     assert [t.uid for t in got] == list(range(each)), "every trajectory comes back, once"
     if watched:
       stops.update(t.stop.value for t in got)
@@ -79,18 +80,18 @@ def main():
     del got, drawn
     gc.collect()
     if watched:
-      memory.append(resident())
+      mib.append(resident())
     if r % 5 == 4:
       passed = time.perf_counter() - began
       print(f"  round {r + 1} of {rounds}: {resident() / 2 ** 20:.0f} MiB, about "
             f"{passed / (r + 1) * (rounds - r - 1):.0f} s left; "
             + ", ".join(f"{k} {v:.3g}" for k, v in stats.metrics().items()), flush=True)
-  slope = np.polyfit(np.arange(len(memory)) * each, memory, 1)[0]
+  slope = np.polyfit(np.arange(len(mib)) * each, mib, 1)[0]
   print("\n" + timing.table(["stop reason", "trajectories"], stops.most_common()) + "\n")
-  print(f"{total} trajectories, {sum(stops.values())} with a stop reason; host memory {memory[0] / 2 ** 20:.0f} MiB, "
-        f"then {memory[-1] / 2 ** 20:.0f} MiB: {slope / 1024:+.2f} KiB a trajectory; {late} compilations after warm-up")
-  print(timing.last_line({"count": total, "stops": dict(stops), "first_mib": memory[0] / 2 ** 20,
-                          "last_mib": memory[-1] / 2 ** 20, "kib_a_trajectory": slope / 1024, "late_compilations": late,
+  print(f"{total} trajectories, {sum(stops.values())} with a stop reason; host memory {mib[0] / 2 ** 20:.0f} MiB, "
+        f"then {mib[-1] / 2 ** 20:.0f} MiB: {slope / 1024:+.2f} KiB a trajectory; {late} compilations after warm-up")
+  print(timing.last_line({"count": total, "stops": dict(stops), "first_mib": mib[0] / 2 ** 20,
+                          "last_mib": mib[-1] / 2 ** 20, "kib_a_trajectory": slope / 1024, "late_compilations": late,
                           "seconds": time.perf_counter() - began}))
 
 

@@ -45,7 +45,7 @@ class Model:
 def _draw(cfg, scale: float) -> dict:
   """Parameters from numpy: nothing to compile."""
   from virl_jax.model import params as params_lib
-  from virl_jax.model import qwen
+  from virl_jax.model.qwen2_5 import model as qwen
   rng = np.random.default_rng(0)
 
   def one(spec):
@@ -81,9 +81,9 @@ def optimized():
 @pytest.fixture(scope="session")
 def small() -> Model:
   """Two layers of each kind and 24 channels, without a tokenizer: compiles in no time."""
-  from virl_jax.model import qwen
-  from virl_jax.model import text
-  from virl_jax.model import vision
+  from virl_jax.model.qwen2_5 import model as qwen
+  from virl_jax.model.qwen2_5 import text
+  from virl_jax.model.qwen2_5 import vision
   cfg = qwen.Config(
       text=text.Config(vocab=64, hidden=24, layers=2, heads=4, kv_heads=2, head_size=8, intermediate=40,
                        mrope_section=(1, 1, 2), tied=False),
@@ -95,8 +95,8 @@ def small() -> Model:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Model:
   """The shape of the base that ships, untrained, with its tokenizer."""
-  from virl_jax.data import tiny_tokenizer
-  from virl_jax.model import qwen
+  from virl_jax.model.qwen2_5 import model as qwen
+  from virl_jax.tiny import tokenizer as tiny_tokenizer
   folder = tmp_path_factory.mktemp("tokenizer")
   tokenizer = tiny_tokenizer.build(folder, "You are a helpful assistant.")
   cfg = qwen.tiny(-(-len(tokenizer) // 64) * 64, tiny_tokenizer.token_ids(tokenizer))

@@ -40,7 +40,7 @@ def default() -> ConfigDict:
   d.path = ""                      # jsonl: the records file; needle: cache folder ("" = user cache)
   d.eval_fraction = 0.2            # jsonl: share of records held out for evaluation [ours]
   d.needle = n = ConfigDict()
-  n.families = ("pattern", "pair_pattern")  # see data/sources/needle.py
+  n.families = ("pattern", "pair_pattern")  # see tiny/needle.py
   n.objects = (2, 4)               # fewest and most objects in a picture [ours]
   n.side_px = 252                  # side of the square picture [ours]
   n.train_size = 2048              # pictures in the train split [ours]

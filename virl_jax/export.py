@@ -17,11 +17,11 @@ from absl import flags
 import jax
 
 from virl_jax import config as config_lib
-from virl_jax import mesh as mesh_lib
-from virl_jax import setup_run
 from virl_jax.learner import checkpoint
-from virl_jax.model import qwen
+from virl_jax.model import sharding
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.run import setup
 
 
 def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat16") -> int:
@@ -43,7 +43,7 @@ def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat
   if not file.is_file():
     raise ValueError(f"--workdir must be a run's folder, with a config.json. Received: {workdir}")
   c = config_lib.from_json(file.read_text(), str(file))
-  hf_dir = setup_run.model_dir(c.model.path)
+  hf_dir = setup.model_dir(c.model.path)
   cfg = weights.read_config(hf_dir)
   folder = pathlib.Path(workdir) / "checkpoints"
   saves = checkpoint.Checkpoints(folder, c.checkpoint.every, c.checkpoint.keep) if folder.is_dir() else None
@@ -52,7 +52,7 @@ def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat
   if step not in steps:
     raise ValueError(f"{folder} must hold {'a checkpoint' if step is None else f'step {step}'}. Received: "
                      f"{f'steps {steps}' if steps else 'none'}")
-  shardings = mesh_lib.param_shardings(qwen.specs(cfg), mesh_lib.make(fsdp=-1, data=1))
+  shardings = sharding.param_shardings(qwen.specs(cfg), sharding.make(fsdp=-1, data=1))
   wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
                         qwen.abstract_params(cfg, c.model.dtype), shardings)
   weights.save_hf(out, cfg, saves.restore_params(step, wanted), dtype, like=hf_dir)
@@ -65,7 +65,7 @@ def main(argv):
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   args = flags.FLAGS
   logging.getLogger("absl").setLevel(logging.WARNING)
-  with setup_run.told():
+  with setup.told():
     step = export(args.workdir, args.out, args.step, args.dtype)
   files = list(pathlib.Path(args.out).iterdir())
   print(json.dumps({"out": args.out, "step": step, "dtype": args.dtype, "files": len(files),

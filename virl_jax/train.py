@@ -23,24 +23,24 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from virl_jax import mesh as mesh_lib
-from virl_jax import setup_run
 from virl_jax import types
 from virl_jax.data import batches
 from virl_jax.eval import harness
-from virl_jax.eval import metrics as metrics_lib
 from virl_jax.eval import monitors
+from virl_jax.eval import outcome
 from virl_jax.learner import checkpoint
-from virl_jax.learner import compiles
 from virl_jax.learner import step as step_lib
+from virl_jax.model import sharding
 from virl_jax.report import gallery
 from virl_jax.report import html
-from virl_jax.report import log as log_lib
 from virl_jax.rl import credit
 from virl_jax.rl import reward
 from virl_jax.rollout import dynamic
 from virl_jax.rollout import pack
 from virl_jax.rollout import plan
+from virl_jax.run import compiles
+from virl_jax.run import log as log_lib
+from virl_jax.run import setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME_OF_CONFIG by default.")
@@ -62,13 +62,13 @@ def train(c, workdir: str) -> dict:
     ValueError: if the configuration, the model, the data or the workdir won't do.
   """
   # --- what is fixed -----------------------------------------------------------------------------------
-  p = setup_run.pieces(c)
-  source = setup_run.source(c, "train")
-  workdir = setup_run.claim_workdir(workdir, c)
+  p = setup.pieces(c)
+  source = setup.source(c, "train")
+  workdir = setup.claim_workdir(workdir, c)
   print(source.describe(), flush=True)
   compiled = compiles.Counter()
   root_key = jax.random.key(c.seed)
-  base_params = setup_run.load_params(p, c.model.dtype)
+  base_params = setup.load_params(p, c.model.dtype)
   # The state is donated at each update, so a reference has to be a copy of its own.
   ref_params = jax.tree.map(lambda a: a.copy(), base_params) if c.loss.kl_coef else None
 
@@ -90,7 +90,7 @@ def train(c, workdir: str) -> dict:
   rows = c.rollout.prompts * c.rollout.group_size
   print(plan.cache(p.policy.model, c.rollout.max_total_tokens, c.rollout.slots, rows, p.mesh, plan.free_bytes()),
         flush=True)
-  log = log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start, setup_run.header(c))
+  log = log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start, setup.header(c))
   history = log_lib.read(str(workdir / "metrics.jsonl"))
   watch = monitors.Config(**c.monitor)
   alarms = monitors.all_begun(history, watch)
@@ -118,7 +118,7 @@ def train(c, workdir: str) -> dict:
     rolled = time.perf_counter()
     dealt = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches, (c.seed, step))
     scored, score_metrics = zip(*[
-        step_lib.score_step(state, ref_params, mesh_lib.place(pack.pack(part, p.pack), p.mesh), p.step, h0)
+        step_lib.score_step(state, ref_params, sharding.place(pack.pack(part, p.pack), p.mesh), p.step, h0)
         for part in dealt])
     updates = []
     for minibatch in c.ppo.epochs * scored:
@@ -148,7 +148,7 @@ def train(c, workdir: str) -> dict:
           "--config.monitor.stop='()'", flush=True)
   after = _evaluate(c, p, state.params, held_out, root_key, workdir, "after", before)
   if after is not None:
-    print("\n" + metrics_lib.format_table(before, after, after["difference"]) + "\n", flush=True)
+    print("\n" + outcome.format_table(before, after, after["difference"]) + "\n", flush=True)
   print(f"report: {html.write(str(workdir))}", flush=True)
   lines = log_lib.read(str(workdir / "metrics.jsonl"))
   return lines[-1] if lines else {}
@@ -156,7 +156,7 @@ def train(c, workdir: str) -> dict:
 
 def _held_out(c) -> list:
   """The tasks that are asked before and after."""
-  drawn = batches.held_out(setup_run.source(c, "test"), c.eval.tasks, c.image.decode_max_pixels)
+  drawn = batches.held_out(setup.source(c, "test"), c.eval.tasks, c.image.decode_max_pixels)
   _report_skips(drawn)
   return drawn.tasks
 
@@ -175,10 +175,10 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
                        c.rollout.slots or c.rollout.prompts * c.rollout.group_size, c.eval.temperature, p.step.reward)
   result = harness.result(judged, c.reward.h0, c.eval.bootstrap)
   if before is not None:
-    result["difference"] = metrics_lib.difference(harness.outcomes(before), harness.outcomes(result), c.reward.h0,
+    result["difference"] = outcome.difference(harness.outcomes(before), harness.outcomes(result), c.reward.h0,
                                                   c.eval.bootstrap)
   gallery.save(str(workdir / "rollouts" / f"{when}.jsonl"), [j.entry for j in judged[:c.log.gallery]])
-  setup_run.write_text(file, json.dumps(result) + "\n")
+  setup.write_text(file, json.dumps(result) + "\n")
   print(f"evaluated in {time.perf_counter() - began:.0f} s", flush=True)
   return result
 
@@ -240,9 +240,9 @@ def _keep(path: pathlib.Path, trajectories, scored) -> None:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  setup_run.begin()
+  setup.begin()
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-  with setup_run.told():
+  with setup.told():
     train(_CONFIG.value, _WORKDIR.value or os.path.join("runs", name))
 
 

@@ -29,16 +29,16 @@ from ml_collections import config_flags
 import numpy as np
 
 from virl_jax import config as config_lib
-from virl_jax import setup_run
 from virl_jax.data import images
 from virl_jax.data import prompt
-from virl_jax.data import tiny_tokenizer
 from virl_jax.learner import checkpoint
-from virl_jax.learner import curriculum
 from virl_jax.learner import step as step_lib
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.run import setup
+from virl_jax.tiny import curriculum
+from virl_jax.tiny import tokenizer as tiny_tokenizer
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _OUT = flags.DEFINE_string("out", None, "HF folder to write.")
@@ -75,8 +75,8 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
   """
   config_lib.validate(c)
   u = c.warmstart
-  base = setup_run.model_dir(u.base, "warmstart.base") if u.base else None  # before anything is written
-  workdir = setup_run.claim_workdir(workdir, c)
+  base = setup.model_dir(u.base, "warmstart.base") if u.base else None  # before anything is written
+  workdir = setup.claim_workdir(workdir, c)
   platforms = os.environ.get("JAX_PLATFORMS")
   jax.devices()  # settle on a platform before the environment is changed for the workers
   folder, cfg, params = begin(c, base, workdir)
@@ -126,10 +126,10 @@ def main(argv):
   out = _OUT.value
   if not out:
     raise app.UsageError("--out=HF_DIR is missing")
-  setup_run.begin()
+  setup.begin()
   given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # where it went is of no matter to a recipe
   command = shlex.join(["python", "-m", "virl_jax.warmstart", *(given.get(arg, arg) for arg in sys.argv[1:])])
-  with setup_run.told():
+  with setup.told():
     warm_start(_CONFIG.value, out, _WORKDIR.value or out.rstrip("/") + ".work", command)
 
 

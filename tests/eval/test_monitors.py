@@ -9,7 +9,7 @@ import pytest
 
 from virl_jax import config
 from virl_jax.eval import monitors
-from virl_jax.report import log
+from virl_jax.run import log
 
 CFG = monitors.Config()
 N, PAST = CFG.window, CFG.past

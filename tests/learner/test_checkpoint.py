@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from virl_jax import mesh as mesh_lib
 from virl_jax.learner import checkpoint
 from virl_jax.learner import step as step_lib
+from virl_jax.model import sharding
 
 OPTIM = step_lib.OptimConfig()
 
@@ -56,14 +56,14 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, critic_width):
 
 
 def test_a_sharded_state_comes_back_sharded(tmp_path):
-  mesh = mesh_lib.make()
-  state = make_state(sharding=mesh_lib.rows(mesh))
+  mesh = sharding.make()
+  state = make_state(sharding=sharding.rows(mesh))
   saves = checkpoint.Checkpoints(tmp_path, 1, 1)
   saves.maybe_save(1, state)
-  same(saves.restore(1, make_state(seed=1, sharding=mesh_lib.rows(mesh))), state)
+  same(saves.restore(1, make_state(seed=1, sharding=sharding.rows(mesh))), state)
   # Or placed otherwise, on however many devices there are now.
-  other = mesh_lib.make(devices=jax.devices()[:2])
-  placed = saves.restore(1, make_state(seed=1, sharding=mesh_lib.replicated(other)))
+  other = sharding.make(devices=jax.devices()[:2])
+  placed = saves.restore(1, make_state(seed=1, sharding=sharding.replicated(other)))
   jax.tree.map(np.testing.assert_array_equal, placed, state)
   assert placed.params["a_w"].sharding.device_set == set(jax.devices()[:2])
   saves.close()

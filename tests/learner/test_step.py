@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from virl_jax import config
-from virl_jax import mesh as mesh_lib
 from virl_jax import types
 from virl_jax.learner import step as step_lib
-from virl_jax.model import qwen
+from virl_jax.model import sharding
+from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
 from virl_jax.rl import loss
@@ -215,13 +215,13 @@ def test_masked_rows_leave_the_others_advantages_alone(small, batch):
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_eight_devices_compute_what_one_does(small, batch, scored, updated, sizes):
-  mesh = mesh_lib.make(*sizes)
+  mesh = sharding.make(*sizes)
   # Through numpy copies: what is donated must not share memory with the fixture.
-  params = jax.device_put(jax.tree.map(np.array, small.params), mesh_lib.param_shardings(qwen.specs(small.cfg), mesh))
+  params = jax.device_put(jax.tree.map(np.array, small.params), sharding.param_shardings(qwen.specs(small.cfg), mesh))
   cfg = make_config(small, mesh=mesh)
-  got = mesh_lib.place(jax.device_get(scored[0]), mesh)
+  got = sharding.place(jax.device_get(scored[0]), mesh)
   if sizes == (2, 2, 2):  # the others would compile for nothing new
-    got, _ = step_lib.score_step(held(params), None, mesh_lib.place(batch, mesh), cfg)
+    got, _ = step_lib.score_step(held(params), None, sharding.place(batch, mesh), cfg)
     np.testing.assert_allclose(got.reward_B, REWARD, atol=1e-5)
     np.testing.assert_allclose(np.asarray(got.logp_old_BT)[batch.valid_BT],
                                np.asarray(scored[0].logp_old_BT)[batch.valid_BT], atol=1e-4)

@@ -25,11 +25,11 @@ import numpy as np
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
 from virl_jax.model import rope
-from virl_jax.model import text
-from virl_jax.model import vision
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.model.qwen2_5 import text
+from virl_jax.model.qwen2_5 import vision
 from virl_jax.rollout import sample
 
 IDS = {"image_token": 5, "video_token": 6, "vision_start": 7, "vision_end": 8, "vision_pad": 9, "eos": 3}

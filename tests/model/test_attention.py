@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from virl_jax import mesh as mesh_lib
 from virl_jax.model import attention
+from virl_jax.model import sharding
 
 B, T, N, K, H = 2, 256, 4, 2, 16
 
@@ -90,7 +90,7 @@ def test_gradients_agree(kind, small_blocks):
 
 
 def test_splash_runs_where_its_rows_and_heads_are():
-  mesh = mesh_lib.make(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+  mesh = sharding.make(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
   q, k, v, valid = inputs(right_padded())
 
   @jax.jit
@@ -98,7 +98,7 @@ def test_splash_runs_where_its_rows_and_heads_are():
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return attention.attend(q, k, v, valid, True, kind="splash")
 
-  got = on_mesh(*mesh_lib.place((q, k, v, valid), mesh))
+  got = on_mesh(*sharding.place((q, k, v, valid), mesh))
   want = attention.attend(q, k, v, valid, True, kind="plain")
   np.testing.assert_allclose(got[valid], want[valid], atol=2e-6)
   assert got.sharding.shard_shape(got.shape) == (B // 2, T, N // 2, H)

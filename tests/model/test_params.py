@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
+from virl_jax.model.qwen2_5 import model as qwen
 
 
 @pytest.mark.parametrize("size, numbers", [

@@ -8,10 +8,10 @@ import pytest
 
 from tests.model import agreement
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
-from virl_jax.model import text
-from virl_jax.model import vision
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.model.qwen2_5 import text
+from virl_jax.model.qwen2_5 import vision
 
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch: pip install 'virl-jax[parity]'")
 transformers = pytest.importorskip("transformers")

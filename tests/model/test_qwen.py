@@ -10,9 +10,9 @@ import pytest
 
 from virl_jax import types
 from virl_jax.data import images
-from virl_jax.model import qwen
 from virl_jax.model import rope
-from virl_jax.model import text
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.model.qwen2_5 import text
 
 ATOL = 1e-5
 

@@ -14,11 +14,11 @@ import pytest
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
-from virl_jax import mesh as mesh_lib
-from virl_jax.model import qwen
-from virl_jax.model import text
-from virl_jax.model import vision
+from virl_jax.model import sharding
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.model.qwen2_5 import text
+from virl_jax.model.qwen2_5 import vision
 
 SAME = np.testing.assert_array_equal
 
@@ -148,8 +148,8 @@ def test_reading_strip_by_strip_changes_nothing(small, saved, strip, monkeypatch
 @pytest.mark.parametrize("strip", [700, 2 ** 20])
 def test_loading_onto_a_mesh(small, saved, strip, monkeypatch):
   monkeypatch.setattr(weights, "STRIP_BYTES", strip)
-  mesh = mesh_lib.make(-1, 2, 2)
-  shardings = mesh_lib.param_shardings(qwen.specs(small.cfg), mesh)
+  mesh = sharding.make(-1, 2, 2)
+  shardings = sharding.param_shardings(qwen.specs(small.cfg), mesh)
   _, params = weights.load_hf(saved, shardings=shardings)
   jax.tree.map(SAME, params, small.params)
   jax.tree.map(lambda a, s: SAME(a.sharding == s, True), params, shardings)

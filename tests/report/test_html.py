@@ -11,8 +11,8 @@ import pytest
 from virl_jax import types
 from virl_jax.report import gallery
 from virl_jax.report import html as page_html
-from virl_jax.report import log
 from virl_jax.report import trajectory
+from virl_jax.run import log
 
 _VOID = {"meta", "link", "img", "input", "br", "hr"}
 _IDS = np.zeros(1, np.int32)

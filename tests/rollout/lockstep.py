@@ -16,11 +16,11 @@ def main(process, processes, port, out):
   if int(processes) > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
   from tests.rollout import test_zoom
-  from virl_jax import mesh as mesh_lib
-  from virl_jax.rollout import zoom
-  mesh = mesh_lib.make(data=2, fsdp=2)
+  from virl_jax.model import sharding
+  from virl_jax.rollout import engine
+  mesh = sharding.make(data=2, fsdp=2)
   policy, params = test_zoom.load(mesh, slots=8, segment_tokens=7)
-  got = zoom.rollout(policy, params, test_zoom.draw_tasks(5), jax.random.key(8), group_size=3)
+  got = engine.rollout(policy, params, test_zoom.draw_tasks(5), jax.random.key(8), group_size=3)
   with open(out, "wb") as f:
     pickle.dump([(t.uid, t.ids, t.stop, len(t.images)) for t in got], f)
 

@@ -8,8 +8,8 @@ import pytest
 from virl_jax import types
 from virl_jax.learner import step as step_lib
 from virl_jax.rollout import dynamic
+from virl_jax.rollout import engine
 from virl_jax.rollout import pack
-from virl_jax.rollout import zoom
 
 G = 2
 
@@ -23,9 +23,9 @@ def played(monkeypatch):
     asked.append(jax.random.key_data(key).tolist())
     found = [types.Trajectory(t, i * G + g, np.zeros(1, np.int32), correct="one" in t.uid and g == 0)
              for i, t in enumerate(tasks) for g in range(group_size)]
-    return found, zoom.Stats(seconds=1.0, sampled_tokens=len(found))
+    return found, engine.Stats(seconds=1.0, sampled_tokens=len(found))
 
-  monkeypatch.setattr(zoom, "run", run)
+  monkeypatch.setattr(engine, "run", run)
   return asked
 
 

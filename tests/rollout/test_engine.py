@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from virl_jax import mesh as mesh_lib
 from virl_jax import types
-from virl_jax.learner import compiles
-from virl_jax.model import qwen
+from virl_jax.model import sharding
+from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import chunks
+from virl_jax.rollout import engine
 from virl_jax.rollout import plan
 from virl_jax.rollout import turns
-from virl_jax.rollout import zoom
+from virl_jax.run import compiles
 
 
 class Script:
@@ -66,9 +66,9 @@ class Script:
   def run(self, cfg, params, mesh=None, temperature=0.0, **rollout):
     cfg = dataclasses.replace(cfg, eos=-1)
     rollout = {"max_total_tokens": 128, "pad_tokens": 32, "segment_tokens": 4} | rollout
-    mesh = mesh or mesh_lib.make(devices=jax.devices()[:1])
+    mesh = mesh or sharding.make(devices=jax.devices()[:1])
     policy = turns.Policy(cfg, None, None, None, turns.Config(**rollout), mesh)
-    return zoom.run(policy, params, self.tasks, jax.random.key(0), self.group, temperature, self)
+    return engine.run(policy, params, self.tasks, jax.random.key(0), self.group, temperature, self)
 
 
 def test_a_growing_cache_gives_what_whole_sequences_give(small):
@@ -110,8 +110,8 @@ def test_what_is_sampled_does_not_depend_on_how(small, how):
 def test_eight_devices_sample_what_one_does(small):
   script = Script(small.cfg, 3, prompts=5)
   want, _ = script.run(small.cfg, small.params, temperature=1.0)
-  mesh = mesh_lib.make(data=2, fsdp=2, tensor=2)
-  params = jax.device_put(small.params, mesh_lib.param_shardings(qwen.specs(small.cfg), mesh))
+  mesh = sharding.make(data=2, fsdp=2, tensor=2)
+  params = jax.device_put(small.params, sharding.param_shardings(qwen.specs(small.cfg), mesh))
   for slots in (4, 12):
     got, _ = script.run(small.cfg, params, mesh, temperature=1.0, slots=slots)
     for a, b in zip(want, got, strict=True):
@@ -124,7 +124,7 @@ def test_no_work_twice(small, slots, monkeypatch):
   script = Script(small.cfg, 4)
   encoded = []
   build = chunks.build
-  monkeypatch.setattr(zoom.chunks, "build", lambda entries, *a: (
+  monkeypatch.setattr(engine.chunks, "build", lambda entries, *a: (
       encoded.extend(id(e.reply.image) for e in entries if e.reply.image is not None), build(entries, *a))[1])
   got, stats = script.run(small.cfg, small.params, slots=slots)
   assert stats.prompt_tokens == sum(len(ids) for ids, _ in script.prompts)
@@ -153,7 +153,7 @@ def test_sizes():
 
 def test_the_plan_of_7b():
   """57,344 bytes a token (28 layers x 2 x 4 heads x 128 x 2 bytes), as FACTS has it."""
-  mesh = mesh_lib.make(data=4, fsdp=1, tensor=2)
+  mesh = sharding.make(data=4, fsdp=1, tensor=2)
   cfg = dataclasses.replace(qwen.SIZES["7b"], compute_dtype="bfloat16")
   p = plan.cache(cfg, 16384, 64, 2048, mesh, free_bytes=20 * 2 ** 30)
   assert (p.bytes_token, p.tokens_row, p.slots) == (57344, 16384, 64)

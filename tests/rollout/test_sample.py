@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from virl_jax import mesh as mesh_lib
-from virl_jax.model import qwen
+from virl_jax.model import sharding
+from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import sample
 
 PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32]]
@@ -149,13 +149,13 @@ def test_filters(small, keep, allowed):
 
 def test_rows_on_eight_devices(small):
   """Each device appends to its own rows, and nothing else changes."""
-  mesh = mesh_lib.make(data=4, fsdp=1, tensor=2)
+  mesh = sharding.make(data=4, fsdp=1, tensor=2)
   prompts = [[10 + b, 11, 12] for b in range(8)]
   one = sample.append(small.params, small.cfg, sample.start(small.cfg, 8, 64), chunk(8, prompts, [0] * 8), prompt=True)
   state = sample.start(small.cfg, 8, 64, mesh)
-  assert state.cache.k_LBKSH.sharding.is_equivalent_to(mesh_lib.cache(mesh, small.cfg.text.kv_heads), 5)
-  put = lambda c: mesh_lib.place_rows(c, mesh)
-  params = jax.device_put(small.params, mesh_lib.replicated(mesh))
+  assert state.cache.k_LBKSH.sharding.is_equivalent_to(sharding.cache(mesh, small.cfg.text.kv_heads), 5)
+  put = lambda c: sharding.place_rows(c, mesh)
+  params = jax.device_put(small.params, sharding.replicated(mesh))
   # Two rows a lane, each lane in another order; one of lane 3's is for nobody.
   rows = np.array([0, 1, 1, 0, 0, 1, 1, 2], np.int32)
   order = [0, 1, 3, 2, 4, 5, 7]
@@ -164,10 +164,10 @@ def test_rows_on_eight_devices(small):
   # Lane 3 copies its second row's prompt to its first.
   moves = np.array([[9, 9, 9, 0], [0, 0, 0, 1], [0, 0, 0, 3], [0, 0, 0, 3]], np.int32)
   state = sample.restart(state, *put(tuple(moves)), width=64, shards=4)
-  assert state.cache.k_LBKSH.sharding.is_equivalent_to(mesh_lib.cache(mesh, small.cfg.text.kv_heads), 5)
+  assert state.cache.k_LBKSH.sharding.is_equivalent_to(sharding.cache(mesh, small.cfg.text.kv_heads), 5)
   one = sample.restart(one, *(jnp.asarray([v], jnp.int32) for v in (6, 7, 3, 3)), width=64)
   _, want, want_logp, _ = decode(small, one, turns(range(8)))
   state, out, logp, _ = decode(small, state, put(turns(range(8))), shards=4)
   np.testing.assert_array_equal(out, want)
   np.testing.assert_allclose(logp, want_logp, atol=1e-5)
-  assert state.cache.k_LBKSH.sharding.is_equivalent_to(mesh_lib.cache(mesh, small.cfg.text.kv_heads), 5)
+  assert state.cache.k_LBKSH.sharding.is_equivalent_to(sharding.cache(mesh, small.cfg.text.kv_heads), 5)

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from virl_jax import mesh as mesh_lib
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.model import sharding
 from virl_jax.rollout import turns
 
 TASK = types.Task("t", Image.new("RGB", (252, 252), "grey"), "Which pattern?", ("rows",), (types.Box(0, 0, 60, 60),))
@@ -24,7 +24,7 @@ def policy(tiny):
   codec = prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos)
   image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
   return turns.Policy(tiny.cfg, codec, prompt.Config("You help.", False, False), image,
-                      turns.Config(3, 32, 256, 1.0, 32), mesh_lib.make(devices=jax.devices()[:1]))
+                      turns.Config(3, 32, 256, 1.0, 32), sharding.make(devices=jax.devices()[:1]))
 
 
 def change(policy, **sections):

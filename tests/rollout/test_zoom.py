@@ -15,26 +15,26 @@ import numpy as np
 import pytest
 
 from virl_jax import config as config_lib
-from virl_jax import mesh as mesh_lib
-from virl_jax import setup_run
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
-from virl_jax.data.sources import needle
 from virl_jax.learner import step as step_lib
-from virl_jax.model import qwen
+from virl_jax.model import sharding
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.rollout import engine
 from virl_jax.rollout import pack
 from virl_jax.rollout import turns
-from virl_jax.rollout import zoom
+from virl_jax.run import setup
+from virl_jax.tiny import needle
 
 
 def load(mesh, **rollout):
   """A policy on a mesh, and its parameters."""
   c = config_lib.default()
-  folder = setup_run.model_dir("@tiny")
+  folder = setup.model_dir("@tiny")
   cfg = weights.read_config(folder)
-  _, params = weights.load_hf(folder, "float32", mesh_lib.param_shardings(qwen.specs(cfg), mesh))
+  _, params = weights.load_hf(folder, "float32", sharding.param_shardings(qwen.specs(cfg), mesh))
   import transformers
   codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(folder), cfg.image_token, cfg.eos)
   image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
@@ -45,7 +45,7 @@ def load(mesh, **rollout):
 @pytest.fixture(scope="module")
 def base():
   """A policy of one device, its parameters, and a padding rule."""
-  policy, params = load(mesh_lib.make(devices=jax.devices()[:1]))
+  policy, params = load(sharding.make(devices=jax.devices()[:1]))
   return policy, params, pack.Config(policy.model.vision.grid, policy.model.image_token, 3, 32, 8)
 
 
@@ -57,7 +57,7 @@ def draw_tasks(n, family="pattern"):
 def test_trajectories_are_whole(base):
   policy, params, _ = base
   tasks = draw_tasks(4, "pair_pattern")
-  got = zoom.rollout(policy, params, tasks, jax.random.key(0), group_size=2)
+  got = engine.rollout(policy, params, tasks, jax.random.key(0), group_size=2)
   assert [t.uid for t in got] == list(range(8))
   assert [t.task.uid for t in got] == [t.uid for t in tasks for _ in range(2)]
   assert any(t.boxes for t in got), "the base zooms"
@@ -79,7 +79,7 @@ def test_trajectories_are_whole(base):
 
 def test_sampled_logps_are_the_learners(base):
   policy, params, padding = base
-  got = zoom.rollout(policy, params, draw_tasks(4), jax.random.key(1), group_size=2, temperature=0.7)
+  got = engine.rollout(policy, params, draw_tasks(4), jax.random.key(1), group_size=2, temperature=0.7)
   batch = jax.tree.map(jax.numpy.asarray, pack.pack(got, padding))
   logp, _, _ = step_lib.outputs(params, step_lib.Config(policy.model, 2, temperature=0.7), batch)
   mask = np.asarray(batch.sampled_BT)
@@ -90,8 +90,8 @@ def test_a_row_does_not_depend_on_its_neighbours(base):
   policy, params, _ = base
   tasks = draw_tasks(4)
   key = jax.random.key(2)
-  together = zoom.rollout(policy, params, tasks, key)
-  other = zoom.rollout(policy, params, [tasks[0], *draw_tasks(3, "pair_pattern")], key)
+  together = engine.rollout(policy, params, tasks, key)
+  other = engine.rollout(policy, params, [tasks[0], *draw_tasks(3, "pair_pattern")], key)
   np.testing.assert_array_equal(together[0].ids, other[0].ids)
   assert any(not np.array_equal(a.ids, b.ids) for a, b in zip(together[1:], other[1:]))
 
@@ -99,16 +99,16 @@ def test_a_row_does_not_depend_on_its_neighbours(base):
 def test_the_step_key_changes_samples_and_greedy_ignores_it(base):
   policy, params, _ = base
   tasks = draw_tasks(4)
-  a, b = (zoom.rollout(policy, params, tasks, jax.random.key(k)) for k in (3, 4))
+  a, b = (engine.rollout(policy, params, tasks, jax.random.key(k)) for k in (3, 4))
   assert any(not np.array_equal(x.ids, y.ids) for x, y in zip(a, b))
-  a, b = (zoom.rollout(policy, params, tasks, jax.random.key(k), temperature=0.0) for k in (3, 4))
+  a, b = (engine.rollout(policy, params, tasks, jax.random.key(k), temperature=0.0) for k in (3, 4))
   assert all(np.array_equal(x.ids, y.ids) for x, y in zip(a, b))
 
 
 def test_slots_do_not_matter(base):
   policy, params, _ = base
   tasks = draw_tasks(6) + draw_tasks(3, "pair_pattern")
-  run = lambda **kw: zoom.rollout(dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, **kw)),
+  run = lambda **kw: engine.rollout(dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, **kw)),
                                   params, tasks, jax.random.key(6), group_size=3)
   want = run(slots=64)
   for kw in ({"slots": 4}, {"slots": 16, "segment_tokens": 5}, {"slots": 1, "threads": 1}):
@@ -131,7 +131,7 @@ def test_a_rollout_can_be_repeated_bit_for_bit(base):
       time.sleep(rng.random() / 20)
       return turns.read(policy, row)
 
-  runs = [zoom.run(policy, params, draw_tasks(4), jax.random.key(9), 3, game=game) for game in (turns, Slow, Slow)]
+  runs = [engine.run(policy, params, draw_tasks(4), jax.random.key(9), 3, game=game) for game in (turns, Slow, Slow)]
   for got, stats in runs[1:]:
     assert (stats.steps, stats.appends, stats.slot_steps) == tuple(
         getattr(runs[0][1], k) for k in ("steps", "appends", "slot_steps"))
@@ -171,9 +171,9 @@ def test_two_processes_are_one(tmp_path):
 def test_errors_name_the_thing(base):
   policy, params, _ = base
   with pytest.raises(ValueError, match="tasks must not be empty"):
-    zoom.rollout(policy, params, [], jax.random.key(0))
+    engine.rollout(policy, params, [], jax.random.key(0))
   with pytest.raises(ValueError, match="image must be a decodable file"):
-    zoom.rollout(policy, params, [dataclasses.replace(draw_tasks(1)[0], image=b"no")], jax.random.key(0))
+    engine.rollout(policy, params, [dataclasses.replace(draw_tasks(1)[0], image=b"no")], jax.random.key(0))
   tight = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, max_total_tokens=64))
   with pytest.raises(ValueError, match="leave room for a turn"):
-    zoom.rollout(tight, params, [dataclasses.replace(draw_tasks(1)[0], question="why " * 40)], jax.random.key(0))
+    engine.rollout(tight, params, [dataclasses.replace(draw_tasks(1)[0], question="why " * 40)], jax.random.key(0))

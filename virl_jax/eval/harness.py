@@ -8,13 +8,13 @@ import functools
 import jax
 
 from virl_jax import types
-from virl_jax.eval import metrics
+from virl_jax.eval import outcome
 from virl_jax.report import gallery
 from virl_jax.rl import credit
 from virl_jax.rl import reward
+from virl_jax.rollout import engine
 from virl_jax.rollout import pack
 from virl_jax.rollout import turns
-from virl_jax.rollout import zoom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Judged:
   classes: tuple[str, ...]
 
   @property
-  def outcome(self) -> metrics.Outcome:
+  def outcome(self) -> outcome.Outcome:
     t = self.trajectory
-    return metrics.Outcome(
+    return outcome.Outcome(
         correct=t.correct, ious=self.ious, invalid_actions=sum(turn.error is not None for turn in t.turns),
         has_boxes=bool(t.task.boxes), overlong=t.stop == types.StopReason.OVERLONG, kind=t.task.kind,
         answerable=bool(t.task.answers))
@@ -80,15 +80,15 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
     cfg: the reward, for h0.
   """
   policy = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, slots=slots))
-  return judge(zoom.rollout(policy, params, tasks, key, 1, temperature), policy.rollout.max_rounds, cfg)
+  return judge(engine.rollout(policy, params, tasks, key, 1, temperature), policy.rollout.max_rounds, cfg)
 
 
 def result(judged: list[Judged], h0: float, bootstrap: int) -> dict:
   """What `eval_before.json` and `eval_after.json` hold: the summary, and each task's outcome."""
   outcomes = [j.outcome for j in judged]
-  return metrics.summary(outcomes, h0, bootstrap) | {"outcomes": [dataclasses.asdict(o) for o in outcomes]}
+  return outcome.summary(outcomes, h0, bootstrap) | {"outcomes": [dataclasses.asdict(o) for o in outcomes]}
 
 
-def outcomes(saved: dict) -> list[metrics.Outcome]:
+def outcomes(saved: dict) -> list[outcome.Outcome]:
   """The outcomes of a saved result."""
-  return [metrics.Outcome(**{**o, "ious": tuple(o["ious"])}) for o in saved["outcomes"]]
+  return [outcome.Outcome(**{**o, "ious": tuple(o["ious"])}) for o in saved["outcomes"]]

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from virl_jax import mesh as mesh_lib
 from virl_jax import types
-from virl_jax.model import qwen
+from virl_jax.model import sharding
+from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
 from virl_jax.rl import loss
@@ -129,7 +129,7 @@ def init_state(params: dict, cfg: OptimConfig, kl_coef: float = 0.0, critic_widt
   if not isinstance(first, jax.sharding.NamedSharding):
     return TrainState(update, params, jax.jit(opt.init)(params), **rest)
   # Zeros depend on no input, so that jit by itself would put them whole on every device.
-  whole = mesh_lib.replicated(first.mesh)
+  whole = sharding.replicated(first.mesh)
   shardings = optax.tree.map_params(opt, lambda _, p: p.sharding, jax.eval_shape(opt.init, params), params,
                                     transform_non_params=lambda _: whole)
   update, rest = jax.device_put((update, rest), whole)
@@ -151,7 +151,7 @@ def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None =
     it (None without one); float32[B, T] each.  Position t is about token t, position 0 holds 0.
   """
   tokens, pos, valid, vision, targets, group = _rows(batch)
-  with mesh_lib.context(cfg.mesh):
+  with sharding.context(cfg.mesh):
     h = qwen.hidden(params, cfg.model, tokens, pos, valid, vision, batch.images, right_padded=True, group_BT=group)
   found = list(qwen.token_logp(params, cfg.model, h, targets, cfg.temperature))
   if critic is not None:
@@ -316,7 +316,7 @@ def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, dict]:
   updates, opt_state = optimizer(cfg.optim).update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   if cfg.mesh is not None:
-    shardings = mesh_lib.param_shardings(qwen.specs(cfg.model), cfg.mesh)
+    shardings = sharding.param_shardings(qwen.specs(cfg.model), cfg.mesh)
     pin = jax.lax.with_sharding_constraint
     params = jax.tree.map(pin, params, shardings)
     opt_state = optax.tree.map_params(optimizer(cfg.optim), pin, opt_state, shardings)

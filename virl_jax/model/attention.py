@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from virl_jax import mesh as mesh_lib
+from virl_jax.model import sharding
 
 KINDS = ("plain", "blocks", "cudnn", "splash")
 QUERY_BLOCK = 512    # queries whose scores exist at a time in "blocks"
@@ -125,6 +125,6 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
   if mesh.empty:
     return local(q_BTNH, k_BTKH, v_BTKH, segment_BT)
   tensor = "tensor" if k_BTKH.shape[2] % mesh.shape["tensor"] == 0 else None
-  heads = PartitionSpec(mesh_lib.ROWS, None, tensor, None)
-  return jax.shard_map(local, in_specs=(heads, heads, heads, PartitionSpec(mesh_lib.ROWS, None)), out_specs=heads,
+  heads = PartitionSpec(sharding.ROWS, None, tensor, None)
+  return jax.shard_map(local, in_specs=(heads, heads, heads, PartitionSpec(sharding.ROWS, None)), out_specs=heads,
                        check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_BT)

@@ -23,9 +23,9 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
-from virl_jax.model import text
-from virl_jax.model import vision
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.model.qwen2_5 import text
+from virl_jax.model.qwen2_5 import vision
 
 MODEL_TYPE = "qwen2_5_vl"
 SHARD_BYTES = 5 * 1024 ** 3

@@ -10,9 +10,9 @@ import re
 from virl_jax.eval import monitors
 from virl_jax.report import curves
 from virl_jax.report import gallery
-from virl_jax.report import log
 from virl_jax.report import style
 from virl_jax.report import trajectory
+from virl_jax.run import log
 
 _GALLERY_BYTES = 13_500_000  # keeps a page below 15 MB: curves and tables need far less than the rest
 

@@ -13,17 +13,17 @@ import dataclasses
 import jax
 import numpy as np
 
-from virl_jax import mesh as mesh_lib
 from virl_jax import types
+from virl_jax.model import sharding
+from virl_jax.rollout import engine
 from virl_jax.rollout import turns
-from virl_jax.rollout import zoom
 
 _FURTHER = 2 ** 30  # folded into the step's key; no uid is ever so large
 
 
 def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Callable[[int], list[types.Task]],
         key: jax.Array, group_size: int, tries: int, teaches: Callable[[list[types.Trajectory]], np.ndarray]
-        ) -> tuple[list[types.Trajectory], zoom.Stats, int]:
+        ) -> tuple[list[types.Trajectory], engine.Stats, int]:
   """Rolls out tasks, and further ones in place of groups that teach nothing.
 
   Args:
@@ -43,7 +43,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
   good, dull, wanted, stats = [], [], 0, None
   for attempt in range(tries + 1):
     of_try = jax.random.fold_in(key, _FURTHER + attempt) if attempt else key
-    found, took = zoom.run(policy, params, draw(attempt) if attempt else tasks, of_try, group_size)
+    found, took = engine.run(policy, params, draw(attempt) if attempt else tasks, of_try, group_size)
     stats = took if stats is None else _sum(stats, took)
     if not tries:
       return found, stats, 0
@@ -52,10 +52,10 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
     for group, useful in zip(groups, np.asarray(teaches(found))[::group_size], strict=True):
       (good if useful else dull).append(group)
     # Processes go on together: each keeps its own groups, and the one that lacks most decides.
-    if mesh_lib.agree(np.array([wanted - len(good)]))[0] <= 0:
+    if sharding.agree(np.array([wanted - len(good)]))[0] <= 0:
       break
   return [t for group in (good + dull)[:wanted] for t in group], stats, attempt
 
 
-def _sum(a: zoom.Stats, b: zoom.Stats) -> zoom.Stats:
-  return zoom.Stats(**{f.name: getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(zoom.Stats)})
+def _sum(a: engine.Stats, b: engine.Stats) -> engine.Stats:
+  return engine.Stats(**{f.name: getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(engine.Stats)})

@@ -13,9 +13,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from virl_jax import mesh as mesh_lib
-from virl_jax.model import qwen
-from virl_jax.model import text
+from virl_jax.model import sharding
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.model.qwen2_5 import text
 from virl_jax.rollout import pack
 
 _SPARE = 0.9  # of a device's memory; what is left is for activations
@@ -85,7 +85,7 @@ def cache(model: qwen.Config, max_total_tokens: int, slots: int, trajectories: i
     mesh: where rows and heads go.
     free_bytes: see `Plan`.
   """
-  t, shards = model.text, mesh_lib.row_shards(mesh)
+  t, shards = model.text, sharding.row_shards(mesh)
   tokens = pack.up(max_total_tokens, text.CACHE_BLOCK)
   heads = mesh.shape["tensor"] if t.kv_heads % mesh.shape["tensor"] == 0 else 1
   return Plan(2 * t.layers * t.kv_heads * t.head_size * jnp.dtype(model.compute_dtype).itemsize, tokens,

@@ -17,10 +17,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from virl_jax import mesh as mesh_lib
 from virl_jax import types
-from virl_jax.model import qwen
-from virl_jax.model import text
+from virl_jax.model import sharding
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.model.qwen2_5 import text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def start(cfg: qwen.Config, rows: int, slots: int, mesh: jax.sharding.Mesh | Non
   state = State(text.new_cache(cfg.text, rows, slots, dtype), jnp.zeros((rows,), jnp.int32), hidden, hidden)
   if mesh is None:
     return state
-  kv, rest = mesh_lib.cache(mesh, cfg.text.kv_heads), mesh_lib.rows(mesh)
+  kv, rest = sharding.cache(mesh, cfg.text.kv_heads), sharding.rows(mesh)
   return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, kv if a.ndim == 5 else rest), state)
 
 

@@ -16,8 +16,8 @@ from virl_jax import types
 from virl_jax.data import answers
 from virl_jax.data import images
 from virl_jax.data import prompt
-from virl_jax.model import qwen
 from virl_jax.model import rope
+from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import sample
 
 

@@ -11,14 +11,14 @@ import tempfile
 os.environ.setdefault("TFDS_DISABLE_PROGRESS_BAR", "1")
 import tensorflow_datasets as tfds  # noqa: E402
 
-from virl_jax.data.sources import needle  # noqa: E402
+from virl_jax.tiny import needle  # noqa: E402
 
 
 class Needle(tfds.core.GeneratorBasedBuilder):
   """Needle pictures with questions, answers and rationale boxes."""
 
   VERSION = tfds.core.Version("1.0.0")
-  # One configuration a folder: `needle.load` names the folder by a hash of the configuration.
+  # One configuration a folder: `source.load` names the folder by a hash of the configuration.
   cfg = needle.Config()
 
   def _info(self) -> tfds.core.DatasetInfo:

@@ -7,13 +7,13 @@ import time
 import numpy as np
 import pytest
 
-from virl_jax.eval import metrics
+from virl_jax.eval import outcome
 
-BASE = metrics.Outcome(correct=False, ious=(), invalid_actions=0, has_boxes=True, overlong=False, kind="x",
+BASE = outcome.Outcome(correct=False, ious=(), invalid_actions=0, has_boxes=True, overlong=False, kind="x",
                        answerable=True)
 
 
-def outcome(**changes):
+def one(**changes):
   return dataclasses.replace(BASE, **changes)
 
 
@@ -22,22 +22,22 @@ def random_outcomes(n, skill, seed=0):
   rng = np.random.default_rng(seed)
   hard = rng.random(n)
   ious = [tuple(np.round(rng.random(int(rng.integers(0, 4))) * skill * 1.2, 2)) for _ in range(n)]
-  return [outcome(correct=bool(hard[i] < skill), ious=ious[i], invalid_actions=int(rng.integers(0, 2)),
+  return [one(correct=bool(hard[i] < skill), ious=ious[i], invalid_actions=int(rng.integers(0, 2)),
                   kind="ab"[i % 2]) for i in range(n)]
 
 
 HAND = [
-    outcome(correct=True, ious=(0.5, 0.2), invalid_actions=1, kind="a"),
-    outcome(correct=False, ious=(0.4, 0.9, 0.0), overlong=True, kind="a"),
-    outcome(correct=True, ious=(), kind="b"),
-    outcome(correct=True, ious=(0.0, 0.0), has_boxes=False, kind="b"),   # its zooms can't be judged
-    outcome(correct=True, ious=(0.1,), answerable=False, kind="b"),      # only to find the box
+    one(correct=True, ious=(0.5, 0.2), invalid_actions=1, kind="a"),
+    one(correct=False, ious=(0.4, 0.9, 0.0), overlong=True, kind="a"),
+    one(correct=True, ious=(), kind="b"),
+    one(correct=True, ious=(0.0, 0.0), has_boxes=False, kind="b"),   # its zooms can't be judged
+    one(correct=True, ious=(0.1,), answerable=False, kind="b"),      # only to find the box
 ]
 
 
 def test_goldens():
-  result = metrics.summary(HAND, h0=0.4, bootstrap=50)
-  values = {name: result[name]["value"] for name in metrics.METRICS}
+  result = outcome.summary(HAND, h0=0.4, bootstrap=50)
+  values = {name: result[name]["value"] for name in outcome.METRICS}
   assert result["n"] == 5
   assert values == pytest.approx({
       "acc_ans": 3 / 4, "acc_rat": 3 / 6, "hit_rate": 2 / 4, "rationale_count": 8 / 5, "mean_iou": 2.1 / 6,
@@ -50,15 +50,15 @@ def test_goldens():
 @pytest.mark.parametrize("h0", [0.2, 0.3, 0.4, 0.5, 0.7])
 def test_an_iou_at_the_threshold_counts_as_in_the_reward(h0):
   exact = float(np.float32(h0))  # what a float32 kernel hands back; below h0 for 0.7
-  assert metrics.summary([outcome(ious=(exact,))], h0, bootstrap=1)["acc_rat"]["value"] == 1.0
+  assert outcome.summary([one(ious=(exact,))], h0, bootstrap=1)["acc_rat"]["value"] == 1.0
 
 
 def test_what_is_not_defined_is_none_and_json():
   nothing = {"value": None, "low": None, "high": None}
-  empty = metrics.summary([], 0.4)
+  empty = outcome.summary([], 0.4)
   assert empty["n"] == 0 and empty["by_kind"] == {}
-  assert all(empty[name] == nothing for name in metrics.METRICS)
-  result = metrics.summary([outcome(answerable=False), outcome(answerable=False)], 0.4)
+  assert all(empty[name] == nothing for name in outcome.METRICS)
+  result = outcome.summary([one(answerable=False), one(answerable=False)], 0.4)
   assert result["acc_ans"] == result["acc_rat"] == result["mean_iou"] == nothing
   assert result["by_kind"]["x"]["acc_rat"] is None
   assert result["hit_rate"] == {"value": 0.0, "low": 0.0, "high": 0.0}
@@ -66,13 +66,13 @@ def test_what_is_not_defined_is_none_and_json():
 
 
 def test_one_task_has_an_interval_of_no_width():
-  result = metrics.summary([outcome(correct=True, ious=(0.5, 0.0))], 0.4)
+  result = outcome.summary([one(correct=True, ious=(0.5, 0.0))], 0.4)
   assert result["acc_rat"] == {"value": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_intervals_agree_with_a_slow_bootstrap():
   outcomes = random_outcomes(60, 0.6)
-  result = metrics.summary(outcomes, 0.4, bootstrap=4000, seed=1)
+  result = outcome.summary(outcomes, 0.4, bootstrap=4000, seed=1)
   rng, slow = np.random.default_rng(7), []
   for _ in range(4000):
     drawn = [outcomes[i] for i in rng.integers(60, size=60)]
@@ -87,35 +87,35 @@ def test_intervals_agree_with_a_slow_bootstrap():
 
 def test_tasks_are_resampled_whole():
   """Ten zooms of one task are no ten tasks: the interval is as wide as with one zoom each."""
-  few = [outcome(ious=(float(i % 2),)) for i in range(40)]
-  many = [outcome(ious=(float(i % 2),) * 10) for i in range(40)]
-  assert metrics.summary(few, 0.4)["acc_rat"] == metrics.summary(many, 0.4)["acc_rat"]
+  few = [one(ious=(float(i % 2),)) for i in range(40)]
+  many = [one(ious=(float(i % 2),) * 10) for i in range(40)]
+  assert outcome.summary(few, 0.4)["acc_rat"] == outcome.summary(many, 0.4)["acc_rat"]
 
 
 def test_intervals_cover():
   """95% of the intervals, give or take, hold the truth."""
   rng, covered = np.random.default_rng(0), 0
   for _ in range(200):
-    sample = [outcome(correct=bool(c)) for c in rng.random(100) < 0.5]
-    interval = metrics.summary(sample, 0.4, bootstrap=300)["acc_ans"]
+    sample = [one(correct=bool(c)) for c in rng.random(100) < 0.5]
+    interval = outcome.summary(sample, 0.4, bootstrap=300)["acc_ans"]
     covered += interval["low"] <= 0.5 <= interval["high"]
   assert 180 <= covered <= 199
 
 
 def test_seeded_and_independent_of_chunks(monkeypatch):
   outcomes = random_outcomes(50, 0.6)
-  whole = metrics.summary(outcomes, 0.4, seed=3)
-  assert metrics.summary(outcomes, 0.4, seed=3) == whole
-  assert metrics.summary(outcomes, 0.4, seed=4) != whole
-  monkeypatch.setattr(metrics, "_DRAWS_AT_ONCE", 170)
-  assert metrics.summary(outcomes, 0.4, seed=3) == whole
+  whole = outcome.summary(outcomes, 0.4, seed=3)
+  assert outcome.summary(outcomes, 0.4, seed=3) == whole
+  assert outcome.summary(outcomes, 0.4, seed=4) != whole
+  monkeypatch.setattr(outcome, "_DRAWS_AT_ONCE", 170)
+  assert outcome.summary(outcomes, 0.4, seed=3) == whole
 
 
 def test_difference_golden():
-  before = [outcome(ious=(0.0, 0.5)), outcome(correct=True), outcome(), outcome()]
-  after = [outcome(ious=(0.5,), correct=True), outcome(correct=True), outcome(ious=(0.9,)),
-           outcome(correct=True)]
-  result = metrics.difference(before, after, 0.4)
+  before = [one(ious=(0.0, 0.5)), one(correct=True), one(), one()]
+  after = [one(ious=(0.5,), correct=True), one(correct=True), one(ious=(0.9,)),
+           one(correct=True)]
+  result = outcome.difference(before, after, 0.4)
   assert result["n"] == 4
   assert result["acc_ans"]["value"] == pytest.approx(0.5)
   assert result["acc_rat"]["value"] == pytest.approx(0.5)
@@ -125,55 +125,55 @@ def test_difference_golden():
 def test_difference_is_paired():
   before, after = (
       [dataclasses.replace(o, kind="x") for o in random_outcomes(200, skill)] for skill in (0.5, 0.55))
-  paired = metrics.difference(before, after, 0.4)["acc_ans"]
+  paired = outcome.difference(before, after, 0.4)["acc_ans"]
   shuffled = [after[i] for i in np.random.default_rng(0).permutation(200)]
-  unpaired = metrics.difference(before, shuffled, 0.4)["acc_ans"]
+  unpaired = outcome.difference(before, shuffled, 0.4)["acc_ans"]
   assert paired["high"] - paired["low"] < 0.6 * (unpaired["high"] - unpaired["low"])
-  same = metrics.difference(before, before, 0.4)
+  same = outcome.difference(before, before, 0.4)
   assert same["acc_ans"] == same["acc_rat"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_difference_without_actions_on_one_side_is_none():
-  result = metrics.difference([outcome()], [outcome(ious=(0.5,))], 0.4)
+  result = outcome.difference([one()], [one(ious=(0.5,))], 0.4)
   assert result["acc_rat"] == {"value": None, "low": None, "high": None}
-  assert metrics.difference([], [], 0.4)["acc_ans"]["value"] is None
+  assert outcome.difference([], [], 0.4)["acc_ans"]["value"] is None
 
 
 def test_fast_enough():
   outcomes = random_outcomes(512, 0.6)
   started = time.perf_counter()
-  metrics.summary(outcomes, 0.4, bootstrap=2000)
+  outcome.summary(outcomes, 0.4, bootstrap=2000)
   assert time.perf_counter() - started < 1.0
 
 
 def test_table():
   before, after = random_outcomes(40, 0.3), random_outcomes(40, 0.8)
-  table = metrics.format_table(metrics.summary(before, 0.4), metrics.summary(after, 0.4),
-                               metrics.difference(before, after, 0.4))
+  table = outcome.format_table(outcome.summary(before, 0.4), outcome.summary(after, 0.4),
+                               outcome.difference(before, after, 0.4))
   lines = table.split("\n")
   assert lines[0].split() == ["n", "=", "40,", "95%", "intervals", "before", "after", "change"]
   blank = lines.index("")
-  assert [line.split()[0] for line in lines[2:blank]] == list(metrics.METRICS)
+  assert [line.split()[0] for line in lines[2:blank]] == list(outcome.METRICS)
   assert len({len(line) for line in lines[:blank]}) == len({len(line) for line in lines[blank + 1:]}) == 1
   row = next(line for line in lines if line.startswith("acc_ans"))
-  value = metrics.difference(before, after, 0.4)["acc_ans"]["value"]
+  value = outcome.difference(before, after, 0.4)["acc_ans"]["value"]
   assert f"{value:+.3f} [" in row
   assert table.isascii() and not table.endswith("\n")
 
 
 def test_table_of_nothing():
-  empty = metrics.summary([], 0.4)
-  table = metrics.format_table(empty, empty, metrics.difference([], [], 0.4))
-  assert table.count(" -") >= 3 * len(metrics.METRICS)
+  empty = outcome.summary([], 0.4)
+  table = outcome.format_table(empty, empty, outcome.difference([], [], 0.4))
+  assert table.count(" -") >= 3 * len(outcome.METRICS)
   assert "None" not in table and "nan" not in table
 
 
 def test_bad_input_is_named():
   with pytest.raises(ValueError, match="after .*1 outcomes, before has 2"):
-    metrics.difference([BASE, BASE], [BASE], 0.4)
+    outcome.difference([BASE, BASE], [BASE], 0.4)
   with pytest.raises(ValueError, match="after .*same order.*at 1"):
-    metrics.difference([BASE, BASE], [BASE, outcome(kind="y")], 0.4)
+    outcome.difference([BASE, BASE], [BASE, one(kind="y")], 0.4)
   with pytest.raises(ValueError, match="h0 .*1.5"):
-    metrics.summary([BASE], 1.5)
+    outcome.summary([BASE], 1.5)
   with pytest.raises(ValueError, match="bootstrap .*0"):
-    metrics.summary([BASE], 0.4, bootstrap=0)
+    outcome.summary([BASE], 0.4, bootstrap=0)

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from virl_jax import host_memory
+from virl_jax.run import memory
 
 # Twice takes, touches and gives back 64 MiB; prints the page faults of the second time.
 FAULTS = """
 import ctypes, resource, sys
-from virl_jax import host_memory
+from virl_jax.run import memory
 if sys.argv[1] == "keep":
-  assert host_memory.keep_when_on_cpu()
+  assert memory.keep_when_on_cpu()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 for _ in range(2):
@@ -35,4 +35,4 @@ def test_freed_memory_is_used_again():
 @pytest.mark.parametrize("platforms", ["cuda", "tpu", "cuda,cpu"])
 def test_accelerators_are_left_alone(platforms, monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", platforms)
-  assert not host_memory.keep_when_on_cpu()
+  assert not memory.keep_when_on_cpu()

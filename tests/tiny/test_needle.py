@@ -11,9 +11,10 @@ from PIL import Image
 import pytest
 
 from virl_jax import config
-from virl_jax import user_cache
 from virl_jax.data import images
-from virl_jax.data.sources import needle
+from virl_jax.run import caches
+from virl_jax.tiny import needle
+from virl_jax.tiny import source
 
 GRID = images.Grid()
 ALL = needle.Config(families=needle.FAMILIES, objects=(2, 4))
@@ -158,61 +159,61 @@ FEW = needle.Config(families=("pattern", "pair_dot"), train_size=5, test_size=3,
 
 
 def test_a_stored_set_is_what_was_drawn(tmp_path):
-  train, test = (needle.load(str(tmp_path), split, FEW) for split in ("train", "test"))
+  train, test = (source.load(str(tmp_path), split, FEW) for split in ("train", "test"))
   assert (len(train), len(test)) == (5, 3) and train.describe() == "needle: 5 train pictures"
-  for source, split in ((train, "train"), (test, "test")):
+  for tasks, split in ((train, "train"), (test, "test")):
     for i in (2, 0, 1):
-      assert source.task(i) == needle.draw(9, split, i, FEW)[0]
+      assert tasks.task(i) == needle.draw(9, split, i, FEW)[0]
   assert train.task(4).uid == "train_000004"
 
   # Another configuration has a folder of its own, and reading again draws nothing.
-  other = needle.load(str(tmp_path), "test", needle.Config(families=("pattern",), train_size=2, test_size=2, seed=9))
-  assert len(other) == 2 and len(needle.load(str(tmp_path), "train", FEW)) == 5
+  other = source.load(str(tmp_path), "test", needle.Config(families=("pattern",), train_size=2, test_size=2, seed=9))
+  assert len(other) == 2 and len(source.load(str(tmp_path), "train", FEW)) == 5
   folders = sorted(p.name for p in tmp_path.iterdir())
   assert len(folders) == 2 and all(re.fullmatch("needle-[0-9a-f]{12}", f) for f in folders)
   stamp = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*array_record*")}
   before = stamp()
-  assert before and needle.load(str(tmp_path), "test", FEW).task(1) == test.task(1) and stamp() == before
+  assert before and source.load(str(tmp_path), "test", FEW).task(1) == test.task(1) and stamp() == before
 
 
 def test_runs_that_start_together_draw_the_same_set(tmp_path, monkeypatch):
   """Another run ends its drawing while this one draws, and one before them was cut off."""
-  from virl_jax.data.sources import needle_tfds
-  draw, calls = needle_tfds.Needle.download_and_prepare, []
+  from virl_jax.tiny import store
+  draw, calls = store.Needle.download_and_prepare, []
 
   def slow(builder, *args, **kwargs):
     calls.append(builder)
     draw(builder, *args, **kwargs)
     if len(calls) == 1:
-      assert len(needle.load(str(tmp_path), "train", FEW)) == 5
+      assert len(source.load(str(tmp_path), "train", FEW)) == 5
 
   with monkeypatch.context() as m:
     def cut_off(builder):
       draw(builder)
       raise KeyboardInterrupt
-    m.setattr(needle_tfds.Needle, "download_and_prepare", cut_off)
+    m.setattr(store.Needle, "download_and_prepare", cut_off)
     with pytest.raises(KeyboardInterrupt):
-      needle.load(str(tmp_path), "train", FEW)
-  monkeypatch.setattr(needle_tfds.Needle, "download_and_prepare", slow)
-  source = needle.load(str(tmp_path), "test", FEW)
-  assert len(calls) == 2 and source.task(1) == needle.draw(9, "test", 1, FEW)[0]
+      source.load(str(tmp_path), "train", FEW)
+  monkeypatch.setattr(store.Needle, "download_and_prepare", slow)
+  tasks = source.load(str(tmp_path), "test", FEW)
+  assert len(calls) == 2 and tasks.task(1) == needle.draw(9, "test", 1, FEW)[0]
   folder, = tmp_path.iterdir()
   assert [p.name for p in folder.iterdir()] == ["needle"]  # what the others drew is gone
 
 
 def test_sets_go_to_the_cache_unless_told_otherwise(tmp_path, monkeypatch):
   monkeypatch.setenv("VIRL_JAX_CACHE", str(tmp_path / "cache"))
-  assert len(needle.load("", "test", FEW)) == 3
+  assert len(source.load("", "test", FEW)) == 3
   assert [p.name[:7] for p in (tmp_path / "cache").iterdir()] == ["needle-"]
   monkeypatch.delenv("VIRL_JAX_CACHE")
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
-  assert user_cache.folder() == tmp_path / "home" / ".cache" / "virl_jax"
+  assert caches.folder() == tmp_path / "home" / ".cache" / "virl_jax"
 
 
 @pytest.mark.parametrize("split, size", [("validation", 3), ("test", 0)])
 def test_splits_must_exist(tmp_path, split, size):
   with pytest.raises(ValueError, match=f"'train' or 'test' with a size above 0. Received: '{split}'"):
-    needle.load(str(tmp_path), split, needle.Config(test_size=size))
+    source.load(str(tmp_path), split, needle.Config(test_size=size))
   assert not list(tmp_path.iterdir())
 
 
@@ -220,9 +221,9 @@ def test_tensorflow_is_not_needed(tmp_path):
   """Neither drawing, storing nor reading imports it."""
   program = f"""
 import sys
-from virl_jax.data.sources import needle
-source = needle.load({str(tmp_path)!r}, "test", needle.Config(train_size=2, test_size=2))
-print(source.task(1).uid, "tensorflow" in sys.modules)
+from virl_jax.tiny import needle, source
+tasks = source.load({str(tmp_path)!r}, "test", needle.Config(train_size=2, test_size=2))
+print(tasks.task(1).uid, "tensorflow" in sys.modules)
 """
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from PIL import Image
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
-from virl_jax.data.sources import needle
+from virl_jax.tiny import needle
 
 # A mark is readable when a crop holds this share of the object at this many shown pixels a picture pixel.
 _COVERAGE = 0.6

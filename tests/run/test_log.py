@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from virl_jax.report import log
+from virl_jax.run import log
 
 
 class _Lazy:

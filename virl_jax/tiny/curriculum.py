@@ -15,10 +15,10 @@ import os
 
 import numpy as np
 
-from virl_jax.data import demos
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.rollout import pack
+from virl_jax.tiny import demos
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,16 +15,13 @@ import platform
 import jax
 
 from virl_jax import config as config_lib
-from virl_jax import host_memory
-from virl_jax import mesh as mesh_lib
-from virl_jax import user_cache
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.data.sources import jsonl
-from virl_jax.data.sources import needle
 from virl_jax.learner import step as step_lib
-from virl_jax.model import qwen
+from virl_jax.model import sharding
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
 from virl_jax.rl import loss
@@ -32,14 +29,18 @@ from virl_jax.rl import reward
 from virl_jax.rollout import pack
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
+from virl_jax.run import caches
+from virl_jax.run import memory
+from virl_jax.tiny import needle
+from virl_jax.tiny import source as tiny_source
 
 
 def begin() -> None:
   """What a program that trains does before all else: quiet libraries, memory that is kept, compiled programs too."""
   for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
     logging.getLogger(chatty).setLevel(logging.WARNING)
-  host_memory.keep_when_on_cpu()
-  user_cache.keep_programs()
+  memory.keep_when_on_cpu()
+  caches.keep_programs()
 
 
 @contextlib.contextmanager
@@ -103,9 +104,9 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
   model = dataclasses.replace(weights.read_config(hf_dir), compute_dtype=c.model.compute_dtype, remat=c.model.remat)
   import transformers  # seconds to import
   codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(hf_dir), model.image_token, model.eos)
-  mesh = mesh_lib.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+  mesh = sharding.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
   rows = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
-  shards = mesh_lib.row_shards(mesh)
+  shards = sharding.row_shards(mesh)
   if rows % shards:
     raise ValueError(f"config.rollout.prompts * group_size / ppo.minibatches must be a multiple of the mesh's "
                      f"data x fsdp = {shards}. Received: {rows}")
@@ -132,13 +133,13 @@ def _fields(kind, section) -> dict:
 def source(c: config_lib.ConfigDict, split: str):
   """The tasks of "train" or "test"."""
   if c.data.source == "needle":
-    return needle.load(c.data.path, split, needle.Config(**c.data.needle))
+    return tiny_source.load(c.data.path, split, needle.Config(**c.data.needle))
   return jsonl.load(c.data.path, split, c.data.eval_fraction, c.seed)
 
 
 def load_params(p: Pieces, dtype: str) -> dict:
   """The base's parameters, placed on the mesh."""
-  _, params = weights.load_hf(p.hf_dir, dtype, mesh_lib.param_shardings(qwen.specs(p.policy.model), p.mesh))
+  _, params = weights.load_hf(p.hf_dir, dtype, sharding.param_shardings(qwen.specs(p.policy.model), p.mesh))
   return params
 
 

@@ -8,8 +8,8 @@ import pytest
 
 PROGRAM = """
 import jax
-from virl_jax import user_cache
-user_cache.keep_programs()
+from virl_jax.run import caches
+caches.keep_programs()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))

@@ -11,7 +11,7 @@ Families, easiest first (a policy of two million parameters learns the first two
     pair_FAMILY   whether two objects carry the same mark; needs two zooms
     count_FAMILY  how many of the objects carry a mark; needs as many zooms as there are objects
 
-`draw` is a pure function of (seed, index).  `load` stores a set of drawings as array_record through
+`draw` is a pure function of (seed, index).  `source.load` stores a set of drawings as array_record through
 tensorflow-datasets, once, and reads tasks back; from there on a needle picture is a file like any
 photograph's.  Source: ours.
 """
@@ -21,16 +21,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
-import hashlib
 import io
-import json
-import pathlib
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from virl_jax import types
-from virl_jax import user_cache
 
 # Channels stay within [64, 191], so that every texture can be balanced to no mean contrast.
 COLOURS = {
@@ -49,7 +45,7 @@ _PERIOD = 3        # of every texture, pixels: with no mean contrast, resizing t
 _BLOTCH = 6.0      # of digits' surfaces, levels: hides what the glyph's edges leave when resized
 _LIGHT = 70        # how much the wall's red grows to the right, and its blue downwards, levels
 _NOISE = 5.0       # standard deviation of the pixel noise, levels
-_VERSION = 3       # raise it when `draw` changes: stored sets are named by it
+VERSION = 3       # raise it when `draw` changes: stored sets are named by it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,47 +333,3 @@ def choose_pair(scene: Scene, rng: np.random.Generator) -> tuple[int, int]:
   other = [p for p in pairs if p not in same]
   pool = same if same and (not other or rng.random() < 0.5) else other
   return pool[int(rng.integers(len(pool)))]
-
-
-class Source:
-  """Tasks of one split, read from array_record files.  Build with `load`."""
-
-  def __init__(self, records, name: str):
-    self._records, self._name = records, name
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  def task(self, index: int) -> types.Task:
-    """The task at `index`."""
-    r = self._records[index]
-    fields = json.loads(r["task"])
-    return types.Task(fields["uid"], r["image"], fields["question"], tuple(fields["answers"]),
-                      tuple(types.Box(*b) for b in fields["boxes"]), None, fields["kind"])
-
-  def describe(self) -> str:
-    """One line for the log."""
-    return f"needle: {len(self)} {self._name} pictures"
-
-
-def load(path: str, split: str, cfg: Config) -> Source:
-  """The tasks of a split, drawn and stored on first use.
-
-  Args:
-    path: folder to keep the sets in; "" for the user's cache.
-    split: "train" or "test".
-    cfg: what to draw.
-
-  Returns:
-    The source.
-
-  Raises:
-    ValueError: if the split is empty or unknown.
-  """
-  size = {"train": cfg.train_size, "test": cfg.test_size}.get(split)
-  if not size:
-    raise ValueError(f"data.needle split must be 'train' or 'test' with a size above 0. Received: {split!r}, {size}")
-  from virl_jax.data.sources import needle_tfds  # tensorflow-datasets takes seconds to import
-  digest = hashlib.blake2b(repr((_VERSION, cfg)).encode(), digest_size=6).hexdigest()
-  folder = pathlib.Path(path) if path else user_cache.folder()
-  return Source(needle_tfds.read(folder / f"needle-{digest}", split, cfg), split)

@@ -5,9 +5,9 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from virl_jax import mesh as mesh_lib
 from virl_jax.model import params as params_lib
-from virl_jax.model import qwen
+from virl_jax.model import sharding
+from virl_jax.model.qwen2_5 import model as qwen
 
 
 def shape(mesh):
@@ -15,24 +15,24 @@ def shape(mesh):
 
 
 def test_minus_one_takes_what_is_left():
-  assert shape(mesh_lib.make()) == (8, 1, 1)
-  assert shape(mesh_lib.make(-1, 2, 2)) == (2, 2, 2)
-  assert shape(mesh_lib.make(1, -1, 4)) == (1, 2, 4)
-  assert shape(mesh_lib.make(2, 4, -1)) == (2, 4, 1)
-  assert shape(mesh_lib.make(1, 1, 1, devices=jax.devices()[:1])) == (1, 1, 1)
-  assert sorted(d.id for d in mesh_lib.make(2, 2, 2).devices.flat) == list(range(8))
+  assert shape(sharding.make()) == (8, 1, 1)
+  assert shape(sharding.make(-1, 2, 2)) == (2, 2, 2)
+  assert shape(sharding.make(1, -1, 4)) == (1, 2, 4)
+  assert shape(sharding.make(2, 4, -1)) == (2, 4, 1)
+  assert shape(sharding.make(1, 1, 1, devices=jax.devices()[:1])) == (1, 1, 1)
+  assert sorted(d.id for d in sharding.make(2, 2, 2).devices.flat) == list(range(8))
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (16, 1, 1), (-1, -1, 1), (0, 1, 8), (-1, 0, 1), (-2, 2, 2),
                                    (-1, 16, 1), (2, 2, 1)])
 def test_sizes_that_do_not_fit_the_devices(sizes):
   with pytest.raises(ValueError, match=f"multiply to the 8 devices.*Received: {sizes[0]} x {sizes[1]} x {sizes[2]}"):
-    mesh_lib.make(*sizes)
+    sharding.make(*sizes)
 
 
 def test_parameters_are_split_by_their_axes():
-  mesh = mesh_lib.make(2, 2, 2)
-  shardings = mesh_lib.param_shardings(qwen.specs(qwen.SIZES["7b"]), mesh)
+  mesh = sharding.make(2, 2, 2)
+  shardings = sharding.param_shardings(qwen.specs(qwen.SIZES["7b"]), mesh)
   block = shardings["text"]["blocks"]
   assert block["q_w"].spec == P(None, "fsdp", "tensor", None)
   assert block["o_w"].spec == P(None, "tensor", None, "fsdp")
@@ -42,21 +42,21 @@ def test_parameters_are_split_by_their_axes():
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():
-  mesh = mesh_lib.make(1, 1, 8)
-  block = mesh_lib.param_shardings(qwen.specs(qwen.SIZES["7b"]), mesh)["text"]["blocks"]
+  mesh = sharding.make(1, 1, 8)
+  block = sharding.param_shardings(qwen.specs(qwen.SIZES["7b"]), mesh)["text"]["blocks"]
   assert block["k_w"].spec == P(None, "fsdp", None, None)  # 4 key heads on 8 devices
   assert block["q_w"].spec == P(None, "fsdp", None, None)  # 28 query heads
   assert block["gate_w"].spec == P(None, "fsdp", "tensor")
   odd = {"a": params_lib.ParamSpec((6, 16), ("mlp", "heads"), "ones", "a", (6, 16))}
-  assert mesh_lib.param_shardings(odd, mesh)["a"].spec == P(None, "tensor")
+  assert sharding.param_shardings(odd, mesh)["a"].spec == P(None, "tensor")
   both = {"a": params_lib.ParamSpec((16, 16), ("mlp", "heads"), "ones", "a", (16, 16))}
-  assert mesh_lib.param_shardings(both, mesh)["a"].spec == P("tensor", None)  # an axis splits one dimension only
+  assert sharding.param_shardings(both, mesh)["a"].spec == P("tensor", None)  # an axis splits one dimension only
 
 
 def test_sharded_parameters_hold_what_they_held(small):
   for sizes in ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)):
-    mesh = mesh_lib.make(*sizes)
-    shardings = mesh_lib.param_shardings(qwen.specs(small.cfg), mesh)
+    mesh = sharding.make(*sizes)
+    shardings = sharding.param_shardings(qwen.specs(small.cfg), mesh)
     placed = jax.device_put(small.params, shardings)
     jax.tree.map(np.testing.assert_array_equal, placed, small.params)
   largest = placed["text"]["blocks"]["gate_w"]  # [2, 24, 40] on 2 x 2 x 2
@@ -64,11 +64,11 @@ def test_sharded_parameters_hold_what_they_held(small):
 
 
 def test_rows_are_split_over_data_and_fsdp():
-  mesh = mesh_lib.make(2, 2, 2)
-  assert mesh_lib.row_shards(mesh) == 4
+  mesh = sharding.make(2, 2, 2)
+  assert sharding.row_shards(mesh) == 4
   tree = {"rows": np.arange(24.0).reshape(8, 3), "odd": np.arange(6), "scalar": np.float32(3), "none": None}
-  placed = mesh_lib.place(tree, mesh)
-  assert placed["rows"].sharding == mesh_lib.rows(mesh) and placed["rows"].sharding.spec == P(("data", "fsdp"))
+  placed = sharding.place(tree, mesh)
+  assert placed["rows"].sharding == sharding.rows(mesh) and placed["rows"].sharding.spec == P(("data", "fsdp"))
   assert {s.data.shape for s in placed["rows"].addressable_shards} == {(2, 3)}
-  assert placed["odd"].sharding.is_fully_replicated and placed["scalar"].sharding == mesh_lib.replicated(mesh)
+  assert placed["odd"].sharding.is_fully_replicated and placed["scalar"].sharding == sharding.replicated(mesh)
   jax.tree.map(np.testing.assert_array_equal, placed, tree)
