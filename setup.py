@@ -10,14 +10,14 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["virl_jax", "virl_jax.*"]),
-    package_data={"virl_jax": ["assets/**", "**/*.css"]},
+    package_data={"virl_jax": ["assets/**", "**/*.css", "**/*.j2"]},
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.7",            # tensorflow-datasets reads it without TensorFlow
         "flax>=0.11",
         "importlib-resources>=6",       # tensorflow-datasets needs it and does not say so
         "jax>=0.7.2",
-        "jinja2>=3.1",                  # transformers' chat templates
+        "jinja2>=3.1",                  # the report; transformers' chat templates
         "ml-collections>=1.0",
         "ml-dtypes>=0.5",
         "numpy>=2.0",
@@ -30,7 +30,8 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.12"],
+        "test": ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.12",
+                 "tensorboardX>=2.6"],
         # Reference implementations, for tests.  A CPU build of torch will do; get that one first.
         "parity": ["rlax>=0.1.8", "safetensors>=0.6.2", "torch>=2.6"],
         "tpu": ["jax[tpu]"],
@@ -38,7 +39,7 @@ setuptools.setup(
         "cuda13": ["jax[cuda13]"],
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],
-        "tensorboard": ["tensorboard>=2.17"],
+        "tensorboard": ["tensorboard>=2.17", "tensorboardX>=2.6"],  # to look, to write
         "wandb": ["wandb>=0.17"],
     },
 )

@@ -9,8 +9,8 @@ ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "types rl run.caches run.compiles run.log run.memory data.answers data.order data.prompt eval.monitors "
-    "eval.outcome learner.checkpoint model.layers model.params model.rope report.curves report.style",
-    "config data.images data.sources model.sharding report.gallery report.trajectory tiny.needle",
+    "eval.outcome learner.checkpoint model.layers model.params model.rope report.curves report.trajectory",
+    "config data.images data.sources model.sharding report.gallery tiny.needle",
     "data.batches model.attention report.html rollout.pack tiny.demos tiny.store tiny.tokenizer",
     "model.qwen2_5.text model.qwen2_5.vision tiny.curriculum tiny.source",
     "model.qwen2_5.model",

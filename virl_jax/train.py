@@ -128,11 +128,10 @@ def train(c, workdir: str) -> dict:
     metrics |= {"time/rollout_s": rolled - began, "time/update_s": time.perf_counter() - rolled,
                 "time/compile_s": compiled.seconds, "compile/count": compiled.count, "data/skipped": skipped,
                 "rollout/further_batches": tries, **_stops(trajectories), **rolled_out.metrics()}
-    log.write(step, metrics)
-    line = log.flush()  # before the checkpoint: it never runs ahead of the log
+    line = log.write(step, metrics)  # before the checkpoint: it never runs ahead of the log
     progress.line(step, line)
     if tensorboard is not None:
-      tensorboard(step, line)
+      tensorboard.write(step, line)
     _check_finite(line, workdir)
     history.append(line)
     alarms += _say(monitors.begun(history, watch))
@@ -141,6 +140,8 @@ def train(c, workdir: str) -> dict:
     checkpoints.maybe_save(step + 1, state, last=step + 1 == c.steps or bool(monitors.stopping(alarms, watch)))
   prefetch.shutdown(cancel_futures=True)
   checkpoints.close()
+  if tensorboard is not None:
+    tensorboard.close()
 
   # --- what came of it ---------------------------------------------------------------------------------
   if stopped := monitors.stopping(alarms, watch):

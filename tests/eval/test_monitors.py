@@ -206,8 +206,7 @@ def test_a_resumed_run_gives_the_same_alarms(tmp_path):
     seen = log.read(path)
     alarms = monitors.all_begun(seen, CFG)
     for line in history[start:]:
-      metrics_log.write(line["step"], line)
-      seen.append(metrics_log.flush())
+      seen.append(metrics_log.write(line["step"], line))
       alarms += monitors.begun(seen, CFG)
     assert alarms == whole == monitors.all_begun(log.read(path), CFG)
 

@@ -1,7 +1,9 @@
 """The page shows what happened, needs nothing from elsewhere, and trusts no text."""
 
 import html.parser
+import importlib.resources
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -9,9 +11,9 @@ from PIL import Image
 import pytest
 
 from virl_jax import types
+from virl_jax.eval import monitors
 from virl_jax.report import gallery
 from virl_jax.report import html as page_html
-from virl_jax.report import trajectory
 from virl_jax.run import log
 
 _VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -74,12 +76,22 @@ def _summary(value):
           "by_kind": {"pattern": {"n": 64, "acc_ans": value, "acc_rat": None, "hit_rate": _measure(value)}}}
 
 
+def _entropies(*stretches):
+  return [{"step": i, "loss/entropy": v} for i, v in enumerate(v for n, v in stretches for _ in range(n))]
+
+
 def _render(config=None, metrics=(), before=None, after=None, difference=None, kept=(), title="run"):
   return page_html.render(config or {}, list(metrics), before, after, difference, list(kept), title)
 
 
 def _kept(*items, label="After"):
   return {"step": 3, "label": label, "entries": list(items)}
+
+
+def _article(item):
+  """The part of a page that is about one trajectory."""
+  text = _render(kept=[_kept(item)])
+  return text[text.index("<article"):text.index("</article>") + len("</article>")]
 
 
 def _full(**more):
@@ -105,30 +117,102 @@ def test_page_needs_nothing_from_elsewhere():
   assert "default-src 'none'" in policy and "script-src" not in policy
 
 
-@pytest.mark.parametrize("where", ["turn", "question", "option", "answer", "error", "class", "uid", "stop",
-                                   "title", "label", "config", "kind"])
-def test_hostile_text_is_text(where):
-  item, how = _item(), {}
-  after = _summary(0.5)
-  if where == "turn":
-    item["turns"][0]["text"] = _HOSTILE
-  elif where in ("question", "answer", "uid", "stop"):
-    item[where] = _HOSTILE
-  elif where == "option":
-    item["options"] = [_HOSTILE]
-  elif where in ("error", "class"):
-    item["turns"][0][where] = _HOSTILE
-  elif where == "title":
-    how["title"] = _HOSTILE
-  elif where == "config":
-    how["config"] = {_HOSTILE: {"a": _HOSTILE}, "reward": {"h0": _HOSTILE}, "model": {"path": "m" + _HOSTILE}}
-  elif where == "kind":
-    after["by_kind"] = {_HOSTILE: {"n": _HOSTILE}}
-  label = _HOSTILE if where == "label" else "After"
-  text = _render(after=after, kept=[_kept(item, label=label), _kept(item)], **how)
+def _strings(value):
+  """Where a nest of dicts and lists holds text: each place as a tuple of keys."""
+  pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+  return [()] if isinstance(value, str) else [(key, *rest) for key, inner in pairs for rest in _strings(inner)]
+
+
+def _put(value, place, text):
+  for key in place[:-1]:
+    value = value[key]
+  value[place[-1]] = text
+
+
+def _entry():
+  """An entry with text wherever one can have it."""
+  item = _item()
+  item["turns"][0] |= {"error": "too small", "action": "look"}
+  item["turns"].append({**item["turns"][1], "role": "tool", "action": "measure"})
+  return item
+
+
+def _safe(text):
   text.encode("utf-8")
   assert "<script" not in text and "<img src=x" not in text and "\x00" not in text and "\u202e" not in text
-  assert "alert(1)" in _Page(text).text
+  page = _Page(text)
+  assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
+  return page
+
+
+@pytest.mark.parametrize("place", [*_strings(_entry()), ("reward_parts",)], ids=str)
+def test_hostile_text_in_a_trajectory_is_text(place):
+  item = _entry()
+  _put(item, place, {_HOSTILE: 1.0} if place == ("reward_parts",) else _HOSTILE)
+  page = _safe(_render(after=_summary(0.5), kept=[_kept(item), _kept(item)]))
+  if place[-1] in ("image", "crop"):
+    assert len(page.all("img")) == 2
+  else:
+    assert "alert(1)" in page.text
+    assert any(_HOSTILE[:-3] in words for words in page.words)  # to the last quote as it was written
+
+
+def _crowded():
+  """Whatever else a page is made of."""
+  return {"config": {"reward": {"h0": "0.4"}, "model": {"path": "model"}, "monitor": {"window": 1},
+                     "data": {"a": ["b"]}, "rollout": {"prompts": "4", "group_size": "8", "max_rounds": "6"}},
+          "metrics": _entropies((30, 0.5), (2, 0.01)) + [{"step": 99, "acc_ans": "high", "note": "words"}],
+          "before": _summary(0.25), "after": _summary(0.75) | {"by_kind": {"pattern": {"n": "64"}}, "n": "64"},
+          "kept": [_kept(label="Before"), _kept()], "title": "run"}
+
+
+@pytest.mark.parametrize("place", _strings(_crowded()), ids=str)
+def test_hostile_text_in_a_page_is_text(place):
+  how = _crowded()
+  _put(how, place, "m" + _HOSTILE)
+  page = _safe(_render(**how))
+  assert place[0] == "metrics" or "onerror=alert(2)" in page.text  # of metrics only numbers are shown
+
+
+def test_hostile_names_of_knobs_and_metrics_are_text():
+  page = _safe(_full(config={_HOSTILE: {_HOSTILE: 1}}, metrics=[{"step": 0, "acc_ans": 1.0, _HOSTILE: 1.0}]))
+  assert page.text.count("alert(1)") == 2
+
+
+def test_a_hostile_kind_of_task_is_text():
+  before, after = _summary(0.5), _summary(0.5)
+  before["by_kind"], after["by_kind"] = {_HOSTILE: {"n": [_HOSTILE]}}, {_HOSTILE: {"n": _HOSTILE}}
+  for summary in (before, after):
+    page = _safe(_render(after=summary))
+    assert page.text.count("alert(1)") == 2
+
+
+def test_a_hostile_alarm_is_text(monkeypatch):
+  alarm = monitors.Alarm(_HOSTILE, 1, _HOSTILE)
+  monkeypatch.setattr(monitors, "all_begun", lambda lines, cfg: [alarm])
+  text = _render(metrics=_entropies((3, 0.5)))
+  assert _safe(text).text.count("alert(1)") == 3 and 'class="mark"' in text  # listed, told, and marked on a curve
+
+
+def test_a_forgotten_filter_leaves_nothing_unsafe():
+  """Escaping and the taking out of what can't be seen are the environment's, not the template's."""
+  shown = page_html._environment().from_string("{{ text }}{{ many }}<i title='{{ text }}'>").render(
+      text=_HOSTILE, many=[_HOSTILE])
+  assert "<script" not in shown and "<img" not in shown and "'\"" not in shown
+  assert not {"\x00", "\ud800", "\u202e"} & set(shown)
+
+
+def test_what_the_page_is_made_of_is_in_the_package():
+  files = importlib.resources.files("virl_jax.report")
+  texts = {name: files.joinpath(name).read_text(encoding="utf-8")
+           for name in ("page.css", "page.html.j2", "trajectory.html.j2")}
+  assert "</style" not in texts["page.css"] and "url(" not in texts["page.css"]
+  templates = texts["page.html.j2"] + texts["trajectory.html.j2"]
+  assert "<script" not in templates and not re.search(r"\|\s*safe|autoescape", templates)
+  assert templates.count("<img") == 1  # the one that looks at what it is given
+  setup = (pathlib.Path(__file__).parents[2] / "setup.py").read_text(encoding="utf-8")
+  shipped = re.search(r"package_data=\{(.*?)\}", setup)[1]
+  assert '"**/*.css"' in shipped and '"**/*.j2"' in shipped
 
 
 @pytest.mark.parametrize("uri", [
@@ -141,14 +225,14 @@ def test_only_pictures_are_shown_as_pictures(uri):
 
 
 def test_boxes_lie_where_they_were_drawn():
-  page = _Page(trajectory.picture(_item(boxes=((10, 20, 40.5, 60), (100, 50, 200, 100)),
+  page = _Page(_article(_item(boxes=((10, 20, 40.5, 60), (100, 50, 200, 100)),
                                         classes=("correct", "erroneous"), size=(200, 100))))
   assert page.all("svg")[0]["viewbox"] == "0 0 200 100"  # the overlay covers the picture: original pixels
   found = {a["class"]: tuple(float(a[k]) for k in ("x", "y", "width", "height"))
            for a in page.all("rect") if a["class"] != "halo"}
   assert found == {"box truth": (1, 2, 30, 40), "box correct": (10, 20, 30.5, 40),
                    "box erroneous": (100, 50, 100, 50)}
-  tags = [(a["class"], a["style"]) for a in page.all("span")]
+  tags = [(a["class"], a["style"]) for a in page.all("span") if "style" in a]
   assert [name for name, _ in tags] == ["tag correct", "tag erroneous"]
   assert "left:min(5.00% + 0px" in tags[0][1] and "top:max(20.00%" in tags[0][1]
   assert "left:min(50.00% + 0px" in tags[1][1] and "top:max(50.00%" in tags[1][1]
@@ -156,36 +240,75 @@ def test_boxes_lie_where_they_were_drawn():
 
 def test_shrunk_picture_keeps_original_coordinates():
   item = _item(boxes=((1000, 500, 1500, 700),), size=(3000, 2000))
-  page = _Page(trajectory.picture(item))
+  page = _Page(_article(item))
   assert page.all("svg")[0]["viewbox"] == "0 0 3000 2000"
   assert page.all("rect", **{"class": "box correct"})[0]["x"] == "1000"
 
 
 def test_numbers_of_zooms_at_one_place_stand_side_by_side():
   box = (100, 50, 150, 90)
-  page = _Page(trajectory.picture(_item(boxes=(box, box, (102, 51, 150, 90)), classes=("correct",) * 3)))
-  assert [re.search(r"\+ (\d+)px", a["style"])[1] for a in page.all("span")] == ["0", "19", "38"]
+  page = _Page(_article(_item(boxes=(box, box, (102, 51, 150, 90)), classes=("correct",) * 3)))
+  assert [re.search(r"\+ (\d+)px", a["style"])[1] for a in page.all("span") if "style" in a] == ["0", "19", "38"]
   assert "1 2 3 200 × 100 px" in page.text
 
 
 def test_turns_say_what_was_made_of_them():
   item = _item(boxes=((10, 20, 40, 60),), classes=("redundant",))
-  text = _Page(trajectory.render(item)).text
+  text = _Page(_article(item)).text
   for said in ("redundant", "IoU 0.50", "× 1.5", "A +1.35", "reward +1.25", "advantage +0.90", "right",
                "answered", "fidelity −0.50", "box (10, 20, 40, 60) px", "told: too small"):
     assert said in text, said
 
 
+def test_an_entry_without_names_of_actions_is_of_zooms():
+  item = _item()
+  assert all("action" not in turn for turn in item["turns"])  # as runs wrote them once
+  told = {**item, "turns": [{**turn, "action": turn["box"] and "image_zoom_in_tool"} for turn in item["turns"]]}
+  assert _article(told) == _article(item) and "image_zoom_in_tool" not in _article(item)
+  assert 'alt="what zoom 1 showed"' in _article(item) and "<title>zoom 1: correct</title>" in _article(item)
+
+
+def test_an_action_that_showed_no_picture_has_its_box_and_its_name():
+  item = _item(boxes=((10, 20, 40, 60), (50, 20, 90, 60)), classes=("correct", "redundant"))
+  item["turns"][1] |= {"action": "read_text", "crop": None}
+  page = _Page(_article(item))
+  assert [a["class"] for a in page.all("rect")] == ["halo", "box correct", "halo", "box redundant", "halo", "box truth"]
+  assert len(page.all("img")) == 2  # the picture, and what the zoom showed
+  assert [a["class"] for a in page.all("span") if a.get("class", "").startswith("num")] == [
+      "num correct", "num redundant"]
+  assert "2 policy read_text redundant IoU 0.50" in page.text and "read_text 2: redundant" in page.text
+  assert "box (50, 20, 90, 60) px" in page.text
+
+
+def test_an_action_without_a_box_has_no_number():
+  item = _item(boxes=((10, 20, 40, 60),))
+  measured = {**item["turns"][1], "action": "measure", "error": None, "modulator": 0.5, "class": "correct"}
+  item["turns"].insert(0, measured)
+  del measured["crop"]
+  page = _Page(_article(item))
+  assert "policy measure correct × 0.5" in page.text and "1 policy correct IoU 0.50" in page.text
+  assert [a["class"] for a in page.all("span") if a.get("class", "").startswith("num")] == ["num correct"]
+  assert len(page.all("rect", **{"class": "box correct"})) == 1 and page.text.count("px of the original") == 1
+  refused = {**measured, "error": "no such thing"}
+  assert "measure" in _article({**item, "turns": [refused], "boxes": []})
+
+
 def test_without_an_accepted_answer_nothing_is_right_or_wrong():
-  text = _Page(trajectory.render(_item(answers=()))).text
+  text = _Page(_article(_item(answers=()))).text
   assert "right" not in text and "wrong" not in text and "accepted" not in text
 
 
 def test_transcript_dims_special_tokens_and_folds_pads():
-  out = trajectory.transcript("<|im_start|>a <b>" + "<|image_pad|>" * 324 + "</tool_call>\n")
-  assert out == ('<span class="sp">&lt;|im_start|&gt;</span>a &lt;b&gt;'
-                 '<span class="sp">&lt;|image_pad|&gt;</span>×324<span class="sp">&lt;/tool_call&gt;</span>')
-  long = trajectory.transcript("x" * 20000)
+  def shown(text):
+    item = _item(boxes=(), classes=())
+    item["turns"][0]["text"] = text
+    return re.search("<pre>(.*?)</pre>", _article(item), re.DOTALL)[1]
+
+  assert shown("<|im_start|>a <b>" + "<|image_pad|>" * 324 + "</tool_call>\n") == (
+      '<span class="sp">&lt;|im_start|&gt;</span>a &lt;b&gt;'
+      '<span class="sp">&lt;|image_pad|&gt;</span>×324<span class="sp">&lt;/tool_call&gt;</span>')
+  assert shown("\n two\r\n  lines \n") == " two\n  lines "  # as they were written
+  long = shown("x" * 20000)
   assert len(long) < 12100 and "8000 more characters" in long
 
 
@@ -221,10 +344,6 @@ def test_a_fall_is_shown_as_a_fall():
 def test_only_curves_with_values_are_drawn():
   labels = [a["aria-label"] for a in _Page(_full()).all("svg") if a.get("class") == "curve"]
   assert labels == ["Total", "Answer accuracy", "Sampler–trainer gap"]
-
-
-def _entropies(*stretches):
-  return [{"step": i, "loss/entropy": v} for i, v in enumerate(v for n, v in stretches for _ in range(n))]
 
 
 def test_alarms_are_listed_and_marked_where_they_begin():
@@ -288,7 +407,6 @@ def _workdir(tmp_path):
   metrics_log = log.MetricsLog(str(tmp_path / "metrics.jsonl"), 0)
   for step in range(5):
     metrics_log.write(step, {"acc_ans": step / 5})
-  metrics_log.close()
   (tmp_path / "eval_before.json").write_text(json.dumps(_summary(0.25)))
   difference = {"acc_ans": {"value": 0.5, "low": 0.4, "high": 0.6}}
   (tmp_path / "eval_after.json").write_text(json.dumps({**_summary(0.75), "difference": difference}))

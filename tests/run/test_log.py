@@ -4,10 +4,14 @@ import io
 import json
 import math
 import os
+import struct
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from tensorboardX import record_writer
+from tensorboardX.proto import event_pb2
 
 from virl_jax.run import log
 
@@ -38,29 +42,28 @@ def _write(path, steps, start_step=0):
   metrics_log = log.MetricsLog(path, start_step)
   for step in steps:
     metrics_log.write(step, {"loss": step / 10})
-  metrics_log.close()
 
 
-def test_values_are_read_one_step_late(tmp_path):
+def test_a_line_is_on_the_disk_when_write_returns(tmp_path, monkeypatch):
   path = str(tmp_path / "metrics.jsonl")
-  first, second = _Lazy(1.5), _Lazy(2.5)
+  synced = []
+  fsync = os.fsync
+  monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_size), fsync(fd)))
   metrics_log = log.MetricsLog(path, 0)
-  assert metrics_log.write(0, {"loss": first}) is None
-  assert first.reads == 0
-  assert metrics_log.write(1, {"loss": second}) == {"step": 0, "loss": 1.5}
-  assert (first.reads, second.reads) == (1, 0)
-  assert _steps(path) == [0]
-  assert metrics_log.flush() == {"step": 1, "loss": 2.5}
-  assert metrics_log.flush() == {"step": 1, "loss": 2.5}  # again: nothing is written twice
-  assert _steps(path) == [0, 1]
+  for step, value in enumerate((1.5, 2.5)):
+    lazy = _Lazy(value)
+    assert metrics_log.write(step, {"loss": lazy}) == {"step": step, "loss": value}
+    assert lazy.reads == 1
+    assert log.read(path)[-1] == {"step": step, "loss": value}  # no later call is needed
+    assert _steps(path) == list(range(step + 1))
+    assert synced[-1] == os.path.getsize(path) and len(synced) == step + 1  # the whole of it, once
 
 
 def test_scalars_of_every_sort_become_plain_json(tmp_path):
   path = str(tmp_path / "deep" / "metrics.jsonl")
   metrics_log = log.MetricsLog(path, 0)
-  metrics_log.write(0, {"f32": np.float32(0.5), "i64": np.int64(7), "zero_d": np.array(2.0), "note": "fine",
-                        "none": None, "nan": np.float32("nan"), "inf": math.inf, "minus": -math.inf})
-  line = metrics_log.flush()
+  line = metrics_log.write(0, {"f32": np.float32(0.5), "i64": np.int64(7), "zero_d": np.array(2.0), "note": "fine",
+                               "none": None, "nan": np.float32("nan"), "inf": math.inf, "minus": -math.inf})
   assert line["f32"] == 0.5 and line["i64"] == 7 and type(line["i64"]) is int
   with open(path, encoding="utf-8") as f:
     strict = json.loads(f.read(), parse_constant=lambda name: pytest.fail(f"{name} is not strict JSON"))
@@ -93,7 +96,6 @@ def _begin(path, start_step, steps, **changes):
   metrics_log = log.MetricsLog(path, start_step, {**HEADER, **changes})
   for step in steps:
     metrics_log.write(step, {"loss": step / 10})
-  metrics_log.close()
 
 
 def test_the_header_is_the_first_line_and_no_step(tmp_path):
@@ -113,7 +115,8 @@ def test_a_resumed_run_has_one_header(tmp_path):
   assert os.stat(path).st_ino == inode  # nothing to change, nothing changed
   _begin(path, 2, range(2, 4))
   assert _lines(path) == before
-  assert log.MetricsLog(path, 4).flush() is None and _lines(path) == before  # none given: the old one stays
+  log.MetricsLog(path, 4)
+  assert _lines(path) == before  # none given: the old one stays
   _begin(path, 0, range(4))
   assert _lines(path) == before
 
@@ -177,14 +180,13 @@ def test_an_opened_log_that_writes_nothing_changes_nothing(tmp_path):
   path = str(tmp_path / "metrics.jsonl")
   _write(path, range(3))
   before = os.stat(path)
-  metrics_log = log.MetricsLog(path, 3)
-  assert metrics_log.flush() is None
-  metrics_log.close()
+  log.MetricsLog(path, 3)
   assert (os.stat(path).st_ino, os.stat(path).st_size) == (before.st_ino, before.st_size)
 
 
 def test_bad_writes_are_refused(tmp_path):
-  metrics_log = log.MetricsLog(str(tmp_path / "metrics.jsonl"), 4)
+  path = str(tmp_path / "metrics.jsonl")
+  metrics_log = log.MetricsLog(path, 4)
   with pytest.raises(ValueError, match="at least 4"):
     metrics_log.write(3, {})
   metrics_log.write(4, {})
@@ -192,6 +194,9 @@ def test_bad_writes_are_refused(tmp_path):
     metrics_log.write(4, {})
   with pytest.raises(ValueError, match=r"metrics\['loss'\] must be a scalar.*\(2,\)"):
     metrics_log.write(5, {"loss": np.zeros(2)})
+  assert _steps(path) == [4]
+  metrics_log.write(5, {"loss": 1.0})  # what was refused can be put right
+  assert _steps(path) == [4, 5]
 
 
 def test_progress_line():
@@ -223,21 +228,76 @@ def test_duration(seconds, text):
 
 def test_tensorboard_is_optional(tmp_path, monkeypatch):
   assert log.tensorboard_writer(str(tmp_path), False) is None
-  monkeypatch.setitem(sys.modules, "tensorboard", None)
-  for name in [name for name in sys.modules if name.startswith("tensorboard.")]:
-    monkeypatch.delitem(sys.modules, name)
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
   assert log.tensorboard_writer(str(tmp_path), True) is None
   assert os.listdir(tmp_path) == []
 
 
+def _events(folder):
+  """The events of a folder in the order in which TensorBoard reads them."""
+  events = []
+  for name in sorted(os.listdir(folder)):
+    assert ".tfevents." in name
+    with open(os.path.join(folder, name), "rb") as f:
+      while head := f.read(12):  # length, its checksum, data, their checksum
+        data = f.read(struct.unpack("<Q", head[:8])[0])
+        assert struct.unpack("<I", f.read(4))[0] == record_writer.masked_crc32c(data)
+        events.append(event_pb2.Event.FromString(data))
+  return events
+
+
+def _scalars(folder):
+  """What TensorBoard shows: (tag, step) -> value, without what a later start does again."""
+  shown = {}
+  for event in _events(folder):
+    if event.session_log.status == event_pb2.SessionLog.START:
+      shown = {(tag, step): value for (tag, step), value in shown.items() if step < event.step}
+    shown |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+  return shown
+
+
 def test_tensorboard_gets_the_numbers_and_forgets_what_a_resume_repeats(tmp_path):
+  folder = str(tmp_path / "tensorboard")
+  writer = log.tensorboard_writer(folder, True)
+  writer.write(0, {"step": 0, "loss/policy": 0.5, "note": "text", "none": None, "count": 3})
+  writer.write(1, {"step": 1, "loss/policy": 0.25})
+  writer.write(2, {"step": 2, "loss/policy": 0.75})
+  writer.close()
+  assert _scalars(folder) == {("loss/policy", 0): 0.5, ("count", 0): 3.0, ("loss/policy", 1): 0.25,
+                              ("loss/policy", 2): 0.75}
+  writer = log.tensorboard_writer(folder, True, start_step=1)
+  writer.write(1, {"loss/policy": 0.125})
+  writer.close()
+  writer.close()  # again: nothing happens
+  assert _scalars(folder) == {("loss/policy", 0): 0.5, ("count", 0): 3.0, ("loss/policy", 1): 0.125}
+  assert len(os.listdir(folder)) == 2  # within one second, and neither took the other's place
+
+
+def test_tensorboard_has_what_is_not_finite_without_a_warning_each_step(tmp_path, caplog):
+  writer = log.tensorboard_writer(str(tmp_path), True)
+  writer.write(0, {"loss": math.nan, "gap": math.inf})
+  writer.close()
+  shown = _scalars(str(tmp_path))
+  assert math.isnan(shown["loss", 0]) and shown["gap", 0] == math.inf and not caplog.records
+
+
+def test_tensorboard_loses_nothing_where_the_process_ends_without_closing(tmp_path):
+  code = ("from virl_jax.report import log\n"
+          f"writer = log.tensorboard_writer({str(tmp_path)!r}, True)\n"
+          "for step in range(40): writer.write(step, {'a': step, 'b': 1.0})\n"
+          "raise ValueError('a fault')")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+  assert "a fault" in done.stderr
+  assert len(_scalars(str(tmp_path))) == 80
+
+
+def test_tensorboard_s_own_reader_agrees(tmp_path):
   accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-  write = log.tensorboard_writer(str(tmp_path), True)
-  write(0, {"step": 0, "loss/policy": 0.5, "note": "text", "none": None})
-  write(1, {"step": 1, "loss/policy": 0.25})
+  for start in (0, 1):
+    writer = log.tensorboard_writer(str(tmp_path), True, start)
+    for step in range(start, 2):
+      writer.write(step, {"loss/policy": (1 + step) / (2 + start)})
+    writer.close()
   events = accumulator.EventAccumulator(str(tmp_path)).Reload()
   assert events.Tags()["scalars"] == ["loss/policy"]
-  assert [(e.step, e.value) for e in events.Scalars("loss/policy")] == [(0, 0.5), (1, 0.25)]
-  log.tensorboard_writer(str(tmp_path), True, start_step=1)(1, {"loss/policy": 0.125})
-  events = accumulator.EventAccumulator(str(tmp_path)).Reload()
-  assert [(e.step, e.value) for e in events.Scalars("loss/policy")] == [(0, 0.5), (1, 0.125)]
+  assert {("loss/policy", e.step): e.value for e in events.Scalars("loss/policy")} == _scalars(str(tmp_path))

@@ -1,16 +1,24 @@
-"""The report of a run: one HTML file that needs no network, no script and nothing beside it."""
+"""The report of a run: one HTML file that needs no network, no script and nothing beside it.
+
+Here the page's plain data is put together; what it looks like stands in page.html.j2, trajectory.html.j2 and page.css.
+Everything that a model or a data set wrote is hostile text.  The template escapes whatever it prints, and takes out
+what can't be seen; only what is `Markup` here goes through as it is, and says why it may.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import json
 import os
 import re
 
+import jinja2
+import markupsafe
+
 from virl_jax.eval import monitors
 from virl_jax.report import curves
 from virl_jax.report import gallery
-from virl_jax.report import style
 from virl_jax.report import trajectory
 from virl_jax.run import log
 
@@ -46,10 +54,15 @@ _CHARTS = (
                  ("time/rollout_s", "Rollout, s", {"zero": True, "cap": 4.0}),
                  ("time/update_s", "Update, s", {"zero": True, "cap": 4.0}))))
 
-_ALARM_STEPS = 8  # beginnings of one alarm that are listed; the curves show all
+_ALARM_STEPS = 8       # beginnings of one alarm that are listed; the curves show all
+_LONGEST_TEXT = 12000  # characters shown of one turn
 
-# No script may run and nothing may be fetched, whatever text ends up in the page.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_IMAGE_URI = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
+_SPECIAL = re.compile(r"(<\|[A-Za-z0-9_/]{1,40}\|>|</?(?:think|answer|tool_call|tool_response|tools)>)")
+_REPEATED = re.compile(r"(<\|(?:image|video)_pad\|>)\1+")
+# Control characters, lone surrogates and marks that reorder text: they could make a page unreadable or
+# make it say what the model did not.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def render(config: dict, metrics: list[dict], before: dict | None, after: dict | None,
@@ -69,22 +82,20 @@ def render(config: dict, metrics: list[dict], before: dict | None, after: dict |
   Returns:
     A whole HTML document.  What is empty or None is left out.
   """
-  body = [_header(config, metrics, before, after, title)]
-  if before or after:
-    body += [_cards(config, before or {}, after or {}, difference or {}), _tables(before or {}, after or {})]
-  if metrics:
-    alarms = _begun(config, metrics)
-    body += [_alarms(alarms), _curves(metrics, before or {}, after or {}, alarms)]
-  if gallery:
-    body.append(_gallery(gallery))
-  if config:
-    body.append(_config(config))
-  return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-          f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-          f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-          f'<meta name="color-scheme" content="light dark"><title>{trajectory.escape(title)}</title>'
-          f'<link rel="icon" href="data:,"><style>{style.CSS}</style></head>\n'
-          f'<body><main>{"".join(body)}</main></body></html>\n')
+  ended, summaries = bool(after), (before or {}, after or {})
+  alarms = _begun(config, metrics) if metrics else []
+  page = {
+      "title": title, "facts": _facts(config, metrics, before, after),
+      "kind": "ViRL training report" if metrics or before or after else "ViRL",
+      "css": markupsafe.Markup(_file("page.css")),  # a file of this package, never text of a run
+      "cards": _cards(config, *summaries, difference or {}, ended) if before or after else None,
+      "by_kind": _by_kind(*summaries, ended), "others": _others(*summaries, ended),
+      "alarms": [_alarm(of_one) for of_one in alarms] if metrics else None,
+      "training": _training(metrics, *summaries, alarms) if metrics else None,
+      "kept": [{"label": each["label"], "entries": [trajectory.view(item) for item in each["entries"]]}
+               for each in gallery],
+      "classes": trajectory.CLASSES, "config": _flat(config)}
+  return _environment().get_template("page.html.j2").render(page)
 
 
 def write(workdir: str) -> str:
@@ -154,7 +165,55 @@ def _kept_rollouts(folder, metrics):
           for name, step, label in in_time if name in kept]
 
 
-def _header(config, metrics, before, after, title):
+def _environment() -> jinja2.Environment:
+  env = jinja2.Environment(loader=jinja2.FunctionLoader(_file), autoescape=True, undefined=jinja2.StrictUndefined,
+                           finalize=_visible, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+  env.filters |= {"figure": _figure, "number": curves.number, "signed": _signed, "cut": _cut, "picture": _picture,
+                  "transcript": _transcript}
+  return env
+
+
+def _file(name: str) -> str:
+  return importlib.resources.files("virl_jax.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _visible(value: object) -> str:
+  """Whatever the template prints goes through here before it is escaped: nothing invisible is left in it."""
+  if isinstance(value, markupsafe.Markup):
+    return value  # a macro's output, whose values came through here, or markup of this module
+  return _UNSEEN.sub("\ufffd", str(value).replace("\r\n", "\n"))
+
+
+def _picture(uri: str | None) -> str | None:
+  """The data URI of a picture as it is, or None for anything else."""
+  return uri if isinstance(uri, str) and _IMAGE_URI.fullmatch(uri) else None
+
+
+def _cut(text: str, longest: int) -> str:
+  return text if len(text) <= longest else text[:longest] + " …"
+
+
+def _transcript(text: str) -> list[tuple[str, bool]]:
+  """What a turn holds in pieces: (text, whether it is a special token, which the style dims)."""
+  text = _REPEATED.sub(lambda m: f"{m[1]}×{len(m[0]) // len(m[1])}", text.strip("\n"))
+  more = len(text) - _LONGEST_TEXT
+  pieces = [(piece, i % 2 == 1) for i, piece in enumerate(_SPECIAL.split(text[:_LONGEST_TEXT]))]
+  return pieces + [(f" … {more} more characters", True)] * (more > 0)
+
+
+def _signed(value: float | None) -> str:
+  """A number with its sign, two decimals."""
+  return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+
+
+def _figure(value: float | None, share: bool, unit: str = "") -> str:
+  """A measure for people; the unit is that of shares."""
+  if value is None:
+    return "–"
+  return (f"{100 * value:.1f}{unit}" if share else f"{value:.2f}").replace("-", "−")
+
+
+def _facts(config, metrics, before, after):
   facts = []
   if metrics:
     facts.append(f"{len(metrics)} steps")
@@ -170,85 +229,60 @@ def _header(config, metrics, before, after, title):
   tasks = (after or before or {}).get("n")
   if tasks:
     facts.append(f"{tasks} held-out tasks")
-  kind = "ViRL training report" if metrics or before or after else "ViRL"
-  return (f'<header class="top"><p class="eyebrow">{kind}</p>'
-          f'<h1>{trajectory.escape(title)}</h1>'
-          f'<p class="facts">{" · ".join(trajectory.escape(fact) for fact in facts)}</p></header>')
+  return facts
 
 
-def _cards(config, before, after, difference):
-  h0 = trajectory.escape((config.get("reward") or {}).get("h0", "h0"))
-  cards = "".join(_card(key, name, meaning.format(h0=h0), share, _interval(before.get(key)),
-                        _interval(after.get(key)), _interval(difference.get(key)), bool(after))
-                  for key, name, meaning, share in _CARDS
-                  if _interval(before.get(key)) or _interval(after.get(key)))
-  key = ('<p class="fine">Held-out tasks, with 95% intervals. '
-         '<span class="dot was"></span> before <span class="dot now"></span> after training.</p>')
-  return f'<section><h2>Before and after</h2>{key}<div class="cards">{cards}</div></section>'
+def _cards(config, before, after, difference, ended):
+  h0 = (config.get("reward") or {}).get("h0", "h0")
+  out = []
+  for key, name, meaning, share in _CARDS:
+    b, a = _interval(before.get(key)), _interval(after.get(key))
+    if b or a:
+      # Nothing to measure after training (no zoom is right) is not what was before.
+      out.append({"key": key, "name": name, "meaning": meaning.format(h0=h0), "share": share,
+                  "shown": (a if ended else b) or (None, None, None), "was": b if ended else None,
+                  "change": _change(b, a, _interval(difference.get(key)), judged=key != "rationale_count"),
+                  "strip": _strip(b, a, 1.0 if share or key == "mean_iou" else None)})
+  return out
 
 
-def _card(key, name, meaning, share, before, after, difference, ended):
-  shown = after if ended else before  # nothing to measure after training (no zoom is right) is not what was before
-  value = _format(shown and shown[0], share)
-  was = ""
-  if before and ended:
-    was = f'<p class="was">from {_format(before[0], share)}{_range(before, share)}</p>'
-  now = f'<p class="now">{value}<span>{_range(shown, share)}</span></p>'
-  return (f'<div class="card" data-measure="{key}"><h3>{name}</h3>{now}{was}'
-          f'{_change(before, after, difference, share, judged=key != "rationale_count")}'
-          f'{_strip(before, after, 1.0 if share or key == "mean_iou" else None)}'
-          f'<p class="fine">{meaning}</p></div>')
-
-
-def _change(before, after, difference, share, judged):
+def _change(before, after, difference, judged):
   if difference is None and not (before and after):
-    return ""
+    return None
   value, low, high = difference or (after[0] - before[0], None, None)
-  arrow = "▲" if value > 0 else "▼" if value < 0 else "■"
   sure = low is not None and high is not None and (low > 0 or high < 0)
-  kind = ("good" if value > 0 else "bad") if sure and judged else "sure" if sure else ""
-  sign = "+" if value > 0 else ""
-  return (f'<p class="change {kind}">{arrow} {sign}{_format(value, share, points=True)}'
-          f'{_range((value, low, high), share)}</p>')
+  return {"interval": (value, low, high), "arrow": "▲" if value > 0 else "▼" if value < 0 else "■",
+          "sign": "+" if value > 0 else "",
+          "kind": ("good" if value > 0 else "bad") if sure and judged else "sure" if sure else ""}
 
 
 def _strip(before, after, top):
-  """The two intervals on one axis."""
+  """Where the two intervals lie on one axis, 192 wide."""
   ends = [v for e in (before, after) if e for v in e if v is not None]
   top = top or max(ends, default=0.0) * 1.1 or 1.0
+  at = lambda v: None if v is None else 4 + 192 * min(max(v / top, 0.0), 1.0)
+  return [{"name": name, "y": y, "x": at(e[0]), "low": at(e[1]), "high": at(e[2])}
+          for y, name, e in ((7, "was", before), (17, "now", after)) if e]
+
+
+def _by_kind(before, after, ended):
+  before, after = before.get("by_kind") or {}, after.get("by_kind") or {}
   rows = []
-  for y, name, e in ((7, "was", before), (17, "now", after)):
-    if e:
-      x, low, high = (None if v is None else 4 + 192 * min(max(v / top, 0.0), 1.0) for v in e)
-      if low is not None and high is not None:
-        rows.append(f'<line class="{name}" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>')
-      rows.append(f'<circle class="{name}" cx="{x:.1f}" cy="{y}" r="3.6"/>')
-  return (f'<svg class="strip" viewBox="0 0 200 26" aria-hidden="true"><line class="axis" x1="4" x2="196" '
-          f'y1="24" y2="24"/>{"".join(rows)}</svg>')
+  for kind in sorted({*before, *after}):
+    b, a = before.get(kind) or {}, after.get(kind) or {}
+    rows.append({"kind": kind, "n": a.get("n", b.get("n", "–")),
+                 "cells": [_cell(b.get(key), a.get(key), share, ended) for key, _, share in _BY_KIND]})
+  return {"columns": [name for _, name, _ in _BY_KIND], "rows": rows} if rows else None
 
 
-def _tables(before, after):
-  out = []
-  kinds = sorted({*(before.get("by_kind") or {}), *(after.get("by_kind") or {})})
-  if kinds:
-    rows = []
-    for kind in kinds:
-      b, a = ((summary.get("by_kind") or {}).get(kind) or {} for summary in (before, after))
-      cells = "".join(f"<td>{_arrow(b.get(key), a.get(key), share, bool(after))}</td>" for key, _, share in _BY_KIND)
-      rows.append(f'<tr><th scope="row">{trajectory.escape(kind or "–")}</th>'
-                  f'<td>{trajectory.escape(a.get("n", b.get("n", "–")))}</td>{cells}</tr>')
-    heads = "".join(f"<th>{name}</th>" for _, name, _ in _BY_KIND)
-    out.append(f'<div class="wide"><h3>By kind of task</h3><div class="scroll"><table>'
-               f'<thead><tr><th>Kind</th><th>n</th>{heads}</tr></thead>'
-               f'<tbody>{"".join(rows)}</tbody></table></div></div>')
-  rest = [(name, before.get(key), after.get(key), share) for key, name, share in _OTHER
+def _others(before, after, ended):
+  return [(name, _cell(before.get(key), after.get(key), share, ended)) for key, name, share in _OTHER
           if _interval(before.get(key)) or _interval(after.get(key))]
-  if rest:
-    rows = "".join(f'<tr><th scope="row">{name}</th><td>{_arrow(b, a, share, bool(after))}</td></tr>'
-                   for name, b, a, share in rest)
-    out.append(f'<div><h3>Also measured</h3><div class="scroll"><table><tbody>{rows}</tbody></table>'
-               f'</div></div>')
-  return f'<section class="tables">{"".join(out)}</section>' if out else ""
+
+
+def _cell(before, after, share, ended):
+  b, a = _interval(before), _interval(after)
+  return {"was": b[0] if b and ended else None, "now": ((a if ended else b) or (None,))[0], "share": share}
 
 
 def _begun(config, metrics):
@@ -262,24 +296,17 @@ def _begun(config, metrics):
   return list(found.values())
 
 
-def _alarms(alarms):
-  items = []
-  for of_one in alarms:
-    steps = [str(alarm.step) for alarm in of_one]
-    more = f" and {len(steps) - _ALARM_STEPS} more" if len(steps) > _ALARM_STEPS else ""
-    when = f"from step{'s' * (len(steps) > 1)} {', '.join(steps[:_ALARM_STEPS])}{more}"
-    items.append(f'<li><b>{trajectory.escape(_spoken(of_one[0]))}</b> {when}: '
-                 f'{trajectory.escape(of_one[0].message)}.</li>')
-  shown = f'<ol class="alarms">{"".join(items)}</ol>' if items else '<p class="fine">none</p>'
-  return f"<section><h2>Alarms</h2>{shown}</section>"
+def _alarm(of_one):
+  return {"name": _spoken(of_one[0]), "message": of_one[0].message,
+          "steps": [alarm.step for alarm in of_one[:_ALARM_STEPS]], "more": max(0, len(of_one) - _ALARM_STEPS)}
 
 
 def _spoken(alarm):
   return alarm.name.replace("_", " ")
 
 
-def _curves(metrics, before, after, alarms):
-  marks = sorted((alarm.step, str(i), f"step {alarm.step}: {_spoken(alarm)} begins")
+def _training(metrics, before, after, alarms):
+  marks = sorted((alarm.step, str(i), _visible(f"step {alarm.step}: {_spoken(alarm)} begins"))
                  for i, of_one in enumerate(alarms, start=1) for alarm in of_one)
   groups = []
   for heading, charts in _CHARTS:
@@ -289,39 +316,11 @@ def _curves(metrics, before, after, alarms):
                 if _is_number(line.get(key)) and _is_number(line.get("step"))]
       if points:
         ends = {"before": before.get(key), "after": after.get(key)} if heading == "Behaviour" else {}
-        drawn.append(f'<div class="chart">{curves.svg(points, name, subtitle=key, marks=marks, **how, **ends)}</div>')
+        # Markup: `curves.svg` draws numbers, and escapes its few words.
+        drawn.append(markupsafe.Markup(curves.svg(points, name, subtitle=key, marks=marks, **how, **ends)))
     if drawn:
-      groups.append(f'<h3>{heading}</h3><div class="charts">{"".join(drawn)}</div>')
-  held_out = " Diamonds: held-out tasks before and after." if before or after else ""
-  numbers = " Numbered lines: where an alarm begins." if marks else ""
-  return (f'<section><h2>Training</h2><p class="fine">Thin line: each step. Bold line and its label: '
-          f'moving average.{held_out}{numbers}</p>{"".join(groups)}</section>')
-
-
-def _gallery(shown):
-  """Kept rollouts behind radio buttons: choosing one needs no script."""
-  radios, labels, panes, rules = [], [], [], []
-  for i, kept in enumerate(shown):
-    checked = " checked" if i == len(shown) - 1 else ""
-    radios.append(f'<input type="radio" name="kept" id="kept{i}"{checked}>')
-    labels.append(f'<label for="kept{i}">{trajectory.escape(kept["label"])}</label>')
-    panes.append(f'<div class="pane">{"".join(trajectory.render(item) for item in kept["entries"])}</div>')
-    rules.append(f"#kept{i}:checked~.panes>:nth-child({i + 1}){{display:block}}"
-                 f"#kept{i}:checked~.picks>:nth-child({i + 1}){{background:var(--ink);color:var(--paper)}}"
-                 f"#kept{i}:focus-visible~.picks>:nth-child({i + 1}){{outline:2px solid var(--accent)}}")
-  legend = ('<p class="legend"><span><i class="truth"></i>ground truth</span>'
-            + "".join(f'<span><i class="{name}"></i>{name} zoom</span>' for name in trajectory.CLASSES)
-            + "</p>")
-  return (f'<section class="gallery"><h2>Trajectories</h2>{legend}<style>{"".join(rules)}</style>'
-          f'{"".join(radios)}<div class="picks"{" hidden" * (len(shown) == 1)}>{"".join(labels)}</div>'
-          f'<div class="panes">{"".join(panes)}</div></section>')
-
-
-def _config(config):
-  rows = "".join(f'<tr><th scope="row">{trajectory.escape(key)}</th><td>{trajectory.escape(value)}</td></tr>'
-                 for key, value in _flat(config))
-  return (f'<section><details><summary>Configuration</summary><div class="scroll">'
-          f'<table class="config"><tbody>{rows}</tbody></table></div></details></section>')
+      groups.append((heading, drawn))
+  return {"groups": groups, "held_out": bool(before or after), "marked": bool(marks)}
 
 
 def _flat(nested, prefix=""):
@@ -336,27 +335,6 @@ def _interval(measure):
   if isinstance(measure, dict):
     return None if measure.get("value") is None else tuple(measure.get(k) for k in ("value", "low", "high"))
   return None if measure is None else (measure, None, None)
-
-
-def _format(value, share, points=False):
-  if value is None:
-    return "–"
-  if share:
-    return f"{100 * value:.1f}{' pts' if points else '%'}".replace("-", "−")
-  return f"{value:.2f}".replace("-", "−")
-
-
-def _range(interval, share):
-  if interval is None or interval[1] is None or interval[2] is None:
-    return ""
-  low, high = (f"{100 * v:.1f}" if share else f"{v:.2f}" for v in interval[1:])
-  return f' <small>{low.replace("-", "−")} to {high.replace("-", "−")}</small>'
-
-
-def _arrow(before, after, share, ended):
-  b, a = _interval(before), _interval(after)
-  now = _format(((a if ended else b) or (None,))[0], share)
-  return f'<span class="from">{_format(b[0], share)} →</span> {now}' if b and ended else now
 
 
 def _is_number(value):

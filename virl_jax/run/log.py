@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import importlib
 import json
+import logging
 import math
 import os
 import statistics
@@ -22,13 +23,7 @@ _SHOWN = (("reward", "reward/total", "+.2f"), ("acc_ans", "acc_ans", ".2f"),
 
 
 class MetricsLog:
-  """Appends one JSON object a step to a file, one step late.
-
-  A step's values are kept as they came and are read only when the next step is written.  So device
-  arrays have had a whole step to be computed, and reading them does not stall the accelerator.
-
-  A process that is killed loses the pending step: call `flush` before saving a checkpoint.
-  """
+  """Appends one JSON object a step to a file, which is open only while a line is written."""
 
   def __init__(self, path: str, start_step: int, header: dict | None = None):
     """Opens the file, forgetting what a resumed run will do again.
@@ -50,18 +45,16 @@ class MetricsLog:
     _rewind(path, start_step, header)
     self._path = path
     self._next_step = start_step
-    self._pending: tuple[int, dict] | None = None
-    self._last: dict | None = None
 
-  def write(self, step: int, metrics: dict) -> dict | None:
-    """Keeps a step's metrics pending, and writes those of the step before.
+  def write(self, step: int, metrics: dict) -> dict:
+    """Writes a step's metrics; the line is on the disk when this returns.
 
     Args:
       step: later than every step so far.
-      metrics: scalars by name: Python, numpy or device numbers, or short strings.
+      metrics: scalars by name: Python, numpy or device numbers (which it waits for), or short strings.
 
     Returns:
-      The line that was written now, as plain Python values, or None if there was none.
+      The line as plain Python values.
 
     Raises:
       ValueError: the step goes back, or a value is not a scalar.
@@ -72,35 +65,12 @@ class MetricsLog:
     for name, value in metrics.items():
       if not isinstance(value, str) and getattr(value, "shape", ()) != ():
         raise ValueError(f"metrics[{name!r}] must be a scalar. Received: shape {tuple(value.shape)}")
-    written = self._write_pending()
-    self._next_step = step + 1
-    self._pending = (step, dict(metrics))
-    return written
-
-  def flush(self) -> dict | None:
-    """Forces everything onto the disk, the pending step included.
-
-    Returns:
-      The last line in this log, as plain Python values; None if this process has written none.
-    """
-    self._write_pending()
-    with open(self._path, "ab") as f:
-      os.fsync(f.fileno())
-    return self._last
-
-  def close(self) -> None:
-    """Flushes; the file itself is open only while a line is written."""
-    self.flush()
-
-  def _write_pending(self) -> dict | None:
-    if self._pending is None:
-      return None
-    step, metrics = self._pending
-    self._pending = None
     line = {"step": int(step), **{k: _plain(v) for k, v in metrics.items() if k != "step"}}
     with open(self._path, "ab") as f:
       f.write(_bytes(line))
-    self._last = line
+      f.flush()
+      os.fsync(f.fileno())
+    self._next_step = step + 1
     return line
 
 
@@ -188,10 +158,28 @@ def duration(seconds: float) -> str:
   return f"{whole}s"
 
 
-def tensorboard_writer(logdir: str, enabled: bool, start_step: int = 0) -> Callable[[int, dict], None] | None:
-  """Gives a function that writes a step's scalars for TensorBoard.
+class TensorBoard:
+  """Writes scalars for TensorBoard, in a thread of the library's: the files are about a second behind."""
 
-  Needs the `tensorboard` package, but no TensorFlow.
+  def __init__(self, writer):
+    """Takes the library's writer; see `tensorboard_writer`."""
+    self._writer = writer
+
+  def write(self, step: int, metrics: dict) -> None:
+    """Hands on a step's numbers; what is missing or text is left out."""
+    for tag, value in metrics.items():
+      if tag != "step" and value is not None and not isinstance(value, str):
+        self._writer.add_scalar(tag, float(value), step)
+
+  def close(self) -> None:
+    """Waits until everything is on the disk.  Without it, the end of the process does the same."""
+    self._writer.close()
+
+
+def tensorboard_writer(logdir: str, enabled: bool, start_step: int = 0) -> TensorBoard | None:
+  """Opens a file of events.
+
+  Needs the package `tensorboardX`, and neither TensorFlow nor TensorBoard, which is for looking at them.
 
   Args:
     logdir: the folder of event files.
@@ -199,28 +187,19 @@ def tensorboard_writer(logdir: str, enabled: bool, start_step: int = 0) -> Calla
     start_step: TensorBoard forgets what an earlier process logged from this step on.
 
   Returns:
-    write(step, metrics), which skips what is not a number; None if the package is not installed.
+    The writer; None if the package is not installed.
   """
   if not enabled:
     return None
   try:
-    writers = importlib.import_module("tensorboard.summary.writer.event_file_writer")
-    event_pb2 = importlib.import_module("tensorboard.compat.proto.event_pb2")
-    summary_pb2 = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+    library = importlib.import_module("tensorboardX")  # here, for it imports torch where there is one
   except ImportError:
     return None
-  writer = writers.EventFileWriter(logdir)
-  restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-  writer.add_event(event_pb2.Event(wall_time=time.time(), step=start_step, session_log=restart))
-
-  def write(step, metrics):
-    values = [summary_pb2.Summary.Value(tag=tag, simple_value=float(value)) for tag, value in metrics.items()
-              if tag != "step" and value is not None and not isinstance(value, str)]
-    summary = summary_pb2.Summary(value=values)
-    writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
-    writer.flush()
-
-  return write
+  # A metric that is not finite is no news to warn of each step: TensorBoard shows it, and so does metrics.jsonl.
+  logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+  # The name of a file has whole seconds: the step keeps two starts within one of them apart, and in order.
+  return TensorBoard(library.SummaryWriter(logdir, purge_step=start_step, flush_secs=1,
+                                           filename_suffix=f".{start_step:08d}"))
 
 
 def _plain(value):
