@@ -289,15 +289,3 @@ def test_tensorboard_loses_nothing_where_the_process_ends_without_closing(tmp_pa
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
   assert "a fault" in done.stderr
   assert len(_scalars(str(tmp_path))) == 80
-
-
-def test_tensorboard_s_own_reader_agrees(tmp_path):
-  accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-  for start in (0, 1):
-    writer = log.tensorboard_writer(str(tmp_path), True, start)
-    for step in range(start, 2):
-      writer.write(step, {"loss/policy": (1 + step) / (2 + start)})
-    writer.close()
-  events = accumulator.EventAccumulator(str(tmp_path)).Reload()
-  assert events.Tags()["scalars"] == ["loss/policy"]
-  assert {("loss/policy", e.step): e.value for e in events.Scalars("loss/policy")} == _scalars(str(tmp_path))

@@ -8,6 +8,7 @@ what can't be seen; only what is `Markup` here goes through as it is, and says w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.resources
 import json
 import os
@@ -165,6 +166,7 @@ def _kept_rollouts(folder, metrics):
           for name, step, label in in_time if name in kept]
 
 
+@functools.cache  # with the templates that it has compiled
 def _environment() -> jinja2.Environment:
   env = jinja2.Environment(loader=jinja2.FunctionLoader(_file), autoescape=True, undefined=jinja2.StrictUndefined,
                            finalize=_visible, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
