@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import struct
 import subprocess
 import sys
@@ -282,10 +283,11 @@ def test_tensorboard_has_what_is_not_finite_without_a_warning_each_step(tmp_path
 
 
 def test_tensorboard_loses_nothing_where_the_process_ends_without_closing(tmp_path):
-  code = ("from virl_jax.report import log\n"
+  code = ("from virl_jax.run import log\n"
           f"writer = log.tensorboard_writer({str(tmp_path)!r}, True)\n"
           "for step in range(40): writer.write(step, {'a': step, 'b': 1.0})\n"
           "raise ValueError('a fault')")
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                        cwd=pathlib.Path(__file__).parents[2])
   assert "a fault" in done.stderr
   assert len(_scalars(str(tmp_path))) == 80
