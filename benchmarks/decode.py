@@ -37,7 +37,7 @@ class Step:
     length = jnp.full((self.rows,), self.filled, jnp.int32)
     state = self.state.replace(cache=self.state.cache.replace(len_B=length))
     none = jnp.zeros(self.rows, jnp.int32)
-    turns = sample.Turns(jnp.arange(self.rows), none, none, none + self.steps)
+    turns = sample.Writers(jnp.arange(self.rows), none, none, none + self.steps)
     self.state, _, _, count = sample.decode(self.params, self.cfg, state, turns, jax.random.key(0), jnp.float32(0),
                                             self.steps)
     assert int(count.min()) == self.steps

@@ -22,10 +22,11 @@ from virl_jax.model import params as params_lib
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
+from virl_jax.rl import judge
 from virl_jax.rl import reward
 from virl_jax.run import memory
 
-REWARD, CREDIT, ADVANTAGE = reward.Config(), credit.Config(), advantage.Config()
+REWARD, CREDIT = reward.Config(), credit.Config()
 
 
 def draw(rows: int, actions: int, targets: int, tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -51,13 +52,12 @@ def draw(rows: int, actions: int, targets: int, tokens: int, seed: int = 0) -> d
 
 @functools.partial(jax.jit, static_argnames="group")
 def ours(d: dict, group: int):
-  """This project's kernels, as `learner.step.score_step` puts them together."""
-  fid = jax.vmap(lambda *a: reward.fidelity(*a, REWARD))(d["box"], d["box_mask"], d["gt"], d["gt_mask"])
-  total = reward.total(d["answer"], jnp.ones_like(d["answer"]), fid.mean, REWARD)
-  adv = advantage.relative(total, group, ADVANTAGE)
-  classes = jax.vmap(credit.classify)(fid.correct_R, fid.redundant_R, fid.target_R >= 0)
-  m = jax.vmap(lambda c, a: credit.modulator(c, a, CREDIT))(classes, adv)
-  return total, jax.vmap(credit.token_advantages)(adv, m, d["action"], d["sampled"])
+  """This project's kernels, as `learner.step.score_step` has them put together."""
+  cfg = judge.Config(group, REWARD, CREDIT, advantage.Config())
+  looks = judge.looks((d["box"], d["box_mask"], d["gt"], d["gt_mask"]), REWARD)
+  total = judge.rewards(looks, d["answer"], jnp.ones_like(d["answer"]), REWARD)
+  rows = jnp.ones(total.shape, bool)
+  return total, judge.credits(looks, total, d["action"], d["sampled"], rows, None, cfg).advantage_BT
 
 
 def _iou(a, b):

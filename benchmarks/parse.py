@@ -21,12 +21,13 @@ import timing  # of this folder
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.rollout.actions import zoom
 
 NUMBERS = ["NaN", "Infinity", "-Infinity", "1e308", "-1e308", "1e999", "-5", "0", "-0", "1", "17", "83.5", "1e-320",
            "true", "null", '"7"', "[1]", "{}", "٣", "４２", "१२", "0x10", "1_000", "9" * 400, "-", "+3", ".5", "5."]
 PIECES = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>", "<|im_end|>", "<|image_pad|>",
           "<|vision_start|>", "{", "}", "[", "]", '"', "\\", ",", ":", "\x00", "\ud800", "\ufffd", "\U0001f600", "\n",
-          " ", '"bbox_2d"', '"name"', '"arguments"', '"target_image"', prompt.TOOL_NAME, "__import__('os')",
+          " ", '"bbox_2d"', '"name"', '"arguments"', '"target_image"', zoom.NAME, "__import__('os')",
           "\\u0000", "\u202e"]
 CFG = images.Config(crop_expand=True)
 
@@ -48,7 +49,7 @@ def turn(rng: random.Random) -> str:
   if rng.random() < 0.1:
     arguments.append(rng.choice(arguments))
   rng.shuffle(arguments)
-  name = prompt.TOOL_NAME if rng.random() < 0.9 else rng.choice(PIECES)
+  name = zoom.NAME if rng.random() < 0.9 else rng.choice(PIECES)
   text = f'<tool_call>{{"name": {json.dumps(name)}, "arguments": {{{", ".join(arguments)}}}}}</tool_call>'
   for _ in range(rng.choice([0, 0, 0, 1, 1, 2, 4])):
     at, end = sorted((rng.randrange(len(text) + 1), rng.randrange(len(text) + 1)))
@@ -76,7 +77,7 @@ def main():
         outcomes[found.message] += 1
         continue
       outcomes[type(found).__name__] += 1
-      if isinstance(found, prompt.Zoom):
+      if isinstance(found, zoom.Zoom):
         box = images.check_zoom(found.box, region, shown, CFG)
         if not isinstance(box, str):
           boxes += 1

@@ -88,7 +88,7 @@ class Ours:
     state = sample.start(self.cfg, B, pack.up(T + self.new_tokens, text.CACHE_BLOCK))
     state = sample.append(self.params, self.cfg, state, self.chunk)
     none = jnp.zeros(B, jnp.int32)
-    turns = sample.Turns(jnp.arange(B), none, none, none + self.new_tokens)
+    turns = sample.Writers(jnp.arange(B), none, none, none + self.new_tokens)
     _, out, _, _ = sample.decode(self.params, self.cfg, state, turns, jax.random.key(0), jnp.float32(0),
                                  self.new_tokens)
     self.out = np.asarray(out)

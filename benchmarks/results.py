@@ -123,16 +123,22 @@ class Arm:
     terms: float64[2, S, N, K], numerators and denominators of `outcome.METRICS` by seed and task.
     before: the same of its base.
     curves: for each seed the lines of its metrics.jsonl.
+    uids: of the tasks, in order, by seed: arms are compared task by task.
   """
 
   terms: np.ndarray
   before: np.ndarray
   curves: tuple[list[dict], ...]
+  uids: tuple[tuple[str, ...], ...] = ()
+
+
+def _outcomes(folder: pathlib.Path, when: str) -> list[outcome.Outcome]:
+  found = harness.outcomes(json.loads((folder / f"eval_{when}.json").read_text()))
+  return sorted(found, key=lambda o: o.uid)
 
 
 def _terms(folders: list[pathlib.Path], when: str) -> np.ndarray:
-  pages = [json.loads((f / f"eval_{when}.json").read_text()) for f in folders]
-  return np.stack([outcome.terms(harness.outcomes(page), H0) for page in pages], 1)
+  return np.stack([outcome.terms(_outcomes(f, when), H0) for f in folders], 1)
 
 
 def read(out: pathlib.Path, arms: tuple[str, ...], seeds: int) -> dict[str, Arm]:
@@ -143,7 +149,8 @@ def read(out: pathlib.Path, arms: tuple[str, ...], seeds: int) -> dict[str, Arm]
     if not all((f / "eval_after.json").exists() for f in folders):
       continue
     found[arm] = Arm(_terms(folders, "after"), _terms(folders, "before"),
-                     tuple(log.read(str(f / "metrics.jsonl")) for f in folders))
+                     tuple(log.read(str(f / "metrics.jsonl")) for f in folders),
+                     tuple(tuple(o.uid for o in _outcomes(f, "after")) for f in folders))
   return found
 
 
@@ -195,6 +202,9 @@ def _difference(result: dict, draws: dict, metric: str, more: str, less: str) ->
 def _differences(found: dict[str, Arm], result: dict, draws: dict, names: tuple[str, ...]) -> dict:
   """A section's arms against one of them: `full`, or else the first; those that began with the same policy."""
   against = "full" if "full" in names else names[0]
+  for n in names:
+    if found[n].uids != found[against].uids:
+      raise ValueError(f"arms {n} and {against} must be about the same held-out tasks to be compared")
   same = [n for n in names if n != against and np.array_equal(found[n].before, found[against].before, equal_nan=True)]
   return {"against": against, "arms": {
       n: {m: _difference(result, draws, m, n, against) for m in SHOWN} for n in same}}

@@ -32,6 +32,7 @@ from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import engine
+from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import turns
 from virl_jax.run import memory
 
@@ -102,27 +103,25 @@ class Ours:
 
   def begin(self, policy, task):
     ids, shown = self.scripts[int(task.uid) * self.group].prompt
-    return turns.Row(types.Trajectory(task, -1, ids, images=[shown]), None)
+    return row_lib.prompt(policy.model, task, None, ids, shown)
 
   def left(self, policy, row):
-    return self.scripts[row.traj.uid].lengths[row.turn] - row.said
+    return self.scripts[row.traj.index].lengths[row.turn] - row.said
 
   def hear(self, policy, row, ids, logp):
-    row.ids.append(ids)
-    row.logp.append(logp)
+    row.hear(ids, logp)
     return not self.left(policy, row)
 
   def read(self, policy, row):
-    ids, script = np.concatenate(row.ids), self.scripts[row.traj.uid]
-    row.traj.turns.append(types.Turn("assistant", ids, np.concatenate(row.logp)))
-    row.ids, row.logp = [], []
+    (ids, logp), script = row.take(), self.scripts[row.traj.index]
+    row.traj.turns.append(types.Turn("assistant", ids, logp))
     if row.turn == len(script.replies):
       row.traj.stop = types.StopReason.ANSWERED
       return None
     heard, crop = script.replies[row.turn]
     row.traj.turns.append(types.Turn("tool", heard))
     row.turn += 1
-    return turns.reply(policy, heard, crop, row.filled + len(ids), row.next_pos + len(ids))
+    return row_lib.reply(policy.model, heard, crop, row.filled + len(ids), row.next_pos + len(ids))
 
 
 class Transformers:

@@ -70,7 +70,7 @@ def main():
     before, watched = compiled.count, r >= args.warmup
     drawn = batches.train(sources[r % len(sources)], 0, r // len(sources), args.prompts, pol.image.decode_max_pixels)
     got, stats = engine.run(pol, params, drawn.tasks, jax.random.fold_in(jax.random.key(0), r), args.group)
-    assert [t.uid for t in got] == list(range(each)), "every trajectory comes back, once"
+    assert [t.index for t in got] == list(range(each)), "every trajectory comes back, once"
     if watched:
       stops.update(t.stop.value for t in got)
       total += len(got)

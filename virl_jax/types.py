@@ -48,6 +48,7 @@ class Task:
     boxes: ground-truth rationale boxes, pixels of the original image; may be empty.
     options: the texts of the options A, B, C ... or None for a free answer.
     kind: the family the task belongs to, for metrics by kind.
+    match: the rule by which an answer is right, a key of `data.answers.RULES`.
   """
 
   uid: str
@@ -57,6 +58,7 @@ class Task:
   boxes: tuple[Box, ...] = ()
   options: tuple[str, ...] | None = None
   kind: str = ""
+  match: str = "exact"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,28 @@ class StopReason(str, enum.Enum):
   MALFORMED = "malformed"          # neither a tool call nor an answer
 
 
+@dataclasses.dataclass(frozen=True)
+class Observation:
+  """What a visual action came to.
+
+  Attributes:
+    image: the picture that comes back, or None.
+    text: what comes back in words; "" for nothing.
+    region: the region of the original that the action was about, which is what it is judged by; None: not judged.
+    written: the region's numbers as the policy wrote them, in the frame of the image that they are of, or None.
+    of_image: which of the trajectory's images that is.
+    chars: where in the turn's text credit goes, half-open, by scope: "call" the tool call, "box" what in it names the
+      region.
+  """
+
+  image: ImageInput | None = None
+  text: str = ""
+  region: Box | None = None
+  written: tuple[float, ...] | None = None
+  of_image: int = 0
+  chars: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass
 class Turn:
   """A stretch of the token stream that one side wrote.
@@ -92,11 +116,9 @@ class Turn:
     ids: int32[T] token ids, exactly as sampled or as appended to the cache.
     logp: float32[T] nats under the sampling distribution; None for tool turns.
     text: the ids, decoded.
-    box: the region that this turn zoomed into, or None.
-    box_shown: the four numbers as the policy wrote them, in the frame of the image that they are of, or None.
-    target_image: which of the trajectory's images that is.
-    call_span: which of the ids hold the tool call that led to `box`, half-open; None if not known.
-    box_span: which hold its four numbers.
+    action: name of the visual action that this turn took and that was carried out, or None.
+    region, written, of_image: of that action; see `Observation`.
+    spans: which of the ids credit goes to, half-open, by scope; see `Observation.chars`.
     error: what the policy was told was wrong with its call, or None.
     image_index: which of the trajectory's images this (tool) turn carries, or None.
   """
@@ -105,11 +127,11 @@ class Turn:
   ids: np.ndarray
   logp: np.ndarray | None = None
   text: str = ""
-  box: Box | None = None
-  box_shown: tuple[float, ...] | None = None
-  target_image: int = 0
-  call_span: tuple[int, int] | None = None
-  box_span: tuple[int, int] | None = None
+  action: str | None = None
+  region: Box | None = None
+  written: tuple[float, ...] | None = None
+  of_image: int = 0
+  spans: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
   error: str | None = None
   image_index: int | None = None
 
@@ -120,23 +142,23 @@ class Trajectory:
 
   Attributes:
     task: the question.
-    uid: int, unique within a step; seeds the sampling of this trajectory alone.
+    index: which of a step's trajectories this is; seeds the sampling of this one alone.
     prompt_ids: int32[T] the prompt's tokens, placeholders of the first image included.
     turns: what came after the prompt, in order.
-    images: the shown image, then one crop for each successful zoom.
+    images: the shown image, then what visual actions brought back.
     stop: why it ended.
     answer: the text inside the answer tag, or None.
-    correct: whether `answer` matches one of the task's answers.
+    correct: whether `answer` is right by the task's rule; None until `data.answers.grade` has looked.
   """
 
   task: Task
-  uid: int
+  index: int
   prompt_ids: np.ndarray
   turns: list[Turn] = dataclasses.field(default_factory=list)
   images: list[ImageInput] = dataclasses.field(default_factory=list)
   stop: StopReason | None = None
   answer: str | None = None
-  correct: bool = False
+  correct: bool | None = None
 
   @property
   def ids(self) -> np.ndarray:
@@ -144,9 +166,9 @@ class Trajectory:
     return np.concatenate([self.prompt_ids, *(turn.ids for turn in self.turns)])
 
   @property
-  def boxes(self) -> list[Box]:
-    """The boxes of the visual actions, in order, in original pixels."""
-    return [turn.box for turn in self.turns if turn.box is not None]
+  def regions(self) -> list[Box]:
+    """The regions that visual actions were about, in order, in original pixels: those that can be judged."""
+    return [turn.region for turn in self.turns if turn.region is not None]
 
 
 @flax.struct.dataclass

@@ -102,7 +102,7 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
       state = step_lib.init_state(state.params, clumsy.optim)
     state, metrics = step_lib.imitate_step(state, batch, careful if step < turn else clumsy)
     if step % 25 == 0 or step + 1 == u.steps:
-      nll = float(metrics["loss/total"])
+      nll = float(metrics["loss/total"].value)
       if not np.isfinite(nll):
         raise SystemExit(f"step {step}: the loss is {nll}; try a lower config.warmstart.learning_rate")
       left = (time.time() - began) / (step - start + 1) * (u.steps - step - 1)

@@ -257,38 +257,6 @@ def test_frames_by_hand():
   assert images.to_original((100, 40, 200, 100), region, shown) == types.Box(150, 60, 200, 75)
 
 
-WHOLE, SHOWN = types.Box(0, 0, 840, 420), (84, 42)  # a tenth
-
-
-@pytest.mark.parametrize("box, found", [
-    ((10, 10, 20, 20), types.Box(100, 100, 200, 200)),
-    ((-5, -1000, 20, 20), types.Box(0, 0, 200, 200)),
-    ((80.5, 40, 1e6, 1e6), types.Box(805, 400, 840, 420)),
-    ((-1e6, -1e6, 1e6, 1e6), WHOLE),
-    ((0, 0, 60, 0.8), types.Box(0, 0, 600, 8)),
-    ((20, 10, 10, 20), "x1 < x2"), ((10, 20, 20, 10), "y1 < y2"), ((10, 10, 10, 20), "x1 < x2"),
-    ((84, 0, 90, 10), "outside the image of 84 x 42"), ((0, 42, 10, 50), "outside"), ((-9, -9, -1, -1), "outside"),
-    ((10, 10, 10.7, 20), "too small"), ((83.9, 10, 90, 20), "too small"), ((0, 0, 60, 0.79), "too small")])
-def test_zooms(box, found):
-  got = images.check_zoom(box, WHOLE, SHOWN, LIMITS)
-  if isinstance(found, str):
-    assert isinstance(got, str) and found in got
-  else:
-    np.testing.assert_allclose(got, found)
-
-
-def test_long_thin_zooms_are_refused():
-  limits = images.Config(crop_max_aspect=10.0)
-  assert images.check_zoom((0, 0, 50, 5), WHOLE, SHOWN, limits) == types.Box(0, 0, 500, 50)
-  for box in ((0, 0, 51, 5), (0, 0, 2, 42)):
-    assert images.check_zoom(box, WHOLE, SHOWN, limits) == "bbox_2d is too long and thin"
-
-
-def test_a_zoom_into_a_part_is_clamped_to_that_part():
-  region = types.Box(100, 100, 140, 140)
-  assert images.check_zoom((-9, 0, 28, 99), region, (56, 56), LIMITS) == types.Box(100, 100, 120, 140)
-
-
 def test_defaults_are_the_configuration_s():
   assert images.Config(**config.default().image) == LIMITS
 

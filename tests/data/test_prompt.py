@@ -10,9 +10,10 @@ import pytest
 
 from virl_jax import config
 from virl_jax.data import prompt
+from virl_jax.rollout.actions import zoom
 
 
-def call(arguments, name=prompt.TOOL_NAME):
+def call(arguments, name=zoom.NAME):
   return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
@@ -22,7 +23,7 @@ BOX = {"bbox_2d": [1, 2, 30, 40]}
 @pytest.mark.parametrize("text, box", [
     (call(BOX), (1, 2, 30, 40)),
     ("<think>look there</think>" + call(BOX) + "<|im_end|>", (1, 2, 30, 40)),
-    ("Let me zoom.\n<tool_call>\n" + json.dumps({"name": prompt.TOOL_NAME, "arguments": BOX}) + "\n</tool_call>\n",
+    ("Let me zoom.\n<tool_call>\n" + json.dumps({"name": zoom.NAME, "arguments": BOX}) + "\n</tool_call>\n",
      (1, 2, 30, 40)),
     (call(BOX | {"label": "a cat"}), (1, 2, 30, 40)),
     (call({"bbox_2d": [1.5, -2, 1e3, 4.25]}), (1.5, -2, 1000, 4.25)),
@@ -32,7 +33,7 @@ BOX = {"bbox_2d": [1, 2, 30, 40]}
     (call({"bbox_2d": [1e6, -1e6, 0, 0]}), (1e6, -1e6, 0, 0)),
 ])
 def test_zooms(text, box):
-  assert prompt.parse(text) == prompt.Zoom(box)
+  assert prompt.parse(text) == zoom.Zoom(box)
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -60,12 +61,12 @@ def test_answers(text, answer):
     ("<tool_call>{'name': 1}</tool_call>", "not valid JSON", True),
     (call(BOX | {"label": "</tool_call>"}), "not valid JSON", True),
     ('<tool_call>{"name": "a", "name": "b"}</tool_call>', "not valid JSON", True),
-    ("<tool_call>" + json.dumps({"name": prompt.TOOL_NAME, "arguments": BOX})[:-1] + "</tool_call>", "not valid JSON",
+    ("<tool_call>" + json.dumps({"name": zoom.NAME, "arguments": BOX})[:-1] + "</tool_call>", "not valid JSON",
      True),
     ("<tool_call>[1, 2, 3, 4]</tool_call>", "the only tool is", True),
     ("<tool_call>null</tool_call>", "the only tool is", True),
     (call(BOX, "rm"), "the only tool is image_zoom_in_tool", True), (call(BOX, None), "the only tool is", True),
-    (call(BOX, [prompt.TOOL_NAME]), "the only tool is", True),
+    (call(BOX, [zoom.NAME]), "the only tool is", True),
     (call(None), "four numbers", True), (call([1, 2, 3, 4]), "four numbers", True), (call({}), "four numbers", True),
     (call(json.dumps(BOX)), "four numbers", True), (call({"bbox": [1, 2, 3, 4]}), "four numbers", True),
     (call({"bbox_2d": [1, 2, 3]}), "four numbers", True), (call({"bbox_2d": [1, 2, 3, 4, 5]}), "four numbers", True),
@@ -105,7 +106,7 @@ def check(text):
   """Whatever the text: a result of one of three kinds that makes sense."""
   found = prompt.parse(text)
   calls, answers = text.count("<tool_call>"), text.count("<answer>")
-  if isinstance(found, prompt.Zoom):
+  if isinstance(found, zoom.Zoom):
     assert (calls, answers) == (1, 0)
     assert len(found.box) == 4 and all(type(v) is float and abs(v) <= 1e6 for v in found.box)
   elif isinstance(found, prompt.Answer):
@@ -123,7 +124,7 @@ def test_any_text_is_read_without_raising(text):
 
 
 FRAGMENTS = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>", "<|im_end|>", "\n", " ",
-             json.dumps({"name": prompt.TOOL_NAME, "arguments": BOX}), '{"name": "', '", "arguments": ', "{", "}", "[",
+             json.dumps({"name": zoom.NAME, "arguments": BOX}), '{"name": "', '", "arguments": ', "{", "}", "[",
              "]", '"bbox_2d": ', "[1, 2, 3, 4]", "NaN", "1e308", "9" * 50, "\\ud800", "\ud800", "\x00", "\"", "\\"]
 
 
@@ -144,7 +145,7 @@ def test_any_arguments_are_read_without_raising(arguments, box):
   check(call({"bbox_2d": arguments}))
   found = check(call({"bbox_2d": box}))
   good = all(type(v) in (int, float) and abs(v) <= 1e6 for v in box)  # NaN compares false
-  assert isinstance(found, prompt.Zoom) == good
+  assert isinstance(found, zoom.Zoom) == good
 
 
 safe = st.text(max_size=30).filter(lambda s: "<" not in s)
@@ -152,7 +153,7 @@ safe = st.text(max_size=30).filter(lambda s: "<" not in s)
 
 @hypothesis.given(st.lists(st.integers(-10 ** 6, 10 ** 6), min_size=4, max_size=4), safe)
 def test_what_we_write_as_a_call_is_read_as_one(box, thought):
-  assert prompt.parse(prompt.call_text(tuple(box), thought)) == prompt.Zoom(tuple(map(float, box)))
+  assert prompt.parse(prompt.call_text(zoom.call(tuple(box)), thought)) == zoom.Zoom(tuple(map(float, box)))
 
 
 @hypothesis.given(safe, safe)
@@ -178,7 +179,7 @@ def test_prompts_are_what_the_chat_template_renders(tiny, image_first):
 
 @pytest.mark.parametrize("error", [None, "bbox_2d is too small"])
 def test_tool_turns_are_what_the_chat_template_renders(tiny, error):
-  said = prompt.call_text((1, 2, 30, 40), "hm")
+  said = prompt.call_text(zoom.call((1, 2, 30, 40)), "hm")
   messages = [{"role": "system", "content": PLAIN.system}, {"role": "user", "content": [PICTURE, WORDS]},
               {"role": "assistant", "content": said},
               {"role": "tool", "content": [PICTURE] if error is None else f"Error: {error}."}]
@@ -190,19 +191,19 @@ def test_tool_turns_are_what_the_chat_template_renders(tiny, error):
 def test_a_conversation_with_the_tool_described_is_what_the_chat_template_renders(tiny):
   """Structured calls, two crops and an error, as a server that speaks the released format renders them."""
   arguments = {"bbox_2d": [1, 2, 30, 40]}
-  call = {"type": "function", "function": {"name": prompt.TOOL_NAME, "arguments": arguments}}
+  call = {"type": "function", "function": {"name": zoom.NAME, "arguments": arguments}}
   turn = {"role": "assistant", "content": "", "tool_calls": [call]}
   answer = {"role": "assistant", "content": prompt.answer_text("rows", "hm")}
   messages = [{"role": "system", "content": prompt.Config().system}, {"role": "user", "content": [PICTURE, WORDS]},
               turn, {"role": "tool", "content": [PICTURE]}, turn, {"role": "tool", "content": "Error: too small."},
               turn, {"role": "tool", "content": [PICTURE]}, answer]
-  want = tiny.tokenizer.apply_chat_template(messages, tools=[prompt.TOOL_SCHEMA], tokenize=False)
-  said = prompt.call_text((1, 2, 30, 40)) + prompt.END
+  want = tiny.tokenizer.apply_chat_template(messages, tools=[zoom.schema(prompt.Config())], tokenize=False)
+  said = prompt.call_text(zoom.call((1, 2, 30, 40))) + prompt.END
   got = prompt.render(WORDS["text"], None, prompt.Config()) + "".join(
       said + prompt.tool_turn(error) for error in (None, "too small", None)) + answer["content"] + prompt.END + "\n"
   assert got == want
   # Without a system turn the template puts in the released default, which is ours too.
-  assert tiny.tokenizer.apply_chat_template(messages[1:], tools=[prompt.TOOL_SCHEMA], tokenize=False) == want
+  assert tiny.tokenizer.apply_chat_template(messages[1:], tools=[zoom.schema(prompt.Config())], tokenize=False) == want
 
 
 def test_options_and_instruction():
@@ -216,10 +217,10 @@ def test_options_and_instruction():
 def test_the_tool_is_described_as_the_parser_reads_it():
   text = prompt.render("Which?", None, prompt.Config())
   schema = json.loads(text[text.rindex("<tools>") + len("<tools>"):text.index("\n</tools>")])
-  assert schema == prompt.TOOL_SCHEMA
+  assert schema == zoom.schema(prompt.Config())
   function = schema["function"]
-  assert function["name"] == prompt.TOOL_NAME and function["parameters"]["required"] == ["bbox_2d"]
-  assert isinstance(prompt.parse(call(dict.fromkeys(function["parameters"]["required"], [1, 2, 3, 4]))), prompt.Zoom)
+  assert function["name"] == zoom.NAME and function["parameters"]["required"] == ["bbox_2d"]
+  assert isinstance(prompt.parse(call(dict.fromkeys(function["parameters"]["required"], [1, 2, 3, 4]))), zoom.Zoom)
   assert prompt.render("Which?", None, PLAIN).count("tool") == 0
 
 
@@ -277,7 +278,7 @@ def test_a_codec_needs_the_model_s_tokenizer(tiny):
 
 
 def test_the_tiny_tokenizer_spends_little_on_the_protocol(codec, tiny):
-  said = codec.encode(prompt.call_text((12, 34, 56, 78), "unclear") + prompt.END)
+  said = codec.encode(prompt.call_text(zoom.call((12, 34, 56, 78)), "unclear") + prompt.END)
   assert len(said) <= 24
   digits = [codec.encode(str(d)).tolist() for d in range(10)]
   assert all(len(d) == 1 for d in digits) and len({d[0] for d in digits}) == 10
@@ -286,9 +287,9 @@ def test_the_tiny_tokenizer_spends_little_on_the_protocol(codec, tiny):
 
 
 def test_where_a_call_and_its_box_stand():
-  text = "look: " + prompt.call_text((1, 2, 30, 40), "because") + prompt.END
+  text = "look: " + prompt.call_text(zoom.call((1, 2, 30, 40)), "because") + prompt.END
   call = prompt.parse(text)
-  assert text[slice(*call.call_chars)] == prompt.call_text((1, 2, 30, 40))
+  assert text[slice(*call.call_chars)] == prompt.call_text(zoom.call((1, 2, 30, 40)))
   assert text[slice(*call.box_chars)] == "[1, 2, 30, 40]"
   hidden = text.replace("bbox_2d", "bbox\\u005f2d")  # the same key to JSON
   call = prompt.parse(hidden)

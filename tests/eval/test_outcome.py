@@ -9,7 +9,7 @@ import pytest
 
 from virl_jax.eval import outcome
 
-BASE = outcome.Outcome(correct=False, ious=(), invalid_actions=0, has_boxes=True, overlong=False, kind="x",
+BASE = outcome.Outcome(uid="t", correct=False, ious=(), invalid_actions=0, has_boxes=True, overlong=False, kind="x",
                        answerable=True)
 
 
@@ -17,13 +17,18 @@ def one(**changes):
   return dataclasses.replace(BASE, **changes)
 
 
+def named(outcomes):
+  """The same, of tasks 0, 1, 2 ..."""
+  return [dataclasses.replace(o, uid=str(i)) for i, o in enumerate(outcomes)]
+
+
 def random_outcomes(n, skill, seed=0):
   """Tasks of one seed are the same tasks, whatever the skill."""
   rng = np.random.default_rng(seed)
   hard = rng.random(n)
   ious = [tuple(np.round(rng.random(int(rng.integers(0, 4))) * skill * 1.2, 2)) for _ in range(n)]
-  return [one(correct=bool(hard[i] < skill), ious=ious[i], invalid_actions=int(rng.integers(0, 2)),
-                  kind="ab"[i % 2]) for i in range(n)]
+  return [one(uid=str(i), correct=bool(hard[i] < skill), ious=ious[i], invalid_actions=int(rng.integers(0, 2)),
+              kind="ab"[i % 2]) for i in range(n)]
 
 
 HAND = [
@@ -112,9 +117,8 @@ def test_seeded_and_independent_of_chunks(monkeypatch):
 
 
 def test_difference_golden():
-  before = [one(ious=(0.0, 0.5)), one(correct=True), one(), one()]
-  after = [one(ious=(0.5,), correct=True), one(correct=True), one(ious=(0.9,)),
-           one(correct=True)]
+  before = named([one(ious=(0.0, 0.5)), one(correct=True), one(), one()])
+  after = named([one(ious=(0.5,), correct=True), one(correct=True), one(ious=(0.9,)), one(correct=True)])
   result = outcome.difference(before, after, 0.4)
   assert result["n"] == 4
   assert result["acc_ans"]["value"] == pytest.approx(0.5)
@@ -126,8 +130,10 @@ def test_difference_is_paired():
   before, after = (
       [dataclasses.replace(o, kind="x") for o in random_outcomes(200, skill)] for skill in (0.5, 0.55))
   paired = outcome.difference(before, after, 0.4)["acc_ans"]
-  shuffled = [after[i] for i in np.random.default_rng(0).permutation(200)]
-  unpaired = outcome.difference(before, shuffled, 0.4)["acc_ans"]
+  order = np.random.default_rng(0).permutation(200)
+  assert outcome.difference(before, [after[i] for i in order], 0.4)["acc_ans"] == paired, "by name, not by place"
+  renamed = [dataclasses.replace(after[i], uid=str(n)) for n, i in enumerate(order)]
+  unpaired = outcome.difference(before, renamed, 0.4)["acc_ans"]
   assert paired["high"] - paired["low"] < 0.6 * (unpaired["high"] - unpaired["low"])
   same = outcome.difference(before, before, 0.4)
   assert same["acc_ans"] == same["acc_rat"] == {"value": 0.0, "low": 0.0, "high": 0.0}
@@ -169,10 +175,15 @@ def test_table_of_nothing():
 
 
 def test_bad_input_is_named():
-  with pytest.raises(ValueError, match="after .*1 outcomes, before has 2"):
-    outcome.difference([BASE, BASE], [BASE], 0.4)
-  with pytest.raises(ValueError, match="after .*same order.*at 1"):
-    outcome.difference([BASE, BASE], [BASE, one(kind="y")], 0.4)
+  two = named([BASE, BASE])
+  with pytest.raises(ValueError, match="same tasks.*2 and 1 outcomes, of which 1 .*task '1'"):
+    outcome.difference(two, two[:1], 0.4)
+  with pytest.raises(ValueError, match="same tasks.*2 have no counterpart, such as that of task '1'"):
+    outcome.difference(two, [two[0], one(uid="2")], 0.4)
+  with pytest.raises(ValueError, match="same tasks.*for '1'.*kind='x'.*kind='y'"):
+    outcome.difference(two, [two[0], one(uid="1", kind="y")], 0.4)
+  with pytest.raises(ValueError, match="after must have one outcome a task.*several of task '0'"):
+    outcome.difference(two, [two[0], two[0]], 0.4)
   with pytest.raises(ValueError, match="h0 .*1.5"):
     outcome.summary([BASE], 1.5)
   with pytest.raises(ValueError, match="bootstrap .*0"):

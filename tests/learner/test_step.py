@@ -9,6 +9,7 @@ import pytest
 
 from virl_jax import config
 from virl_jax import types
+from virl_jax.learner import pooled
 from virl_jax.learner import step as step_lib
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
@@ -23,6 +24,18 @@ HALF = types.Box(0, 0, 40, 20)     # IoU 0.5 with the target
 AWAY = types.Box(100, 100, 140, 140)
 # eps far above rounding noise, so that a gradient of 1e-9 is not blown up into a step.
 OPTIM = step_lib.OptimConfig(learning_rate=1e-2, eps=1e-3)
+
+
+def score_step(*args, **kwargs):
+  """`step_lib.score_step`, its metrics as numbers."""
+  scored, metrics = step_lib.score_step(*args, **kwargs)
+  return scored, pooled.merge([metrics])
+
+
+def update_step(*args):
+  """`step_lib.update_step`, its metrics as numbers."""
+  state, metrics = step_lib.update_step(*args)
+  return state, pooled.merge([metrics])
 
 
 def held(params):
@@ -48,7 +61,7 @@ def trajectories(cfg):
                          correct=correct)
     for box in boxes:
       t.turns.append(types.Turn("assistant", rng.integers(13, 60, 3).astype(np.int32), np.full(3, -1.0, np.float32),
-                                box=box))
+                                region=box))
       t.images.append(picture(1, 2))
       t.turns.append(types.Turn("tool", np.array([cfg.image_token] * 2 + [13], np.int32)))
     t.turns.append(types.Turn("assistant", rng.integers(13, 60, 2).astype(np.int32), np.full(2, -2.0, np.float32)))
@@ -69,7 +82,7 @@ def batch(small):
 
 @pytest.fixture(scope="module")
 def scored(small, batch):
-  return step_lib.score_step(held(small.params), None, batch, make_config(small))
+  return score_step(held(small.params), None, batch, make_config(small))
 
 
 REWARD = np.array([
@@ -130,7 +143,7 @@ def test_metrics_by_hand(batch, scored):
   }
   for name, value in want.items():
     np.testing.assert_allclose(m[name], value, rtol=1e-5, err_msg=name)
-  assert all(v.shape == () and np.isfinite(v) for v in m.values())
+  assert all(np.isfinite(v) for v in m.values())
 
 
 def test_boxes_are_measured_against_the_truth_that_they_are_judged_by(small, batch):
@@ -140,17 +153,17 @@ def test_boxes_are_measured_against_the_truth_that_they_are_judged_by(small, bat
   box_BR4[1, 0] = (100, 100, 120, 120)  # four times the second box
   box_BR4[3, 1] = (5, 5, 5, 5)          # no area at all counts as a pixel
   cfg, other = make_config(small), batch.replace(box_BR4=box_BR4, gt_BJ4=gt_BJ4, gt_mask_BJ=gt_mask_BJ)
-  _, m = step_lib.score_step(held(small.params), None, other, cfg)
+  _, m = score_step(held(small.params), None, other, cfg)
   np.testing.assert_allclose(m["box/log_area_ratio"], (-1 + 0 + 2 + 0 - np.log2(1600)) / 5, rtol=1e-5)
-  _, m = step_lib.score_step(held(small.params), None, batch.replace(gt_mask_BJ=np.zeros((8, 1), bool)), cfg)
+  _, m = score_step(held(small.params), None, batch.replace(gt_mask_BJ=np.zeros((8, 1), bool)), cfg)
   assert m["box/log_area_ratio"] == 0 and all(np.isfinite(v) for v in m.values())
 
 
 def test_a_reference_has_log_probabilities_of_its_own(small, batch, scored):
   other = jax.tree.map(lambda a: a * 0.9, small.params)
-  s, _ = step_lib.score_step(held(small.params), other, batch, make_config(small))
+  s, _ = score_step(held(small.params), other, batch, make_config(small))
   np.testing.assert_allclose(s.logp_old_BT, scored[0].logp_old_BT, atol=1e-5)
-  alone, _ = step_lib.score_step(held(other), None, batch, make_config(small))
+  alone, _ = score_step(held(other), None, batch, make_config(small))
   np.testing.assert_allclose(s.logp_ref_BT, alone.logp_old_BT, atol=1e-5)
   assert np.abs(np.asarray(s.logp_ref_BT - s.logp_old_BT)[batch.sampled_BT]).max() > 0.1
 
@@ -163,8 +176,8 @@ def fresh(small):
 @pytest.fixture(scope="module")
 def updated(small, scored):
   """The update that every other way of computing it must give."""
-  state, metrics = step_lib.update_step(fresh(small), scored[0], make_config(small))
-  return jax.device_get(state), jax.device_get(metrics)
+  state, metrics = update_step(fresh(small), scored[0], make_config(small))
+  return jax.device_get(state), metrics
 
 
 def test_an_update_moves_every_parameter_and_starts_on_policy(small, updated):
@@ -192,21 +205,21 @@ def test_masked_rows_count_for_nothing(small, batch, scored):
   s, cfg = scored[0], make_config(small)
   mask = np.array([True] * 4 + [False] * 4)
   s = s.replace(batch=s.batch.replace(row_mask_B=mask))
-  first, m = step_lib.update_step(fresh(small), s, cfg)
+  first, m = update_step(fresh(small), s, cfg)
   tokens = np.where(mask[:, None], batch.tokens_BT, 33)
   junk = s.replace(batch=s.batch.replace(tokens_BT=tokens), advantage_BT=jnp.where(mask[:, None], s.advantage_BT, 9.0),
                    logp_old_BT=jnp.where(mask[:, None], s.logp_old_BT, jnp.nan))
-  second, m_junk = step_lib.update_step(fresh(small), junk, cfg)
+  second, m_junk = update_step(fresh(small), junk, cfg)
   jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
   assert m == m_junk and np.isfinite(m["loss/total"])
   # And they count when they are not masked.
-  third, _ = step_lib.update_step(fresh(small), scored[0], cfg)
+  third, _ = update_step(fresh(small), scored[0], cfg)
   assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(third.params)))
 
 
 def test_masked_rows_leave_the_others_advantages_alone(small, batch):
   mask = np.array([True, True, True, False] * 2)
-  s, _ = step_lib.score_step(held(small.params), None, batch.replace(row_mask_B=mask), make_config(small))
+  s, _ = score_step(held(small.params), None, batch.replace(row_mask_B=mask), make_config(small))
   groups = REWARD.reshape(2, 4)[:, :3]
   want = np.pad((groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True), ((0, 0), (0, 1))).ravel()
   np.testing.assert_allclose(s.advantage_B, want, atol=1e-4)
@@ -221,7 +234,7 @@ def test_eight_devices_compute_what_one_does(small, batch, scored, updated, size
   cfg = make_config(small, mesh=mesh)
   got = sharding.place(jax.device_get(scored[0]), mesh)
   if sizes == (2, 2, 2):  # the others would compile for nothing new
-    got, _ = step_lib.score_step(held(params), None, sharding.place(batch, mesh), cfg)
+    got, _ = score_step(held(params), None, sharding.place(batch, mesh), cfg)
     np.testing.assert_allclose(got.reward_B, REWARD, atol=1e-5)
     np.testing.assert_allclose(np.asarray(got.logp_old_BT)[batch.valid_BT],
                                np.asarray(scored[0].logp_old_BT)[batch.valid_BT], atol=1e-4)
@@ -229,7 +242,7 @@ def test_eight_devices_compute_what_one_does(small, batch, scored, updated, size
   where = [a.sharding for a in jax.tree.leaves(state)]
   moments = [a.sharding for a in jax.tree.leaves(state.opt_state) if a.ndim]
   assert moments == 2 * [a.sharding for a in jax.tree.leaves(params)]  # Adam's two, split as the parameters
-  state, update_metrics = step_lib.update_step(state, got, cfg)
+  state, update_metrics = update_step(state, got, cfg)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, updated[0].params)
   # An update leaves everything where it is, so that the next finds its program compiled.
   assert all(a.sharding.is_equivalent_to(s, a.ndim) for a, s in zip(jax.tree.leaves(state), where))
@@ -246,14 +259,14 @@ def joined(small):
 def test_joined_rows_compute_what_rows_of_their_own_do(small, batch, scored, updated):
   together = joined(small)
   assert len(together.joined_UT) == 4 and len(together.tokens_BT) == 8
-  s, metrics = step_lib.score_step(held(small.params), None, together, make_config(small))
+  s, metrics = score_step(held(small.params), None, together, make_config(small))
   T = batch.tokens_BT.shape[1]
   for name in ("logp_old_BT", "advantage_BT"):
     got, want = (np.asarray(getattr(x, name))[:, :T][batch.valid_BT] for x in (s, scored[0]))
     np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)
   for name, value in scored[1].items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
-  state, metrics = step_lib.update_step(fresh(small), s, make_config(small))
+  state, metrics = update_step(fresh(small), s, make_config(small))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, updated[0].params)
   for name, value in updated[1].items():
     np.testing.assert_allclose(metrics[name], value, atol=1e-4, err_msg=name)
@@ -277,9 +290,9 @@ def test_a_single_update_computes_the_old_log_probabilities_itself(small, batch,
   found = []
   for single in (False, True):
     cfg = make_config(small, loss=o, single_update=single)
-    s, metrics = step_lib.score_step(held(small.params), ref, batch, cfg)
+    s, metrics = score_step(held(small.params), ref, batch, cfg)
     assert (s.logp_old_BT is None) == single and (s.logp_ref_BT is None) == (single and not reference)
-    state, more = step_lib.update_step(fresh(small), s, cfg)
+    state, more = update_step(fresh(small), s, cfg)
     found.append((state.params, metrics | more))
   (want, want_metrics), (got, metrics) = found
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
@@ -301,7 +314,7 @@ def test_imitation_lowers_the_loss(small, batch):
   cfg, state, losses = make_config(small, 1), fresh(small), []
   for _ in range(5):
     state, metrics = step_lib.imitate_step(state, batch, cfg)
-    losses.append(float(metrics["loss/total"]))
+    losses.append(float(metrics["loss/total"].value))
   assert all(b < a for a, b in zip(losses, losses[1:])) and losses[-1] < losses[0] - 0.1
   assert int(state.update) == 5
   logp = step_lib.outputs(small.params, cfg, batch)[0]
@@ -326,7 +339,7 @@ def score(small, batch, monkeypatch):
       state = state.replace(critic={"w": jnp.zeros(1), "b": jnp.zeros(1)})
     monkeypatch.setattr(step_lib, "outputs", outputs)
     with jax.disable_jit():
-      return step_lib.score_step(state, {"other": jnp.ones(1)}, jax.tree.map(jnp.asarray, rows), cfg, h0)
+      return score_step(state, {"other": jnp.ones(1)}, jax.tree.map(jnp.asarray, rows), cfg, h0)
 
   return run
 
@@ -420,11 +433,11 @@ def test_a_critic_learns_what_to_expect(small, batch):
   cfg = make_config(small, advantage=advantage.Config(kind="gae"), loss=loss.Config(value_clip=0.0))
   cfg = dataclasses.replace(cfg, optim=dataclasses.replace(OPTIM, learning_rate=0.0, critic_learning_rate=0.05))
   state = step_lib.init_state(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.0, small.cfg.text.hidden)
-  s, _ = step_lib.score_step(state, None, batch, cfg)
+  s, _ = score_step(state, None, batch, cfg)
   assert not np.asarray(s.value_old_BT).any()  # it expects nothing at first
   losses = []
   for _ in range(60):
-    state, m = step_lib.update_step(state, s, cfg)
+    state, m = update_step(state, s, cfg)
     losses.append(float(m["critic/loss"]))
   assert losses[-1] < 0.5 * losses[0] and m["critic/explained"] > 0.3
   np.testing.assert_allclose(losses[0], 0.5 * np.square(np.asarray(s.return_BT)[batch.sampled_BT]).mean(), rtol=1e-4)

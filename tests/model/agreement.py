@@ -239,7 +239,8 @@ def compare_turns(cfg, params, model, turns: list[list[Part]]) -> dict:
              for tail, p, ok in zip(last, given, alive)]
     chunk = _chunk(cfg, parts, starts, T, max(1, n_images)).replace(start_A=kept)
     state = sample.append(params, cfg, state, jax.tree.map(jnp.asarray, chunk))
-    writes = sample.Turns(jnp.arange(B), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32), MAX_NEW * jnp.asarray(alive))
+    none = jnp.zeros(B, jnp.int32)
+    writes = sample.Writers(jnp.arange(B), none, none, MAX_NEW * jnp.asarray(alive))
     state, out, _, count = sample.decode(params, cfg, state, writes, jax.random.key(0), jnp.float32(0), MAX_NEW)
     for b in range(B):
       if not alive[b]:

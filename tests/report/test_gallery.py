@@ -26,7 +26,7 @@ def _picture(width, height):
 def _trajectory(boxes=((10, 20, 40, 60),)):
   turns = []
   for box in (types.Box(*box) for box in boxes):
-    turns.append(types.Turn("assistant", _IDS, text="<tool_call>", box=box, box_shown=tuple(box)))
+    turns.append(types.Turn("assistant", _IDS, text="<tool_call>", region=box, written=tuple(box)))
     turns.append(types.Turn("tool", _IDS, text="<tool_response>", image_index=1))
   turns.append(types.Turn("assistant", _IDS, text="<answer>B</answer>", error="late"))
   task = types.Task("needle/1", b"", "Which?", ("B",), (types.Box(1, 2, 3, 4),), ("x", "y"), "pattern")

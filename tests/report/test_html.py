@@ -55,7 +55,7 @@ class _Page(html.parser.HTMLParser):
 
 
 def _item(boxes=((10, 20, 40, 60),), classes=("correct",), uid="u1", size=(200, 100), answers=("B",)):
-  turns = [types.Turn("assistant", _IDS, text="<think>hm</think>", box=types.Box(*box), box_shown=tuple(box))
+  turns = [types.Turn("assistant", _IDS, text="<think>hm</think>", region=types.Box(*box), written=tuple(box))
            for box in boxes]
   turns.append(types.Turn("assistant", _IDS, text="eh", error="too small"))
   task = types.Task(uid, b"", "Which?", answers, (types.Box(1, 2, 31, 42),), ("x", "y"), "pattern")
@@ -262,7 +262,8 @@ def test_turns_say_what_was_made_of_them():
 
 def test_an_entry_without_names_of_actions_is_of_zooms():
   item = _item()
-  assert all("action" not in turn for turn in item["turns"])  # as runs wrote them once
+  for turn in item["turns"]:
+    del turn["action"]  # as runs wrote them once
   told = {**item, "turns": [{**turn, "action": turn["box"] and "image_zoom_in_tool"} for turn in item["turns"]]}
   assert _article(told) == _article(item) and "image_zoom_in_tool" not in _article(item)
   assert 'alt="what zoom 1 showed"' in _article(item) and "<title>zoom 1: correct</title>" in _article(item)

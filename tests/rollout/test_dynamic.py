@@ -21,7 +21,7 @@ def played(monkeypatch):
 
   def run(policy, params, tasks, key, group_size):
     asked.append(jax.random.key_data(key).tolist())
-    found = [types.Trajectory(t, i * G + g, np.zeros(1, np.int32), correct="one" in t.uid and g == 0)
+    found = [types.Trajectory(t, i * G + g, np.zeros(1, np.int32), answer="x" if "one" in t.uid and g == 0 else None)
              for i, t in enumerate(tasks) for g in range(group_size)]
     return found, engine.Stats(seconds=1.0, sampled_tokens=len(found))
 
@@ -29,22 +29,23 @@ def played(monkeypatch):
   return asked
 
 
-def teaches(found):
+def informative(found):
   correct = np.array([t.correct for t in found]).reshape(-1, G)
   return (correct.min(1) != correct.max(1)).repeat(G)
 
 
 def go(batches, tries):
-  """uids of the groups that were kept; "one" in a uid makes one of the group right, so that it teaches."""
+  """uids of the groups that were kept; "one" in a uid makes one of the group right, so that it is informative."""
   drawn = []
 
   def draw(attempt):
     drawn.append(attempt)
-    return [types.Task(uid, b"", "?") for uid in batches[attempt]]
+    return [types.Task(uid, b"", "?", ("x",)) for uid in batches[attempt]]
 
-  found, stats, further = dynamic.run(None, None, draw(0), draw, jax.random.key(3), G, tries, teaches)
+  found, took = dynamic.run(None, None, draw(0), draw, jax.random.key(3), G, tries, informative)
   assert [t.task.uid for t in found[::G]] == [t.task.uid for t in found[1::G]]
-  assert stats.sampled_tokens == sum(len(b) * G for b in batches[:further + 1])
+  further = took["rollout/further_batches"]
+  assert took["time/rollout_tokens_s"] == sum(len(b) * G for b in batches[:further + 1]) / (further + 1)
   assert drawn == list(range(further + 1))
   return [t.task.uid for t in found[::G]], further
 
@@ -54,30 +55,30 @@ BATCHES = [["a", "one_b", "c"], ["d", "e", "one_f"], ["one_g", "one_h", "i"], ["
 
 @pytest.mark.parametrize("tries, kept, further", [
     (0, ["a", "one_b", "c"], 0),
-    (1, ["one_b", "one_f", "a"], 1),   # dull ones fill up, in order
+    (1, ["one_b", "one_f", "a"], 1),   # the others fill up, in order
     (2, ["one_b", "one_f", "one_g"], 2),
     (3, ["one_b", "one_f", "one_g"], 2)])  # enough is enough
-def test_groups_that_teach_are_kept(played, tries, kept, further):
+def test_informative_groups_are_kept(played, tries, kept, further):
   assert go(BATCHES, tries) == (kept, further)
   assert len({str(k) for k in played}) == len(played)  # each try has a key of its own
   assert played[0] == jax.random.key_data(jax.random.key(3)).tolist()  # the first, the step's
 
 
-def test_a_batch_that_teaches_is_left_alone(played):
+def test_an_informative_batch_is_left_alone(played):
   assert go([["one_a", "one_b"], ["one_c", "one_d"]], 5) == (["one_a", "one_b"], 0)
 
 
-def test_what_teaches_is_what_the_reward_says(small):
+def test_what_is_informative_is_what_the_reward_says(small):
   box, other = types.Box(0, 0, 10, 10), types.Box(20, 20, 30, 30)
   task = types.Task("t", b"", "?", ("x",), (box,))
 
   def row(correct, *boxes):
-    turns = [types.Turn("assistant", np.zeros(2, np.int32), np.zeros(2, np.float32), box=b) for b in boxes]
+    turns = [types.Turn("assistant", np.zeros(2, np.int32), np.zeros(2, np.float32), region=b) for b in boxes]
     return types.Trajectory(task, 0, np.zeros(1, np.int32), turns, [], types.StopReason.ANSWERED, correct=correct)
 
   rows = [row(True, box), row(True, box), row(True, box), row(True, other), row(False), row(True)]
   cfg = step_lib.Config(small.cfg, G)
-  got = step_lib.teaches(pack.boxes(rows, 3), *pack.outcomes(rows), cfg, jnp.float32(0.4))
+  got = step_lib.informative(pack.boxes(rows, 3), *pack.outcomes(rows), cfg.judge, jnp.float32(0.4))
   assert got.tolist() == [False, False, True, True, True, True]
   strict = step_lib.Config(small.cfg, G, reward=step_lib.reward.Config(w_answer=0.0, w_fidelity=0.0))
-  assert not step_lib.teaches(pack.boxes(rows, 3), *pack.outcomes(rows), strict, jnp.float32(0.4)).any()
+  assert not step_lib.informative(pack.boxes(rows, 3), *pack.outcomes(rows), strict.judge, jnp.float32(0.4)).any()

@@ -1,166 +1,179 @@
-"""The engine by itself, playing scripts on an untrained model: no work twice, few shapes, every row its own."""
+"""The engine with the tiny base that ships, zooming."""
 
 import dataclasses
+import os
+import pathlib
+import pickle
+import random
+import socket
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from virl_jax import config as config_lib
 from virl_jax import types
+from virl_jax.data import images
+from virl_jax.data import prompt
+from virl_jax.learner import step as step_lib
 from virl_jax.model import sharding
+from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
-from virl_jax.rollout import chunks
 from virl_jax.rollout import engine
-from virl_jax.rollout import plan
+from virl_jax.rollout import pack
 from virl_jax.rollout import turns
-from virl_jax.run import compiles
+from virl_jax.run import setup
+from virl_jax.tiny import needle
 
 
-class Script:
-  """Prompts with a picture, and for each trajectory how long its turns are and what comes back between them."""
-
-  def __init__(self, cfg, seed, prompts=3, group=4, rounds=4):
-    rng, self.grid, self.group = np.random.default_rng(seed), cfg.vision.grid, group
-    self.read_by = []
-
-    def around(words):
-      rows, cols = rng.integers(1, 4, 2)
-      image = types.ImageInput(rng.standard_normal((4 * rows * cols, self.grid.values), np.float32),
-                               (2 * int(rows), 2 * int(cols)), types.Box(0, 0, 1, 1))
-      ids = [rng.integers(10, 60, words), [cfg.vision_start], [cfg.image_token] * (rows * cols), [cfg.vision_end],
-             rng.integers(10, 60, 2)]
-      return np.concatenate(ids).astype(np.int32), image
-
-    self.prompts = [around(int(rng.integers(1, 20))) for _ in range(prompts)]
-    self.lengths = [rng.integers(1, 9, rng.integers(1, rounds + 1)).tolist() for _ in range(prompts * group)]
-    self.replies = [[around(int(rng.integers(1, 9))) if rng.random() < 0.8 else
-                     (rng.integers(10, 60, 3).astype(np.int32), None) for _ in lengths[1:]] for lengths in self.lengths]
-    self.tasks = [types.Task(str(i), b"", "") for i in range(prompts)]
-
-  def begin(self, policy, task):
-    ids, image = self.prompts[int(task.uid)]
-    return turns.Row(types.Trajectory(task, -1, ids, images=[image]), None)
-
-  def left(self, policy, row):
-    return self.lengths[row.traj.uid][row.turn] - row.said
-
-  def hear(self, policy, row, ids, logp):
-    row.ids.append(ids)
-    row.logp.append(logp)
-    return self.left(policy, row) == 0
-
-  def read(self, policy, row):
-    ids, uid = np.concatenate(row.ids), row.traj.uid
-    row.traj.turns.append(types.Turn("assistant", ids, np.concatenate(row.logp)))
-    row.ids, row.logp = [], []
-    if row.turn == len(self.replies[uid]):
-      row.traj.stop = types.StopReason.ANSWERED
-      return None
-    heard, image = self.replies[uid][row.turn]
-    row.traj.turns.append(types.Turn("tool", heard))
-    if image is not None:
-      row.traj.images.append(image)
-    row.turn += 1
-    return turns.reply(policy, heard, image, row.filled + len(ids), row.next_pos + len(ids))
-
-  def run(self, cfg, params, mesh=None, temperature=0.0, **rollout):
-    cfg = dataclasses.replace(cfg, eos=-1)
-    rollout = {"max_total_tokens": 128, "pad_tokens": 32, "segment_tokens": 4} | rollout
-    mesh = mesh or sharding.make(devices=jax.devices()[:1])
-    policy = turns.Policy(cfg, None, None, None, turns.Config(**rollout), mesh)
-    return engine.run(policy, params, self.tasks, jax.random.key(0), self.group, temperature, self)
+def load(mesh, **rollout):
+  """A policy on a mesh, and its parameters."""
+  c = config_lib.default()
+  folder = setup.model_dir("@tiny")
+  cfg = weights.read_config(folder)
+  _, params = weights.load_hf(folder, "float32", sharding.param_shardings(qwen.specs(cfg), mesh))
+  import transformers
+  codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(folder), cfg.image_token, cfg.eos)
+  image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
+  wording = prompt.Config(c.prompt.system, False, False, last_notice="")
+  return turns.Policy(cfg, codec, wording, image, turns.Config(3, 32, 256, 1.0, 32, **rollout), mesh), params
 
 
-def test_a_growing_cache_gives_what_whole_sequences_give(small):
-  """Prompts copied between slots, crops injected in later turns, slots refilled: each token is what one forward pass
-  over the whole sequence, all its pictures in place, holds for the likeliest."""
-  script = Script(small.cfg, 1, rounds=3)
-  got, _ = script.run(small.cfg, small.params, slots=2)
-  T = max(len(t.ids) for t in got)
-  for traj in got:
-    ids, ok = np.zeros((1, T), np.int32), np.zeros((1, T), np.int32)
-    ids[0, :len(traj.ids)], ok[0, :len(traj.ids)] = traj.ids, 1
-    inputs = qwen.hf_inputs(small.cfg, ids, ok, np.concatenate([im.patches_PC for im in traj.images]),
-                            np.array([(1, *im.grid_hw) for im in traj.images]))
-    h = qwen.hidden(small.params, small.cfg, *jax.tree.map(jax.numpy.asarray, inputs))
-    likeliest = np.argmax(qwen.policy_logits(small.params, small.cfg, h, 1.0)[0], -1)
-    at = len(traj.prompt_ids)
-    for turn in traj.turns:
+@pytest.fixture(scope="module")
+def base():
+  """A policy of one device, its parameters, and a padding rule."""
+  policy, params = load(sharding.make(devices=jax.devices()[:1]))
+  return policy, params, pack.Config(policy.model.vision.grid, policy.model.image_token, 3, 32, 8)
+
+
+def draw_tasks(n, family="pattern"):
+  cfg = needle.Config(families=(family,))
+  return [needle.draw(5, "zoom", i, cfg)[0] for i in range(n)]
+
+
+def test_trajectories_are_whole(base):
+  policy, params, _ = base
+  tasks = draw_tasks(4, "pair_pattern")
+  got = engine.rollout(policy, params, tasks, jax.random.key(0), group_size=2)
+  assert [t.index for t in got] == list(range(8))
+  assert [t.task.uid for t in got] == [t.uid for t in tasks for _ in range(2)]
+  assert any(t.regions for t in got), "the base zooms"
+  for t in got:
+    assert isinstance(t.stop, types.StopReason)
+    assert len(t.images) == 1 + len(t.regions)
+    placeholders = [int(np.prod(images.merged_hw(im, policy.model.vision.grid))) for im in t.images]
+    assert (t.ids == policy.model.image_token).sum() == sum(placeholders)
+    assert [turn.role for turn in t.turns][::2] == ["assistant"] * len(t.turns[::2])
+    for turn in t.turns:
       if turn.role == "assistant":
-        np.testing.assert_array_equal(turn.ids, likeliest[at - 1:at - 1 + len(turn.ids)])
-      at += len(turn.ids)
+        assert len(turn.ids) == len(turn.logp) and not np.isin(turn.ids, policy.model.banned).any()
+        assert (turn.logp <= 0).all()
+      else:
+        assert turn.logp is None
+    for im, box in zip(t.images[1:], t.regions):
+      assert im.region.x1 <= box.x1 and box.x2 <= im.region.x2, "the crop holds the box"
 
 
-MANY_SHAPES = {"slots": 7, "decode_ratio": 1.2, "append_ratio": 1.5, "token_steps": 4, "segment_tokens": 1}
+def test_sampled_logps_are_the_learners(base):
+  policy, params, padding = base
+  got = engine.rollout(policy, params, draw_tasks(4), jax.random.key(1), group_size=2, temperature=0.7)
+  batch = jax.tree.map(jax.numpy.asarray, pack.pack(got, padding))
+  logp, _, _ = step_lib.outputs(params, step_lib.Config(policy.model, 2, temperature=0.7), batch)
+  mask = np.asarray(batch.sampled_BT)
+  np.testing.assert_allclose(np.asarray(logp)[mask], batch.logp_sampler_BT[mask], atol=1e-4)
 
 
-@pytest.mark.parametrize("how", [{"slots": 1}, MANY_SHAPES], ids=str)
-def test_what_is_sampled_does_not_depend_on_how(small, how):
-  script = Script(small.cfg, 2)
-  want, _ = script.run(small.cfg, small.params, temperature=1.0)
-  got, _ = script.run(small.cfg, small.params, temperature=1.0, **how)
-  for a, b in zip(want, got, strict=True):
-    assert a.uid == b.uid
-    np.testing.assert_array_equal(a.ids, b.ids)
-    for x, y in zip(a.turns, b.turns, strict=True):
-      if x.logp is not None:
-        np.testing.assert_allclose(x.logp, y.logp, atol=1e-4)
+def test_a_row_does_not_depend_on_its_neighbours(base):
+  policy, params, _ = base
+  tasks = draw_tasks(4)
+  key = jax.random.key(2)
+  together = engine.rollout(policy, params, tasks, key)
+  other = engine.rollout(policy, params, [tasks[0], *draw_tasks(3, "pair_pattern")], key)
+  np.testing.assert_array_equal(together[0].ids, other[0].ids)
+  assert any(not np.array_equal(a.ids, b.ids) for a, b in zip(together[1:], other[1:]))
 
 
-def test_eight_devices_sample_what_one_does(small):
-  script = Script(small.cfg, 3, prompts=5)
-  want, _ = script.run(small.cfg, small.params, temperature=1.0)
-  mesh = sharding.make(data=2, fsdp=2, tensor=2)
-  params = jax.device_put(small.params, sharding.param_shardings(qwen.specs(small.cfg), mesh))
-  for slots in (4, 12):
-    got, _ = script.run(small.cfg, params, mesh, temperature=1.0, slots=slots)
-    for a, b in zip(want, got, strict=True):
-      np.testing.assert_array_equal(a.ids, b.ids, str((slots, a.uid)))
+def test_the_step_key_changes_samples_and_greedy_ignores_it(base):
+  policy, params, _ = base
+  tasks = draw_tasks(4)
+  a, b = (engine.rollout(policy, params, tasks, jax.random.key(k)) for k in (3, 4))
+  assert any(not np.array_equal(x.ids, y.ids) for x, y in zip(a, b))
+  a, b = (engine.rollout(policy, params, tasks, jax.random.key(k), temperature=0.0) for k in (3, 4))
+  assert all(np.array_equal(x.ids, y.ids) for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("slots", [3, 12])
-def test_no_work_twice(small, slots, monkeypatch):
-  """Each prompt is prefilled once for its group, each picture encoded once, each other token appended once."""
-  script = Script(small.cfg, 4)
-  encoded = []
-  build = chunks.build
-  monkeypatch.setattr(engine.chunks, "build", lambda entries, *a: (
-      encoded.extend(id(e.reply.image) for e in entries if e.reply.image is not None), build(entries, *a))[1])
-  got, stats = script.run(small.cfg, small.params, slots=slots)
-  assert stats.prompt_tokens == sum(len(ids) for ids, _ in script.prompts)
-  assert stats.appended_tokens == sum(len(ids) for replies in script.replies for ids, _ in replies)
-  assert stats.sampled_tokens == sum(map(sum, script.lengths)) == sum(
-      len(t.ids) for traj in got for t in traj.turns if t.role == "assistant")
-  assert len(encoded) == len(set(encoded)) == len({id(im) for t in got for im in t.images})
+def test_slots_do_not_matter(base):
+  policy, params, _ = base
+  tasks = draw_tasks(6) + draw_tasks(3, "pair_pattern")
+  run = lambda **kw: engine.rollout(dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, **kw)),
+                                  params, tasks, jax.random.key(6), group_size=3)
+  want = run(slots=64)
+  for kw in ({"slots": 4}, {"slots": 16, "segment_tokens": 5}, {"slots": 1, "threads": 1}):
+    for a, b in zip(want, run(**kw), strict=True):
+      assert a.index == b.index and a.stop == b.stop
+      np.testing.assert_array_equal(a.ids, b.ids, str((kw, a.index)))
 
 
-def test_a_hundred_rollouts_compile_few_programs(small):
-  """Whatever the lengths and sizes: decode in 2 row counts, chunks in row counts x tokens x windows."""
-  counter, counts = compiles.Counter(), []
-  for seed in range(100):
-    Script(small.cfg, seed, prompts=2, group=4).run(small.cfg, small.params, slots=6)
-    counts.append(counter.count)
-  assert counts[-1] <= 40, counts
-  assert counts[-1] - counts[49] <= 2, "most shapes are met early"
+def test_a_rollout_can_be_repeated_bit_for_bit(base):
+  """However fast the threads are: else a resumed run would not end as an uninterrupted one."""
+  policy, params, _ = base
+  policy = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, slots=6, segment_tokens=4))
+  rng = random.Random(0)
+
+  class Slow:
+    begin, left, hear = turns.begin, turns.left, turns.hear
+
+    @staticmethod
+    def read(policy, row):
+      time.sleep(rng.random() / 20)
+      return turns.read(policy, row)
+
+  runs = [engine.run(policy, params, draw_tasks(4), jax.random.key(9), 3, protocol=p) for p in (turns, Slow, Slow)]
+  for got, stats in runs[1:]:
+    assert (stats.steps, stats.appends, stats.slot_steps) == tuple(
+        getattr(runs[0][1], k) for k in ("steps", "appends", "slot_steps"))
+    for a, b in zip(runs[0][0], got, strict=True):
+      for x, y in zip(a.turns, b.turns, strict=True):
+        assert x.ids.tobytes() == y.ids.tobytes() and (x.logp is None or x.logp.tobytes() == y.logp.tobytes())
 
 
-def test_sizes():
-  assert chunks.row_sizes(64, 4.0) == (4, 16, 64) and chunks.row_sizes(1, 4.0) == (1,)
-  assert chunks.row_sizes(6, 4.0) == (1, 2, 6) and chunks.row_sizes(8, 2.0) == (1, 2, 4, 8)
-  assert chunks.token_sizes(1)[:3] == (16, 32, 64) and chunks.token_sizes(2)[:4] == (16, 24, 32, 48)
-  assert chunks.least(17, (16, 24, 32)) == 24 and chunks.least(1, (16,)) == 16
+def test_two_processes_are_one(tmp_path):
+  """Each with rows and pictures of its own, in lock-step, on a mesh of 2 x 2; together what one process samples."""
+  def run(processes):
+    with socket.socket() as s:
+      s.bind(("127.0.0.1", 0))
+      port = s.getsockname()[1]
+    files = [tmp_path / f"{processes}_{i}.pickle" for i in range(processes)]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    ps = [subprocess.Popen([sys.executable, "-m", "tests.rollout.lockstep", str(i), str(processes), str(port), str(f)],
+                           cwd=pathlib.Path(__file__).parents[2], env=env, stderr=subprocess.PIPE)
+          for i, f in enumerate(files)]
+    try:
+      for p in ps:
+        _, err = p.communicate(timeout=400)
+        assert p.returncode == 0, err.decode()[-3000:]
+    finally:
+      for p in ps:
+        p.kill()
+    return [pickle.loads(f.read_bytes()) for f in files]
+
+  (whole,), halves = run(1), run(2)
+  assert all(halves), "both had rows"
+  assert [u for u, *_ in whole] == list(range(15))
+  for a, b in zip(whole, sorted(halves[0] + halves[1], key=lambda t: t[0]), strict=True):
+    assert a[0] == b[0] and a[2:] == b[2:]
+    np.testing.assert_array_equal(a[1], b[1])
 
 
-def test_the_plan_of_7b():
-  """57,344 bytes a token (28 layers x 2 x 4 heads x 128 x 2 bytes), as FACTS has it."""
-  mesh = sharding.make(data=4, fsdp=1, tensor=2)
-  cfg = dataclasses.replace(qwen.SIZES["7b"], compute_dtype="bfloat16")
-  p = plan.cache(cfg, 16384, 64, 2048, mesh, free_bytes=20 * 2 ** 30)
-  assert (p.bytes_token, p.tokens_row, p.slots) == (57344, 16384, 64)
-  assert p.bytes_row == 57344 * 16384 // 2 and p.bytes_device == 16 * p.bytes_row
-  assert p.slots_that_fit == 4 * int(18 * 2 ** 30 // p.bytes_row)
-  assert "64 slots for 2048 trajectories" in str(p) and "0.44 GiB a row" in str(p) and "164 slots fit" in str(p)
-  tight = plan.cache(cfg, 16384, 0, 2048, mesh, free_bytes=20 * 2 ** 30)
-  assert tight.slots == 2048 and "set config.rollout.slots=164" in str(tight)
-  assert plan.cache(cfg, 100, 3, 3, mesh).tokens_row == 128 and plan.cache(cfg, 100, 3, 3, mesh).slots == 4
-  assert "fit" not in str(plan.cache(cfg, 100, 3, 3, mesh))
+def test_errors_name_the_thing(base):
+  policy, params, _ = base
+  with pytest.raises(ValueError, match="tasks must not be empty"):
+    engine.rollout(policy, params, [], jax.random.key(0))
+  with pytest.raises(ValueError, match="image must be a decodable file"):
+    engine.rollout(policy, params, [dataclasses.replace(draw_tasks(1)[0], image=b"no")], jax.random.key(0))
+  tight = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, max_total_tokens=64))
+  with pytest.raises(ValueError, match="leave room for a turn"):
+    engine.rollout(tight, params, [dataclasses.replace(draw_tasks(1)[0], question="why " * 40)], jax.random.key(0))

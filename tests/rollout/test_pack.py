@@ -22,7 +22,7 @@ def image(rows, cols, value):
 
 def turn(ids, logp=None, box=None, **kwargs):
   return types.Turn("tool" if logp is None else "assistant", np.array(ids, np.int32),
-                    None if logp is None else np.array(logp, np.float32), box=box, **kwargs)
+                    None if logp is None else np.array(logp, np.float32), region=box, **kwargs)
 
 
 def rows():
@@ -34,7 +34,8 @@ def rows():
   zooms = types.Trajectory(
       task, 0, prompt, [turn([20, 21], [-0.1, -0.2], box), turn([12, PAD, PAD], image_index=1),
                         turn([22, 2], [-0.3, -0.4])], [shown, crop], types.StopReason.ANSWERED, "a", True)
-  return [zooms, types.Trajectory(task, 1, prompt, [turn([23], [-0.5])], [shown], types.StopReason.OVERLONG)]
+  return [zooms, types.Trajectory(task, 1, prompt, [turn([23], [-0.5])], [shown], types.StopReason.OVERLONG, None,
+                                  False)]
 
 
 def test_by_hand():
@@ -73,7 +74,8 @@ def test_every_index_leads_to_the_right_image():
   size = lambda im: int(np.prod(im.grid_hw)) // 4
   trajectories = [
       types.Trajectory(task, i, np.array([9] + [PAD] * size(ims[0])),
-                       [t for im in ims[1:] for t in (turn([8], [0.0]), turn([PAD] * size(im) + [7]))], list(ims))
+                       [t for im in ims[1:] for t in (turn([8], [0.0]), turn([PAD] * size(im) + [7]))], list(ims),
+                       correct=False)
       for i, ims in enumerate(((a, b, c), (a,), (d, e, b)))]
   batch = pack.pack(trajectories, CFG)
   flat = np.concatenate([x.patches_IWQC[..., 0].reshape(-1, 4) for x in batch.images])
@@ -119,10 +121,10 @@ def test_rows_are_joined_only_if_asked():
 @pytest.mark.parametrize("scope, own", [("turn", [0, 0, 0, 0]), ("call", [-1, 0, 0, 0]), ("box", [-1, -1, 0, -1])])
 def test_which_tokens_are_an_action_s(scope, own):
   zooms, _ = rows()
-  zooms.turns[0] = turn([20, 21, 22, 23], [-1.0] * 4, types.Box(1, 2, 3, 4), call_span=(1, 4), box_span=(2, 3))
+  zooms.turns[0] = turn([20, 21, 22, 23], [-1.0] * 4, types.Box(1, 2, 3, 4), spans={"call": (1, 4), "box": (2, 3)})
   cfg = dataclasses.replace(CFG, scope=scope)
   assert pack.pack([zooms], cfg).action_BT[0, 4:9].tolist() == own + [-1]
-  zooms.turns[0] = dataclasses.replace(zooms.turns[0], call_span=None, box_span=None)  # not known: the turn's
+  zooms.turns[0] = dataclasses.replace(zooms.turns[0], spans={})  # not known: the turn's
   assert pack.pack([zooms], cfg).action_BT[0, 4:9].tolist() == [0, 0, 0, 0, -1]
 
 
@@ -195,7 +197,7 @@ def test_up():
 
 def test_groups_stay_whole_when_dealt():
   trajectories = [types.Trajectory(None, i, None) for i in range(24)]
-  uids = lambda parts: [[t.uid for t in part] for part in parts]
+  uids = lambda parts: [[t.index for t in part] for part in parts]
   assert uids(pack.split(trajectories, 4, 1, (0, 0))) == [list(range(24))]
   seen = set()
   for seed in range(20):

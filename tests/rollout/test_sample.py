@@ -26,7 +26,7 @@ def chunk(rows, tokens, starts, row_A=None):
 
 def turns(uids, turn=0, said=0, left=6, row_A=None):
   full = lambda v: jnp.broadcast_to(jnp.asarray(v, jnp.int32), (len(uids),))
-  return sample.Turns(jnp.asarray(uids, jnp.int32), full(turn), full(said), full(left), row_A)
+  return sample.Writers(jnp.asarray(uids, jnp.int32), full(turn), full(said), full(left), row_A)
 
 
 def decode(small, state, who, steps=6, temperature=1.0, key=0, **kw):

@@ -38,21 +38,21 @@ def lessons(pictures, voice, noise, learn="all", **manner):
 
 def best_ious(lessons):
   """For every zoom its IoU with the nearest target."""
-  return np.concatenate([np.asarray(reward.iou(np.array(t.boxes), np.array(t.task.boxes))).max(1)
-                         for _, t in lessons if t.boxes])
+  return np.concatenate([np.asarray(reward.iou(np.array(t.regions), np.array(t.task.boxes))).max(1)
+                         for _, t in lessons if t.regions])
 
 
 def test_careful_ones_zoom_well_and_are_right(pictures, voice):
   done = lessons(pictures, voice, 0.0)
   assert best_ious(done).min() > 0.6
-  assert all(t.answer in t.task.answers and len(t.boxes) == len(t.task.boxes) for _, t in done)
+  assert all(t.answer in t.task.answers and len(t.regions) == len(t.task.boxes) for _, t in done)
 
 
 def test_clumsy_ones_zoom_badly_and_are_wrong_at_times(pictures, voice):
   done = lessons(pictures, voice, 1.0)
   right = np.mean([t.answer in t.task.answers for _, t in done])
   assert best_ious(done).mean() < 0.5 and 0.2 < right < 0.9
-  assert all(t.boxes for _, t in done)  # they always look
+  assert all(t.regions for _, t in done)  # they always look
 
 
 def test_guessing_ones_answer_at_once_as_colours_suggest(pictures, voice):
@@ -62,7 +62,7 @@ def test_guessing_ones_answer_at_once_as_colours_suggest(pictures, voice):
                    key=lambda thing: t.task.question.index(thing.name))
     marks = [needle.mark_of(thing.colour, "pattern") for thing in named]
     assert t.answer == (marks[0] if len(marks) == 1 else "yes" if marks[0] == marks[1] else "no")
-    assert len(t.task.boxes) == len(named) and not t.boxes and len(t.images) == 1
+    assert len(t.task.boxes) == len(named) and not t.regions and len(t.images) == 1
     assert [turn.role for turn in t.turns] == ["assistant"] and t.turns[0].logp is not None
     assert prompt.parse(t.turns[0].text) == prompt.Answer(t.answer)
   assert {len(t.task.boxes) for _, t in done} == {1, 2}
@@ -84,7 +84,7 @@ def test_counting_ones_look_at_every_object_once_and_say_how_many_they_have(pict
   for seen, t in lessons(pictures, voice, noise, p_count=1.0):
     colours = [c for c in needle.COLOURS if c in {thing.colour for thing in seen.scene.things}]
     counted = re.search("pattern ([a-z]+)[?]", t.task.question)[1]
-    assert len(t.boxes) == len(t.task.boxes) == len(colours) >= 3
+    assert len(t.regions) == len(t.task.boxes) == len(colours) >= 3
     number, said = 0, [turn.text for turn in t.turns if turn.role == "assistant"]
     for k, (text, ahead) in enumerate(zip(said, [*colours, None])):
       thought = re.match("<think>(.*?)</think>", text)[1]
@@ -107,4 +107,4 @@ def test_a_share_of_them_counts(pictures, voice):
 
 def test_a_share_of_them_guesses(pictures, voice):
   done = lessons(pictures, voice, 1.0, p_direct=0.3)
-  assert 0.15 < np.mean([not t.boxes for _, t in done]) < 0.45
+  assert 0.15 < np.mean([not t.regions for _, t in done]) < 0.45

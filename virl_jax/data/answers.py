@@ -6,9 +6,12 @@ there" is neither option A nor "dog", and "A B" is neither option A nor option B
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import decimal
 import re
 import unicodedata
+
+from virl_jax import types
 
 # Canonical ordering takes quadratic time on runs of combining marks; no real answer is this long.
 _COMPOSE_MAX_CHARS = 2000
@@ -72,6 +75,26 @@ def matches(answer: str | None, answers: tuple[str, ...], options: tuple[str, ..
     right |= _by_text(accepted, options) or _by_letter(accepted, options)
   # The letter goes first here: it is what a policy that was shown letters means by "B".
   return not right.isdisjoint(_by_letter(answer, options) or _by_text(answer, options))
+
+
+# How an answer is matched, by the name that a task has for it: (answer, accepted answers, options) -> bool.
+RULES = {"exact": matches}
+
+
+def grade(trajectories: Sequence[types.Trajectory]) -> None:
+  """Says of each trajectory whether its answer is right, by its task's rule; one that gave none is wrong.
+
+  Args:
+    trajectories: as a rollout gives them; their `correct` is set.
+
+  Raises:
+    ValueError: a task names a rule that there is not.
+  """
+  for traj in trajectories:
+    task = traj.task
+    if task.match not in RULES:
+      raise ValueError(f"task {task.uid}: match must be one of {', '.join(RULES)}. Received: {task.match!r}")
+    traj.correct = bool(RULES[task.match](traj.answer, task.answers, task.options))
 
 
 def _by_text(text, options):

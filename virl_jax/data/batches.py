@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import itertools
 
@@ -68,3 +69,45 @@ def train(source, seed: int, step: int, wanted: int, max_pixels: int) -> Drawn:
 def held_out(source, wanted: int, max_pixels: int) -> Drawn:
   """The first tasks of a held-out split that decode, `wanted` of them or as many as there are."""
   return _good(source, range(len(source)), wanted, max_pixels, "the evaluation source")
+
+
+class Feed:
+  """The prompts of each training step; those of the next are decoded while one trains.
+
+  Args:
+    source, seed, wanted, max_pixels: see `train`.
+
+  Attributes:
+    skipped: how many tasks have been passed over so far.
+  """
+
+  def __init__(self, source, seed: int, wanted: int, max_pixels: int):
+    self._source, self._seed, self._wanted, self._max_pixels = source, seed, wanted, max_pixels
+    self._pool = concurrent.futures.ThreadPoolExecutor(1)
+    self._ahead: dict[int, concurrent.futures.Future] = {}
+    self.skipped = 0
+
+  def batch(self, step: int) -> list[types.Task]:
+    """The step's own prompts: a pure function of (source, seed, step)."""
+    drawn = (self._ahead.pop(step, None) or self._draw(step)).result()
+    self._ahead = {step + 1: self._draw(step + 1)}
+    self.skipped += report(drawn)
+    return drawn.tasks
+
+  def further(self, step: int, attempt: int) -> list[types.Task]:
+    """Prompts for a further try of a step: each try walks through the data in an order of its own."""
+    return self._draw(step, attempt).result().tasks
+
+  def _draw(self, step: int, attempt: int = 0) -> concurrent.futures.Future:
+    return self._pool.submit(train, self._source, self._seed + attempt * 2 ** 32, step, self._wanted, self._max_pixels)
+
+  def close(self) -> None:
+    """Nothing more is wanted."""
+    self._pool.shutdown(cancel_futures=True)
+
+
+def report(drawn: Drawn) -> int:
+  """Says which tasks were passed over and why; returns how many."""
+  for why in drawn.skipped:
+    print(f"skipped {why}", flush=True)
+  return len(drawn.skipped)

@@ -217,67 +217,6 @@ def to_original(box: tuple[float, float, float, float], region: types.Box, shown
                    region.x1 + box[2] * sx, region.y1 + box[3] * sy)
 
 
-def check_zoom(box: tuple[float, ...], region: types.Box, shown: tuple[int, int], cfg: Config
-               ) -> types.Box | str:
-  """What a zoom box means on the original, or what is wrong with it.
-
-  Args:
-    box: x1, y1, x2, y2 as the policy wrote them, in the shown image's frame; finite.
-    region: the part of the original that the shown image shows.
-    shown: its width and height as shown, pixels.
-    cfg: limits.
-
-  Returns:
-    The box on the original, clamped to the shown region, or a short sentence for the policy.
-  """
-  x1, y1, x2, y2 = box
-  if x2 <= x1 or y2 <= y1:
-    return "bbox_2d must have x1 < x2 and y1 < y2"
-  clamped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(shown[0])), min(y2, float(shown[1])))
-  if clamped[2] <= clamped[0] or clamped[3] <= clamped[1]:
-    return f"bbox_2d lies outside the image of {shown[0]} x {shown[1]}"
-  found = to_original(clamped, region, shown)
-  w, h = found.x2 - found.x1, found.y2 - found.y1
-  # A box can be too small for float64: nothing is left of it beside the region's own offset.
-  if min(w, h) < (1e-3 if cfg.crop_expand else cfg.crop_min_side_px):
-    return "bbox_2d is too small"
-  if cfg.crop_expand:
-    return found
-  if max(w, h) > cfg.crop_max_aspect * min(w, h):
-    return "bbox_2d is too long and thin"
-  return found
-
-
-def expand(box: types.Box, picture_wh: tuple[int, int], cfg: Config) -> types.Box:
-  """What is cut for a box that is too small or too thin: a larger region about the same centre.
-
-  A box too thin grows across until `cfg.crop_max_aspect` holds; one too small then grows along both sides
-  alike until its short side has `cfg.crop_min_side_px`.
-
-  Args:
-    box: original pixels, inside the picture.
-    picture_wh: the picture's width and height, pixels.
-    cfg: limits.
-
-  Returns:
-    A region inside the picture that holds the box; at the picture's edge it is moved, and where the picture
-    itself is too small it is all there is along that side.
-  """
-  w, h = box.x2 - box.x1, box.y2 - box.y1
-  w, h = max(w, h / cfg.crop_max_aspect), max(h, w / cfg.crop_max_aspect)
-  scale = max(1.0, cfg.crop_min_side_px / min(w, h))
-
-  def along(low, high, size, whole):
-    size = min(size, float(whole))
-    start = min(max((low + high - size) / 2, 0.0), whole - size)
-    # Rounding must not cost the box its edge.
-    return min(start, low), max(start + size, high)
-
-  x1, x2 = along(box.x1, box.x2, w * scale, picture_wh[0])
-  y1, y2 = along(box.y1, box.y2, h * scale, picture_wh[1])
-  return types.Box(x1, y1, x2, y2)
-
-
 def _window_slots(grid_hw: tuple[int, int], grid: Grid) -> tuple[np.ndarray, np.ndarray]:
   """Window and place within it, int[cells] each, of every merged cell, row by row."""
   rows, cols = grid_hw[0] // grid.merge, grid_hw[1] // grid.merge

@@ -1,4 +1,4 @@
-"""What the policy reads and writes: chat text, the zoom tool's schema, and strict parsing of its turns.
+"""What the policy reads and writes: chat text, tools, and strict parsing of its turns.
 
 The protocol is Qwen2.5's own (Hermes style): a tool call is JSON inside <tool_call> tags, its result
 comes back inside <tool_response> tags in a user turn, the final answer stands inside <answer> tags.
@@ -7,40 +7,19 @@ Text becomes tokens once: the prompt when a trajectory starts, each tool turn wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import json
-import math
 import re
 import threading
+from typing import Any
 
 import numpy as np
 
-TOOL_NAME = "image_zoom_in_tool"
-TOOL_SCHEMA = {
-    "type": "function",
-    "function": {
-        "name": TOOL_NAME,
-        "description": "Zoom in on a region of the image. The region comes back as a new, sharper image.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "bbox_2d": {
-                    "type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4,
-                    "description": "The region [x1, y1, x2, y2] in pixels of the image as shown.",
-                },
-                "label": {"type": "string", "description": "What the region holds (optional)."},
-            },
-            "required": ["bbox_2d"],
-        },
-    },
-}
-_TARGET_IMAGE = {
-    "type": "integer", "minimum": 0,
-    "description": "Which image the region is of: 0 is the first, k the k-th that came back.",
-}
+from virl_jax.rollout.actions import table
+
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 END = "<|im_end|>"
-_BOX = re.compile(r'"bbox_2d"\s*:\s*(\[[^\]]*\])')
 # A tool call longer than this is refused unread: no honest call comes near it.
 MAX_CALL_CHARS = 2000
 
@@ -55,23 +34,6 @@ class Config:
   instruction: str = ""
   zoom_into_crops: bool = False
   last_notice: str = "No further zoom is possible. Answer now."
-
-
-@dataclasses.dataclass(frozen=True)
-class Zoom:
-  """A tool call.
-
-  Attributes:
-    box: as written, in the frame of the image that it is of, as that was shown.
-    target_image: which image that is: 0 the first, k the k-th crop.
-    call_chars: where in the text the call stands, tags included, half-open.
-    box_chars: where its four numbers stand, brackets included; the call's if the key is not written plainly.
-  """
-
-  box: tuple[float, float, float, float]
-  target_image: int = 0
-  call_chars: tuple[int, int] = dataclasses.field(default=(0, 0), compare=False)
-  box_chars: tuple[int, int] = dataclasses.field(default=(0, 0), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,27 +72,15 @@ def question_text(question: str, options: tuple[str, ...] | None, cfg: Config) -
   return "\n".join(lines)
 
 
-def tool_schema(zoom_into_crops: bool = False) -> dict:
-  """The tool as the system turn describes it.
-
-  Args:
-    zoom_into_crops: whether a call may name another image than the first.
-  """
-  if not zoom_into_crops:
-    return TOOL_SCHEMA
-  tool = TOOL_SCHEMA["function"]
-  parameters = tool["parameters"]
-  properties = parameters["properties"] | {"target_image": _TARGET_IMAGE}
-  return TOOL_SCHEMA | {"function": tool | {"parameters": parameters | {"properties": properties}}}
-
-
-def render(question: str, options: tuple[str, ...] | None, cfg: Config) -> str:
+def render(question: str, options: tuple[str, ...] | None, cfg: Config,
+           actions: Mapping[str, Any] = table.ACTIONS) -> str:
   """The whole prompt, ready for the assistant's first word.
 
   Args:
     question: what is asked.
     options: texts of the options, or None.
     cfg: system text and order.
+    actions: the visual actions that it may take, by name.
 
   Returns:
     Chat text with one image placeholder, as the chat template renders it.
@@ -139,7 +89,7 @@ def render(question: str, options: tuple[str, ...] | None, cfg: Config) -> str:
   if cfg.describe_tool:
     system += ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
                "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
-               + json.dumps(tool_schema(cfg.zoom_into_crops)) +
+               + "\n".join(json.dumps(action.schema(cfg)) for action in actions.values()) +
                "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
                'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
                "<args-json-object>}\n</tool_call>")
@@ -148,23 +98,23 @@ def render(question: str, options: tuple[str, ...] | None, cfg: Config) -> str:
   return f"<|im_start|>system\n{system}{END}\n<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
 
 
-def tool_turn(error: str | None = None, notice: str = "") -> str:
-  """What follows the assistant's end-of-turn token: a crop, or an error, and the next assistant turn.
+def tool_turn(error: str | None = None, notice: str = "", image: bool = True, text: str = "") -> str:
+  """What follows the assistant's end-of-turn token: what an action came to, or an error, and the next assistant turn.
 
   Args:
-    error: what was wrong with the call; None if the crop comes back.
+    error: what was wrong with the call; None if it was carried out.
     notice: a line after it, such as that no other zoom will be granted.
+    image: whether a picture comes back.
+    text: what comes back in words, after the picture.
   """
-  body = IMAGE if error is None else f"Error: {plain(error)}."
-  if notice:
-    body += f"\n{notice}"
+  parts = ([IMAGE] if image else []) + ([plain(text)] if text else []) if error is None else [f"Error: {plain(error)}."]
+  body = "\n".join(parts + ([notice] if notice else []))
   return (f"\n<|im_start|>user\n<tool_response>\n{body}\n</tool_response>{END}\n<|im_start|>assistant\n")
 
 
-def call_text(box: tuple[int, int, int, int], thought: str = "") -> str:
-  """A well-formed assistant turn that zooms, without the end-of-turn token."""
-  call = json.dumps({"name": TOOL_NAME, "arguments": {"bbox_2d": list(box)}})
-  return f"{_think(thought)}<tool_call>\n{call}\n</tool_call>"
+def call_text(call: dict, thought: str = "") -> str:
+  """A well-formed assistant turn that calls a tool, {"name": ..., "arguments": ...}, without the end-of-turn token."""
+  return f"{_think(thought)}<tool_call>\n{json.dumps(call)}\n</tool_call>"
 
 
 def answer_text(answer: str, thought: str = "") -> str:
@@ -187,21 +137,23 @@ def _refuse_constant(name):
   raise ValueError(f"{name} is not a number")
 
 
-def parse(text: str) -> Zoom | Answer | ParseFailure:
+def parse(text: str, actions: Mapping[str, Any] = table.ACTIONS) -> Any | Answer | ParseFailure:
   """Reads one assistant turn.  Never raises and never evaluates anything.
 
   Args:
     text: the decoded turn, with or without its end-of-turn token.
+    actions: the visual actions that it may take, by name.
 
   Returns:
-    A `Zoom` if the turn holds exactly one well-formed tool call and no answer, an `Answer` if it holds
-    exactly one answer and no call, else a `ParseFailure` that says why.
+    What was asked of an action (such as `zoom.Zoom`) if the turn holds exactly one well-formed tool call and no
+    answer, an `Answer` if it holds exactly one answer and no call, else a `ParseFailure` that says why.
   """
   calls, answers = text.count("<tool_call>"), text.count("<answer>")
   if calls and answers:
     return ParseFailure("zoom or answer, not both in one turn", True)
   if calls == 1:
-    return _parse_call(text)
+    asked = _parse_call(text, actions)
+    return ParseFailure(asked, True) if isinstance(asked, str) else asked
   if calls > 1:
     return ParseFailure("one tool call a turn", True)
   if answers == 1:
@@ -213,33 +165,22 @@ def parse(text: str) -> Zoom | Answer | ParseFailure:
   return ParseFailure("a turn must hold a tool call or an answer", False)
 
 
-def _parse_call(text: str) -> Zoom | ParseFailure:
+def _parse_call(text: str, actions: Mapping[str, Any]) -> Any | str:
+  """What was asked of an action, or what is wrong with the call."""
   start = text.index("<tool_call>") + len("<tool_call>")
   end = text.find("</tool_call>", start)
   if end < 0:
-    return ParseFailure("the tool_call tag is not closed", True)
+    return "the tool_call tag is not closed"
   if end - start > MAX_CALL_CHARS:
-    return ParseFailure("the tool call is too long", True)
+    return "the tool call is too long"
   try:
     call = json.loads(text[start:end], object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)
   except (ValueError, RecursionError):
-    return ParseFailure("the tool call is not valid JSON", True)
-  if not isinstance(call, dict) or call.get("name") != TOOL_NAME:
-    return ParseFailure(f"the only tool is {TOOL_NAME}", True)
-  arguments = call.get("arguments")
-  box = arguments.get("bbox_2d") if isinstance(arguments, dict) else None
-  if not (isinstance(box, list) and len(box) == 4
-          and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box)):
-    return ParseFailure("bbox_2d must be four numbers", True)
-  # Integers beyond float's range would overflow below; no image is that wide.
-  if any(abs(v) > 1e6 or not math.isfinite(v) for v in box):
-    return ParseFailure("bbox_2d lies outside the image", True)
-  target = arguments.get("target_image", 0)
-  if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target <= 10 ** 6:
-    return ParseFailure("target_image must be a whole number, 0 or more", True)
-  whole = start - len("<tool_call>"), end + len("</tool_call>")
-  found = _BOX.search(text, start, end)
-  return Zoom(tuple(float(v) for v in box), target, whole, found.span(1) if found else whole)
+    return "the tool call is not valid JSON"
+  name = call.get("name") if isinstance(call, dict) else None
+  if not isinstance(name, str) or name not in actions:
+    return f"the only tool is {next(iter(actions))}" if len(actions) == 1 else f"the tools are {', '.join(actions)}"
+  return actions[name].parse(call.get("arguments"), text, (start - len("<tool_call>"), end + len("</tool_call>")))
 
 
 class Codec:

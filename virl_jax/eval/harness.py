@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 
 from virl_jax import types
+from virl_jax.data import answers
 from virl_jax.eval import outcome
 from virl_jax.report import gallery
 from virl_jax.rl import credit
+from virl_jax.rl import judge as judge_lib
 from virl_jax.rl import reward
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
@@ -35,9 +36,10 @@ class Judged:
   def outcome(self) -> outcome.Outcome:
     t = self.trajectory
     return outcome.Outcome(
-        correct=t.correct, ious=self.ious, invalid_actions=sum(turn.error is not None for turn in t.turns),
-        has_boxes=bool(t.task.boxes), overlong=t.stop == types.StopReason.OVERLONG, kind=t.task.kind,
-        answerable=bool(t.task.answers))
+        uid=t.task.uid, correct=t.correct, ious=self.ious,
+        invalid_actions=sum(turn.error is not None for turn in t.turns), has_boxes=bool(t.task.boxes),
+        overlong=t.stop == types.StopReason.OVERLONG, kind=t.task.kind, answerable=bool(t.task.answers),
+        answer=t.answer)
 
   @property
   def entry(self) -> dict:
@@ -46,23 +48,22 @@ class Judged:
     return gallery.entry(t, t.task.image, self.ious, self.classes, None, None, None, None)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _judge(box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ, cfg):
-  fid = jax.vmap(lambda *a: reward.fidelity(*a, cfg))(box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ)
-  return fid.iou_R, jax.vmap(credit.classify)(fid.correct_R, fid.redundant_R, fid.target_R >= 0)
+_looks = jax.jit(judge_lib.looks, static_argnames="cfg")
 
 
 def judge(trajectories: list[types.Trajectory], max_rounds: int, cfg: reward.Config) -> list[Judged]:
-  """IoU and class of every visual action.
+  """Answers, and IoU and class of every visual action.
 
   Args:
-    trajectories: any number.
+    trajectories: any number, as a rollout gives them.
     max_rounds: most visual actions in one.
     cfg: the reward, for h0.
   """
-  iou_BR, class_BR = jax.device_get(_judge(*pack.boxes(trajectories, max_rounds), cfg))
-  return [Judged(t, tuple(float(v) for v in iou_BR[b, :len(t.boxes)]),
-                 tuple(credit.NAMES[int(k)] for k in class_BR[b, :len(t.boxes)]))
+  answers.grade(trajectories)
+  looks = _looks(pack.boxes(trajectories, max_rounds), cfg)
+  iou_BR, class_BR = jax.device_get((looks.fidelity.iou_R, looks.class_BR))
+  return [Judged(t, tuple(float(v) for v in iou_BR[b, :len(t.regions)]),
+                 tuple(credit.NAMES[int(k)] for k in class_BR[b, :len(t.regions)]))
           for b, t in enumerate(trajectories)]
 
 
@@ -89,6 +90,13 @@ def result(judged: list[Judged], h0: float, bootstrap: int) -> dict:
   return outcome.summary(outcomes, h0, bootstrap) | {"outcomes": [dataclasses.asdict(o) for o in outcomes]}
 
 
-def outcomes(saved: dict) -> list[outcome.Outcome]:
-  """The outcomes of a saved result."""
-  return [outcome.Outcome(**{**o, "ious": tuple(o["ious"])}) for o in saved["outcomes"]]
+def outcomes(saved: dict, tasks: list[types.Task] | None = None) -> list[outcome.Outcome]:
+  """The outcomes of a saved result.
+
+  Args:
+    saved: what `result` gave, as JSON has it.
+    tasks: what it was about, in order; names the tasks where the result does not, as older runs wrote them.
+  """
+  found = saved["outcomes"]
+  uids = [t.uid for t in tasks] if tasks and len(tasks) == len(found) else [f"number {i}" for i in range(len(found))]
+  return [outcome.Outcome(**{"uid": uid, **o, "ious": tuple(o["ious"])}) for uid, o in zip(uids, found)]

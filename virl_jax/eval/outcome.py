@@ -19,6 +19,7 @@ Our reading: the paper names the first four and the mean IoU; over which tasks e
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -35,6 +36,7 @@ class Outcome:
   """What came of one task.
 
   Attributes:
+    uid: the task's.
     correct: the answer was right.
     ious: for each visual action its best IoU with a ground-truth box, in [0, 1].
     invalid_actions: zooms that were asked for and refused.
@@ -42,8 +44,10 @@ class Outcome:
     overlong: the trajectory ran out of tokens.
     kind: the task's family.
     answerable: the task has accepted answers.
+    answer: what was answered, or None.
   """
 
+  uid: str
   correct: bool
   ious: tuple[float, ...]
   invalid_actions: int
@@ -51,6 +55,7 @@ class Outcome:
   overlong: bool
   kind: str
   answerable: bool
+  answer: str | None = None
 
 
 def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int = 0) -> dict:
@@ -95,7 +100,7 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
 
   Args:
     before: one outcome a task.
-    after: the outcomes of the same tasks, in the same order.
+    after: the outcomes of the same tasks, by `uid`, in any order.
     h0: IoU in [0, 1] that makes a visual action correct.
     bootstrap: resamples, 1 or more.
     seed: of the resampling.
@@ -105,18 +110,12 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
     defined on one of the sides.
 
   Raises:
-    ValueError: an argument is out of range, or the outcomes can't be of the same tasks.
+    ValueError: an argument is out of range, or the outcomes are not of the same tasks.
 
   Source: ours; the intervals are Efron's percentile bootstrap, paired.
   """
   _check(h0, bootstrap)
-  if len(before) != len(after):
-    raise ValueError("after must have the outcomes of the tasks of before. "
-                     f"Received: {len(after)} outcomes, before has {len(before)}")
-  for index, (old, new) in enumerate(zip(before, after)):
-    if (old.kind, old.has_boxes, old.answerable) != (new.kind, new.has_boxes, new.answerable):
-      raise ValueError("after must have the outcomes of the tasks of before, in the same order. "
-                       f"Received: {new} at {index}, where before has {old}")
+  after = paired(before, after)
   both = *terms(before, h0), *terms(after, h0)
   old_top_K, old_bottom_K, new_top_K, new_bottom_K = (term_NK.sum(0) for term_NK in both)
   values_K = _ratio(new_top_K, new_bottom_K) - _ratio(old_top_K, old_bottom_K)
@@ -124,6 +123,29 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
   samples_SK = _ratio(new_top_SK, new_bottom_SK) - _ratio(old_top_SK, old_bottom_SK)
   return {"n": len(before)} | {
       name: _interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS) if name in _COMPARED}
+
+
+def paired(before: list[Outcome], after: list[Outcome]) -> list[Outcome]:
+  """The outcomes of `after` in the order of `before`'s tasks.
+
+  Raises:
+    ValueError: the two are not about the same tasks, each once.
+  """
+  found = {new.uid: new for new in after}
+  for name, outcomes in (("before", before), ("after", after)):
+    if len({o.uid for o in outcomes}) != len(outcomes):
+      twice = next(uid for uid, n in collections.Counter(o.uid for o in outcomes).items() if n > 1)
+      raise ValueError(f"{name} must have one outcome a task. Received: several of task {twice!r}")
+  lone = sorted({o.uid for o in before} ^ set(found))
+  if lone:
+    raise ValueError("before and after must be about the same tasks. Received: "
+                     f"{len(before)} and {len(after)} outcomes, of which {len(lone)} have no counterpart, such as "
+                     f"that of task {lone[0]!r}")
+  for old in before:
+    new = found[old.uid]
+    if (old.kind, old.has_boxes, old.answerable) != (new.kind, new.has_boxes, new.answerable):
+      raise ValueError(f"before and after must be about the same tasks. Received: for {old.uid!r} {old} and {new}")
+  return [found[old.uid] for old in before]
 
 
 def format_table(before_summary: dict, after_summary: dict, diff: dict) -> str:

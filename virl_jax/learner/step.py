@@ -1,6 +1,6 @@
 """What the device does with a batch: score it, update on it, imitate it.
 
-`score_step` reads the policy before the update: log-probabilities, rewards, classes, advantages.
+`score_step` reads the policy before the update: its log-probabilities, and what `rl.judge` makes of the batch.
 `update_step` is one PPO update.  `imitate_step` is one step of maximum likelihood, for warm starts.
 All are pure; the state they update is donated.
 """
@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from virl_jax import types
+from virl_jax.learner import pooled
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
+from virl_jax.rl import judge
 from virl_jax.rl import loss
 from virl_jax.rl import reward
 
@@ -60,6 +62,11 @@ class Config:
   optim: OptimConfig = OptimConfig()
   mesh: jax.sharding.Mesh | None = None
   single_update: bool = False
+
+  @property
+  def judge(self) -> judge.Config:
+    """What a batch is judged by."""
+    return judge.Config(self.group_size, self.reward, self.credit, self.advantage)
 
 
 @flax.struct.dataclass
@@ -181,31 +188,12 @@ def mask(batch: types.Batch) -> jax.Array:
   return batch.sampled_BT & batch.row_mask_B[:, None]
 
 
-def _rewards(boxes, answer_B, format_B, cfg, h0) -> tuple[reward.Fidelity, jax.Array]:
-  fid = jax.vmap(lambda *a: reward.fidelity(*a, cfg.reward, h0))(*boxes)
-  return fid, jax.vmap(lambda *a: reward.total(*a, cfg.reward))(answer_B, format_B, fid.mean)
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def teaches(boxes: tuple[jax.Array, ...], answer_B: jax.Array, format_B: jax.Array, cfg: Config, h0: jax.Array | float
-            ) -> jax.Array:
-  """Whether the rewards of each trajectory's group differ.
-
-  Args:
-    boxes: as `pack.boxes` gives them; whole groups, neighbours in rows.
-    answer_B, format_B: as `pack.outcomes` gives them.
-    cfg: static.
-    h0: the threshold of this step.
-
-  Returns:
-    bool[B].
-  """
-  return advantage.informative(_rewards(boxes, answer_B, format_B, cfg, h0)[1], cfg.group_size)
+informative = jax.jit(judge.informative, static_argnames="cfg")
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, cfg: Config,
-               h0: jax.Array | float | None = None) -> tuple[types.ScoredBatch, dict]:
+               h0: jax.Array | float | None = None) -> tuple[types.ScoredBatch, pooled.Metrics]:
   """Rewards, credit and advantages of a batch, with the policy as it is before the update.
 
   Args:
@@ -216,90 +204,69 @@ def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, c
     h0: the threshold of this step; None for `cfg.reward.h0`, which the metrics always use.
 
   Returns:
-    The scored batch, and metrics (float32 scalars).
+    The scored batch, and metrics.
 
-  Source: ViRL (arXiv 2511.23031), as DESIGN's formulas read it; see `rl.reward` and `rl.credit`.
+  Source: ViRL (arXiv 2511.23031); see `rl.judge`.
   """
-  h0 = cfg.reward.h0 if h0 is None else h0
   logp = value = None
   if not cfg.single_update or state.critic is not None or cfg.loss.kl_in_reward:
     logp, _, value = outputs(state.params, cfg, batch, state.critic)
   logp_ref = logp if ref_params is None else outputs(ref_params, cfg, batch)[0]
-  fid, total_B = _rewards((batch.box_BR4, batch.box_mask_BR, batch.gt_BJ4, batch.gt_mask_BJ), batch.answer_B,
-                          batch.format_B, cfg, h0)
-  metrics = _score_metrics(batch, fid, total_B, cfg)
+  looks = judge.looks(boxes(batch), cfg.reward, h0)
+  total_B = judge.rewards(looks, batch.answer_B, batch.format_B, cfg.reward)
+  metrics = _score_metrics(batch, looks, total_B, cfg)
   if cfg.loss.kl_in_reward:
     kl_BT = loss.kl(logp, logp_ref, cfg.loss.kl_estimator)
     total_B = total_B - state.kl_coef * jnp.where(batch.sampled_BT, kl_BT, 0.0).sum(-1)
   informative_B = advantage.informative(total_B, cfg.group_size, batch.row_mask_B)
   if cfg.advantage.drop_equal:
     batch = batch.replace(row_mask_B=batch.row_mask_B & informative_B)
-  judged_BR = fid.target_R >= 0
-  class_BR = jax.vmap(credit.classify)(fid.correct_R, fid.redundant_R, judged_BR)
-  plain_BT, advantage_B, return_BT = _plain_advantages(batch, fid, total_B, value, cfg)
-  modulate = lambda sign_B: jax.vmap(lambda c, a, s: credit.modulator(c, a, cfg.credit, s - h0))(
-      class_BR, sign_B, fid.score_R)
-  step_BR = None
-  if cfg.credit.kind == "additive":
-    step_BR = cfg.credit.step_weight * advantage.steps(fid.reward_R, judged_BR, cfg.group_size)
-  modulator_BR = modulate(advantage_B)
-  spread = jax.vmap(credit.token_advantages, (0, 0, 0, 0, None if step_BR is None else 0))
-  if cfg.advantage.kind == "gae":  # each token has a sign of its own
-    one_B = jnp.ones_like(advantage_B)
-    praise, blame = ((s, modulate(s)) for s in (one_B, -one_B))
-    side = lambda s: jnp.where(plain_BT * s[:, None] > 0, plain_BT, 0.0)
-    part = lambda s, m: spread(side(s), m, batch.action_BT, mask(batch), None)
-    advantage_BT = part(*praise) + part(*blame)
-  else:
-    advantage_BT = spread(advantage_B, modulator_BR, batch.action_BT, mask(batch), step_BR)
-  if cfg.credit.keep_scale:
-    advantage_BT = credit.keep_scale(advantage_BT, plain_BT, mask(batch))
+  credits = judge.credits(looks, total_B, batch.action_BT, mask(batch), batch.row_mask_B, value, cfg.judge, h0)
   metrics |= {
-      "credit/redundant_share": loss.masked_mean((class_BR == credit.REDUNDANT).astype(jnp.float32), judged_BR),
-      "advantage/abs_mean": jnp.abs(advantage_B).mean(),
-      "advantage/informative_share": informative_B.mean(),
+      "credit/redundant_share": pooled.mean_of((looks.class_BR == credit.REDUNDANT).astype(jnp.float32),
+                                               looks.judged_BR),
+      "advantage/abs_mean": _each_row(jnp.abs(credits.advantage_B)),
+      "advantage/informative_share": _each_row(informative_B),
   }
   if logp is not None:
     metrics |= _sampler_gap(logp, batch)
-  return types.ScoredBatch(batch, logp, logp_ref, advantage_BT, fid.iou_R, class_BR, modulator_BR, advantage_B,
-                           total_B, value, return_BT), metrics
+  return types.ScoredBatch(batch, logp, logp_ref, credits.advantage_BT, looks.fidelity.iou_R, looks.class_BR,
+                           credits.modulator_BR, credits.advantage_B, total_B, value, credits.return_BT), metrics
 
 
-def _sampler_gap(logp_BT: jax.Array, batch: types.Batch) -> dict:
+def boxes(batch: types.Batch) -> judge.Boxes:
+  """What visual actions are judged by, as `judge.looks` takes it."""
+  return batch.box_BR4, batch.box_mask_BR, batch.gt_BJ4, batch.gt_mask_BJ
+
+
+def _each_row(x_B: jax.Array) -> pooled.Ratio:
+  """The mean over all rows, masked ones too."""
+  return pooled.mean_of(x_B.astype(jnp.float32), jnp.ones(x_B.shape, bool))
+
+
+def _sampler_gap(logp_BT: jax.Array, batch: types.Batch) -> pooled.Metrics:
   """How far the trainer's log-probabilities of the trained tokens are from the sampler's."""
   gap = jnp.where(mask(batch), jnp.abs(logp_BT - batch.logp_sampler_BT), 0.0)
-  return {"rollout/logp_gap_max": gap.max(), "rollout/logp_gap_mean": loss.masked_mean(gap, mask(batch))}
+  return {"rollout/logp_gap_max": pooled.Max(gap.max()), "rollout/logp_gap_mean": pooled.mean_of(gap, mask(batch))}
 
 
-def _score_metrics(batch: types.Batch, fid: reward.Fidelity, total_B: jax.Array, cfg: Config) -> dict:
+def _score_metrics(batch: types.Batch, looks: judge.Looks, total_B: jax.Array, cfg: Config) -> pooled.Metrics:
   """What the trajectories are like; in terms of IoU and `cfg.reward.h0`, whatever is rewarded."""
-  has_gt_B = batch.gt_mask_BJ.any(-1)
-  judged_BR = fid.target_R >= 0  # visual actions, where there is something to judge them by
+  fid, judged_BR, has_gt_B = looks.fidelity, looks.judged_BR, batch.gt_mask_BJ.any(-1)
   hit_BR = judged_BR & (fid.iou_R >= cfg.reward.h0)
   return {
-      "reward/total": total_B.mean(), "reward/answer": batch.answer_B.mean(), "reward/format": batch.format_B.mean(),
-      "reward/fidelity": fid.mean.mean(), "acc_ans": batch.answer_B.mean(),
-      "acc_rat": loss.masked_mean(hit_BR.astype(jnp.float32), judged_BR),
-      "rationale_count": batch.box_mask_BR.sum() / batch.answer_B.shape[0],
-      "hit_rate": loss.masked_mean(hit_BR.any(-1).astype(jnp.float32), has_gt_B),
-      "coverage": loss.masked_mean(fid.covered, has_gt_B),
-      "mean_iou": loss.masked_mean(fid.iou_R, judged_BR),
-      "data/no_boxes_share": 1.0 - has_gt_B.mean(),
-      "box/log_area_ratio": loss.masked_mean(_log_area_ratio(batch.box_BR4, batch.gt_BJ4, fid.target_R), judged_BR),
-      "tokens/generated": batch.sampled_BT.sum().astype(jnp.float32),
+      "reward/total": _each_row(total_B), "reward/answer": _each_row(batch.answer_B),
+      "reward/format": _each_row(batch.format_B), "reward/fidelity": _each_row(fid.mean),
+      "acc_ans": _each_row(batch.answer_B),
+      "acc_rat": pooled.mean_of(hit_BR.astype(jnp.float32), judged_BR),
+      "rationale_count": _each_row(batch.box_mask_BR.sum(-1)),
+      "hit_rate": pooled.mean_of(hit_BR.any(-1).astype(jnp.float32), has_gt_B),
+      "coverage": pooled.mean_of(fid.covered, has_gt_B),
+      "mean_iou": pooled.mean_of(fid.iou_R, judged_BR),
+      "data/no_boxes_share": _each_row(~has_gt_B),
+      "box/log_area_ratio": pooled.mean_of(_log_area_ratio(batch.box_BR4, batch.gt_BJ4, fid.target_R), judged_BR),
+      "tokens/generated": pooled.Sum(batch.sampled_BT.sum().astype(jnp.float32)),
   }
-
-
-def _plain_advantages(batch, fid, total_B, value_BT, cfg) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """Advantages before the fine level: a token, a trajectory; and the critic's targets, if there is one."""
-  trained = mask(batch)
-  if cfg.advantage.kind != "gae":
-    advantage_B = advantage.relative(total_B, cfg.group_size, cfg.advantage, batch.row_mask_B)
-    return jnp.where(trained, advantage_B[:, None], 0.0), advantage_B, None
-  reward_BT = jax.vmap(lambda *a: reward.place(*a, cfg.reward))(total_B, fid, batch.action_BT, trained)
-  raw_BT, return_BT = jax.vmap(lambda *a: advantage.gae(*a, cfg.advantage))(reward_BT, value_BT, trained)
-  plain_BT = advantage.standardize(raw_BT.reshape(-1), trained.reshape(-1), True).reshape(raw_BT.shape)
-  return plain_BT, jax.vmap(loss.masked_mean)(plain_BT, trained), return_BT
 
 
 def _log_area_ratio(box_BR4, gt_BJ4, target_BR):
@@ -310,7 +277,7 @@ def _log_area_ratio(box_BR4, gt_BJ4, target_BR):
   return jnp.log2(jnp.maximum(area(box_BR4), 1.0) / jnp.maximum(gt_BR, 1.0))
 
 
-def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, dict]:
+def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, pooled.Metrics]:
   """One step of both optimisers on loss_fn(params, critic) -> (loss, metrics)."""
   (_, metrics), (grads, critic_grads) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(state.params, state.critic)
   updates, opt_state = optimizer(cfg.optim).update(grads, state.opt_state, state.params)
@@ -320,8 +287,8 @@ def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, dict]:
     pin = jax.lax.with_sharding_constraint
     params = jax.tree.map(pin, params, shardings)
     opt_state = optax.tree.map_params(optimizer(cfg.optim), pin, opt_state, shardings)
-  metrics = dict(metrics, **{"optim/grad_norm": optax.tree.norm(grads),
-                             "optim/learning_rate": schedule(cfg.optim)(state.update)})
+  metrics = dict(metrics, **{"optim/grad_norm": pooled.Mean(optax.tree.norm(grads)),
+                             "optim/learning_rate": pooled.Mean(schedule(cfg.optim)(state.update))})
   state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
   if state.critic is not None:
     updates, critic_opt_state = critic_optimizer(cfg.optim).update(critic_grads, state.critic_opt_state)
@@ -330,7 +297,7 @@ def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, dict]:
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tuple[TrainState, dict]:
+def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tuple[TrainState, pooled.Metrics]:
   """One PPO update.
 
   Args:
@@ -339,7 +306,7 @@ def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tu
     cfg: static.
 
   Returns:
-    The next state, and metrics (float32 scalars); check "loss/total" for finiteness.
+    The next state, and metrics; check "loss/total" for finiteness.
 
   Source: PPO (arXiv 1707.06347), equations 7 and 9, with the token advantages of `rl.credit`.
   """
@@ -350,23 +317,30 @@ def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tu
     first = scored.logp_old_BT is None  # then this is the policy that scored the batch
     logp_old = jax.lax.stop_gradient(logp) if first else scored.logp_old_BT
     logp_ref = logp_old if scored.logp_ref_BT is None else scored.logp_ref_BT
-    total, metrics = loss.policy_loss(logp, logp_old, logp_ref, entropy, scored.advantage_BT, trained, cfg.loss,
-                                      scored.batch.logp_sampler_BT, state.kl_coef)
-    if first:
-      metrics |= _sampler_gap(logp_old, scored.batch)
-    if critic is None:
-      return total, metrics
-    critic_loss, more = loss.value_loss(value, scored.value_old_BT, scored.return_BT, trained, cfg.loss)
-    total = total + cfg.loss.value_coef * critic_loss
-    return total, metrics | more | {"loss/total": total}
+    total, found = loss.policy_loss(logp, logp_old, logp_ref, entropy, scored.advantage_BT, trained, cfg.loss,
+                                    scored.batch.logp_sampler_BT, state.kl_coef)
+    if critic is not None:
+      critic_loss, more = loss.value_loss(value, scored.value_old_BT, scored.return_BT, trained, cfg.loss)
+      total = total + cfg.loss.value_coef * critic_loss
+      found = found | more | {"loss/total": total}
+    metrics = _update_metrics(found, trained)
+    return total, metrics | _sampler_gap(logp_old, scored.batch) if first else metrics
 
   state, metrics = _apply(state, loss_fn, cfg)
-  kl_coef = loss.next_kl_coef(state.kl_coef, metrics["loss/kl"], trained.shape[0], cfg.loss)
-  return state.replace(kl_coef=kl_coef), metrics | {"loss/kl_coef": state.kl_coef}
+  kl_coef = loss.next_kl_coef(state.kl_coef, metrics["loss/kl"].mean, trained.shape[0], cfg.loss)
+  return state.replace(kl_coef=kl_coef), metrics | {"loss/kl_coef": pooled.Mean(state.kl_coef)}
+
+
+def _update_metrics(found: dict, trained_BT: jax.Array) -> pooled.Metrics:
+  """What the losses say of an update: means over trained tokens are pooled, a loss is the update's own."""
+  tokens = trained_BT.sum()
+  token_means = ("loss/kl", "loss/entropy", "ppo/clip_frac", "ppo/kl_old", "critic/loss", "critic/clip_frac")
+  return {name: pooled.Weighted(value, tokens) if name in token_means else
+          pooled.Max(value) if name == "ppo/ratio_max" else pooled.Mean(value) for name, value in found.items()}
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[TrainState, dict]:
+def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[TrainState, pooled.Metrics]:
   """One step of maximum likelihood on the batch's assistant tokens.
 
   Args:
@@ -379,6 +353,6 @@ def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[Tr
   """
   def loss_fn(params, _):
     nll = -loss.masked_mean(outputs(params, cfg, batch)[0], mask(batch))
-    return nll, {"loss/total": nll}
+    return nll, {"loss/total": pooled.Mean(nll)}
 
   return _apply(state, loss_fn, cfg)

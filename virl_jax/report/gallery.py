@@ -38,41 +38,43 @@ def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | No
 
   Returns:
     uid, rollout, kind, question, options, answers, answer, correct, stop, width, height, boxes_gt,
-    boxes, reward, reward_parts, advantage, image (data URI) and turns; each turn has role, text, box,
-    box_shown, error, iou, class, modulator, advantage and crop (data URI or None).  Boxes are pixels
-    of the original picture.
+    boxes, reward, reward_parts, advantage, image (data URI) and turns; each turn has role, text, action (its name or
+    None), box (the region that the action was about), box_shown (as written), error, iou, class, modulator, advantage
+    and crop (data URI or None).  Boxes are pixels of the original picture.
 
   Raises:
     ValueError: a sequence does not have one element for each visual action.
   """
-  actions = len(traj.boxes)
+  actions = len(traj.regions)
   for name, values in (("ious", ious), ("classes", classes), ("modulators", modulators)):
     if values is not None and len(values) != actions:
       raise ValueError(f"{name} must have one element for each of the {actions} visual actions. "
                        f"Received: {len(values)}")
   image = image.convert("RGB")
   turns, k = [], 0
-  for turn in traj.turns:
-    shown = {"role": turn.role, "text": turn.text, "box": _floats(turn.box),
-             "box_shown": _floats(turn.box_shown), "error": turn.error,
+  for at, turn in enumerate(traj.turns):
+    shown = {"role": turn.role, "text": turn.text, "action": turn.action, "box": _floats(turn.region),
+             "box_shown": _floats(turn.written), "error": turn.error,
              "iou": None, "class": None, "modulator": None, "advantage": None, "crop": None}
-    if turn.box is not None:
+    if turn.region is not None:
       shown["iou"] = None if ious is None else _number(ious[k])
       shown["class"] = None if classes is None else str(classes[k])
       shown["modulator"] = None if modulators is None else _number(modulators[k])
-      shown["crop"] = _crop(image, turn.box)
+      back = traj.turns[at + 1] if at + 1 < len(traj.turns) else None
+      told = back is not None and back.role == "tool" and back.image_index is None  # in words alone
+      shown["crop"] = None if told else _crop(image, turn.region)
       k += 1
     if turn.role == "assistant" and advantage is not None:
       shown["advantage"] = _number(advantage * (1.0 if shown["modulator"] is None else shown["modulator"]))
     turns.append(shown)
   task = traj.task
   return {
-      "uid": task.uid, "rollout": int(traj.uid), "kind": task.kind, "question": task.question,
+      "uid": task.uid, "rollout": int(traj.index), "kind": task.kind, "question": task.question,
       "options": None if task.options is None else list(task.options), "answers": list(task.answers),
       "answer": traj.answer, "correct": bool(traj.correct),
       "stop": None if traj.stop is None else str(traj.stop.value),
       "width": image.width, "height": image.height,
-      "boxes_gt": [_floats(box) for box in task.boxes], "boxes": [_floats(box) for box in traj.boxes],
+      "boxes_gt": [_floats(box) for box in task.boxes], "boxes": [_floats(box) for box in traj.regions],
       "reward": _number(reward), "advantage": _number(advantage),
       "reward_parts": None if reward_parts is None else {k: _number(v) for k, v in reward_parts.items()},
       "image": data_uri(image, IMAGE_SIDE_PX), "turns": turns}

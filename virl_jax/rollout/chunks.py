@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from virl_jax.data import images
+from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 
@@ -22,7 +23,7 @@ class Entry:
 
   lane: int
   slot: int
-  reply: turns.Reply
+  reply: row_lib.Reply
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Dynamic sampling: groups that teach nothing are replaced by further ones, without changing a batch's shape.
+"""Rollouts of a step, graded.  Dynamic sampling: uninformative groups are replaced, the batch keeps its shape.
 
-A group whose rewards are all equal has no advantage.  Instead of training on what is left, further prompts are
-rolled out until there are as many groups as before, or the tries are spent; then the first dull groups fill up.
+A group whose rewards are all equal is not informative: it has no advantage.  Instead of training on what is left,
+further prompts are rolled out until there are as many groups as before, or the tries are spent; then the first of the
+uninformative groups fill up.
 Source: DAPO (arXiv 2503.14476), section 3.2.
 """
 
@@ -14,17 +15,18 @@ import jax
 import numpy as np
 
 from virl_jax import types
+from virl_jax.data import answers
 from virl_jax.model import sharding
 from virl_jax.rollout import engine
 from virl_jax.rollout import turns
 
-_FURTHER = 2 ** 30  # folded into the step's key; no uid is ever so large
+_FURTHER = 2 ** 30  # folded into the step's key; no trajectory's index is ever so large
 
 
 def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Callable[[int], list[types.Task]],
-        key: jax.Array, group_size: int, tries: int, teaches: Callable[[list[types.Trajectory]], np.ndarray]
-        ) -> tuple[list[types.Trajectory], engine.Stats, int]:
-  """Rolls out tasks, and further ones in place of groups that teach nothing.
+        key: jax.Array, group_size: int, tries: int, informative: Callable[[list[types.Trajectory]], np.ndarray]
+        ) -> tuple[list[types.Trajectory], dict[str, float]]:
+  """Rolls out tasks, and further ones in place of groups that are not informative; says which answers are right.
 
   Args:
     policy: everything but the parameters.
@@ -34,28 +36,33 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
     key: of the step.
     group_size: G.
     tries: how many further batches at most; 0 keeps what comes.
-    teaches: bool for each trajectory of whole groups, whether its group teaches something.
+    informative: bool for each trajectory of whole groups, whether its group is informative.
 
   Returns:
-    Trajectories, groups together, as many as the first try gave; what all tries took; and how many further
-    ones there were.
+    Trajectories, groups together, as many as the first try gave; and metrics: what all tries took, and how many
+    further ones there were.
   """
-  good, dull, wanted, stats = [], [], 0, None
+  good, spare, wanted, stats = [], [], 0, None
   for attempt in range(tries + 1):
     of_try = jax.random.fold_in(key, _FURTHER + attempt) if attempt else key
     found, took = engine.run(policy, params, draw(attempt) if attempt else tasks, of_try, group_size)
+    answers.grade(found)
     stats = took if stats is None else _sum(stats, took)
     if not tries:
-      return found, stats, 0
+      return found, _metrics(stats, 0)
     groups = [found[i:i + group_size] for i in range(0, len(found), group_size)]
     wanted = wanted or len(groups)
-    for group, useful in zip(groups, np.asarray(teaches(found))[::group_size], strict=True):
-      (good if useful else dull).append(group)
+    for group, useful in zip(groups, np.asarray(informative(found))[::group_size], strict=True):
+      (good if useful else spare).append(group)
     # Processes go on together: each keeps its own groups, and the one that lacks most decides.
     if sharding.agree(np.array([wanted - len(good)]))[0] <= 0:
       break
-  return [t for group in (good + dull)[:wanted] for t in group], stats, attempt
+  return [t for group in (good + spare)[:wanted] for t in group], _metrics(stats, attempt)
 
 
 def _sum(a: engine.Stats, b: engine.Stats) -> engine.Stats:
   return engine.Stats(**{f.name: getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(engine.Stats)})
+
+
+def _metrics(stats: engine.Stats, further: int) -> dict[str, float]:
+  return stats.metrics() | {"rollout/further_batches": further}

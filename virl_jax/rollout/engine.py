@@ -1,11 +1,13 @@
-"""The zoom loop: a policy decodes to a tool call or an answer, the host crops, the policy goes on.
+"""A continuous-batching engine: the policy decodes to the end of a turn, the host replies, the policy goes on.
 
 A fixed number of decode slots serves any number of trajectories.  The device decodes a segment of tokens in
-all slots that have a turn to write; meanwhile threads read the turns that the segment before ended, cut crops
-out of the original pictures at full resolution and patchify them; between two segments these are appended and
-freed slots are filled from the queue.  A prompt is prefilled once for its group.  What was sampled is kept
-as it was sampled, and depends on (key, uid, turn) alone: not on slots, neighbours or order.  What is done when
-does not depend on how fast the threads are, so that a rollout can be repeated bit for bit.
+all slots that have a turn to write; meanwhile threads read the turns that the segment before ended and carry out
+what these ask for; between two segments the replies are appended and freed slots are filled from the queue.  A
+prompt is prefilled once for its group.  What was sampled is kept as it was sampled, and depends on (key,
+trajectory, turn) alone: not on slots, neighbours or order.  What is done when does not depend on how fast the
+threads are, so that a rollout can be repeated bit for bit.
+
+What a turn leads to is not known here: `protocol` says it (`turns` unless a test or a benchmark plays another).
 
 Several processes run this in lock-step, each with its own rows and pictures: before each call to the
 device they agree on its shape, which is all they need to know of each other.
@@ -27,6 +29,7 @@ from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import text
 from virl_jax.rollout import chunks
 from virl_jax.rollout import pack
+from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 
@@ -62,18 +65,20 @@ class Stats:
 
 @dataclasses.dataclass
 class _Group:
-  """A task, its prompt once that is made, and the uids of those of its rollouts that wait for a slot."""
+  """A task, its prompt (a future of `row.Prompt`), and the indexes of those of its rollouts that wait for a slot."""
 
   task: types.Task
   waiting: collections.deque
   prompt: concurrent.futures.Future | None = None
-  reply: turns.Reply | None = None
 
-  def row(self) -> turns.Row:
+  @property
+  def reply(self) -> row_lib.Reply:
+    """The prompt's tokens."""
+    return self.prompt.result().reply
+
+  def row(self) -> row_lib.Row:
     """The next rollout, at the end of the prompt."""
-    begun = self.prompt.result()
-    traj = types.Trajectory(self.task, self.waiting.popleft(), begun.traj.prompt_ids, images=list(begun.traj.images))
-    return turns.Row(traj, begun.picture, len(begun.traj.prompt_ids), self.reply.next_pos)
+    return self.prompt.result().row(self.waiting.popleft())
 
 
 @dataclasses.dataclass
@@ -86,7 +91,7 @@ class _Lane:
     queue: groups that are not prefilled yet.
   """
 
-  rows: list[turns.Row | None]
+  rows: list[row_lib.Row | None]
   holds: list[_Group | None]
   queue: collections.deque
 
@@ -107,20 +112,20 @@ def rollout(policy: turns.Policy, params: dict, tasks: list[types.Task], key: ja
 
 
 def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Array, group_size: int = 1,
-        temperature: float | None = None, game=turns) -> tuple[list[types.Trajectory], Stats]:
+        temperature: float | None = None, protocol=turns) -> tuple[list[types.Trajectory], Stats]:
   """Rolls out every task `group_size` times.
 
   Args:
     policy: everything but the parameters.
     params: the policy's parameters.
-    tasks: prompts; row i * group_size + g is rollout g of task i, and that number is its uid.
-    key: of the step.  A row's samples depend on (key, uid, turn) and nothing else.
+    tasks: prompts; trajectory i * group_size + g is rollout g of task i, and that number is its index.
+    key: of the step.  A trajectory's samples depend on (key, index, turn) and nothing else.
     group_size: G.
     temperature: overrides `policy.rollout.temperature`; 0 is greedy.
-    game: has `begin`, `left`, `hear` and `read` as `turns` does: what a turn leads to.
+    protocol: has `begin`, `left`, `hear` and `read` as `turns` does: what a turn leads to.
 
   Returns:
-    The trajectories by uid, groups together, each with a stop reason; with several processes, those of
+    The trajectories by index, groups together, each with a stop reason; with several processes, those of
     this process's rows.  And what it took.
 
   Raises:
@@ -130,7 +135,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
     raise ValueError("tasks must not be empty")
   with concurrent.futures.ThreadPoolExecutor(policy.rollout.threads) as pool:
     try:
-      return _Loop(policy, params, tasks, key, group_size, temperature, game, pool).run()
+      return _Loop(policy, params, tasks, key, group_size, temperature, protocol, pool).run()
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       raise
@@ -139,9 +144,9 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
 class _Loop:
   """One rollout under way."""
 
-  def __init__(self, policy, params, tasks, key, group_size, temperature, game, pool):
+  def __init__(self, policy, params, tasks, key, group_size, temperature, protocol, pool):
     cfg = policy.rollout
-    self.policy, self.params, self.key, self.game, self.pool = policy, params, key, game, pool
+    self.policy, self.params, self.key, self.protocol, self.pool = policy, params, key, protocol, pool
     self.temperature = np.float32(cfg.temperature if temperature is None else temperature)
     self.shards, mine = sharding.row_shards(policy.mesh), sharding.row_lanes(policy.mesh)
     self.before, self.n_lanes = mine.start, len(mine)
@@ -170,7 +175,7 @@ class _Loop:
     while self._round():
       pass
     self.stats.seconds = time.perf_counter() - began
-    return sorted(self.done, key=lambda t: t.uid), self.stats
+    return sorted(self.done, key=lambda t: t.index), self.stats
 
   # --- one round: what is ready goes in, then a segment is decoded ------------------------------------------
 
@@ -220,7 +225,7 @@ class _Loop:
     for number, lane in enumerate(self.lanes):
       ahead = -(-self.slots // self.group_size) + 1
       for group in itertools.islice(lane.queue, ahead):
-        group.prompt = group.prompt or self.pool.submit(self.game.begin, self.policy, group.task)
+        group.prompt = group.prompt or self.pool.submit(self.protocol.begin, self.policy, group.task)
       fresh, origin = set(), {}  # of what is moved in this round: slots with new prompts, and where copies are from
       for slot in (s for s, row in enumerate(lane.rows) if row is None):
         group = lane.holds[slot]
@@ -234,8 +239,6 @@ class _Loop:
           if not lane.queue:
             break
           group, source = lane.queue.popleft(), None
-          begun = group.prompt.result()
-          group.reply = turns.reply(self.policy, begun.traj.prompt_ids, begun.traj.images[0], 0, 0)
           prompts.append(chunks.Entry(number, slot, group.reply))
           fresh.add(slot)
         else:
@@ -306,11 +309,11 @@ class _Loop:
     used = [0] * self.n_lanes
     for number, slot in writers:
       row, a = self.lanes[number].rows[slot], slot if whole else used[number]
-      asked[:, number, a] = row.traj.uid, row.turn, row.said, self.game.left(policy, row), slot
+      asked[:, number, a] = row.traj.index, row.turn, row.said, self.protocol.left(policy, row), slot
       used[number] += 1
       who[number * each + a] = number, slot
     asked = asked.reshape(5, -1)
-    asked = sharding.place_rows(sample.Turns(*asked[:4], None if whole else asked[4]), policy.mesh)
+    asked = sharding.place_rows(sample.Writers(*asked[:4], None if whole else asked[4]), policy.mesh)
     serve = max(1, int(cfg.serve_share * self.slots * self.shards))
     self.state, *sampled = sample.decode(self.params, policy.model, self.state, asked, self.key, self.temperature,
                                          cfg.segment_tokens, np.int32(serve), cfg.keep, self.shards)
@@ -322,8 +325,8 @@ class _Loop:
     self.stats.sampled_tokens += int(count_A.sum())
     for a, at in who.items():
       n, row = count_A[a], self.lanes[at[0]].rows[at[1]]
-      if self.game.hear(policy, row, tokens_AT[a, :n], logp_AT[a, :n]):
-        self.reading[at] = self.pool.submit(self.game.read, policy, row)
+      if self.protocol.hear(policy, row, tokens_AT[a, :n], logp_AT[a, :n]):
+        self.reading[at] = self.pool.submit(self.protocol.read, policy, row)
 
 
 def _extent(moves: list[_Restart]) -> tuple[int, int, int, int]:

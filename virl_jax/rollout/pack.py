@@ -88,13 +88,19 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
       span = slice(at, at + len(turn.ids))
       if turn.logp is not None:
         b.sampled_BT[r, span], b.logp_sampler_BT[r, span] = True, turn.logp
-      if turn.box is not None:
-        first, last = {"call": turn.call_span, "box": turn.box_span}.get(cfg.scope) or (0, len(turn.ids))
+      if turn.region is not None:
+        first, last = _credited(turn, cfg.scope)
         b.action_BT[r, at + first:at + last] = action
         action += 1
       at += len(turn.ids)
     b.row_mask_B[r] = not (cfg.mask_overlong and t.stop == types.StopReason.OVERLONG)
   return b.replace(images=batches, joined_UT=joined([len(row) for row in ids], T, cfg.pad_joined) if cfg.join else None)
+
+
+def _credited(turn: types.Turn, scope: str) -> tuple[int, int]:
+  """Which of a turn's tokens are its action's: by scope, or what of it comes nearest where the action names no such."""
+  whole = (0, len(turn.ids))
+  return whole if scope == "turn" else turn.spans.get(scope) or turn.spans.get("call") or whole
 
 
 def joined(lengths: list[int], width: int, pad: int) -> np.ndarray:
@@ -125,27 +131,27 @@ def joined(lengths: list[int], width: int, pad: int) -> np.ndarray:
 
 def boxes(trajectories: list[types.Trajectory], max_rounds: int
           ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """What the reward of visual actions is about.
+  """What the reward of visual actions is about: the regions that they were about, and those that they should be.
 
   Args:
     trajectories: rows, at least one.
     max_rounds: R.
 
   Returns:
-    Boxes of the actions float32[B, R, 4] and bool[B, R]; ground-truth boxes float32[B, J, 4] and bool[B, J], J a
+    Regions of the actions float32[B, R, 4] and bool[B, R]; ground-truth boxes float32[B, J, 4] and bool[B, J], J a
     power of two.
 
   Raises:
     ValueError: if one has more visual actions than `max_rounds`.
   """
-  B, R, most = len(trajectories), max_rounds, max(len(t.boxes) for t in trajectories)
+  B, R, most = len(trajectories), max_rounds, max(len(t.regions) for t in trajectories)
   if most > R:
     raise ValueError(f"trajectories must have at most max_rounds={R} visual actions. Received: {most}")
   J = 1 << (max(max(len(t.task.boxes) for t in trajectories), 1) - 1).bit_length()
   box_BR4, box_mask_BR = np.zeros((B, R, 4), np.float32), np.zeros((B, R), bool)
   gt_BJ4, gt_mask_BJ = np.zeros((B, J, 4), np.float32), np.zeros((B, J), bool)
   for b, t in enumerate(trajectories):
-    for r, box in enumerate(t.boxes):
+    for r, box in enumerate(t.regions):
       box_BR4[b, r], box_mask_BR[b, r] = box, True
     for j, box in enumerate(t.task.boxes):
       gt_BJ4[b, j], gt_mask_BJ[b, j] = box, True
@@ -153,7 +159,13 @@ def boxes(trajectories: list[types.Trajectory], max_rounds: int
 
 
 def outcomes(trajectories: list[types.Trajectory]) -> tuple[np.ndarray, np.ndarray]:
-  """float32[B] each: 1 if the answer is right; 1 if every turn was well formed."""
+  """float32[B] each: 1 if the answer is right; 1 if every turn was well formed.
+
+  Raises:
+    ValueError: if `data.answers.grade` has not said yet whether the answers are right.
+  """
+  if any(t.correct is None for t in trajectories):
+    raise ValueError("trajectories must have been graded (data.answers.grade) before they are scored")
   return (np.array([t.correct for t in trajectories], np.float32),
           np.array([well_formed(t) for t in trajectories], np.float32))
 

@@ -81,18 +81,18 @@ class Chunk:
 
 
 @flax.struct.dataclass
-class Turns:
+class Writers:
   """Who writes what.
 
   Attributes:
-    uid_A: int32, the trajectory; its samples depend on (key, uid, turn) and on nothing beside it.
+    index_A: int32, the trajectory; its samples depend on (key, index, turn) and on nothing beside it.
     turn_A: int32, which of its turns this is.
     said_A: int32, tokens of the turn that were sampled before.
     left_A: int32, most tokens that it may still sample in this turn; 0 for nobody.
     row_A: int32, its row within its shard, no row twice, past the last for nobody; None for all rows in order.
   """
 
-  uid_A: jax.Array
+  index_A: jax.Array
   turn_A: jax.Array
   said_A: jax.Array
   left_A: jax.Array
@@ -187,7 +187,7 @@ def _filtered(logits_BV: jax.Array, keep: Filter) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "steps", "keep", "shards"), donate_argnames="state")
-def decode(params: dict, cfg: qwen.Config, state: State, turns: Turns, key: jax.Array, temperature: jax.Array,
+def decode(params: dict, cfg: qwen.Config, state: State, writers: Writers, key: jax.Array, temperature: jax.Array,
            steps: int, serve: jax.Array | int = 2 ** 30, keep: Filter = Filter(), shards: int = 1
            ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
   """Samples a segment: the next tokens of every row that has a turn to write.  Other rows cost nothing.
@@ -196,7 +196,7 @@ def decode(params: dict, cfg: qwen.Config, state: State, turns: Turns, key: jax.
     params: the policy.
     cfg: static.
     state: donated.
-    turns: who writes what.
+    writers: who writes what.
     key: of the step.
     temperature: float32 scalar; 0 is greedy.
     steps: most tokens a row in this segment.
@@ -210,9 +210,10 @@ def decode(params: dict, cfg: qwen.Config, state: State, turns: Turns, key: jax.
     policy that the loss is about, temperature in and placeholders out, before `keep` takes anything away
     (at temperature 1 if greedy).
   """
-  A, B = len(turns.uid_A), len(state.pos_B)
-  at = slice(None) if turns.row_A is None else text.global_rows(turns.row_A, B, shards)
-  keys = jax.vmap(lambda uid, turn: jax.random.fold_in(jax.random.fold_in(key, uid), turn))(turns.uid_A, turns.turn_A)
+  A, B = len(writers.index_A), len(state.pos_B)
+  at = slice(None) if writers.row_A is None else text.global_rows(writers.row_A, B, shards)
+  of_turn = lambda index, turn: jax.random.fold_in(jax.random.fold_in(key, index), turn)
+  keys = jax.vmap(of_turn)(writers.index_A, writers.turn_A)
   greedy = temperature <= 0
   scale = jnp.where(greedy, 1.0, temperature)
 
@@ -225,18 +226,18 @@ def decode(params: dict, cfg: qwen.Config, state: State, turns: Turns, key: jax.
 
   def body(carry):
     t, cache, pos_A, hidden_AD, writes, out, logps, count = carry
-    token, logp = pick(hidden_AD, turns.said_A + count)
+    token, logp = pick(hidden_AD, writers.said_A + count)
     out = out.at[:, t].set(jnp.where(writes, token, 0))
     logps = logps.at[:, t].set(jnp.where(writes, logp, 0.0))
     count = count + writes
     feed = writes & (token != cfg.eos)
     x = qwen.embed(params, cfg, token[:, None], jnp.full((A, 1), -1), ())
     pos_AXT = jnp.broadcast_to(pos_A[:, None, None], (A, 3, 1))
-    h, cache = text.extend(params["text"], cfg.text, x, pos_AXT, feed.astype(jnp.int32), cache, turns.row_A, shards)
+    h, cache = text.extend(params["text"], cfg.text, x, pos_AXT, feed.astype(jnp.int32), cache, writers.row_A, shards)
     hidden_AD = jnp.where(feed[:, None], h[:, 0], hidden_AD)
-    return t + 1, cache, pos_A + feed, hidden_AD, feed & (count < turns.left_A), out, logps, count
+    return t + 1, cache, pos_A + feed, hidden_AD, feed & (count < writers.left_A), out, logps, count
 
-  writes = turns.left_A > 0
+  writes = writers.left_A > 0
   goes_on = lambda c: (c[0] < steps) & c[4].any() & (writes.sum() - c[4].sum() < serve)
   carry = (jnp.int32(0), state.cache, state.pos_B[at], state.hidden_BD[at], writes, jnp.zeros((A, steps), jnp.int32),
            jnp.zeros((A, steps), jnp.float32), jnp.zeros((A,), jnp.int32))

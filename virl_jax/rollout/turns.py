@@ -1,24 +1,26 @@
 """One trajectory on the host: its prompt, and what each sampled turn leads to.
 
-Every turn is read once, by strict rules that never raise: it zooms (a crop of the original picture comes
-back), answers, or has failed (the policy is told why, or the trajectory ends).  Budgets are kept here.
-A turn holds one call: credit goes to one visual action a turn, so two calls in one are told off.
+Every turn is read once, by strict rules that never raise: it takes a visual action (what that shows comes back),
+answers, or has failed (the policy is told why, or the trajectory ends).  Budgets are kept here.
+A turn holds one call: credit goes to one visual action a turn, so two calls in one are an error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 
 from virl_jax import types
-from virl_jax.data import answers
 from virl_jax.data import images
 from virl_jax.data import prompt
-from virl_jax.model import rope
 from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
+from virl_jax.rollout.actions import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Policy:
     image: pixel limits.
     rollout: budgets and sampling.
     mesh: where rows go.
+    actions: the visual actions that it may take, by name; see `actions.table`.
   """
 
   model: qwen.Config
@@ -62,62 +65,11 @@ class Policy:
   image: images.Config
   rollout: Config
   mesh: jax.sharding.Mesh
+  actions: Mapping[str, Any] = dataclasses.field(default_factory=lambda: table.ACTIONS)
 
 
-@dataclasses.dataclass
-class Row:
-  """A trajectory that is under way.
-
-  Attributes:
-    traj: what there is of it.
-    picture: the original.
-    filled: tokens in the cache before the turn that is being written.
-    next_pos: M-RoPE position of that turn's first token.
-    turn: which of its turns that is.
-    ids, logp: what has been sampled of it, segment by segment.
-  """
-
-  traj: types.Trajectory
-  picture: object
-  filled: int = 0
-  next_pos: int = 0
-  turn: int = 0
-  ids: list[np.ndarray] = dataclasses.field(default_factory=list)
-  logp: list[np.ndarray] = dataclasses.field(default_factory=list)
-
-  @property
-  def said(self) -> int:
-    """Tokens sampled of this turn."""
-    return sum(map(len, self.ids))
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-  """What is appended to a row's cache.
-
-  Attributes:
-    ids: int32[T]; after a turn its last token first, if that is not in the cache yet.
-    image: the one among them, or None.
-    start: tokens that the row keeps before it.
-    pos_XT: int32 M-RoPE positions.
-    next_pos: the position after it.
-  """
-
-  ids: np.ndarray
-  image: types.ImageInput | None
-  start: int
-  pos_XT: np.ndarray
-  next_pos: int
-
-
-def reply(policy: Policy, ids: np.ndarray, image: types.ImageInput | None, start: int, pos: int) -> Reply:
-  """A `Reply` whose first token has M-RoPE position `pos`."""
-  grids = [] if image is None else [images.merged_hw(image, policy.model.vision.grid)]
-  return Reply(ids, image, start, *rope.positions(ids, policy.model.image_token, grids, pos))
-
-
-def begin(policy: Policy, task: types.Task) -> Row:
-  """A row with nothing but its prompt.
+def begin(policy: Policy, task: types.Task) -> row_lib.Prompt:
+  """The task as the policy is shown it.
 
   Raises:
     ValueError: if the image can't be decoded, or the prompt leaves no room to answer.
@@ -125,7 +77,7 @@ def begin(policy: Policy, task: types.Task) -> Row:
   picture = images.decode(task.image, policy.image.decode_max_pixels)
   grid = policy.model.vision.grid
   shown = images.prepare(picture, None, policy.image.min_pixels, policy.image.max_pixels, grid)
-  words = prompt.render(task.question, task.options, policy.prompt)
+  words = prompt.render(task.question, task.options, policy.prompt, policy.actions)
   ids = policy.codec.encode(words, (images.vision_tokens(shown, grid),))
   cfg = policy.rollout
   room = cfg.max_total_tokens - cfg.max_turn_tokens
@@ -135,16 +87,16 @@ def begin(policy: Policy, task: types.Task) -> Row:
   if cfg.max_vision_tokens and images.vision_tokens(shown, grid) > cfg.max_vision_tokens:
     raise ValueError(f"task {task.uid}: its image must fit rollout.max_vision_tokens = {cfg.max_vision_tokens}; lower "
                      f"image.max_pixels. Received: {images.vision_tokens(shown, grid)} vision tokens")
-  return Row(types.Trajectory(task, -1, ids, images=[shown]), picture)
+  return row_lib.prompt(policy.model, task, picture, ids, shown)
 
 
-def left(policy: Policy, row: Row) -> int:
+def left(policy: Policy, row: row_lib.Row) -> int:
   """Most tokens that a row may still sample in the turn that it writes."""
   cfg = policy.rollout
   return min(cfg.max_turn_tokens, cfg.max_total_tokens - row.filled) - row.said
 
 
-def hear(policy: Policy, row: Row, ids: np.ndarray, logp: np.ndarray) -> bool:
+def hear(policy: Policy, row: row_lib.Row, ids: np.ndarray, logp: np.ndarray) -> bool:
   """Takes in a segment of the turn.
 
   Args:
@@ -156,8 +108,7 @@ def hear(policy: Policy, row: Row, ids: np.ndarray, logp: np.ndarray) -> bool:
   Returns:
     Whether the turn is over.
   """
-  row.ids.append(ids)
-  row.logp.append(logp)
+  row.hear(ids, logp)
   over = len(ids) and ids[-1] == policy.codec.eos or left(policy, row) <= 0
   if policy.rollout.stop_strings:
     said = np.concatenate(row.ids)
@@ -189,7 +140,7 @@ def token_span(codec: prompt.Codec, ids: np.ndarray, chars: tuple[int, int]) -> 
   return reaches(chars[0] + 1) - 1, reaches(chars[1])
 
 
-def read(policy: Policy, row: Row) -> Reply | None:
+def read(policy: Policy, row: row_lib.Row) -> row_lib.Reply | None:
   """Reads the turn that has just ended into the trajectory.
 
   Args:
@@ -199,73 +150,68 @@ def read(policy: Policy, row: Row) -> Reply | None:
   Returns:
     What to append before the next turn, or None if the trajectory has stopped.
   """
-  traj, codec, cfg, grid = row.traj, policy.codec, policy.rollout, policy.model.vision.grid
-  ids, logp = np.concatenate(row.ids), np.concatenate(row.logp)
-  row.ids, row.logp, turn = [], [], row.turn
+  traj, codec = row.traj, policy.codec
+  ids, logp = row.take()
   said = types.Turn("assistant", ids, logp, codec.decode(ids))
   traj.turns.append(said)
-  at_end = len(ids) > 0 and ids[-1] == codec.eos
-  if not at_end and not any(stop in said.text for stop in cfg.stop_strings):
+  ended = len(ids) > 0 and ids[-1] == codec.eos
+  if not ended and not any(stop in said.text for stop in policy.rollout.stop_strings):
     traj.stop = types.StopReason.OVERLONG
     return None
-  parsed = prompt.parse(said.text)
+  parsed = prompt.parse(said.text, policy.actions)
   if isinstance(parsed, prompt.Answer):
     traj.stop, traj.answer = types.StopReason.ANSWERED, parsed.text
-    traj.correct = answers.matches(parsed.text, traj.task.answers, traj.task.options)
     return None
-  if isinstance(parsed, prompt.ParseFailure) and not parsed.is_call:
+  failed = isinstance(parsed, prompt.ParseFailure)
+  if failed and not parsed.is_call:
     said.error, traj.stop = parsed.message, types.StopReason.MALFORMED
     return None
-  if turn == cfg.max_rounds:
+  if row.turn == policy.rollout.max_rounds:
     traj.stop = types.StopReason.OUT_OF_ROUNDS
     return None
-  crop, error = None, None
-  if isinstance(parsed, prompt.ParseFailure):
-    error = parsed.message
-  else:
-    found = _zoom(policy, row, parsed)
-    if isinstance(found, str):
-      error = found
-    else:
-      box, crop = found
-  new = () if crop is None else (images.vision_tokens(crop, grid),)
-  spent = sum(images.vision_tokens(im, grid) for im in traj.images) + sum(new)
-  n_images = len(traj.images) + len(new)
-  if cfg.max_vision_tokens and spent > cfg.max_vision_tokens or cfg.max_images and n_images > cfg.max_images:
+  seen = parsed.message if failed else policy.actions[parsed.name].carry_out(policy, row, parsed)
+  return _answer_call(policy, row, said, None if failed else parsed.name, seen, ended)
+
+
+def _answer_call(policy: Policy, row: row_lib.Row, said: types.Turn, action: str | None,
+                 seen: types.Observation | str, ended: bool) -> row_lib.Reply | None:
+  """Tells the policy what its call came to, or what was wrong with it; None if that is beyond a budget.
+
+  Args:
+    policy: budgets.
+    row: the trajectory grows by the tool's turn, or stops.
+    said: the turn that called.
+    action: the name of what it called, if that was clear.
+    seen: what the action came to, or what was wrong.
+    ended: whether the turn has its end-of-turn token, which was sampled but never fed.
+  """
+  traj, codec, cfg, grid = row.traj, policy.codec, policy.rollout, policy.model.vision.grid
+  error = seen if isinstance(seen, str) else None
+  seen = types.Observation() if error is not None else seen
+  vision = [images.vision_tokens(im, grid) for im in (*traj.images, *([seen.image] if seen.image else []))]
+  if cfg.max_vision_tokens and sum(vision) > cfg.max_vision_tokens or cfg.max_images and len(vision) > cfg.max_images:
     traj.stop = types.StopReason.OVERLONG
     return None
   smallest = max(1, policy.image.crop_min_pixels // grid.factor ** 2)
-  last = (turn + 1 == cfg.max_rounds or n_images == cfg.max_images
-          or cfg.max_vision_tokens and spent + smallest > cfg.max_vision_tokens)
-  words = prompt.tool_turn(error, policy.prompt.last_notice if last else "")
-  heard = codec.encode(words if at_end else prompt.END + words, new)
-  kept = row.filled + len(ids) - at_end
-  if kept + at_end + len(heard) >= cfg.max_total_tokens:
+  last = (row.turn + 1 == cfg.max_rounds or len(vision) == cfg.max_images
+          or cfg.max_vision_tokens and sum(vision) + smallest > cfg.max_vision_tokens)
+  words = prompt.tool_turn(error, policy.prompt.last_notice if last else "", seen.image is not None, seen.text)
+  heard = codec.encode(words if ended else prompt.END + words, tuple(vision[len(traj.images):]))
+  kept = row.filled + len(said.ids) - ended
+  if kept + ended + len(heard) >= cfg.max_total_tokens:
     traj.stop = types.StopReason.OVERLONG
     return None
-  said.error = error
-  if crop is not None:
-    said.box, said.box_shown, said.target_image = box, parsed.box, parsed.target_image
-    said.call_span, said.box_span = (token_span(codec, ids, c) for c in (parsed.call_chars, parsed.box_chars))
-    traj.images.append(crop)
-  traj.turns.append(types.Turn("tool", heard, text=prompt.readable(codec.decode(heard)),
-                               image_index=None if crop is None else len(traj.images) - 1))
+  told = types.Turn("tool", heard, text=prompt.readable(codec.decode(heard)))
+  if error is not None:
+    said.error = error
+  else:
+    said.action, said.region, said.written, said.of_image = action, seen.region, seen.written, seen.of_image
+    said.spans = {scope: token_span(codec, said.ids, chars) for scope, chars in seen.chars.items()}
+  if seen.image is not None:
+    traj.images.append(seen.image)
+    told.image_index = len(traj.images) - 1
+  traj.turns.append(told)
   row.turn += 1
-  # The end of turn was sampled but never fed; anything else was.
-  said_pos = row.next_pos + len(ids) - at_end
-  return reply(policy, np.concatenate([ids[-1:], heard]) if at_end else heard, crop, kept, said_pos)
-
-
-def _zoom(policy: Policy, row: Row, call: prompt.Zoom) -> tuple[types.Box, types.ImageInput] | str:
-  """The box on the original and the crop of it, or what is wrong with the call."""
-  grid, shots = policy.model.vision.grid, row.traj.images
-  if call.target_image and not policy.prompt.zoom_into_crops:
-    return "target_image must be 0: only the first image can be zoomed into"
-  if call.target_image >= len(shots):
-    return f"target_image must be below {len(shots)}, the number of images so far"
-  shown, limits = shots[call.target_image], policy.image
-  box = images.check_zoom(call.box, shown.region, images.shown_wh(shown, grid), limits)
-  if isinstance(box, str):
-    return box
-  region = images.expand(box, row.picture.size, limits) if limits.crop_expand else box
-  return box, images.prepare(row.picture, region, limits.crop_min_pixels, limits.crop_max_pixels, grid)
+  said_pos = row.next_pos + len(said.ids) - ended
+  heard = np.concatenate([said.ids[-1:], heard]) if ended else heard
+  return row_lib.reply(policy.model, heard, seen.image, kept, said_pos)

@@ -17,6 +17,7 @@ from PIL import Image
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.rollout.actions import zoom
 from virl_jax.tiny import needle
 
 # A mark is readable when a crop holds this share of the object at this many shown pixels a picture pixel.
@@ -129,7 +130,8 @@ def demonstrate(scene: needle.Scene, question: needle.Question, image, shown: ty
 
   def say(text, box=None, learned=True):
     ids = codec.encode(text + prompt.END)
-    traj.turns.append(types.Turn("assistant", ids, np.zeros(len(ids), np.float32) if learned else None, text, box))
+    traj.turns.append(types.Turn("assistant", ids, np.zeros(len(ids), np.float32) if learned else None, text,
+                                 zoom.NAME if box else None, box))
 
   if cfg.p_direct and rng.random() < cfg.p_direct:
     answer, targets = needle.guess(question, scene.mark), ()
@@ -142,7 +144,7 @@ def demonstrate(scene: needle.Scene, question: needle.Question, image, shown: ty
              else _careful_box(target.box, rng, cfg))
       written = _integer_box(box, shown.region, size)
       actual = images.to_original(written, shown.region, size)
-      say(prompt.call_text(written, _thought(question, said, target)), actual,
+      say(prompt.call_text(zoom.call(written), _thought(question, said, target)), actual,
           learn == "all" or (learn == "careful" and not clumsy))
       crop = images.prepare(image, actual, voice.image.crop_min_pixels, voice.image.crop_max_pixels, grid)
       traj.images.append(crop)
@@ -158,7 +160,7 @@ def demonstrate(scene: needle.Scene, question: needle.Question, image, shown: ty
   elif _UNCLEAR in read:
     answer = str(rng.choice(needle.MARKS[scene.mark] if len(targets) == 1 else ("yes", "no")))
   say(prompt.answer_text(answer, _thought(question, said, None)))
-  traj.stop, traj.answer = types.StopReason.ANSWERED, answer
+  traj.stop, traj.answer, traj.correct = types.StopReason.ANSWERED, answer, answer == question.truth
   return traj
 
 

@@ -255,21 +255,21 @@ def guess(question: Question, mark: str) -> str:
   return question.answer([mark_of(t.colour, mark) for t in question.targets])
 
 
-_QUESTIONS = {"pattern": "Which pattern is on the {}?", "dot": "Which colour are the dots on the {}?",
+QUESTIONS = {"pattern": "Which pattern is on the {}?", "dot": "Which colour are the dots on the {}?",
               "digit": "Which digit is on the {}?"}
-_NOUNS = {"pattern": "pattern", "dot": "dot colour", "digit": "digit"}
+NOUNS = {"pattern": "pattern", "dot": "dot colour", "digit": "digit"}
 
 
 def ask_one(scene: Scene, index: int) -> Question:
   """Which mark an object carries."""
   thing = scene.things[index]
-  return Question(_QUESTIONS[scene.mark].format(thing.name), (thing,))
+  return Question(QUESTIONS[scene.mark].format(thing.name), (thing,))
 
 
 def ask_pair(scene: Scene, i: int, j: int) -> Question:
   """Whether two objects carry the same mark."""
   a, b = scene.things[i], scene.things[j]
-  return Question(f"Do the {a.name} and the {b.name} carry the same {_NOUNS[scene.mark]}?", (a, b))
+  return Question(f"Do the {a.name} and the {b.name} carry the same {NOUNS[scene.mark]}?", (a, b))
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Question:
@@ -282,7 +282,7 @@ def ask_count(scene: Scene, rng: np.random.Generator) -> Question:
   for mark in sorted(set(carried)):
     by_number.setdefault(carried.count(mark), []).append(mark)
   counted = str(rng.choice(by_number[int(rng.choice(sorted(by_number)))]))
-  return Question(f"How many carry the {_NOUNS[scene.mark]} {counted}?", things, counted)
+  return Question(f"How many carry the {NOUNS[scene.mark]} {counted}?", things, counted)
 
 
 def encode(pixels: np.ndarray) -> bytes:

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from virl_jax.data import prompt
+from virl_jax.rollout.actions import zoom
 from virl_jax.tiny import needle
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -68,12 +69,12 @@ CHAT_TEMPLATE = """\
 
 def _corpus(system: str) -> list[str]:
   """Strings to learn merges from; no merge crosses from one into another."""
-  call = prompt.call_text((0, 0, 0, 0))
+  call = prompt.call_text(zoom.call((0, 0, 0, 0)))
   fixed = [f"system\n{system}", "user\n", "assistant\n", "user\n<tool_response>\n", "\n</tool_response>", "\n",
            *call.replace("<tool_call>", "0").replace("</tool_call>", "0").replace("2", "0").split("0"),
            ", ", "<answer>", "</answer>", "<think>", "</think>", "Error: "]
-  sentences = [q.format("") for q in needle._QUESTIONS.values()]
-  sentences += [f"Do the and the carry the same {n}?" for n in needle._NOUNS.values()]
+  sentences = [q.format("") for q in needle.QUESTIONS.values()]
+  sentences += [f"Do the and the carry the same {n}?" for n in needle.NOUNS.values()]
   words = {w.strip("?.,") for s in sentences for w in s.split()}
   words |= {*needle.COLOURS, *needle.SHAPES, *needle.PATTERNS, *needle.DOTS, "yes", "no", "unclear"}
   words |= {w for s in ("bbox_2d must have x1 < x2 and y1 < y2", "bbox_2d is too small",

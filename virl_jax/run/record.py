@@ -1,0 +1,130 @@
+"""What a training run keeps of each step: its line in the log, alarms, and some trajectories for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from virl_jax import types
+from virl_jax.eval import monitors
+from virl_jax.learner import pooled
+from virl_jax.report import gallery
+from virl_jax.rl import credit
+from virl_jax.rollout import pack
+from virl_jax.run import compiles
+from virl_jax.run import log as log_lib
+
+
+class Recorder:
+  """Writes a workdir's metrics.jsonl, rollouts/ and tensorboard/, prints a line a step, and watches for failures.
+
+  Args:
+    workdir: the run's folder.
+    c: the configuration.
+    start: the first step that will be recorded; what the folder holds of it and later ones is forgotten.
+    header: what the figures are made with; see `log.MetricsLog`.
+  """
+
+  def __init__(self, workdir: pathlib.Path, c, start: int, header: dict):
+    self._workdir, self._cfg, self._watch = workdir, c.log, monitors.Config(**c.monitor)
+    self._compiled = compiles.Counter()
+    self._log = log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start, header)
+    self._history = log_lib.read(str(workdir / "metrics.jsonl"))
+    self._alarms = monitors.all_begun(self._history, self._watch)
+    self._progress = log_lib.Progress(c.steps, start)
+    self._tensorboard = log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard, start)
+    self._laps: dict[str, float] = {}
+    self._then = time.perf_counter()
+
+  @property
+  def stopping(self) -> monitors.Alarm | None:
+    """The alarm that ends the run, perhaps raised in an earlier process."""
+    return monitors.stopping(self._alarms, self._watch)
+
+  @property
+  def last(self) -> dict:
+    """The last line of the log; empty before the first step."""
+    return self._history[-1] if self._history else {}
+
+  def begin(self) -> None:
+    """A step begins."""
+    self._laps, self._then = {}, time.perf_counter()
+
+  def lap(self, phase: str) -> None:
+    """A phase of the step has ended: what passed since the last is its time."""
+    now = time.perf_counter()
+    self._laps[f"time/{phase}_s"], self._then = now - self._then, now
+
+  def step(self, step: int, parts: Sequence[list[types.Trajectory]], scored: types.ScoredBatch,
+           metrics: Sequence[Sequence[pooled.Metrics]], host: dict[str, float]) -> None:
+    """Records a step; waits for the device.
+
+    Args:
+      step: which, counted from 0.
+      parts: the trajectories of each minibatch.
+      scored: the first minibatch.
+      metrics: of the device: for each kind of call the metrics of its minibatches.
+      host: of the host, by name.
+
+    Raises:
+      SystemExit: a metric is not finite.
+    """
+    found = {name: value for parts in metrics for name, value in pooled.merge(parts).items()}
+    self.lap("update")
+    line = self._log.write(step, found | self._laps | host | stops(sum(parts, [])) | {
+        "time/compile_s": self._compiled.seconds, "compile/count": self._compiled.count})
+    self._progress.line(step, line)
+    if self._tensorboard is not None:
+      self._tensorboard.write(step, line)
+    _check_finite(line, self._workdir)
+    self._history.append(line)
+    begun = monitors.begun(self._history, self._watch)
+    for alarm in begun:
+      print(f"alarm: {alarm.name}: {alarm.message}", flush=True)
+    self._alarms += begun
+    if step and step % self._cfg.gallery_every == 0:
+      gallery.save(str(self._workdir / "rollouts" / f"step_{step:06d}.jsonl"),
+                   entries(parts[0][:self._cfg.gallery], scored))
+
+  def close(self) -> None:
+    """Everything is on disk when it returns."""
+    if self._tensorboard is not None:
+      self._tensorboard.close()
+
+
+def stops(trajectories: Sequence[types.Trajectory]) -> dict[str, float]:
+  """Share of trajectories by stop reason, and of tool calls that were refused."""
+  n = len(trajectories)
+  reasons = {f"stop/{r.value}": sum(t.stop == r for t in trajectories) / n for r in types.StopReason}
+  errors = sum(turn.error is not None for t in trajectories for turn in t.turns)
+  return reasons | {"invalid_action_rate": errors / max(1, errors + sum(len(t.regions) for t in trajectories))}
+
+
+def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch) -> list[dict]:
+  """Trajectories for the report, with what training made of them.
+
+  Args:
+    trajectories: the first of the batch's rows.
+    scored: the batch.
+  """
+  rows = zip(*jax.device_get((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
+                              scored.reward_B)))
+  found = []
+  for traj, (iou_R, class_R, modulator_R, advantage, earned) in zip(trajectories, rows):
+    k = len(traj.regions)
+    parts = {"answer": float(traj.correct), "format": float(pack.well_formed(traj))}
+    found.append(gallery.entry(traj, traj.task.image, iou_R[:k].tolist(), [credit.NAMES[int(v)] for v in class_R[:k]],
+                               modulator_R[:k].tolist(), float(advantage), float(earned), parts))
+  return found
+
+
+def _check_finite(line: dict, workdir: pathlib.Path) -> None:
+  bad = sorted(k for k, v in line.items() if not np.isfinite(v))
+  if bad:
+    raise SystemExit(f"step {line['step']}: {', '.join(bad)} not finite. Look at optim/grad_norm and ppo/ratio_max in "
+                     f"the last lines of {workdir}/metrics.jsonl: if they grew, lower config.optim.learning_rate. "
+                     "Earlier checkpoints are whole")
