@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def plan(steps, folder="nowhere", image_token=1, eos=2, **more):
-  return curriculum.Plan(folder, image_token, eos, prompt.Config(), images.Config(), images.Grid(), 0, steps, 4,
+  return curriculum.Course(folder, image_token, eos, prompt.Config(), images.Config(), images.Grid(), 0, steps, 4,
                         ("pattern",), 5, 252, **more)
 
 

@@ -80,13 +80,13 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
   platforms = os.environ.get("JAX_PLATFORMS")
   jax.devices()  # settle on a platform before the environment is changed for the workers
   folder, cfg, params = begin(c, base, workdir)
-  plan = curriculum.Plan(
+  course = curriculum.Course(
       tokenizer_dir=folder, image_token=cfg.image_token, eos=cfg.eos, prompt=prompt.Config(**c.prompt),
       image=images.Config(**c.image), grid=cfg.vision.grid, seed=c.seed, steps=u.steps, pictures=u.pictures,
       marks=tuple(u.marks), most_objects=c.data.needle.objects[1], side_px=c.data.needle.side_px,
       stages=curriculum.last(tuple(c.data.needle.objects)) if base else curriculum.STAGES, p_direct=u.p_direct,
       p_clumsy=u.p_clumsy, p_count=u.p_count)
-  turn = curriculum.turning(plan)
+  turn = curriculum.turning(course)
   careful, clumsy = (step_lib.Config(cfg, 1, optim=optim_config(c, turn, k)) for k in (False, True))
   state = step_lib.init_state(params, careful.optim)
   print(f"{params_lib.count(qwen.specs(cfg)):,} parameters, {jax.devices()[0]}", flush=True)
@@ -97,7 +97,7 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
     state = saves.restore(start, state)
     print(f"going on from step {start}", flush=True)
   began, log, nll = time.time(), open(workdir / "metrics.jsonl", "a"), None
-  for step, batch in enumerate(curriculum.batches(plan, start, u.workers), start):
+  for step, batch in enumerate(curriculum.batches(course, start, u.workers), start):
     if step == turn:  # a new optimiser: the careful stage's schedule has run out
       state = step_lib.init_state(state.params, clumsy.optim)
     state, metrics = step_lib.imitate_step(state, batch, careful if step < turn else clumsy)

@@ -1,6 +1,6 @@
 """What the tiny base learns from, and when: stages of demonstrations, from easy to hard, drawn by worker processes.
 
-A batch is a pure function of (plan, step), so that a warm start goes on where it was.  Source: ours.
+A batch is a pure function of (course, step), so that a warm start goes on where it was.  Source: ours.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ _ROWS = {"first zooms": 96, "whole": 60, "counting": 24, "reading": 96}   # demo
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a worker needs to draw any batch: a pure function of (plan, step)."""
+class Course:
+  """What a worker needs to draw any batch: a pure function of (course, step)."""
 
   tokenizer_dir: str
   image_token: int
@@ -75,22 +75,19 @@ class Plan:
   p_count: float = 0.0
 
 
-_VOICE: dict[str, demos.Voice] = {}  # one tokenizer a worker process
-
-
-def _voice(plan: Plan) -> demos.Voice:
-  if plan.tokenizer_dir not in _VOICE:
-    import transformers
-    codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(plan.tokenizer_dir), plan.image_token, plan.eos)
-    _VOICE[plan.tokenizer_dir] = demos.Voice(codec, plan.prompt, plan.image, plan.grid)
-  return _VOICE[plan.tokenizer_dir]
+@functools.cache  # one tokenizer a worker process
+def _voice(course: Course) -> demos.Voice:
+  import transformers
+  tokenizer = transformers.AutoTokenizer.from_pretrained(course.tokenizer_dir)
+  codec = prompt.Codec(tokenizer, course.image_token, course.eos)
+  return demos.Voice(codec, course.prompt, course.image, course.grid)
 
 
 @functools.lru_cache(maxsize=8192)  # about 3 GB
-def _picture(plan: Plan, objects: tuple[int, int], index: int) -> demos.Picture:
+def _picture(course: Course, objects: tuple[int, int], index: int) -> demos.Picture:
   """Picture number `index` of a stage.  Drawing is dear: a worker keeps what it has drawn."""
-  rng = np.random.default_rng([plan.seed, *objects, index])
-  return demos.picture(rng, plan.marks, objects, plan.side_px, _voice(plan))
+  rng = np.random.default_rng([course.seed, *objects, index])
+  return demos.picture(rng, course.marks, objects, course.side_px, _voice(course))
 
 
 def last(objects: tuple[int, int]) -> tuple[Stage, ...]:
@@ -98,35 +95,35 @@ def last(objects: tuple[int, int]) -> tuple[Stage, ...]:
   return (dataclasses.replace(STAGES[-1], objects=objects),)
 
 
-def stage_of(step: int, plan: Plan) -> Stage:
+def stage_of(step: int, course: Course) -> Stage:
   """The stage that a step belongs to."""
-  return next(stage for stage in plan.stages if step < round(stage.until * plan.steps) or stage is plan.stages[-1])
+  return next(stage for stage in course.stages if step < round(stage.until * course.steps) or stage is course.stages[-1])
 
 
-def draw_batch(plan: Plan, step: int):
+def draw_batch(course: Course, step: int):
   """The batch of one step (numpy leaves)."""
-  stage = stage_of(step, plan)
+  stage = stage_of(step, course)
   manner, noise = demos.Config(), stage.noise
   if stage.learn == "all":
-    manner, noise = demos.Config(p_direct=plan.p_direct, p_count=plan.p_count), noise * plan.p_clumsy
-  objects = (stage.objects[0], stage.objects[1] or plan.most_objects)
+    manner, noise = demos.Config(p_direct=course.p_direct, p_count=course.p_count), noise * course.p_clumsy
+  objects = (stage.objects[0], stage.objects[1] or course.most_objects)
   whole = step % stage.whole_every == 0
   kind = ("reading" if stage.learn == "reading" else "first zooms" if not whole else
           "counting" if manner.p_count else "whole")
   questions = min(_QUESTIONS, objects[1])  # of the only object one can ask but one thing
   pictures, rows = _ROWS[kind] // questions, []
   for i in range(pictures):
-    drawn = _picture(plan, objects, (step * pictures + i) % plan.pictures)
-    rows += demos.lesson(drawn, np.random.default_rng([plan.seed, step, i]), questions, noise,
-                         stage.learn, _voice(plan), manner, None if whole else 1)
+    drawn = _picture(course, objects, (step * pictures + i) % course.pictures)
+    rows += demos.lesson(drawn, np.random.default_rng([course.seed, step, i]), questions, noise,
+                         stage.learn, _voice(course), manner, None if whole else 1)
   # Counts can differ widely in length: joined and padded more coarsely, they need few programs.
   counting = kind == "counting"
   return pack.pack(rows, pack.Config(
-      plan.grid, plan.image_token, max_rounds=max(4, plan.most_objects), pad_tokens=64 if counting else 16,
+      course.grid, course.image_token, max_rounds=max(4, course.most_objects), pad_tokens=64 if counting else 16,
       pad_images=64 if counting else 32, join=counting))
 
 
-def batches(plan: Plan, start: int, workers: int):
+def batches(course: Course, start: int, workers: int):
   """Batches from step `start` on, drawn ahead by so many worker processes, in order.
 
   Raises:
@@ -138,18 +135,18 @@ def batches(plan: Plan, start: int, workers: int):
   with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
     ahead = collections.deque()
     try:
-      for step in range(start, plan.steps):
-        ahead.append(pool.submit(draw_batch, plan, step))
+      for step in range(start, course.steps):
+        ahead.append(pool.submit(draw_batch, course, step))
         if len(ahead) > 3 * workers:
           yield ahead.popleft().result()
       while ahead:
         yield ahead.popleft().result()
     except concurrent.futures.process.BrokenProcessPool as e:  # the kernel kills without a word
       raise SystemExit(f"a process that draws pictures was killed, likely for want of memory: each of {workers} keeps "
-                       f"up to {plan.pictures} of 0.4 MB. Lower config.warmstart.pictures or workers, or just give "
+                       f"up to {course.pictures} of 0.4 MB. Lower config.warmstart.pictures or workers, or just give "
                        "the same command again: it goes on from the last checkpoint") from e
 
 
-def turning(plan: Plan) -> int:
+def turning(course: Course) -> int:
   """The first step that learns to be clumsy."""
-  return next(step for step in range(plan.steps + 1) if step == plan.steps or stage_of(step, plan).learn == "all")
+  return next(step for step in range(course.steps + 1) if step == course.steps or stage_of(step, course).learn == "all")

@@ -53,7 +53,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Voice:
-  """What turns plans into tokens: shared by every demonstration."""
+  """What turns words into tokens: shared by every demonstration."""
 
   codec: prompt.Codec
   prompt: prompt.Config

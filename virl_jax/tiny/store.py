@@ -15,11 +15,18 @@ from virl_jax.tiny import needle  # noqa: E402
 
 
 class Needle(tfds.core.GeneratorBasedBuilder):
-  """Needle pictures with questions, answers and rationale boxes."""
+  """Needle pictures with questions, answers and rationale boxes.
+
+  Args:
+    cfg: what is drawn.  One configuration a folder: `source.load` names the folder by a hash of it.
+    folder: where the set is.
+  """
 
   VERSION = tfds.core.Version("1.0.0")
-  # One configuration a folder: `source.load` names the folder by a hash of the configuration.
-  cfg = needle.Config()
+
+  def __init__(self, cfg: needle.Config, folder: str | os.PathLike):
+    self._cfg = cfg
+    super().__init__(data_dir=os.fspath(folder), file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self.dataset_info_from_configs(
@@ -28,14 +35,14 @@ class Needle(tfds.core.GeneratorBasedBuilder):
         disable_shuffling=True)
 
   def _split_generators(self, dl_manager):
-    return {"train": self._examples("train", self.cfg.train_size), "test": self._examples("test", self.cfg.test_size)}
+    return {"train": self._examples("train", self._cfg.train_size), "test": self._examples("test", self._cfg.test_size)}
 
   def _generate_examples(self, split, size):
     return self._examples(split, size)
 
   def _examples(self, split: str, size: int):
     for i in range(size):
-      task, _ = needle.draw(self.cfg.seed, split, i, self.cfg)
+      task, _ = needle.draw(self._cfg.seed, split, i, self._cfg)
       fields = {"uid": task.uid, "question": task.question, "answers": task.answers, "boxes": task.boxes,
                 "kind": task.kind}
       # An encoded file, not an array: TFDS would import TensorFlow to encode one.
@@ -50,19 +57,18 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
     split: "train" or "test".
     cfg: what to draw if need be.
   """
-  Needle.cfg = cfg
-  builder = Needle(data_dir=str(folder), file_format="array_record")
+  builder = Needle(cfg, folder)
   kept = pathlib.Path(builder.data_dir)
   if not kept.exists():
     # Elsewhere first, then all at once: of runs that start together each draws, and what the first has drawn is kept.
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as elsewhere:
-      drawn = Needle(data_dir=elsewhere, file_format="array_record")
+      drawn = Needle(cfg, elsewhere)
       drawn.download_and_prepare()
       try:
         os.rename(drawn.data_dir, kept)
       except OSError:
         if not kept.exists():
           raise
-    builder = Needle(data_dir=str(folder), file_format="array_record")
+    builder = Needle(cfg, folder)
   return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
