@@ -97,7 +97,8 @@ def last(objects: tuple[int, int]) -> tuple[Stage, ...]:
 
 def stage_of(step: int, course: Course) -> Stage:
   """The stage that a step belongs to."""
-  return next(stage for stage in course.stages if step < round(stage.until * course.steps) or stage is course.stages[-1])
+  ended = lambda stage: step >= round(stage.until * course.steps) and stage is not course.stages[-1]
+  return next(stage for stage in course.stages if not ended(stage))
 
 
 def draw_batch(course: Course, step: int):
