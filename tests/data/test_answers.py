@@ -4,8 +4,10 @@ import time
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
+from virl_jax import types
 from virl_jax.data import answers
 
 OPTIONS = ("dog", "cat", "parking meter")
@@ -98,3 +100,17 @@ def test_hostile_text_is_only_wrong_and_soon_done(unit):
   assert not answers.matches(text, ("cat",), OPTIONS)
   assert answers.matches(text, (text,))
   assert time.perf_counter() - started < 3.0  # composing the marks alone would take ten
+
+
+def test_trajectories_are_graded_by_the_rule_that_their_task_names(monkeypatch):
+  def played(answer, **task):
+    return types.Trajectory(types.Task("t", b"", "?", ("red",), **task), 0, np.zeros(1, np.int32), answer=answer)
+
+  monkeypatch.setitem(answers.RULES, "shouted", lambda answer, accepted, options: answer == accepted[0].upper())
+  found = [played("Red."), played("blue"), played(None), played("A", options=("red", "blue")),
+           played("RED", match="shouted"), played("red", match="shouted")]
+  assert all(t.correct is None for t in found), "nobody has looked yet"
+  answers.grade(found)
+  assert [t.correct for t in found] == [True, False, False, True, True, False]
+  with pytest.raises(ValueError, match="task t: match must be one of exact, shouted. Received: 'anls'"):
+    answers.grade([played("x", match="anls")])

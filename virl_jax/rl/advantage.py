@@ -129,7 +129,7 @@ def steps(reward_BR: jax.Array, mask_BR: jax.Array, group_size: int) -> jax.Arra
 
 
 def informative(reward_B: jax.Array, group_size: int, mask_B: jax.Array | None = None) -> jax.Array:
-  """Which rows belong to a group whose rewards are not all equal: the others teach nothing.
+  """Which rows belong to an informative group, one whose rewards are not all equal.
 
   Args:
     reward_B, group_size, mask_B: as in `relative`.

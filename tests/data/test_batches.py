@@ -1,0 +1,71 @@
+"""The prompts of each step: pure in (seed, step), decoded ahead, and what does not decode is passed over once."""
+
+import io
+
+from PIL import Image
+import pytest
+
+from virl_jax import types
+from virl_jax.data import batches
+
+
+class Source:
+  """Tasks 0, 1, ..; those of `bad` have no picture."""
+
+  def __init__(self, n, bad=()):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    self.tasks = [types.Task(str(i), b"" if i in bad else buffer.getvalue(), "?") for i in range(n)]
+
+  def __len__(self):
+    return len(self.tasks)
+
+  def task(self, index):
+    return self.tasks[index]
+
+
+def names(tasks):
+  return [t.uid for t in tasks]
+
+
+@pytest.fixture
+def feed():
+  made = []
+
+  def make(source, seed=3, wanted=4):
+    made.append(batches.Feed(source, seed, wanted, 10 ** 6))
+    return made[-1]
+
+  yield make
+  for one in made:
+    one.close()
+
+
+def test_a_feed_gives_each_step_its_own_prompts(feed):
+  source = Source(10)
+  want = [names(batches.train(source, 3, step, 4, 10 ** 6).tasks) for step in range(6)]
+  one = feed(source)
+  assert [names(one.batch(step)) for step in range(6)] == want
+  assert sum(want[:2], []) != sum(want[2:4], [])
+  resumed = feed(source)  # begins anywhere, and may jump
+  assert [names(resumed.batch(step)) for step in (4, 5, 1)] == [want[4], want[5], want[1]]
+
+
+def test_pictures_come_decoded_and_are_what_the_source_has(feed):
+  assert all(t.image.size == (4, 4) for t in feed(Source(5)).batch(0))
+
+
+def test_further_tries_are_of_another_order(feed):
+  one = feed(Source(50))
+  tries = [names(one.batch(0)), names(one.further(0, 1)), names(one.further(0, 2))]
+  assert len({tuple(t) for t in tries}) == 3 and names(one.further(0, 1)) == tries[1]
+
+
+def test_what_does_not_decode_is_named_and_counted(feed, capsys):
+  one = feed(Source(4, bad=(2,)))
+  assert sorted(set(names(one.batch(0)))) == ["0", "1", "3"] and one.skipped == 1
+  assert "skipped 2: image must be a decodable file" in capsys.readouterr().out
+  one.batch(1)
+  assert one.skipped == 2, "an epoch later it is passed over again"
+  with pytest.raises(ValueError, match="must have tasks whose pictures decode"):
+    feed(Source(2, bad=(0, 1))).batch(0)
