@@ -63,9 +63,10 @@ def test_further_tries_are_of_another_order(feed):
 
 def test_what_does_not_decode_is_named_and_counted(feed, capsys):
   one = feed(Source(4, bad=(2,)))
-  assert sorted(set(names(one.batch(0)))) == ["0", "1", "3"] and one.skipped == 1
-  assert "skipped 2: image must be a decodable file" in capsys.readouterr().out
+  times = [len(batches.train(Source(4, bad=(2,)), 3, step, 4, 10 ** 6).skipped) for step in (0, 1)]
+  assert sorted(set(names(one.batch(0)))) == ["0", "1", "3"] and one.skipped == times[0] > 0
+  assert capsys.readouterr().out.count("skipped 2: image must be a decodable file") == times[0]
   one.batch(1)
-  assert one.skipped == 2, "an epoch later it is passed over again"
+  assert one.skipped == sum(times), "an epoch later it is passed over again"
   with pytest.raises(ValueError, match="must have tasks whose pictures decode"):
     feed(Source(2, bad=(0, 1))).batch(0)
