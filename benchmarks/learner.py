@@ -24,6 +24,7 @@ from virl_jax.learner import step as step_lib
 from virl_jax.model import sharding
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
+from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import setup
 
@@ -52,7 +53,7 @@ def main():
   memory.keep_when_on_cpu()
   c = runpy.run_path(str(TINY))["get_config"]()
   p = setup.pieces(c)
-  params = setup.load_params(p, c.model.dtype)
+  params = load.base(p.hf_dir, c.model.dtype, p.mesh).params
   tasks = batches.train(setup.source(c, "train"), c.seed, 0, c.rollout.prompts, c.image.decode_max_pixels).tasks
   trajectories = engine.rollout(p.policy, params, tasks, jax.random.key(c.seed), c.rollout.group_size)
 

@@ -33,6 +33,7 @@ from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import engine
 from virl_jax.rollout import row as row_lib
+from virl_jax.rollout import slots as slots_lib
 from virl_jax.rollout import turns
 from virl_jax.run import memory
 
@@ -90,10 +91,10 @@ class Ours:
   def __init__(self, params, scripts: list[Script], group: int, slots: int, segment: int, serve: float):
     self.params, self.scripts, self.group = params, scripts, group
     longest = max(len(s.prompt[0]) + sum(s.lengths) + sum(len(ids) for ids, _ in s.replies) for s in scripts)
-    self.policy = turns.Policy(CFG, None, None, None, turns.Config(
-        max_total_tokens=longest, slots=slots, segment_tokens=segment, serve_share=serve, threads=1, pad_tokens=32,
-        decode_ratio=1.25, append_ratio=2.0, token_steps=4),
-        sharding.make(devices=jax.devices()[:1]))
+    self.policy = turns.Policy(CFG, None, None, None, turns.Config(max_total_tokens=longest),
+                               sharding.make(devices=jax.devices()[:1]), slots_lib.Config(
+        slots=slots, segment_tokens=segment, serve_share=serve, threads=1, pad_tokens=32, decode_ratio=1.25,
+        append_ratio=2.0, token_steps=4))
     self.tasks = [types.Task(str(i), b"", "") for i in range(len(scripts) // group)]
 
   def run(self):

@@ -24,6 +24,7 @@ from virl_jax.data import batches
 from virl_jax.data.sources import jsonl
 from virl_jax.rollout import engine
 from virl_jax.run import compiles
+from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import setup
 from virl_jax.tiny import needle
@@ -43,10 +44,11 @@ def policy(prompts: int, group: int, slots: int):
   c.image.crop_min_pixels, c.image.crop_max_pixels = 5 * 28 * 28, 10 * 28 * 28
   c.prompt.describe_tool, c.prompt.image_first, c.prompt.last_notice = False, False, ""
   r = c.rollout
-  r.prompts, r.group_size, r.slots, r.max_rounds = prompts, group, slots, 6
-  r.max_turn_tokens, r.max_total_tokens, r.segment_tokens, r.pad_tokens = 32, 1024, 16, 256
+  r.prompts, r.group_size, r.max_rounds = prompts, group, 6
+  r.max_turn_tokens, r.max_total_tokens = 32, 1024
+  c.engine.slots, c.engine.segment_tokens, c.engine.pad_tokens = slots, 16, 256
   p = setup.pieces(c)
-  return p.policy, setup.load_params(p, "float32")
+  return p.policy, load.base(p.hf_dir, "float32", p.mesh).params
 
 
 def main():

@@ -26,9 +26,8 @@ def get_config():
   c.rollout.group_size = 8
   c.rollout.max_rounds = 3
   c.rollout.max_turn_tokens = 32
-  c.rollout.pad_tokens = 64
   c.rollout.max_total_tokens = 256
-  c.rollout.join_rows = True       # half of the tokens would be padding
+  c.pack.join_rows = True          # half of the tokens would be padding
   # With the default weights the policy stops looking twice, even where two objects are to be compared: its second
   # zooms are poor at first, and it is blamed for them before it learns that the answer needs them.
   c.reward.w_answer = 2.0

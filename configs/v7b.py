@@ -46,10 +46,11 @@ def get_config():
   c.rollout.max_rounds = 6              # [published]
   c.rollout.max_turn_tokens = 1024      # [ours]
   c.rollout.max_total_tokens = 16384    # prompt 8,192 + response 8,192 [ours; DeepEyes: 8,192 + 20,480]
-  c.rollout.slots = 64                  # of 2,048 trajectories; 0.875 GiB each, 7 GiB a device on eight [ours]
+  c.engine.slots = 64                   # of 2,048 trajectories; 0.875 GiB each, 7 GiB a device on eight [ours]
   c.rollout.temperature = 1.0           # [DeepEyes, Mini-o3]
   c.rollout.mask_overlong = True        # [Mini-o3: masking over-turn rollouts]
-  c.rollout.pad_tokens = 2048           # [ours]
+  c.engine.pad_tokens = 2048            # of prompts [ours]
+  c.pack.pad_tokens = 2048              # [ours]
 
   c.reward.h0 = 0.4                     # [ours, inside the published sweep 0.2-0.5]
   c.reward.lam = 0.5                    # [ours]

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from virl_jax import config as config_lib
+from virl_jax.run import setup
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,7 +30,7 @@ reproduce = load(ROOT / "benchmarks/reproduce.py")
 @pytest.mark.parametrize("arm", arms.ARMS)
 def test_every_arm_is_a_configuration_and_differs_in_what_it_says(arm):
   c, full = arms.get_config(arm), arms.get_config("full")
-  config_lib.validate(c)
+  setup.sections(c)
   flat = lambda c: {k: v for k, v in c.to_dict().items() if not isinstance(v, dict)} | {
       f"{s}.{k}": v for s, section in c.to_dict().items() if isinstance(section, dict) for k, v in section.items()}
   differ = {k for k, v in flat(c).items() if v != flat(full)[k]}
@@ -112,13 +112,13 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
 
 
 def test_how_often_longer_budgets_were_used():
-  terms = results.metrics.terms([results.metrics.Outcome(**outcome(True, [0.5] * n)) for n in (0, 3, 4, 7)], 0.4)
+  terms = results.outcome.terms([results.outcome.Outcome(**outcome(True, [0.5] * n)) for n in (0, 3, 4, 7)], 0.4)
   assert [results.beyond(np.array(terms)[:, None], n) for n in (0, 3, 6)] == [0.75, 0.5, 0.25]
 
 
 def test_what_is_said_of_longer_budgets():
-  terms = lambda *zooms: np.array(results.metrics.terms(
-      [results.metrics.Outcome(**outcome(True, [0.5] * n)) for n in zooms], 0.4))[:, None]
+  terms = lambda *zooms: np.array(results.outcome.terms(
+      [results.outcome.Outcome(**outcome(True, [0.5] * n)) for n in zooms], 0.4))[:, None]
   arm = lambda *zooms: results.Arm(terms(*zooms), terms(1, 1), ())
   short = results._rounds({"a": arm(1, 4)}, ("a",), "one or two")
   assert "tasks want one or two: before, 0.0 % with more than 3" in short
@@ -181,7 +181,7 @@ def test_a_base_is_a_configuration_and_made_once(name, tmp_path):
     *sections, last = key.split(".")
     section = functools.reduce(lambda node, k: node[k], sections, c)
     section[last] = ast.literal_eval(value) if not isinstance(section[last], str) else value
-  config_lib.validate(c)
+  setup.sections(c)
   assert {a["model.path"] for a in arms.ARMS.values() if "model.path" in a} == set(arms.BASES)
   (tmp_path / "base").mkdir()
   (tmp_path / "base" / "RECIPE.json").write_text("{}")

@@ -6,6 +6,7 @@ import runpy
 import pytest
 
 from virl_jax import config as config_lib
+from virl_jax.run import setup
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -49,7 +50,7 @@ def test_algorithms_that_make_no_sense_are_refused_with_the_reason(changes, mess
   c = config_lib.default()
   c.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=message):
-    config_lib.validate(c)
+    setup.sections(c)
 
 
 @pytest.mark.parametrize("changes", [
@@ -60,7 +61,7 @@ def test_algorithms_that_make_no_sense_are_refused_with_the_reason(changes, mess
 def test_algorithms_that_make_sense_are_not(changes):
   c = config_lib.default()
   c.update_from_flattened_dict(changes)
-  config_lib.validate(c)
+  setup.sections(c)
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -68,9 +69,9 @@ def test_algorithms_that_make_sense_are_not(changes):
     ("rollout.group_size", 1, "at least 2"), ("data.source", "web", "data.source must be 'needle' or 'jsonl'"),
     ("data.source", "jsonl", "data.path must be the path"), ("data.eval_fraction", 1.0, "between 0 and 1"),
     ("reward.h0", 1.5, "an IoU"), ("rollout.temperature", 0.0, "positive"), ("eval.temperature", -1.0, "greedy"),
-    ("rollout.top_p", 0.0, "above 0"), ("rollout.min_p", 2.0, "between 0 and 1"), ("rollout.slots", -1, "0 or more"),
-    ("rollout.max_images", 1, "the shown image is one"), ("rollout.decode_ratio", 1.0, "above 1"),
-    ("rollout.token_steps", 3, "1, 2 or 4"), ("rollout.stop_strings", ("",), "non-empty strings"),
+    ("rollout.top_p", 0.0, "above 0"), ("rollout.min_p", 2.0, "between 0 and 1"), ("engine.slots", -1, "0 or more"),
+    ("rollout.max_images", 1, "the shown image is one"), ("engine.decode_ratio", 1.0, "above 1"),
+    ("engine.token_steps", 3, "one of 1, 2, 4"), ("rollout.stop_strings", ("",), "non-empty strings"),
     ("monitor.window", 0, "monitor.window must be at least 1"), ("monitor.past", 0, "at least 1"),
     ("monitor.explosion_ratio", 0.5, "at least 1"), ("monitor.collapse_acc_ans", 1.5, "between 0 and 1"),
     ("monitor.entropy_share", -0.1, "between 0 and 1"), ("monitor.drift_max_nats", -1.0, "0 or more"),
@@ -79,9 +80,9 @@ def test_algorithms_that_make_sense_are_not(changes):
     ("image.max_pixels", 1000, "image.min_pixels must be at least 784 and at most image.max_pixels = 1000")])
 def test_values_that_cannot_work_are_named(key, value, message):
   c = config_lib.default()
-  config_lib.validate(c)
+  setup.sections(c)
   with c.unlocked():
     c.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=message) as e:
-    config_lib.validate(c)
+    setup.sections(c)
   assert repr(value) in str(e.value) or key in ("image.max_pixels", "data.source")

@@ -14,7 +14,7 @@ from virl_jax import export
 from virl_jax.learner import checkpoint
 from virl_jax.learner import step as step_lib
 from virl_jax.model import weights
-from virl_jax.run import setup
+from virl_jax.run import load
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
   c = config_lib.default()
   c.model.path = "@tiny"
   (workdir / "config.json").write_text(config_lib.to_json(c))
-  _, base = weights.load_hf(setup.model_dir("@tiny"))
+  _, base = weights.load_hf(load.model_dir("@tiny"))
   saves, saved = checkpoint.Checkpoints(workdir / "checkpoints", 10, 5), {}
   for step, factor in ((10, 2.0), (20, 3.0)):
     saved[step] = jax.tree.map(lambda a, f=factor: f * a, base)
@@ -40,7 +40,7 @@ def test_the_policy_comes_out_bit_for_bit(run, step, tmp_path):
   workdir, saved = run
   assert export.export(str(workdir), str(tmp_path / "hf"), step, "float32") == (step or 20)
   cfg, params = weights.load_hf(tmp_path / "hf")
-  assert cfg == weights.read_config(setup.model_dir("@tiny"))
+  assert cfg == weights.read_config(load.model_dir("@tiny"))
   jax.tree.map(np.testing.assert_array_equal, params, saved[step or 20])
 
 

@@ -8,21 +8,21 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
-    "types run.caches run.compiles run.log run.memory data.order eval.monitors eval.outcome learner.checkpoint "
-    "learner.pooled model.layers model.params model.rope report.curves report.trajectory rl.reward rl.credit "
-    "rl.advantage rl.loss",
-    "config data.answers data.images data.sources model.sharding report.gallery rl.judge tiny.needle",
-    "data.batches model.attention report.html rollout.actions.zoom rollout.pack tiny.store",
+    "checks config types run.caches run.compiles run.log data.order eval.outcome learner.checkpoint learner.pooled "
+    "model.layers model.params model.rope report.curves report.trajectory",
+    "data.answers data.images data.sources eval.monitors model.sharding report.gallery rl.reward rl.credit "
+    "rl.advantage rl.loss rollout.slots run.workdir tiny.needle",
+    "data.batches model.attention report.html rl.judge rollout.actions.zoom rollout.pack tiny.store",
     "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.record tiny.source",
     "data.prompt model.qwen2_5.model",
-    "model.qwen model.weights learner.step rollout.plan rollout.row rollout.sample tiny.demos tiny.tokenizer",
-    "rollout.turns tiny.curriculum",
+    "model.qwen model.weights learner.step rollout.row rollout.sample run.memory tiny.demos tiny.tokenizer",
+    "rollout.turns run.load tiny.curriculum",
     "rollout.chunks run.setup",
     "rollout.engine export warmstart",
     "eval.harness rollout.dynamic",
     "train",
 )) for prefix in prefixes.split()]
-DEVICE_ONLY = {"__future__", "dataclasses", "flax", "jax", "virl_jax.rl"}
+DEVICE_ONLY = {"__future__", "dataclasses", "flax", "jax", "virl_jax.checks", "virl_jax.rl"}
 
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
 module = lambda path: ".".join(path.relative_to(ROOT).with_suffix("").parts)

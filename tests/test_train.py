@@ -13,7 +13,9 @@ import pytest
 
 from virl_jax import config as config_lib
 from virl_jax import train
+from virl_jax.run import load
 from virl_jax.run import setup
+from virl_jax.run import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 PHOTOS = ROOT.parent / "shared" / "realdata" / "records.jsonl"
@@ -176,22 +178,22 @@ def test_another_runs_workdir_is_refused_and_kept(six_steps):
   c = config_lib.default()
   before = {f: f.read_bytes() for f in workdir.iterdir() if f.is_file()}
   with pytest.raises(ValueError, match="another configuration"):
-    setup.claim_workdir(str(workdir), c)
+    workdir_lib.claim(str(workdir), c)
   assert before == {f: f.read_bytes() for f in workdir.iterdir() if f.is_file()}
 
 
 def test_a_run_from_before_the_monitors_is_its_configuration_s(tmp_path):
   c = config_lib.default()
-  setup.claim_workdir(str(tmp_path), c)
+  workdir_lib.claim(str(tmp_path), c)
   found = json.loads((tmp_path / "config.json").read_text())
   del found["monitor"]
   (tmp_path / "config.json").write_text(json.dumps(found))
   c.monitor.window = 3
-  setup.claim_workdir(str(tmp_path), c)
+  workdir_lib.claim(str(tmp_path), c)
   assert json.loads((tmp_path / "config.json").read_text())["monitor"]["window"] == 3
   c.reward.h0 = 0.3
   with pytest.raises(ValueError, match="reward.h0: 0.4 there, 0.3 now"):
-    setup.claim_workdir(str(tmp_path), c)
+    workdir_lib.claim(str(tmp_path), c)
 
 
 def test_an_empty_data_set_is_named(tmp_path):
@@ -203,7 +205,7 @@ def test_an_empty_data_set_is_named(tmp_path):
 
 
 def test_truncated_weights_are_named(tmp_path):
-  base = pathlib.Path(setup.model_dir("@tiny"))
+  base = pathlib.Path(load.model_dir("@tiny"))
   broken = tmp_path / "broken"
   broken.mkdir()
   for f in base.iterdir():
@@ -222,4 +224,4 @@ def test_bad_values_are_named(key, value):
   section, name = key.split(".")
   c[section][name] = value
   with pytest.raises(ValueError, match=f"config.{key}"):
-    config_lib.validate(c)
+    setup.sections(c)

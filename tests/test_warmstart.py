@@ -11,7 +11,7 @@ import pytest
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.model import weights
-from virl_jax.run import setup
+from virl_jax.run import load
 from virl_jax.tiny import curriculum
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def test_stages_follow_each_other_and_the_last_is_clumsy():
 
 
 def test_counts_look_at_every_object_in_joined_rows():
-  folder = setup.model_dir("@tiny")
+  folder = load.model_dir("@tiny")
   cfg = weights.read_config(folder)
   of = lambda **more: curriculum.draw_batch(
       plan(10, folder, cfg.image_token, cfg.eos, stages=curriculum.last((3, 5)), **more), 3)
@@ -55,7 +55,7 @@ def test_going_on_from_a_base(tmp_path):
   out = tmp_path / "base"
   done = run(out, "--config.warmstart.steps=2", "--config.warmstart.p_direct=0.5")
   assert done.returncode == 0, done.stderr
-  folder = setup.model_dir("@tiny")
+  folder = load.model_dir("@tiny")
   (cfg, new), (base_cfg, base) = weights.load_hf(str(out)), weights.load_hf(folder)
   assert cfg == base_cfg
   assert (out / "tokenizer.json").read_bytes() == (pathlib.Path(folder) / "tokenizer.json").read_bytes()

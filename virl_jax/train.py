@@ -3,9 +3,9 @@
     python -m virl_jax.train --config=configs/tiny.py --workdir=runs/tiny
     python -m virl_jax.train --config=configs/tiny.py --config.seed=1 --config.steps=50
 
-A workdir holds config.json, metrics.jsonl, checkpoints/, rollouts/, eval_before.json, eval_after.json and
+A workdir holds config.json, data.json, metrics.jsonl, checkpoints/, rollouts/, eval_before.json, eval_after.json and
 report.html.  Stop it at any time and give the same command again: it goes on from the last checkpoint, and
-ends as if it had not been stopped.
+ends as if it had not been stopped.  With --resume-with-changes it goes on with another learning rate, say.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from virl_jax.report import html
 from virl_jax.rl import reward
 from virl_jax.rollout import dynamic
 from virl_jax.rollout import pack
-from virl_jax.rollout import plan
+from virl_jax.run import load
+from virl_jax.run import memory
 from virl_jax.run import record as record_lib
 from virl_jax.run import setup
-
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME_OF_CONFIG by default.")
+from virl_jax.run import workdir as workdir_lib
 
 _EVAL_STREAM = 2 ** 31 - 1  # folded into the root key; no step is ever numbered so
 
 
-def train(c, workdir: str) -> dict:
+def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
   """Runs the whole of it: evaluation, training, evaluation, report.
 
   Args:
     c: the configuration, as `config.default` has it.
     workdir: the folder that the run owns.
+    resume_with_changes: whether the configuration may differ from the one that the workdir holds; see `workdir.claim`.
 
   Returns:
     The last step's metrics.
@@ -57,13 +57,20 @@ def train(c, workdir: str) -> dict:
   Raises:
     ValueError: if the configuration, the model, the data or the workdir won't do.
   """
-  # --- what is fixed -----------------------------------------------------------------------------------
   p = setup.pieces(c)
   source = setup.source(c, "train")
-  workdir = setup.claim_workdir(workdir, c)
+  with workdir_lib.claim(workdir, c, source, resume_with_changes) as claimed:
+    return _train(c, p, source, claimed)
+
+
+def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
+  # --- what is fixed -----------------------------------------------------------------------------------
+  workdir = claimed.folder
   print(source.describe(), flush=True)
+  for key, (old, new) in claimed.changed.items():
+    print(f"config.{key} changes from {old!r} to {new!r}", flush=True)
   root_key = jax.random.key(c.seed)
-  base_params = setup.load_params(p, c.model.dtype)
+  base_params = load.base(p.hf_dir, c.model.dtype, p.mesh).params
   # The state is donated at each update, so a reference has to be a copy of its own.
   ref_params = jax.tree.map(lambda a: a.copy(), base_params) if c.loss.kl_coef else None
 
@@ -80,9 +87,9 @@ def train(c, workdir: str) -> dict:
     state = checkpoints.restore(start, state)
     print(f"going on from step {start}", flush=True)
   rows = c.rollout.prompts * c.rollout.group_size
-  print(plan.cache(p.policy.model, c.rollout.max_total_tokens, c.rollout.slots, rows, p.mesh, plan.free_bytes()),
-        flush=True)
-  record = record_lib.Recorder(workdir, c, start, setup.header(c))
+  print(memory.cache_size(p.policy.model, c.rollout.max_total_tokens, c.engine.slots, rows, p.mesh,
+                          memory.free_bytes()), flush=True)
+  record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed))
   feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels)
 
   # --- the loop ----------------------------------------------------------------------------------------
@@ -138,13 +145,13 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
   print(f"evaluating {when} training: {len(tasks)} held-out tasks", flush=True)
   began = time.perf_counter()
   judged = harness.run(p.policy, params, tasks, jax.random.fold_in(root_key, _EVAL_STREAM),
-                       c.rollout.slots or c.rollout.prompts * c.rollout.group_size, c.eval.temperature, p.step.reward)
+                       c.engine.slots or c.rollout.prompts * c.rollout.group_size, c.eval.temperature, p.step.reward)
   result = harness.result(judged, c.reward.h0, c.eval.bootstrap)
   if before is not None:
     result["difference"] = outcome.difference(harness.outcomes(before, tasks), harness.outcomes(result), c.reward.h0,
                                                   c.eval.bootstrap)
   gallery.save(str(workdir / "rollouts" / f"{when}.jsonl"), [j.entry for j in judged[:c.log.gallery]])
-  setup.write_text(file, json.dumps(result) + "\n")
+  workdir_lib.write_text(file, json.dumps(result) + "\n")
   print(f"evaluated in {time.perf_counter() - began:.0f} s", flush=True)
   return result
 
@@ -175,14 +182,24 @@ def _threshold(p, step: int) -> np.float32:
   return np.float32(reward.threshold(p.step.reward, step))
 
 
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+  flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME_OF_CONFIG by default.", flag_values=values)
+  flags.DEFINE_bool("resume-with-changes", False, "Go on though the configuration differs from the workdir's, as long "
+                    "as model, data and evaluation do not; metrics.jsonl keeps what it was.", flag_values=values)
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  args = flags.FLAGS
   setup.begin()
-  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+  name = pathlib.Path(config_flags.get_config_filename(args["config"])).stem
   with setup.told():
-    train(_CONFIG.value, _WORKDIR.value or os.path.join("runs", name))
+    train(args.config, args.workdir or os.path.join("runs", name), args["resume-with-changes"].value)
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

@@ -36,13 +36,16 @@ from virl_jax.learner import step as step_lib
 from virl_jax.model import params as params_lib
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.run import load
 from virl_jax.run import setup
+from virl_jax.run import workdir as workdir_lib
 from virl_jax.tiny import curriculum
 from virl_jax.tiny import tokenizer as tiny_tokenizer
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_OUT = flags.DEFINE_string("out", None, "HF folder to write.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and log; OUT.work by default.")
+# Which knobs may change between its starts: none that it reads, but for these two.
+_READS = ("warmstart.", "prompt.", "image.", "data.needle.objects", "data.needle.side_px", "seed")
+_FREE = frozenset(k for k in config_lib.flat(config_lib.default().to_dict()) if not k.startswith(_READS)) | {
+    "warmstart.workers", "warmstart.save_every"}
 
 
 def optim_config(c, turn: int, clumsy: bool) -> step_lib.OptimConfig:
@@ -73,10 +76,14 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
   Raises:
     ValueError: if the configuration, the base or the workdir won't do.
   """
-  config_lib.validate(c)
+  setup.sections(c)
+  base = load.model_dir(c.warmstart.base, "warmstart.base") if c.warmstart.base else None  # before anything is written
+  with workdir_lib.claim(workdir, c, free=_FREE) as claimed:
+    _warm_start(c, base, out, claimed.folder, command)
+
+
+def _warm_start(c, base: str | None, out: str, workdir: pathlib.Path, command: str) -> None:
   u = c.warmstart
-  base = setup.model_dir(u.base, "warmstart.base") if u.base else None  # before anything is written
-  workdir = setup.claim_workdir(workdir, c)
   platforms = os.environ.get("JAX_PLATFORMS")
   jax.devices()  # settle on a platform before the environment is changed for the workers
   folder, cfg, params = begin(c, base, workdir)
@@ -120,18 +127,27 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
   print(f"wrote {out}", flush=True)
 
 
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+  flags.DEFINE_string("out", None, "HF folder to write.", flag_values=values)
+  flags.DEFINE_string("workdir", None, "Checkpoints and log; OUT.work by default.", flag_values=values)
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  out = _OUT.value
+  args = flags.FLAGS
+  out = args.out
   if not out:
     raise app.UsageError("--out=HF_DIR is missing")
   setup.begin()
   given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # where it went is of no matter to a recipe
   command = shlex.join(["python", "-m", "virl_jax.warmstart", *(given.get(arg, arg) for arg in sys.argv[1:])])
   with setup.told():
-    warm_start(_CONFIG.value, out, _WORKDIR.value or out.rstrip("/") + ".work", command)
+    warm_start(args.config, out, args.workdir or out.rstrip("/") + ".work", command)
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

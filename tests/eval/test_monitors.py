@@ -49,7 +49,7 @@ def names(alarms):
 
 
 def test_the_configuration_has_the_same_names_and_defaults():
-  assert config.MONITORS == tuple(m.__name__ for m in monitors.MONITORS) == tuple(SICK)
+  assert tuple(m.__name__ for m in monitors.MONITORS) == tuple(SICK)
   assert monitors.Config(**config.default().monitor) == CFG
 
 

@@ -24,22 +24,24 @@ from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
+from virl_jax.rollout import slots
 from virl_jax.rollout import turns
-from virl_jax.run import setup
+from virl_jax.run import load as load_lib
 from virl_jax.tiny import needle
 
 
-def load(mesh, **rollout):
+def load(mesh, **how):
   """A policy on a mesh, and its parameters."""
   c = config_lib.default()
-  folder = setup.model_dir("@tiny")
+  folder = load_lib.model_dir("@tiny")
   cfg = weights.read_config(folder)
   _, params = weights.load_hf(folder, "float32", sharding.param_shardings(qwen.specs(cfg), mesh))
   import transformers
   codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(folder), cfg.image_token, cfg.eos)
   image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
   wording = prompt.Config(c.prompt.system, False, False, last_notice="")
-  return turns.Policy(cfg, codec, wording, image, turns.Config(3, 32, 256, 1.0, 32, **rollout), mesh), params
+  return turns.Policy(cfg, codec, wording, image, turns.Config(3, 32, 256, 1.0), mesh,
+                      slots.Config(pad_tokens=32, **how)), params
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_the_step_key_changes_samples_and_greedy_ignores_it(base):
 def test_slots_do_not_matter(base):
   policy, params, _ = base
   tasks = draw_tasks(6) + draw_tasks(3, "pair_pattern")
-  run = lambda **kw: engine.rollout(dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, **kw)),
+  run = lambda **kw: engine.rollout(dataclasses.replace(policy, engine=dataclasses.replace(policy.engine, **kw)),
                                   params, tasks, jax.random.key(6), group_size=3)
   want = run(slots=64)
   for kw in ({"slots": 4}, {"slots": 16, "segment_tokens": 5}, {"slots": 1, "threads": 1}):
@@ -120,7 +122,7 @@ def test_slots_do_not_matter(base):
 def test_a_rollout_can_be_repeated_bit_for_bit(base):
   """However fast the threads are: else a resumed run would not end as an uninterrupted one."""
   policy, params, _ = base
-  policy = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, slots=6, segment_tokens=4))
+  policy = dataclasses.replace(policy, engine=dataclasses.replace(policy.engine, slots=6, segment_tokens=4))
   rng = random.Random(0)
 
   class Slow:

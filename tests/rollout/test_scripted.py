@@ -11,8 +11,8 @@ from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import chunks
 from virl_jax.rollout import engine
-from virl_jax.rollout import plan
 from virl_jax.rollout import row as row_lib
+from virl_jax.rollout import slots as slots_lib
 from virl_jax.rollout import turns
 from virl_jax.run import compiles
 
@@ -62,11 +62,11 @@ class Script:
     row.turn += 1
     return row_lib.reply(policy.model, heard, image, row.filled + len(ids), row.next_pos + len(ids))
 
-  def run(self, cfg, params, mesh=None, temperature=0.0, **rollout):
+  def run(self, cfg, params, mesh=None, temperature=0.0, **how):
     cfg = dataclasses.replace(cfg, eos=-1)
-    rollout = {"max_total_tokens": 128, "pad_tokens": 32, "segment_tokens": 4} | rollout
+    how = {"pad_tokens": 32, "segment_tokens": 4} | how
     mesh = mesh or sharding.make(devices=jax.devices()[:1])
-    policy = turns.Policy(cfg, None, None, None, turns.Config(**rollout), mesh)
+    policy = turns.Policy(cfg, None, None, None, turns.Config(max_total_tokens=128), mesh, slots_lib.Config(**how))
     return engine.run(policy, params, self.tasks, jax.random.key(0), self.group, temperature, self)
 
 
@@ -148,18 +148,3 @@ def test_sizes():
   assert chunks.row_sizes(6, 4.0) == (1, 2, 6) and chunks.row_sizes(8, 2.0) == (1, 2, 4, 8)
   assert chunks.token_sizes(1)[:3] == (16, 32, 64) and chunks.token_sizes(2)[:4] == (16, 24, 32, 48)
   assert chunks.least(17, (16, 24, 32)) == 24 and chunks.least(1, (16,)) == 16
-
-
-def test_the_plan_of_7b():
-  """57,344 bytes a token (28 layers x 2 x 4 heads x 128 x 2 bytes), as FACTS has it."""
-  mesh = sharding.make(data=4, fsdp=1, tensor=2)
-  cfg = dataclasses.replace(qwen.SIZES["7b"], compute_dtype="bfloat16")
-  p = plan.cache(cfg, 16384, 64, 2048, mesh, free_bytes=20 * 2 ** 30)
-  assert (p.bytes_token, p.tokens_row, p.slots) == (57344, 16384, 64)
-  assert p.bytes_row == 57344 * 16384 // 2 and p.bytes_device == 16 * p.bytes_row
-  assert p.slots_that_fit == 4 * int(18 * 2 ** 30 // p.bytes_row)
-  assert "64 slots for 2048 trajectories" in str(p) and "0.44 GiB a row" in str(p) and "164 slots fit" in str(p)
-  tight = plan.cache(cfg, 16384, 0, 2048, mesh, free_bytes=20 * 2 ** 30)
-  assert tight.slots == 2048 and "set config.rollout.slots=164" in str(tight)
-  assert plan.cache(cfg, 100, 3, 3, mesh).tokens_row == 128 and plan.cache(cfg, 100, 3, 3, mesh).slots == 4
-  assert "fit" not in str(plan.cache(cfg, 100, 3, 3, mesh))

@@ -23,7 +23,7 @@ def policy(tiny):
   codec = prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos)
   image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
   return turns.Policy(tiny.cfg, codec, prompt.Config("You help.", False, False), image,
-                      turns.Config(3, 32, 256, 1.0, 32), sharding.make(devices=jax.devices()[:1]))
+                      turns.Config(3, 32, 256, 1.0), sharding.make(devices=jax.devices()[:1]))
 
 
 def change(policy, **sections):

@@ -1,10 +1,13 @@
-"""Freed memory stays with the process on a CPU, and is left alone where an accelerator computes."""
+"""Freed memory stays with the process on a CPU, and is left alone where an accelerator computes; a cache's size."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
+from virl_jax.model import sharding
+from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.run import memory
 
 # Twice takes, touches and gives back 64 MiB; prints the page faults of the second time.
@@ -36,3 +39,18 @@ def test_freed_memory_is_used_again():
 def test_accelerators_are_left_alone(platforms, monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", platforms)
   assert not memory.keep_when_on_cpu()
+
+
+def test_the_cache_of_7b():
+  """57,344 bytes a token (28 layers x 2 x 4 heads x 128 x 2 bytes), as FACTS has it."""
+  mesh = sharding.make(data=4, fsdp=1, tensor=2)
+  cfg = dataclasses.replace(qwen.SIZES["7b"], compute_dtype="bfloat16")
+  p = memory.cache_size(cfg, 16384, 64, 2048, mesh, free_bytes=20 * 2 ** 30)
+  assert (p.bytes_token, p.tokens_row, p.slots) == (57344, 16384, 64)
+  assert p.bytes_row == 57344 * 16384 // 2 and p.bytes_device == 16 * p.bytes_row
+  assert p.slots_that_fit == 4 * int(18 * 2 ** 30 // p.bytes_row)
+  assert "64 slots for 2048 trajectories" in str(p) and "0.44 GiB a row" in str(p) and "164 slots fit" in str(p)
+  tight = memory.cache_size(cfg, 16384, 0, 2048, mesh, free_bytes=20 * 2 ** 30)
+  assert tight.slots == 2048 and "set config.engine.slots=164" in str(tight)
+  small = memory.cache_size(cfg, 100, 3, 3, mesh)
+  assert small.tokens_row == 128 and small.slots == 4 and "fit" not in str(small)

@@ -10,14 +10,14 @@ from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.model import weights
 from virl_jax.rl import reward
-from virl_jax.run import setup
+from virl_jax.run import load
 from virl_jax.tiny import demos
 from virl_jax.tiny import needle
 
 
 @pytest.fixture(scope="module")
 def voice():
-  folder = setup.model_dir("@tiny")
+  folder = load.model_dir("@tiny")
   cfg = weights.read_config(folder)
   codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(folder), cfg.image_token, cfg.eos)
   return demos.Voice(codec, prompt.Config(describe_tool=False, last_notice="", image_first=False),

@@ -15,6 +15,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from virl_jax import checks
 from virl_jax import types
 
 # Normalisation of Qwen2.5-VL's image processor (CLIP's constants).
@@ -36,6 +37,15 @@ class Config:
   crop_max_aspect: float = 100.0
   crop_expand: bool = False
   decode_max_pixels: int = 178956970
+
+  def __post_init__(self):
+    count = checks.whole(1)
+    checks.section(vars(self), "image", min_pixels=count, max_pixels=count, crop_min_pixels=count,
+                   crop_max_pixels=count, crop_min_side_px=count, crop_max_aspect=checks.real(1),
+                   crop_expand=checks.flag, decode_max_pixels=count)
+    for low, high in (("min_pixels", "max_pixels"), ("crop_min_pixels", "crop_max_pixels")):
+      least, most = getattr(self, low), getattr(self, high)
+      checks.need(28 * 28 <= least <= most, f"image.{low}", f"at least 784 and at most image.{high} = {most}", least)
 
 
 @dataclasses.dataclass(frozen=True)

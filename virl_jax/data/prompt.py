@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from virl_jax import checks
 from virl_jax.rollout.actions import table
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -34,6 +35,10 @@ class Config:
   instruction: str = ""
   zoom_into_crops: bool = False
   last_notice: str = "No further zoom is possible. Answer now."
+
+  def __post_init__(self):
+    checks.section(vars(self), "prompt", system=checks.text, describe_tool=checks.flag, image_first=checks.flag,
+                   instruction=checks.text, zoom_into_crops=checks.flag, last_notice=checks.text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,7 +80,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
     temperature: 0 is greedy.
     cfg: the reward, for h0.
   """
-  policy = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, slots=slots))
+  policy = dataclasses.replace(policy, engine=dataclasses.replace(policy.engine, slots=slots))
   return judge(engine.rollout(policy, params, tasks, key, 1, temperature), policy.rollout.max_rounds, cfg)
 
 

@@ -15,6 +15,8 @@ import dataclasses
 import math
 import statistics
 
+from virl_jax import checks
+
 History = Sequence[Mapping[str, object]]  # lines of metrics.jsonl, oldest first
 
 
@@ -59,6 +61,14 @@ class Config:
   drift_mean_nats: float = 0.05
   drift_max_nats: float = 5.0
   stop: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    steps, share, some = checks.whole(1), checks.real(0, 1), checks.real(0)
+    checks.section(vars(self), "monitor", window=steps, past=steps, collapse_acc_ans=share, collapse_zooms=some,
+                   explosion_ratio=checks.real(1), explosion_zooms=some, explosion_acc_drop=share,
+                   superficial_zooms=some, superficial_acc_rat=share, hacking_log2=some, hacking_growth=some,
+                   hacking_fidelity_rise=some, entropy_nats=some, entropy_share=share, drift_mean_nats=some,
+                   drift_max_nats=some, stop=checks.some_of([monitor.__name__ for monitor in MONITORS]))
 
 
 @dataclasses.dataclass(frozen=True)

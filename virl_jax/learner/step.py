@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from virl_jax import checks
 from virl_jax import types
 from virl_jax.learner import pooled
 from virl_jax.model import sharding
@@ -39,6 +40,12 @@ class OptimConfig:
   eps: float = 1e-8
   weight_decay: float = 0.0
   clip_norm: float = 1.0
+
+  def __post_init__(self):
+    rate, decay = checks.real(0), checks.real(0, below=1)
+    checks.section(vars(self), "optim", learning_rate=rate, critic_learning_rate=rate, warmup_steps=checks.whole(0),
+                   decay_steps=checks.whole(0), b1=decay, b2=decay, eps=checks.real(above=0), weight_decay=rate,
+                   clip_norm=rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,19 +110,24 @@ def schedule(cfg: OptimConfig, peak: float | None = None) -> optax.Schedule:
 
 
 def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
-  """AdamW behind global-norm clipping; vectors (norms, biases) are not decayed."""
+  """AdamW behind global-norm clipping, if there is any; vectors (norms, biases) are not decayed."""
   # By name, not by rank: layers are stacked, and a stacked bias has as many axes as a matrix.
   decayed = lambda path, _: not (path[-1].key.startswith("norm") or path[-1].key.endswith("_b"))
   return optax.chain(
-      optax.clip_by_global_norm(cfg.clip_norm),
+      _clip(cfg),
       optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay,
                   mask=lambda p: jax.tree_util.tree_map_with_path(decayed, p)))
 
 
 def critic_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
   """Adam behind clipping of its own, for the value head."""
-  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm),
+  return optax.chain(_clip(cfg),
                      optax.adam(schedule(cfg, cfg.critic_learning_rate), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
+
+
+def _clip(cfg: OptimConfig) -> optax.GradientTransformation:
+  # A norm of 0 would shorten every gradient to nothing.
+  return optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
 
 
 def init_state(params: dict, cfg: OptimConfig, kl_coef: float = 0.0, critic_width: int = 0) -> TrainState:

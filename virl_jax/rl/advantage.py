@@ -19,6 +19,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from virl_jax import checks
+
 _EPS = 1e-6
 KINDS = ("group", "rloo", "batch", "gae")
 
@@ -40,6 +42,10 @@ class Config:
   gamma: float = 1.0
   lam: float = 0.95
   drop_equal: bool = False
+
+  def __post_init__(self):
+    checks.section(vars(self), "advantage", kind=checks.one_of(KINDS), normalize_std=checks.flag,
+                   gamma=checks.real(0, 1), lam=checks.real(0, 1), drop_equal=checks.flag)
 
 
 def standardize(x_N: jax.Array, mask_N: jax.Array, divide: bool) -> jax.Array:

@@ -47,6 +47,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from virl_jax import checks
+
 CORRECT, REDUNDANT, ERRONEOUS, NONE = 0, 1, 2, -1
 NAMES = {CORRECT: "correct", REDUNDANT: "redundant", ERRONEOUS: "erroneous", NONE: "none"}
 
@@ -81,6 +83,11 @@ class Config:
   mirror: bool = True
   step_weight: float = 0.5
   keep_scale: bool = False
+
+  def __post_init__(self):
+    checks.section(vars(self), "credit", kind=checks.one_of(KINDS), scope=checks.one_of(SCOPES), h_good=checks.real(1),
+                   h_redundant=checks.real(0, 1), h_bad=checks.real(0, 1), softness=checks.real(above=0),
+                   mirror=checks.flag, step_weight=checks.real(0), keep_scale=checks.flag)
 
 
 def classify(correct_R: jax.Array, redundant_R: jax.Array, mask_R: jax.Array) -> jax.Array:

@@ -22,6 +22,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from virl_jax import checks
+
 _MAX_LOG_RATIO = 20.0  # nats; e^20 is far outside any clip range, and finite in float32
 KINDS = ("ppo", "gspo", "cispo")
 AGGREGATES = ("token", "sequence", "constant")
@@ -66,6 +68,13 @@ class Config:
   entropy_coef: float = 0.0
   value_coef: float = 0.5
   value_clip: float = 0.2
+
+  def __post_init__(self):
+    some = checks.real(0)
+    checks.section(vars(self), "loss", kind=checks.one_of(KINDS), aggregate=checks.one_of(AGGREGATES),
+                   norm_tokens=checks.whole(1), clip_low=checks.real(0, 1), clip_high=some, dual_clip=some,
+                   sampler_cap=some, kl_coef=some, kl_estimator=checks.one_of(ESTIMATORS), kl_in_reward=checks.flag,
+                   kl_target=some, kl_horizon=checks.real(above=0), entropy_coef=some, value_coef=some, value_clip=some)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

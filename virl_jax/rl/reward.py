@@ -27,6 +27,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from virl_jax import checks
+
 MODES = ("iou", "giou", "coverage", "tightness", "centre")
 AVERAGES = ("mean", "sum", "discounted", "best")
 
@@ -66,6 +68,14 @@ class Config:
   w_format: float = 0.2
   w_fidelity: float = 1.0
   no_action: float = -1.0
+
+  def __post_init__(self):
+    weight = checks.real(0)
+    checks.section(vars(self), "reward", h0=checks.real(0, 1, wanted="an IoU in [0, 1]"),
+                   h0_start=checks.real(0, 1, wanted="an IoU in [0, 1]"), h0_steps=checks.whole(0),
+                   mode=checks.one_of(MODES), w_sign=weight, lam=weight, rho=weight, average=checks.one_of(AVERAGES),
+                   discount=checks.real(above=0, high=1), w_cover=weight, w_answer=weight, w_format=weight,
+                   w_fidelity=weight, no_action=checks.real())
 
 
 @flax.struct.dataclass

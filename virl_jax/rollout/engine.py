@@ -133,7 +133,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
   """
   if not tasks:
     raise ValueError("tasks must not be empty")
-  with concurrent.futures.ThreadPoolExecutor(policy.rollout.threads) as pool:
+  with concurrent.futures.ThreadPoolExecutor(policy.engine.threads) as pool:
     try:
       return _Loop(policy, params, tasks, key, group_size, temperature, protocol, pool).run()
     except BaseException:
@@ -145,9 +145,9 @@ class _Loop:
   """One rollout under way."""
 
   def __init__(self, policy, params, tasks, key, group_size, temperature, protocol, pool):
-    cfg = policy.rollout
+    cfg = policy.engine
     self.policy, self.params, self.key, self.protocol, self.pool = policy, params, key, protocol, pool
-    self.temperature = np.float32(cfg.temperature if temperature is None else temperature)
+    self.temperature = np.float32(policy.rollout.temperature if temperature is None else temperature)
     self.shards, mine = sharding.row_shards(policy.mesh), sharding.row_lanes(policy.mesh)
     self.before, self.n_lanes = mine.start, len(mine)
     self.slots = -(-(cfg.slots or len(tasks) * group_size) // self.shards)
@@ -162,7 +162,7 @@ class _Loop:
     self.read_before: dict[tuple[int, int], concurrent.futures.Future] = {}
     self.done: list[types.Trajectory] = []
     self.stats = Stats()
-    self.length = pack.up(cfg.max_total_tokens, text.CACHE_BLOCK)
+    self.length = pack.up(policy.rollout.max_total_tokens, text.CACHE_BLOCK)
     self.state = sample.start(policy.model, self.slots * self.shards, self.length, policy.mesh)
     # The few shapes that there are.
     self.decode_rows = chunks.row_sizes(self.slots, cfg.decode_ratio)
@@ -286,7 +286,7 @@ class _Loop:
     if not rows:
       return
     self._dispatch()
-    tokens = pack.up(tokens, self.policy.rollout.pad_tokens) if prompt else chunks.least(tokens, self.tool_tokens)
+    tokens = pack.up(tokens, self.policy.engine.pad_tokens) if prompt else chunks.least(tokens, self.tool_tokens)
     shape = chunks.Shape(chunks.least(rows, self.prompt_rows if prompt else self.append_rows), tokens, windows, cells)
     chunk = chunks.build(entries, shape, self.n_lanes, self.slots, self.policy, self.before)
     self.state = sample.append(self.params, self.policy.model, self.state,
@@ -300,7 +300,7 @@ class _Loop:
 
   def _decode(self, writers: list[tuple[int, int]], most: int) -> None:
     """Decodes a segment, and has the turns that it ended read."""
-    cfg, policy = self.policy.rollout, self.policy
+    cfg, policy = self.policy.engine, self.policy
     self._dispatch()
     each = chunks.least(most, self.decode_rows)
     whole = each == self.slots  # then every row is in its place, and the cache is read in slices
@@ -316,7 +316,7 @@ class _Loop:
     asked = sharding.place_rows(sample.Writers(*asked[:4], None if whole else asked[4]), policy.mesh)
     serve = max(1, int(cfg.serve_share * self.slots * self.shards))
     self.state, *sampled = sample.decode(self.params, policy.model, self.state, asked, self.key, self.temperature,
-                                         cfg.segment_tokens, np.int32(serve), cfg.keep, self.shards)
+                                         cfg.segment_tokens, np.int32(serve), policy.rollout.keep, self.shards)
     tokens_AT, logp_AT, count_A = sharding.fetch_rows(sampled)
     self.rested = time.perf_counter()
     steps = int(count_A.max())

@@ -17,6 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from virl_jax import checks
 from virl_jax import types
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
@@ -36,6 +37,10 @@ class Filter:
   top_k: int = 0
   top_p: float = 1.0
   min_p: float = 0.0
+
+  def __post_init__(self):
+    checks.section(vars(self), "rollout", top_k=checks.whole(0), top_p=checks.real(above=0, high=1),
+                   min_p=checks.real(0, 1))
 
 
 @flax.struct.dataclass

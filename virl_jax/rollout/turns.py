@@ -14,12 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from virl_jax import checks
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
+from virl_jax.rollout import slots
 from virl_jax.rollout.actions import table
 
 
@@ -31,18 +33,17 @@ class Config:
   max_turn_tokens: int = 1024
   max_total_tokens: int = 16384
   temperature: float = 1.0
-  pad_tokens: int = 64
   max_images: int = 0
   max_vision_tokens: int = 0
   keep: sample.Filter = sample.Filter()
   stop_strings: tuple[str, ...] = ()
-  slots: int = 0
-  segment_tokens: int = 32
-  serve_share: float = 0.125
-  decode_ratio: float = 4.0
-  append_ratio: float = 4.0
-  token_steps: int = 1
-  threads: int = 2
+
+  def __post_init__(self):
+    checks.section(vars(self), "rollout", max_rounds=checks.whole(1), max_turn_tokens=checks.whole(1),
+                   max_total_tokens=checks.whole(1), max_images=checks.whole(0), max_vision_tokens=checks.whole(0),
+                   temperature=checks.real(above=0, wanted="positive (PPO needs a distribution to sample from)"),
+                   stop_strings=checks.texts)
+    checks.need(self.max_images != 1, "rollout.max_images", "0 (no limit) or at least 2: the shown image is one", 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Policy:
     image: pixel limits.
     rollout: budgets and sampling.
     mesh: where rows go.
+    engine: how the device is used.
     actions: the visual actions that it may take, by name; see `actions.table`.
   """
 
@@ -65,6 +67,7 @@ class Policy:
   image: images.Config
   rollout: Config
   mesh: jax.sharding.Mesh
+  engine: slots.Config = slots.Config()
   actions: Mapping[str, Any] = dataclasses.field(default_factory=lambda: table.ACTIONS)
 
 

@@ -1,22 +1,32 @@
-"""What the C library does with memory that is given back, which decides a third of the time of a step on a CPU."""
+"""What is known of memory: what a rollout's cache takes, and what the C library does with what is given back."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
 import sys
 
+import jax
+import jax.numpy as jnp
+
+from virl_jax.model import sharding
+from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.model.qwen2_5 import text
+from virl_jax.rollout import pack
+
+_SPARE = 0.9  # of a device's memory; what is left is for activations
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # malloc.h of the GNU C library
 
 
 def keep_when_on_cpu() -> bool:
   """On a CPU, freed memory stays with the process.  Call it before anything computes.
 
-  XLA asks for the temporary memory of a program anew at each run.  Left alone, malloc gets gigabytes from the
-  kernel each time, page by page, and gives them back.  Nothing changes where an accelerator may compute, or
-  without the GNU C library.
+  It decides a third of a step's time there: XLA asks for the temporary memory of a program anew at each run, and
+  malloc, left alone, gets gigabytes from the kernel each time, page by page, and gives them back.  Nothing changes
+  where an accelerator may compute, or without the GNU C library.
 
   Returns:
     Whether it was done.
@@ -31,3 +41,87 @@ def keep_when_on_cpu() -> bool:
     return False
   # One arena, because only the first one grows where it can keep what it had; and never a mapping of its own.
   return all([library.mallopt(_ARENA_MAX, 1), library.mallopt(_MMAP_MAX, 0), library.mallopt(_TRIM_THRESHOLD, -1)])
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSize:
+  """Bytes and rows of a rollout's cache, before it is allocated.
+
+  The layout is dense: [L, B, K, S, H], B decode slots of S tokens each.  Memory follows the slots, not the
+  trajectories, which queue for them; a group's prompt is prefilled once and copied inside the cache; attention
+  reads filled blocks only, so that the unfilled part of a row costs memory but no time.  docs/rollout.md argues
+  this against pages.
+
+  Attributes:
+    bytes_token: keys and values of a token, all layers, on all devices that share a row.
+    tokens_row: S.
+    slots: B, rows on all devices.
+    trajectories: that take turns in them.
+    devices_rows: over how many devices rows are split.
+    devices_heads: over how many devices the heads of a row are split.
+    free_bytes: of a device, now; None where the backend does not say.
+  """
+
+  bytes_token: int
+  tokens_row: int
+  slots: int
+  trajectories: int
+  devices_rows: int
+  devices_heads: int
+  free_bytes: int | None = None
+
+  @property
+  def bytes_row(self) -> int:
+    """Of one row, on one device."""
+    return self.bytes_token * self.tokens_row // self.devices_heads
+
+  @property
+  def bytes_device(self) -> int:
+    """Of all rows that a device holds."""
+    return self.slots // self.devices_rows * self.bytes_row
+
+  @property
+  def slots_that_fit(self) -> int | None:
+    """On all devices; None where the backend does not say how much memory it has."""
+    if self.free_bytes is None:
+      return None
+    return max(0, int(_SPARE * self.free_bytes) // self.bytes_row) * self.devices_rows
+
+  def __str__(self):
+    gib = lambda n: f"{n / 2 ** 30:.2f} GiB" if n >= 2 ** 28 else f"{n / 2 ** 20:.2f} MiB"
+    line = (f"cache: {self.slots} slots for {self.trajectories} trajectories, {self.tokens_row:,} tokens each at "
+            f"{self.bytes_token:,} bytes: {gib(self.bytes_row)} a row, {gib(self.bytes_device)} a device")
+    fit = self.slots_that_fit
+    if fit is None:
+      return line
+    line += f"; {fit} slots fit"
+    if fit < self.slots:
+      line += f". That is too few: set config.engine.slots={max(fit, self.devices_rows)} or lower max_total_tokens"
+    return line
+
+
+def cache_size(model: qwen.Config, max_total_tokens: int, slots: int, trajectories: int, mesh: jax.sharding.Mesh,
+               free_bytes: int | None = None) -> CacheSize:
+  """What a rollout's cache takes.
+
+  Args:
+    model: for layers, heads and dtype.
+    max_total_tokens: of a trajectory.
+    slots: wanted on all devices; 0 for as many as trajectories.
+    trajectories: of a step.
+    mesh: where rows and heads go.
+    free_bytes: see `CacheSize`.
+  """
+  t, shards = model.text, sharding.row_shards(mesh)
+  tokens = pack.up(max_total_tokens, text.CACHE_BLOCK)
+  heads = mesh.shape["tensor"] if t.kv_heads % mesh.shape["tensor"] == 0 else 1
+  return CacheSize(2 * t.layers * t.kv_heads * t.head_size * jnp.dtype(model.compute_dtype).itemsize, tokens,
+                   pack.up(slots or trajectories, shards), trajectories, shards, heads, free_bytes)
+
+
+def free_bytes() -> int | None:
+  """Memory that the fullest device of this process has left, or None where it does not say."""
+  found = [d.memory_stats() for d in jax.local_devices()]
+  if not all(found) or not all("bytes_limit" in f for f in found):
+    return None
+  return min(f["bytes_limit"] - f["bytes_in_use"] for f in found)

@@ -86,7 +86,7 @@ class Recorder:
     for alarm in begun:
       print(f"alarm: {alarm.name}: {alarm.message}", flush=True)
     self._alarms += begun
-    if step and step % self._cfg.gallery_every == 0:
+    if step and self._cfg.gallery_every and step % self._cfg.gallery_every == 0:
       gallery.save(str(self._workdir / "rollouts" / f"step_{step:06d}.jsonl"),
                    entries(parts[0][:self._cfg.gallery], scored))
 

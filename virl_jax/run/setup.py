@@ -1,38 +1,38 @@
-"""From a ConfigDict to the frozen pieces that a run is made of, and the workdir that it owns."""
+"""From a ConfigDict to the frozen pieces that a run is made of."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
-import importlib.resources
-import json
 import logging
 import os
-import pathlib
-import platform
 
 import jax
 
+from virl_jax import checks
 from virl_jax import config as config_lib
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.data.sources import jsonl
+from virl_jax.eval import monitors
 from virl_jax.learner import step as step_lib
 from virl_jax.model import sharding
 from virl_jax.model import weights
-from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
 from virl_jax.rl import loss
 from virl_jax.rl import reward
 from virl_jax.rollout import pack
 from virl_jax.rollout import sample
+from virl_jax.rollout import slots
 from virl_jax.rollout import turns
 from virl_jax.run import caches
+from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.tiny import needle
 from virl_jax.tiny import source as tiny_source
+
+SOURCES = ("needle", "jsonl")
 
 
 def begin() -> None:
@@ -58,20 +58,85 @@ def told():
     raise SystemExit(f"error: {e}\n(VIRL_JAX_DEBUG=1 shows where)") from e
 
 
-def model_dir(path: str, key: str = "model.path") -> str:
-  """The HF folder that a key of the configuration, most often `model.path`, means.
+@dataclasses.dataclass(frozen=True)
+class Sections:
+  """The sections of a configuration, each checked; those that are not here are used as they stand."""
+
+  needle: needle.Config
+  image: images.Config
+  prompt: prompt.Config
+  rollout: turns.Config
+  engine: slots.Config
+  reward: reward.Config
+  credit: credit.Config
+  advantage: advantage.Config
+  loss: loss.Config
+  optim: step_lib.OptimConfig
+  monitor: monitors.Config
+
+
+def sections(c: config_lib.ConfigDict) -> Sections:
+  """Checks a whole configuration, before anything slow starts.
 
   Raises:
-    ValueError: says what is missing and how to get it.
+    ValueError: names the key, what was wanted and what came.
   """
-  if path == "@tiny":
-    return str(importlib.resources.files("virl_jax") / "assets" / "tiny_base")
-  if not path or not os.path.isfile(os.path.join(path, "config.json")):
-    raise ValueError(
-        f"config.{key} must be a folder with a Qwen2.5-VL checkpoint, but {path or 'nothing'!r} is not one: get "
-        "it with `hf download Qwen/Qwen2.5-VL-7B-Instruct --local-dir=weights/Qwen2.5-VL-7B-Instruct`, or name "
-        f"another folder with --config.{key}=HF_DIR")
-  return path
+  share, count, some = checks.real(0, 1, wanted="a share in [0, 1]"), checks.whole(1), checks.whole(0)
+  # Further tries of a step count on in units of 2^32, see `train.py`.
+  checks.section(c, "", seed=checks.whole(0, 2 ** 32 - 1), steps=some)
+  dtype = (lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
+  checks.section(c.model, "model", path=checks.text, dtype=dtype, compute_dtype=dtype, remat=checks.flag)
+  checks.section(c.data, "data", path=checks.text, source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
+                 eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"))
+  checks.need(c.data.source != "jsonl" or c.data.path, "data.path",
+              "the path of a records file when config.data.source is 'jsonl'", c.data.path)
+  r = c.rollout
+  checks.section(r, "rollout", prompts=count, group_size=count, resample=some, mask_overlong=checks.flag)
+  part = checks.real(above=0, high=1)
+  checks.section(c.pack, "pack", pad_tokens=count, join_rows=checks.flag, crops_share=part, joined_share=part)
+  checks.section(c.ppo, "ppo", minibatches=count, epochs=count)
+  axis = (lambda v: checks.whole(-1)[0](v) and v != 0, "at least 1, or -1 for what is left")
+  checks.section(c.mesh, "mesh", data=axis, fsdp=axis, tensor=axis)
+  checks.section(c.checkpoint, "checkpoint", every=count, keep=count)
+  checks.section(c.eval, "eval", tasks=some, temperature=checks.real(0, wanted="0 (greedy) or positive"),
+                 bootstrap=count)
+  checks.section(c.log, "log", gallery=some, gallery_every=some, tensorboard=checks.flag)
+  checks.section(c.warmstart, "warmstart", base=checks.text, p_direct=share, p_clumsy=share, p_count=share,
+                 steps=count, pictures=count, marks=checks.some_of(needle.MARKS, 1), learning_rate=checks.real(0),
+                 clumsy_learning_rate=checks.real(0), workers=count, save_every=count)
+  found = Sections(
+      needle=needle.Config(**c.data.needle), image=images.Config(**c.image), prompt=prompt.Config(**c.prompt),
+      rollout=turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),
+      engine=slots.Config(**c.engine), reward=reward.Config(**c.reward), credit=credit.Config(**c.credit),
+      advantage=advantage.Config(**c.advantage), loss=loss.Config(**c.loss), optim=step_lib.OptimConfig(**c.optim),
+      monitor=monitors.Config(**c.monitor))
+  _combinations(c)
+  return found
+
+
+def _combinations(c: config_lib.ConfigDict) -> None:
+  """Refuses values that make no sense together, with the reason."""
+  need, k, a, o = checks.need, c.credit, c.advantage, c.loss
+  need(c.rollout.prompts % c.ppo.minibatches == 0, "ppo.minibatches",
+       f"a divisor of config.rollout.prompts = {c.rollout.prompts}", c.ppo.minibatches)
+  need(c.rollout.group_size > 1 or a.kind in ("batch", "gae") or a.kind == "group" and not a.normalize_std,
+       "rollout.group_size", f"at least 2 for advantage.kind = {a.kind!r}: one rollout has no siblings",
+       c.rollout.group_size)
+  need(not (a.kind == "gae" and k.kind == "additive"), "credit.kind",
+       "hard, soft or none with advantage.kind = 'gae': its rewards already come in action by action", k.kind)
+  need(not (a.kind == "gae" and a.drop_equal), "advantage.drop_equal",
+       "False with advantage.kind = 'gae': a critic learns from equal groups too", a.drop_equal)
+  need(o.kind == "ppo" or not o.dual_clip, "loss.dual_clip",
+       f"0 with loss.kind = {o.kind!r}: only PPO's token ratios have a dual clip", o.dual_clip)
+  need(o.kind != "gspo" or o.aggregate == "sequence", "loss.aggregate",
+       "'sequence' with loss.kind = 'gspo': its ratio is the sequence's", o.aggregate)
+  need(o.kl_coef > 0 or not o.kl_in_reward, "loss.kl_in_reward", "False while loss.kl_coef is 0", o.kl_in_reward)
+  need(o.kl_coef > 0 or not o.kl_target, "loss.kl_target",
+       "0 while loss.kl_coef is 0: an adaptive coefficient starts from it and multiplies", o.kl_target)
+  need(o.kl_estimator != "k1" or o.kl_in_reward or not o.kl_coef, "loss.kl_estimator",
+       "k2 or k3 in the loss: k1's gradient has nothing to do with the divergence", o.kl_estimator)
+  need(o.dual_clip == 0 or o.dual_clip > 1 + o.clip_high, "loss.dual_clip",
+       f"0, or above 1 + clip_high = {1 + o.clip_high}", o.dual_clip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +164,8 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
   Raises:
     ValueError: if something that the configuration names is missing or does not fit.
   """
-  config_lib.validate(c)
-  hf_dir = model_dir(c.model.path)
+  s = sections(c)
+  hf_dir = load.model_dir(c.model.path)
   model = dataclasses.replace(weights.read_config(hf_dir), compute_dtype=c.model.compute_dtype, remat=c.model.remat)
   import transformers  # seconds to import
   codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(hf_dir), model.image_token, model.eos)
@@ -110,18 +175,16 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
   if rows % shards:
     raise ValueError(f"config.rollout.prompts * group_size / ppo.minibatches must be a multiple of the mesh's "
                      f"data x fsdp = {shards}. Received: {rows}")
-  r = c.rollout
+  part = lambda share: pack.up(int(share * rows), shards)
   return Pieces(
-      policy=turns.Policy(model, codec, prompt.Config(**c.prompt), images.Config(**c.image),
-                          turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),
-                          mesh),
-      step=step_lib.Config(model, r.group_size, r.temperature, reward.Config(**c.reward), credit.Config(**c.credit),
-                           advantage.Config(**c.advantage), loss.Config(**c.loss), step_lib.OptimConfig(**c.optim),
-                           mesh, single_update=c.ppo.minibatches * c.ppo.epochs == 1),
-      pack=pack.Config(model.vision.grid, model.image_token, r.max_rounds, r.pad_tokens,
-                       pad_images=pack.up(rows // 2, shards), pad_shown=max(shards, rows // r.group_size),
-                       mask_overlong=r.mask_overlong, scope=c.credit.scope, join=r.join_rows,
-                       pad_joined=pack.up(rows // 8, shards)),
+      policy=turns.Policy(model, codec, s.prompt, s.image, s.rollout, mesh, s.engine),
+      step=step_lib.Config(model, c.rollout.group_size, c.rollout.temperature, s.reward, s.credit, s.advantage, s.loss,
+                           s.optim, mesh, single_update=c.ppo.minibatches * c.ppo.epochs == 1),
+      pack=pack.Config(model.vision.grid, model.image_token, c.rollout.max_rounds, c.pack.pad_tokens,
+                       pad_images=part(c.pack.crops_share),
+                       pad_shown=max(shards, rows // c.rollout.group_size),  # a group shares its image
+                       mask_overlong=c.rollout.mask_overlong, scope=c.credit.scope, join=c.pack.join_rows,
+                       pad_joined=part(c.pack.joined_share)),
       mesh=mesh, hf_dir=hf_dir)
 
 
@@ -135,76 +198,3 @@ def source(c: config_lib.ConfigDict, split: str):
   if c.data.source == "needle":
     return tiny_source.load(c.data.path, split, needle.Config(**c.data.needle))
   return jsonl.load(c.data.path, split, c.data.eval_fraction, c.seed)
-
-
-def load_params(p: Pieces, dtype: str) -> dict:
-  """The base's parameters, placed on the mesh."""
-  _, params = weights.load_hf(p.hf_dir, dtype, sharding.param_shardings(qwen.specs(p.policy.model), p.mesh))
-  return params
-
-
-def claim_workdir(path: str, c: config_lib.ConfigDict) -> pathlib.Path:
-  """Makes the folder, or makes sure that it belongs to this configuration.
-
-  Args:
-    path: the workdir.
-    c: the run's configuration; only `steps` and `monitor`, which change no step, may differ from what the folder holds.
-
-  Raises:
-    ValueError: names the keys that differ; nothing in the folder is touched.
-  """
-  folder = pathlib.Path(path)
-  file = folder / "config.json"
-  text = config_lib.to_json(c)
-  if file.exists():
-    try:
-      found = json.loads(file.read_text())
-    except ValueError as e:
-      raise ValueError(f"{file} must be JSON ({e}); use another --workdir") from e
-    old, new = _flat(found), _flat(json.loads(text))
-    differ = sorted(k for k in old.keys() | new.keys()
-                    if old.get(k) != new.get(k) and k != "steps" and not k.startswith("monitor."))
-    if differ:
-      shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differ[:5])
-      raise ValueError(f"{folder} holds a run with another configuration ({shown}"
-                       f"{f'; {len(differ) - 5} more' if len(differ) > 5 else ''}); use another --workdir")
-  elif folder.exists() and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-    raise ValueError(f"{folder} holds a run but no config.json to tell whose; use another --workdir")
-  (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-  write_text(file, text)
-  return folder
-
-
-def header(c: config_lib.ConfigDict) -> dict:
-  """What a run's figures are made with, for the first line of metrics.jsonl; no clock, so that runs can be compared.
-
-  Args:
-    c: the run's configuration.
-
-  Returns:
-    "config", the whole of it; "versions" by package, and of Python; "device", its kind; "devices", how many.
-  """
-  packages = ("jax", "jaxlib", "flax", "optax", "numpy", "virl_jax")
-  return {"config": json.loads(config_lib.to_json(c)),
-          "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-          "device": jax.devices()[0].device_kind, "devices": jax.device_count()}
-
-
-def _version(package: str) -> str:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:  # virl_jax, run from its folder
-    return "not installed"
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  tmp = path.with_name(path.name + ".tmp")
-  tmp.write_text(text)
-  os.replace(tmp, path)
-
-
-def _flat(tree, prefix: str = "") -> dict:
-  if not isinstance(tree, dict):
-    return {prefix: tree}
-  return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}

@@ -26,6 +26,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from virl_jax import checks
 from virl_jax import types
 
 # Channels stay within [64, 191], so that every texture can be balanced to no mean contrast.
@@ -65,20 +66,18 @@ class Config:
   guessable: float = 0.0
 
   def __post_init__(self):
+    pair = lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(type(n) is int for n in v)
+    checks.section(vars(self), "data.needle", families=checks.some_of(FAMILIES, 1),
+                   objects=(pair, "the fewest and the most objects, two whole numbers"), side_px=checks.whole(84),
+                   train_size=checks.whole(1), test_size=checks.whole(1), seed=checks.whole(0),
+                   guessable=checks.real(0, 1, wanted="a share in [0, 1]"))
     object.__setattr__(self, "families", tuple(self.families))
     object.__setattr__(self, "objects", tuple(self.objects))
-    unknown = [f for f in self.families if f not in FAMILIES]
-    if unknown or not self.families:
-      raise ValueError(f"data.needle.families must be some of {FAMILIES}. Received: {self.families}")
-    if not 0.0 <= self.guessable <= 1.0:
-      raise ValueError(f"data.needle.guessable must be a share in [0, 1]. Received: {self.guessable}")
     low, high = self.objects
-    if not 1 <= low <= high <= len(COLOURS):
-      raise ValueError(f"data.needle.objects must be 1 <= fewest <= most <= {len(COLOURS)}. Received: {self.objects}")
-    if low < 2 and any(f.startswith("pair_") for f in self.families):
-      raise ValueError(f"data.needle.objects must start at 2 for pair families. Received: {self.objects}")
-    if self.side_px < 84:
-      raise ValueError(f"data.needle.side_px must be at least 84. Received: {self.side_px}")
+    checks.need(1 <= low <= high <= len(COLOURS), "data.needle.objects", f"1 <= fewest <= most <= {len(COLOURS)}",
+                self.objects)
+    checks.need(low >= 2 or not any(f.startswith("pair_") for f in self.families), "data.needle.objects",
+                "2 or more for pair families", self.objects)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from virl_jax.tiny import needle
 class Source:
   """Tasks of one split, read from array_record files.  Build with `load`."""
 
-  def __init__(self, records, name: str):
-    self._records, self._name = records, name
+  def __init__(self, records, name: str, digest: str):
+    self._records, self._name, self._digest = records, name, digest
 
   def __len__(self) -> int:
     return len(self._records)
@@ -26,6 +26,10 @@ class Source:
     fields = json.loads(r["task"])
     return types.Task(fields["uid"], r["image"], fields["question"], tuple(fields["answers"]),
                       tuple(types.Box(*b) for b in fields["boxes"]), None, fields["kind"])
+
+  def fingerprint(self) -> str:
+    """The same for the same pictures, of both splits: of what they are drawn from, the configuration and `VERSION`."""
+    return f"needle-{self._digest}"
 
   def describe(self) -> str:
     """One line for the log."""
@@ -52,4 +56,4 @@ def load(path: str, split: str, cfg: needle.Config) -> Source:
   from virl_jax.tiny import store  # tensorflow-datasets takes seconds to import
   digest = hashlib.blake2b(repr((needle.VERSION, cfg)).encode(), digest_size=6).hexdigest()
   folder = pathlib.Path(path) if path else caches.folder()
-  return Source(store.read(folder / f"needle-{digest}", split, cfg), split)
+  return Source(store.read(folder / f"needle-{digest}", split, cfg), split, digest)

@@ -49,6 +49,7 @@ class Source:
     n_images: image files of this side.
     skipped: reason -> number of records of the file that could not be used.
     n_other_size: usable records of the file whose width or height is not the image's.
+    digest: see `fingerprint`.
   """
 
   path: str
@@ -58,6 +59,7 @@ class Source:
   n_images: int
   skipped: dict[str, int]
   n_other_size: int
+  digest: str = ""
 
   def __len__(self) -> int:
     return len(self.tasks)
@@ -65,6 +67,11 @@ class Source:
   def task(self, index: int) -> types.Task:
     """The task with that number, from 0."""
     return self.tasks[index]
+
+  def fingerprint(self) -> str:
+    """The same for the same data, wherever it lies: of both splits, each byte of the records file, and the path from
+    there and the size in bytes of each image that can be used.  Not of what is inside the images."""
+    return self.digest
 
   def describe(self) -> str:
     """One line for the log."""
@@ -102,13 +109,13 @@ def load(path: str, split: str, eval_fraction: float, seed: int) -> Source:
   if not tasks:
     raise ValueError(f"path must be a file with at least one usable record. "
                      f"Received: {path}, with {_counts(skipped) if skipped else 'no record at all'}")
-  n_records = len(tasks)
+  n_records, digest = len(tasks), _digest(path, tasks)
   if split != "all":
     held_out = _held_out(path, tasks, eval_fraction, seed)
     tasks = [task for task in tasks if (task.image in held_out) == (split == "test")]
   return Source(path=path, split=split, tasks=tuple(tasks), n_records=n_records,
                 n_images=len({task.image for task in tasks}), skipped=dict(sorted(skipped.items())),
-                n_other_size=n_other_size)
+                n_other_size=n_other_size, digest=digest)
 
 
 class _Unusable(Exception):
@@ -199,6 +206,17 @@ def _box(value, size_px):
   if box.x1 >= box.x2 or box.y1 >= box.y2:
     raise _Unusable("box is outside the image")
   return box
+
+
+def _digest(path, tasks):
+  """Of the records file, and of its images as far as the file system knows them."""
+  folder = os.path.realpath(os.path.dirname(path))
+  with open(path, "rb") as file:
+    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+  for image in sorted({task.image for task in tasks}):
+    name = f"{os.path.relpath(image, folder)}\0{os.path.getsize(image)}\0"
+    digest.update(name.encode("utf-8", "surrogateescape"))
+  return f"jsonl-{digest.hexdigest()}"
 
 
 def _held_out(path, tasks, eval_fraction, seed):

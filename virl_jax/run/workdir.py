@@ -1,0 +1,199 @@
+"""The folder that a run owns: whose it is, who is using it, and what its figures are made with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+import dataclasses
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from typing import TextIO
+
+import jax
+
+from virl_jax import config as config_lib
+
+# What no run can change and still be that run, and why; a section stands for all its keys.
+_FIXED = {"model.path": "the checkpoints are of that model",
+          "model.dtype": "the checkpoints hold parameters of that type",
+          "seed": "it orders the data and draws what is held out",
+          "data": "evaluations before and after must be about the same tasks",
+          "eval": "evaluations before and after must be made in the same way"}
+
+
+@dataclasses.dataclass
+class Claimed:
+  """A workdir that no other process uses until this is closed, or this process ends, however it ends.
+
+  Attributes:
+    folder: the workdir.
+    changed: knobs that were changed on purpose at this start, key -> [old, new].
+  """
+
+  folder: pathlib.Path
+  changed: dict[str, list]
+  _lock: TextIO
+
+  def __enter__(self) -> Claimed:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Leaves the folder to others."""
+    self._lock.close()
+
+
+def claim(path: str, c: config_lib.ConfigDict, source=None, changes: bool | None = None,
+          free: Collection[str] | None = None) -> Claimed:
+  """Makes the folder, or makes sure that it belongs to this configuration and data, and locks it.
+
+  Args:
+    path: the workdir.
+    c: the run's configuration.
+    source: the run's data, with `fingerprint` and `describe`; None if the folder is not about any.
+    changes: whether knobs that belong to the run may differ from what the folder holds, but for those that make it
+      another run; None where the command has no such option.
+    free: dotted keys that may always differ; None for `config.free_keys()`.
+
+  Raises:
+    ValueError: it is another run's, another process is using it, or it can't be made; nothing in it is touched.
+  """
+  folder = pathlib.Path(path)
+  free = config_lib.free_keys() if free is None else free
+  _compare(folder, c, source, changes, free)  # before a lock is put into another run's folder
+  try:
+    (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+  except OSError as e:
+    raise ValueError(f"--workdir must be a folder that can be made and written to. Received: {path} ({e})") from e
+  try:
+    changed = _compare(folder, c, source, changes, free)
+    write_text(folder / "config.json", config_lib.to_json(c))
+    if source is not None:
+      data = {"fingerprint": source.fingerprint(), "was": source.describe()}
+      write_text(folder / "data.json", json.dumps(data) + "\n")
+  except BaseException:
+    lock.close()
+    raise
+  return Claimed(folder, changed, lock)
+
+
+def config(path: str | pathlib.Path) -> config_lib.ConfigDict:
+  """The configuration of a run, under today's names whatever version made it.
+
+  Raises:
+    ValueError: the folder holds no run.
+  """
+  file = pathlib.Path(path) / "config.json"
+  if not file.is_file():
+    raise ValueError(f"--workdir must be a run's folder, with a config.json. Received: {path}")
+  return config_lib.from_json(file.read_text(), str(file))
+
+
+def header(c: config_lib.ConfigDict, changed: dict[str, list] | None = None) -> dict:
+  """What a run's figures are made with, for the first line of metrics.jsonl; no clock, so that runs can be compared.
+
+  Args:
+    c: the run's configuration.
+    changed: see `Claimed`.
+
+  Returns:
+    "config", the whole of it; "versions" by package, and of Python; "device", its kind; "devices", how many; and
+    "changed", if anything was.
+  """
+  packages = ("jax", "jaxlib", "flax", "optax", "numpy", "virl_jax")
+  return {"config": json.loads(config_lib.to_json(c)),
+          "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+          "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
+          **({"changed": changed} if changed else {})}
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  tmp = path.with_name(path.name + ".tmp")
+  tmp.write_text(text)
+  os.replace(tmp, path)
+
+
+def _compare(folder: pathlib.Path, c: config_lib.ConfigDict, source, changes: bool | None, free: Collection[str]
+             ) -> dict[str, list]:
+  """What of a folder's configuration this one changes on purpose, key -> [old, new].
+
+  Raises:
+    ValueError: the folder is another run's.
+  """
+  file = folder / "config.json"
+  if not file.is_file():
+    if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+      raise ValueError(f"{folder} holds a run but no config.json to tell whose; use another --workdir")
+    return {}
+  try:
+    old, new = (config_lib.flat(json.loads(config_lib.to_json(k))) for k in (config(folder), c))
+  except ValueError as e:
+    raise ValueError(f"{e}; use another --workdir") from e
+  known = _fingerprint(folder)
+  same_data = source is not None and known is not None and source.fingerprint() == known["fingerprint"]
+  differ = {k: [old[k], new.get(k)] for k in sorted(old) if k not in free and old[k] != new.get(k)
+            and not (k == "data.path" and same_data)}
+  fixed = {k: why for k in differ for key, why in _FIXED.items() if k == key or k.startswith(f"{key}.")}
+  if differ and (fixed or not changes):
+    told = [f"{k}: {was!r} there, {now!r} now" + (f" ({fixed[k]})" if k in fixed and changes is not None else "")
+            for k, (was, now) in sorted(differ.items(), key=lambda item: item[0] not in fixed)]
+    more = f"; {len(told) - 5} more" if len(told) > 5 else ""
+    or_else = ", or --resume-with-changes to go on with these" if changes is False and not fixed else ""
+    raise ValueError(f"{folder} holds a run with another configuration ({'; '.join(told[:5])}{more}); use another "
+                     f"--workdir{or_else}")
+  if source is not None and known is not None and not same_data:
+    raise ValueError(f"{folder} holds a run on other data: config.data.path = {c.data.path!r} has changed since. "
+                     f"Then: {known['was']}. Now: {source.describe()}. Use another --workdir")
+  return differ
+
+
+def _fingerprint(folder: pathlib.Path) -> dict | None:
+  """What data.json holds; None for a folder without one, as runs left them once."""
+  file = folder / "data.json"
+  if not file.is_file():
+    return None
+  try:
+    found = json.loads(file.read_text())
+    return {"fingerprint": found["fingerprint"], "was": found["was"]}
+  except (ValueError, KeyError, TypeError) as e:
+    raise ValueError(f"{file} must hold a fingerprint as a run writes it ({e}); use another --workdir") from e
+
+
+def _lock(folder: pathlib.Path) -> TextIO:
+  """Locks the folder for as long as the returned file is open: the kernel lets go of it when the process ends.
+
+  Raises:
+    ValueError: another process holds it.
+  """
+  file = open(folder / ".lock", "a+")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as e:
+    if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+      file.seek(0)
+      who = file.read().strip() or "another process"
+      file.close()
+      raise ValueError(f"{folder} is in use by {who}; stop it or use another --workdir") from None
+    print(f"{folder} can't be locked ({e}): see to it yourself that one process uses it", flush=True)
+  file.seek(0)
+  file.truncate()
+  now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+  file.write(f"process {os.getpid()} on {platform.node()} since {now}\n")
+  file.flush()
+  return file
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:  # virl_jax, run from its folder
+    return "not installed"
