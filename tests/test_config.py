@@ -86,3 +86,47 @@ def test_values_that_cannot_work_are_named(key, value, message):
   with pytest.raises(ValueError, match=message) as e:
     setup.sections(c)
   assert repr(value) in str(e.value) or key in ("image.max_pixels", "data.source")
+
+
+# For which knobs NaN, -1, -1e9, a number or text is a value like another.
+FINE = {"reward.no_action": (-1, -1e9),                      # any fidelity
+        "mesh.data": (-1,), "mesh.fsdp": (-1,), "mesh.tensor": (-1,)}  # what is left
+
+
+def wrong(value):
+  """What no knob with such a default can be."""
+  if isinstance(value, bool):
+    return float("nan"), -1, "yes", None, 1
+  if isinstance(value, (int, float)):
+    flags = (True,) if isinstance(value, int) else ()  # a ConfigDict makes a float of it elsewhere
+    return float("nan"), float("-inf"), float("inf"), -1, -1e9, "much", None, (1,), *flags
+  return float("nan"), -1, -1e9, None, True, (1,), (None,)
+
+
+@pytest.mark.parametrize("key", sorted(config_lib.flat(config_lib.default().to_dict())))
+def test_every_knob_has_a_range(key):
+  *sections, last = key.split(".")
+  c = at = config_lib.default()
+  for section in sections:
+    at = at[section]
+  for bad in wrong(at[last]):
+    with at.ignore_type():
+      at[last] = bad
+    if bad in FINE.get(key, ()):
+      setup.sections(c)
+      continue
+    with pytest.raises(ValueError, match=rf"^config\.{key} must be .*Received: "):
+      setup.sections(c)
+
+
+def test_every_knob_says_once_whether_it_may_change():
+  known, free = config_lib.flat(config_lib.default().to_dict()), config_lib.free_keys()
+  assert free < set(known) and not any("_Free" in repr(v) for v in known.values())
+  assert {"steps", "checkpoint.keep", "checkpoint.every", "log.gallery", "engine.threads", "eval.bootstrap"} <= free
+  assert not {"seed", "optim.learning_rate", "engine.slots", "pack.pad_tokens", "reward.h0", "model.path"} & free
+  assert {k for k in known if k.startswith(("warmstart.", "monitor.", "log.", "checkpoint."))} <= free
+
+
+def test_config_needs_nothing_of_ours():
+  text = pathlib.Path(config_lib.__file__).read_text()
+  assert "import ml_collections" in text and "from virl_jax" not in text

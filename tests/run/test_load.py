@@ -1,0 +1,47 @@
+"""A policy out of an HF folder, or out of a run."""
+
+import jax
+import numpy as np
+import pytest
+
+from virl_jax import config as config_lib
+from virl_jax.learner import checkpoint
+from virl_jax.learner import step as step_lib
+from virl_jax.model import sharding
+from virl_jax.model import weights
+from virl_jax.run import load
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A workdir with one checkpoint, and its parameters."""
+  workdir = tmp_path_factory.mktemp("run")
+  c = config_lib.default()
+  c.model.path = "@tiny"
+  (workdir / "config.json").write_text(config_lib.to_json(c))
+  params = jax.tree.map(lambda a: 2 * a, load.base(load.model_dir("@tiny")).params)
+  saves = checkpoint.Checkpoints(workdir / "checkpoints", 10, 5)
+  saves.maybe_save(10, step_lib.init_state(params, step_lib.OptimConfig()))
+  saves.close()
+  return workdir, params
+
+
+def test_one_way_in(run):
+  workdir, doubled = run
+  mesh = sharding.make(data=1, fsdp=-1)
+  base, trained = load.policy("@tiny", mesh=mesh), load.policy(str(workdir))
+  assert (base.step, base.config, trained.step, trained.config.model.path) == (None, None, 10, "@tiny")
+  assert base.model == trained.model == weights.read_config(base.hf_dir) and base.hf_dir == trained.hf_dir
+  for a, b, d in zip(*map(jax.tree.leaves, (base.params, trained.params, doubled))):
+    assert a.sharding == b.sharding and len(a.sharding.device_set) == jax.device_count()
+    np.testing.assert_array_equal(2 * np.asarray(a), b)
+    np.testing.assert_array_equal(b, d)
+
+
+def test_what_is_no_policy_is_named(run, tmp_path):
+  with pytest.raises(ValueError, match=r"must hold step 3. Received: steps \[10\]"):
+    load.policy(str(run[0]), step=3)
+  with pytest.raises(ValueError, match="must be a folder with a Qwen2.5-VL checkpoint"):
+    load.policy(str(tmp_path))
+  with pytest.raises(ValueError, match="step 3 must be of a run's folder"):
+    load.policy("@tiny", step=3)

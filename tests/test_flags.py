@@ -1,0 +1,49 @@
+"""All commands can be imported in one process, and each takes its own flags."""
+
+import importlib
+import pathlib
+import subprocess
+import sys
+
+from absl import flags
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMMANDS = {
+    "train": ["--config=configs/ablations/arms.py:rho_1.0", "--config.steps=3", "--workdir=w", "--resume-with-changes"],
+    "warmstart": ["--config=configs/tiny.py", "--config.warmstart.steps=3", "--workdir=w", "--out=o"],
+    "export": ["--workdir=w", "--out=o", "--step=4", "--dtype=float32"],
+}
+
+
+def test_the_commands_are_these():
+  mains = {p.stem for p in (ROOT / "virl_jax").glob("*.py") if 'if __name__ == "__main__"' in p.read_text()}
+  assert mains == set(COMMANDS)
+
+
+def test_importing_them_defines_no_flag():
+  modules = [importlib.import_module(f"virl_jax.{name}") for name in COMMANDS]
+  assert not {"config", "workdir", "out", "resume-with-changes"} & set(flags.FLAGS)
+  assert all(callable(m.main) for m in modules)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_takes_its_flags(name, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  values = flags.FlagValues()
+  importlib.import_module(f"virl_jax.{name}").define_flags(values)
+  monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name]])  # where `config_flags` looks for what is overridden
+  values(sys.argv)
+  assert values.workdir == "w"
+  if name == "train":
+    assert (values.config.steps, values.config.reward.rho, values["resume-with-changes"].value) == (3, 1.0, True)
+  if name == "warmstart":
+    assert values.config.warmstart.steps == 3 and values.out == "o"
+  if name == "export":
+    assert (values.step, values.dtype) == (4, "float32")
+
+
+def test_a_command_says_what_it_takes():
+  done = subprocess.run([sys.executable, "-m", "virl_jax.train", "--helpshort"], cwd=ROOT, capture_output=True,
+                        text=True)
+  assert "--config:" in done.stdout and "resume-with-changes:" in done.stdout and "--workdir:" in done.stdout
