@@ -6,6 +6,7 @@ import runpy
 import pytest
 
 from virl_jax import config as config_lib
+from virl_jax.rollout import slots
 from virl_jax.run import setup
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -125,6 +126,10 @@ def test_every_knob_says_once_whether_it_may_change():
   assert {"steps", "checkpoint.keep", "checkpoint.every", "log.gallery", "engine.threads", "eval.bootstrap"} <= free
   assert not {"seed", "optim.learning_rate", "engine.slots", "pack.pad_tokens", "reward.h0", "model.path"} & free
   assert {k for k in known if k.startswith(("warmstart.", "monitor.", "log.", "checkpoint."))} <= free
+
+
+def test_defaults_of_the_engine_are_the_configuration_s():
+  assert slots.Config(**config_lib.default().engine) == slots.Config()
 
 
 def test_config_needs_nothing_of_ours():

@@ -127,6 +127,23 @@ def test_an_alarm_can_end_a_run_and_the_run_can_go_on(places):
   assert header["config"]["monitor"]["stop"] == [] and header["earlier"][0]["until"] == 1
 
 
+def test_a_run_goes_on_with_changes_on_purpose(places):
+  workdir = places[0] / "changed"
+  for steps, rate, more in ((1, 2e-4, ()), (2, 1e-4, ()), (2, 1e-4, ("--resume-with-changes",))):
+    small = [option for option in SMALL if "eval.tasks" not in option]
+    run = _start(places, workdir, *small, "--config.eval.tasks=0", f"--config.steps={steps}",
+                 f"--config.optim.learning_rate={rate}", *more)
+    out, _ = run.communicate(timeout=600)
+    refused = steps == 2 and not more
+    assert run.returncode == refused, out
+    assert ("optim.learning_rate: 0.0002 there, 0.0001 now); use another --workdir, or --resume" in out) == refused
+  assert "config.optim.learning_rate changes from 0.0002 to 0.0001" in out and "going on from step 1" in out
+  header, *lines = _lines(workdir)
+  assert [line["step"] for line in lines] == [0, 1]
+  assert header["changed"] == {"optim.learning_rate": [2e-4, 1e-4]}
+  assert header["earlier"][0]["until"] == 1 and header["earlier"][0]["config"]["optim"]["learning_rate"] == 2e-4
+
+
 def test_the_rivals_train_and_go_on(places):
   """A critic, CISPO, and an adaptive KL in the reward: what they carry from step to step is in the checkpoint."""
   rivals = ("--config.advantage.kind=gae", "--config.credit.scope=call", "--config.loss.kind=cispo",
@@ -134,7 +151,8 @@ def test_the_rivals_train_and_go_on(places):
             "--config.loss.kl_horizon=100.0", "--config.eval.tasks=0")
   small = [option for option in SMALL if "eval.tasks" not in option]
   for steps in (1, 2):
-    run = _start(places, places[0] / "rivals", *small, *rivals, f"--config.steps={steps}")
+    run = _start(places, places[0] / "rivals", *small, *rivals, "--config.log.gallery_every=0",
+                 f"--config.steps={steps}")
     out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, out
     assert ("going on from step 1" in out) == (steps == 2)

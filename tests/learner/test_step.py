@@ -465,5 +465,17 @@ def test_only_matrices_are_decayed(small):
     np.testing.assert_allclose(update, want, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
+def test_a_norm_of_0_clips_nothing():
+  long = {"w": np.full((2, 2), 3.0, np.float32)}
+
+  def update(clip_norm):
+    optimizer = step_lib.optimizer(step_lib.OptimConfig(1.0, eps=1.0, clip_norm=clip_norm))
+    return optimizer.update(long, optimizer.init(long), long)[0]["w"]
+
+  np.testing.assert_allclose(update(0.0), -0.75, rtol=1e-6)  # 3 / (3 + eps), as Adam's first step has it
+  np.testing.assert_array_equal(update(0.0), update(1e9))
+  np.testing.assert_allclose(update(1.0), -0.5 / 1.5, rtol=1e-5)
+
+
 def test_defaults_are_the_configuration_s():
   assert step_lib.OptimConfig(**config.default().optim) == step_lib.OptimConfig()

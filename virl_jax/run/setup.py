@@ -82,7 +82,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
     ValueError: names the key, what was wanted and what came.
   """
   share, count, some = checks.real(0, 1, wanted="a share in [0, 1]"), checks.whole(1), checks.whole(0)
-  # Further tries of a step count on in units of 2^32, see `train.py`.
+  # Further tries of a step draw by seeds that are 2^32 apart, see `batches.Feed`.
   checks.section(c, "", seed=checks.whole(0, 2 ** 32 - 1), steps=some)
   dtype = (lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
   checks.section(c.model, "model", path=checks.text, dtype=dtype, compute_dtype=dtype, remat=checks.flag)
