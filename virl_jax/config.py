@@ -276,6 +276,9 @@ def from_json(text: str, where: str = "config.json") -> ConfigDict:
   """
   try:
     found = translate(_tuples(json.loads(text)))
+    for key, value in flat(found).items():
+      if key in REMOVED:
+        raise ValueError(f"{key} = {value!r} is of an older version; this one only knows {REMOVED[key]!r}")
     c = default().lock()
     c.update(found)
     return c.unlock()
@@ -287,16 +290,14 @@ def translate(tree: dict) -> dict:
   """A configuration of an older version, under today's names.
 
   Args:
-    tree: nested; what today's version has, too, wins over what it is translated from.
+    tree: nested; what stands there under today's name wins over what is translated to it.
 
-  Raises:
-    ValueError: if it has another value in a knob that is no more than the one that is left.
+  Returns:
+    Nested.  A knob that is no more is left out, unless it held another value than the one that is left.
   """
   new = {}
   for key, value in flat(tree).items():
-    if key in REMOVED:
-      if value != REMOVED[key]:
-        raise ValueError(f"{key} = {value!r} is of an older version; this one only knows {REMOVED[key]!r}")
+    if key in REMOVED and value == REMOVED[key]:
       continue
     for name in RENAMED.get(key, (key,)):
       *sections, last = name.split(".")

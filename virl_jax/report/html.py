@@ -17,6 +17,7 @@ import re
 import jinja2
 import markupsafe
 
+from virl_jax import config as config_lib
 from virl_jax.eval import monitors
 from virl_jax.report import curves
 from virl_jax.report import gallery
@@ -117,7 +118,7 @@ def write(workdir: str) -> str:
   metrics_path = os.path.join(workdir, "metrics.jsonl")
   metrics = log.read(metrics_path) if os.path.exists(metrics_path) else []
   before, after = (_json(os.path.join(workdir, f"eval_{when}.json")) for when in ("before", "after"))
-  config = _json(os.path.join(workdir, "config.json")) or {}
+  config = config_lib.translate(_json(os.path.join(workdir, "config.json")) or {})
   kept = _kept_rollouts(os.path.join(workdir, "rollouts"), metrics)
   page = render(config, metrics, before, after, (after or {}).get("difference"), kept,
                 os.path.basename(os.path.abspath(workdir)))
