@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import policy as policy_bench  # of this folder
 import timing  # of this folder
 
+from virl_jax import shapes
 from virl_jax.model import params as params_lib
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.model.qwen2_5 import text
-from virl_jax.rollout import pack
 from virl_jax.rollout import sample
 from virl_jax.run import memory
 
@@ -31,7 +31,7 @@ class Step:
 
   def __init__(self, cfg: qwen.Config, params: dict, rows: int, filled: int, steps: int):
     self.cfg, self.params, self.rows, self.filled, self.steps = cfg, params, rows, filled, steps
-    self.state = sample.start(cfg, rows, pack.up(filled + steps, text.CACHE_BLOCK))
+    self.state = sample.start(cfg, rows, shapes.up(filled + steps, text.CACHE_BLOCK))
 
   def run(self):
     length = jnp.full((self.rows,), self.filled, jnp.int32)

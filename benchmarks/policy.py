@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing  # of this folder
 
+from virl_jax import shapes
 from virl_jax import types
 from virl_jax.learner import step as step_lib
 from virl_jax.model import params as params_lib
@@ -85,7 +86,7 @@ class Ours:
 
   def generate(self):
     B, T = self.tokens_BT.shape
-    state = sample.start(self.cfg, B, pack.up(T + self.new_tokens, text.CACHE_BLOCK))
+    state = sample.start(self.cfg, B, shapes.up(T + self.new_tokens, text.CACHE_BLOCK))
     state = sample.append(self.params, self.cfg, state, self.chunk)
     none = jnp.zeros(B, jnp.int32)
     turns = sample.Writers(jnp.arange(B), none, none, none + self.new_tokens)

@@ -25,8 +25,8 @@ import policy as policy_bench  # of this folder
 import timing  # of this folder
 
 from virl_jax import types
-from virl_jax.data import images
 from virl_jax.model import params as params_lib
+from virl_jax.model import patches
 from virl_jax.model import rope
 from virl_jax.model import sharding
 from virl_jax.model import weights
@@ -174,7 +174,7 @@ class Transformers:
       for b, i in enumerate(live):
         n = len(new[i][0])
         tokens[b, T - n:], here[b, T - n:] = new[i][0], 1
-        grids = [images.merged_hw(im, grid) for im in new[i][1]]
+        grids = [patches.merged_hw(im, grid) for im in new[i][1]]
         pos[:, b, T - n:], next_pos[i] = rope.positions(new[i][0], CFG.image_token, grids, next_pos[i])
       pixels = [im for i in live for im in new[i][1]]
       mask = torch.cat([mask, torch.tensor(here)], 1)

@@ -8,17 +8,17 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
-    "checks config types run.caches run.compiles run.log data.order eval.outcome learner.checkpoint learner.pooled "
-    "model.layers model.params model.rope report.curves report.trajectory",
-    "data.answers data.images data.sources eval.monitors model.sharding report.gallery rl.reward rl.credit "
-    "rl.advantage rl.loss rollout.slots run.workdir tiny.needle",
-    "data.batches model.attention report.html rl.judge rollout.actions.zoom rollout.pack tiny.store",
-    "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.record tiny.source",
-    "data.prompt model.qwen2_5.model",
-    "model.qwen model.weights learner.step rollout.row rollout.sample run.memory tiny.demos tiny.tokenizer",
-    "rollout.turns run.load tiny.curriculum",
-    "rollout.chunks run.setup",
-    "rollout.engine export warmstart",
+    "checks config shapes types data.order eval.outcome learner.checkpoint learner.pooled model.layers model.params "
+    "model.rope report.curves report.trajectory run.caches run.compiles run.log",
+    "data.answers data.sources eval.monitors model.patches model.sharding report.gallery rl.advantage rl.credit "
+    "rl.loss rl.reward rollout.slots run.workdir tiny.needle",
+    "data.images model.attention report.html rl.judge rollout.pack tiny.store",
+    "data.batches model.qwen2_5.text model.qwen2_5.vision rollout.actions.zoom run.record tiny.source",
+    "model.qwen2_5.model rollout.actions.table",
+    "data.prompt learner.step model.qwen model.weights rollout.row rollout.sample run.memory",
+    "rollout.turns run.load tiny.demos tiny.tokenizer",
+    "rollout.chunks run.setup tiny.curriculum",
+    "export warmstart rollout.engine",
     "eval.harness rollout.dynamic",
     "train",
 )) for prefix in prefixes.split()]
@@ -57,6 +57,12 @@ def test_imports_go_down(path):
       it = name.removeprefix("virl_jax.")
       assert is_module(it), f"{me}: import the module, not {name}"
       assert floor(it) < floor(me), f"{me} ({floor(me)}) may not import {it} ({floor(it)})"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if module(p).startswith("model.")], ids=module)
+def test_the_model_looks_at_itself_and_at_nouns(path):
+  ours = [name.removeprefix("virl_jax.") for name in imports(path) if name.startswith("virl_jax")]
+  assert all(name in ("types", "shapes") or name.startswith("model.") for name in ours)
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if module(p).startswith("rl.")], ids=module)

@@ -10,6 +10,7 @@ import pytest
 
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.model import patches
 from virl_jax.model import weights
 from virl_jax.run import load
 from virl_jax.tiny import curriculum
@@ -18,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def plan(steps, folder="nowhere", image_token=1, eos=2, **more):
-  return curriculum.Course(folder, image_token, eos, prompt.Config(), images.Config(), images.Grid(), 0, steps, 4,
+  return curriculum.Course(folder, image_token, eos, prompt.Config(), images.Config(), patches.Grid(), 0, steps, 4,
                         ("pattern",), 5, 252, **more)
 
 

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from virl_jax import types
-from virl_jax.data import images
 from virl_jax.model import params as params_lib
+from virl_jax.model import patches
 from virl_jax.model import rope
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
@@ -197,7 +197,7 @@ def _reference_turn(model, cfg, row: Part) -> tuple[list[int], list[float]]:
 def _chunk(cfg, parts: list[Part | None], starts: list[int], T: int, n_images: int) -> sample.Chunk:
   grid = cfg.vision.grid
   inputs = [types.ImageInput(px, hw, types.Box(0, 0, 1, 1)) for p in parts if p for px, hw in zip(p.pixels, p.grids)]
-  batch, where = images.layout(inputs, grid, n_images)
+  batch, where = patches.layout(inputs, grid, n_images)
   B = len(parts)
   c = sample.Chunk(np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros((B, 3, T), np.int32),
                    np.zeros(B, np.int32), np.full((B, T), -1, np.int32), (batch,))
@@ -283,7 +283,7 @@ def compare(seed: int, folder: str) -> dict:
   rows = [draw_part(cfg, rng, int(n)) for n in (rng.integers(1, 4), 0, rng.integers(0, 3))]
   rng.shuffle(rows)
   # These pictures are small: every other seed cuts them by window, as large ones are.
-  with mock.patch.object(images, "ONE_PIECE_CELLS", images.ONE_PIECE_CELLS if seed % 2 else 0):
+  with mock.patch.object(patches, "ONE_PIECE_CELLS", patches.ONE_PIECE_CELLS if seed % 2 else 0):
     result = compare_forward(cfg, params, model, rows, rng)
     turns = [[draw_part(cfg, rng, int(rng.integers(0, 3)), 10) for _ in range(2)]]
     turns += [[draw_part(cfg, rng, int(rng.random() < 0.7), 10) for _ in range(2)] for _ in range(2)]

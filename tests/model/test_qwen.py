@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from virl_jax import types
-from virl_jax.data import images
+from virl_jax.model import patches
 from virl_jax.model import rope
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.model.qwen2_5 import text
@@ -42,7 +42,7 @@ def case(small):
   first = [words(rng, 3) + frame(6) + words(rng, 4), words(rng, 5), frame(10) + words(rng, 2), words(rng, 3)]
   second = words(rng, 2) + frame(2) + words(rng, 9)
   rows, grids = [sum(first, []), second], [[(2, 3), (5, 2)], [(1, 2)]]
-  batch, index = images.layout([shown, crop, other], cfg.vision.grid)
+  batch, index = patches.layout([shown, crop, other], cfg.vision.grid)
   index = [np.concatenate(index[:2]), index[2]]
   T = max(map(len, rows))
   tokens, valid = np.zeros((2, T), np.int32), np.zeros((2, T), bool)
@@ -114,7 +114,7 @@ def test_images_in_other_buckets_or_windows_of_another_size_change_nothing(small
   big = picture(np.random.default_rng(9), 9, 9, small.cfg)  # so that all are cut by window, which they are not in `b`
   batches, index, base = [], [], 0
   for p in pictures:
-    batch, where = images.layout([big, p], grid, 3)
+    batch, where = patches.layout([big, p], grid, 3)
     assert batch.mask_IWQ.shape[1] > 1 == b.images[0].mask_IWQ.shape[1]
     index.append(where[1] + base)
     base += batch.mask_IWQ.size // grid.merge ** 2

@@ -19,6 +19,7 @@ from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.learner import step as step_lib
+from virl_jax.model import patches
 from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
@@ -66,7 +67,7 @@ def test_trajectories_are_whole(base):
   for t in got:
     assert isinstance(t.stop, types.StopReason)
     assert len(t.images) == 1 + len(t.regions)
-    placeholders = [int(np.prod(images.merged_hw(im, policy.model.vision.grid))) for im in t.images]
+    placeholders = [int(np.prod(patches.merged_hw(im, policy.model.vision.grid))) for im in t.images]
     assert (t.ids == policy.model.image_token).sum() == sum(placeholders)
     assert [turn.role for turn in t.turns][::2] == ["assistant"] * len(t.turns[::2])
     for turn in t.turns:

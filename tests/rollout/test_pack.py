@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from virl_jax import types
-from virl_jax.data import images
+from virl_jax.model import patches
 from virl_jax.rollout import pack
 
-GRID = images.Grid(patch=2, temporal=1, merge=2, window=2)
+GRID = patches.Grid(patch=2, temporal=1, merge=2, window=2)
 PAD = 5
 CFG = pack.Config(GRID, PAD, max_rounds=3, pad_tokens=4, pad_images=2, pad_shown=2)
 
@@ -189,10 +189,6 @@ def test_what_does_not_fit_is_named():
   one.images.pop()
   with pytest.raises(ValueError, match="2 image placeholders.*Received: 4"):
     pack.pack([one], CFG)
-
-
-def test_up():
-  assert [pack.up(n, 4) for n in (0, 1, 4, 5)] == [4, 4, 4, 8]
 
 
 def test_groups_stay_whole_when_dealt():

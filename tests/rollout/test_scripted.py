@@ -141,10 +141,3 @@ def test_a_hundred_rollouts_compile_few_programs(small):
     counts.append(counter.count)
   assert counts[-1] <= 40, counts
   assert counts[-1] - counts[49] <= 2, "most shapes are met early"
-
-
-def test_sizes():
-  assert chunks.row_sizes(64, 4.0) == (4, 16, 64) and chunks.row_sizes(1, 4.0) == (1,)
-  assert chunks.row_sizes(6, 4.0) == (1, 2, 6) and chunks.row_sizes(8, 2.0) == (1, 2, 4, 8)
-  assert chunks.token_sizes(1)[:3] == (16, 32, 64) and chunks.token_sizes(2)[:4] == (16, 24, 32, 48)
-  assert chunks.least(17, (16, 24, 32)) == 24 and chunks.least(1, (16,)) == 16

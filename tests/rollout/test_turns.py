@@ -11,6 +11,7 @@ import pytest
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.model import patches
 from virl_jax.model import sharding
 from virl_jax.rollout import turns
 from virl_jax.rollout.actions import zoom
@@ -62,7 +63,7 @@ def test_a_zoom_brings_a_crop(policy):
   assert reply.start == before + len(said) - 1, "all but the end of turn is in the cache"
   assert reply.pos_XT[:, 0].tolist() == [before + len(said) - 1] * 3
   assert row.traj.regions == [types.Box(30, 36, 120, 144)], "shown at a third of the size"
-  assert (reply.ids == policy.model.image_token).sum() == images.vision_tokens(reply.image, policy.model.vision.grid)
+  assert (reply.ids == policy.model.image_token).sum() == patches.vision_tokens(reply.image, policy.model.vision.grid)
 
 
 @pytest.mark.parametrize("thought", ["", "<think>the left one, \u00e9\u4e2d\U0001f600</think>"])
@@ -128,7 +129,8 @@ def test_image_budgets(policy):
   assert say(two, row, CALL) is None and row.traj.stop == types.StopReason.OVERLONG and len(row.traj.regions) == 1
   row = begin(policy)
   grid = policy.model.vision.grid
-  shown, crop = images.vision_tokens(row.traj.images[0], grid), images.vision_tokens(say(policy, row, CALL).image, grid)
+  shown = patches.vision_tokens(row.traj.images[0], grid)
+  crop = patches.vision_tokens(say(policy, row, CALL).image, grid)
   exact = change(policy, rollout={"max_vision_tokens": shown + crop})
   row = begin(exact)
   assert say(exact, row, CALL) is not None
@@ -149,7 +151,7 @@ def test_the_last_permitted_turn_is_told(policy):
   assert told() == [False, False, True]
   assert told(max_images=3) == [False, True]
   row, grid = begin(policy), policy.model.vision.grid
-  spent = images.vision_tokens(row.traj.images[0], grid) + images.vision_tokens(say(policy, row, CALL).image, grid)
+  spent = patches.vision_tokens(row.traj.images[0], grid) + patches.vision_tokens(say(policy, row, CALL).image, grid)
   assert told(max_vision_tokens=spent + 1) == [True]
 
 
@@ -186,7 +188,7 @@ def test_crops_can_be_zoomed_into(policy):
   first = row.traj.images[1]
   say(deep, row, call.replace("[10, 12, 40, 48]", "[0, 0, 28, 28]"))
   assert row.traj.turns[4].of_image == 1
-  w, h = images.shown_wh(first, deep.model.vision.grid)
+  w, h = patches.shown_wh(first, deep.model.vision.grid)
   want = images.to_original((0, 0, 28, 28), first.region, (w, h))
   assert row.traj.regions[1] == want, "in the original's pixels, for the reward"
   assert "target_image" in prompt.render("?", None, prompt.Config(zoom_into_crops=True))

@@ -12,11 +12,12 @@ import pytest
 
 from virl_jax import config
 from virl_jax.data import images
+from virl_jax.model import patches
 from virl_jax.run import caches
 from virl_jax.tiny import needle
 from virl_jax.tiny import source
 
-GRID = images.Grid()
+GRID = patches.Grid()
 ALL = needle.Config(families=needle.FAMILIES, objects=(2, 4))
 
 
@@ -235,9 +236,9 @@ print(tasks.task(1).uid, "tensorflow" in sys.modules)
 
 def pixels_of(image: images.types.ImageInput) -> np.ndarray:
   """float[height, width, 3]: what the vision tower gets, as levels."""
-  rows, cols = images.merged_hw(image, GRID)
+  rows, cols = patches.merged_hw(image, GRID)
   x = image.patches_PC.reshape(rows, cols, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4)
-  return (x.reshape(28 * rows, 28 * cols, 3) * images.STD + images.MEAN) * 255
+  return (x.reshape(28 * rows, 28 * cols, 3) * patches.STD + patches.MEAN) * 255
 
 
 def middle_of(pixels, box):

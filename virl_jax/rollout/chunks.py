@@ -7,11 +7,10 @@ number of rows for each lane, so that each device appends to what it holds.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
-from virl_jax.data import images
+from virl_jax.model import patches
 from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
@@ -42,33 +41,13 @@ class Shape:
   cells: int
 
 
-def least(n: int, sizes: tuple[int, ...]) -> int:
-  """The least of the sizes that is at least n; the largest if none is."""
-  return min((s for s in sizes if s >= n), default=max(sizes))
-
-
-def row_sizes(largest: int, ratio: float) -> tuple[int, ...]:
-  """Buckets of rows: all of them, and ever fewer by the ratio, down to a sixteenth or, if it is below 4, to one."""
-  low = largest / 16 if ratio >= 4 else 1
-  sizes, n = {largest, math.ceil(low)}, float(largest)
-  while n / ratio >= low:
-    n /= ratio
-    sizes.add(math.ceil(n))
-  return tuple(sorted(sizes))
-
-
-def token_sizes(steps: int) -> tuple[int, ...]:
-  """Buckets of a tool turn's tokens, from 16 up: powers of two, each octave in `steps` steps."""
-  return tuple((1 << octave) * (steps + i) // steps for octave in range(4, 24) for i in range(steps))
-
-
-def shape(entries: list[Entry], grid: images.Grid) -> tuple[int, int, int, int]:
+def shape(entries: list[Entry], grid: patches.Grid) -> tuple[int, int, int, int]:
   """What a chunk of these needs at least, rows a lane and tokens before any bucket: rows, tokens, windows, cells."""
   if not entries:
     return 0, 0, 0, 0
   rows = np.bincount([e.lane for e in entries]).max()
   pictures = [e.reply.image for e in entries if e.reply.image is not None]
-  return int(rows), max(len(e.reply.ids) for e in entries), *(images.extent(pictures, grid) if pictures else (0, 0))
+  return int(rows), max(len(e.reply.ids) for e in entries), *(patches.extent(pictures, grid) if pictures else (0, 0))
 
 
 def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: turns.Policy, before: int = 0
@@ -99,7 +78,7 @@ def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: tu
     pictures[a] = r.image
   if not shape.windows:
     return chunk
-  batch, where = images.layout(pictures, policy.model.vision.grid, A, (shape.windows, shape.cells))
+  batch, where = patches.layout(pictures, policy.model.vision.grid, A, (shape.windows, shape.cells))
   cells_before = before * batch.window_IWQ[:shape.rows].size // policy.model.vision.merge ** 2
   for a, at in enumerate(where):
     chunk.vision_AT[a][chunk.tokens_AT[a] == policy.model.image_token] = at + cells_before

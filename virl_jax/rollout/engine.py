@@ -24,11 +24,11 @@ import time
 import jax
 import numpy as np
 
+from virl_jax import shapes
 from virl_jax import types
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import text
 from virl_jax.rollout import chunks
-from virl_jax.rollout import pack
 from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
@@ -162,13 +162,13 @@ class _Loop:
     self.read_before: dict[tuple[int, int], concurrent.futures.Future] = {}
     self.done: list[types.Trajectory] = []
     self.stats = Stats()
-    self.length = pack.up(policy.rollout.max_total_tokens, text.CACHE_BLOCK)
+    self.length = shapes.up(policy.rollout.max_total_tokens, text.CACHE_BLOCK)
     self.state = sample.start(policy.model, self.slots * self.shards, self.length, policy.mesh)
     # The few shapes that there are.
-    self.decode_rows = chunks.row_sizes(self.slots, cfg.decode_ratio)
-    self.append_rows = chunks.row_sizes(self.slots, cfg.append_ratio)
-    self.prompt_rows = chunks.row_sizes(-(-self.slots // group_size), cfg.append_ratio)
-    self.tool_tokens = chunks.token_sizes(cfg.token_steps)
+    self.decode_rows = shapes.row_sizes(self.slots, cfg.decode_ratio)
+    self.append_rows = shapes.row_sizes(self.slots, cfg.append_ratio)
+    self.prompt_rows = shapes.row_sizes(-(-self.slots // group_size), cfg.append_ratio)
+    self.tool_tokens = shapes.token_sizes(cfg.token_steps)
 
   def run(self) -> tuple[list[types.Trajectory], Stats]:
     began = self.rested = time.perf_counter()
@@ -182,19 +182,19 @@ class _Loop:
   def _round(self) -> bool:
     ready = self._ready()
     old, prompts, new = self._fill()
-    by_size = [[e for e in ready if chunks.least(len(e.reply.ids), self.tool_tokens) == size]
+    by_size = [[e for e in ready if shapes.least(len(e.reply.ids), self.tool_tokens) == size]
                for size in self.tool_tokens]
     writers = self._writers()
     most = max(collections.Counter(lane for lane, _ in writers).values(), default=0)
     grid = self.policy.model.vision.grid
     # This is all that processes have to know of each other.
-    old_moves, new_moves, (running, left, *_), *shapes = sharding.agree(np.array([
+    old_moves, new_moves, (running, left, *_), *needs = sharding.agree(np.array([
         _extent(old), _extent(new), (most, self._left(), 0, 0),
         *(chunks.shape(entries, grid) for entries in (prompts, *by_size))])).tolist()
     self._restart(old, *old_moves)
-    self._append(prompts, shapes[0], prompt=True)
+    self._append(prompts, needs[0], prompt=True)
     self._restart(new, *new_moves)
-    for entries, need in zip(by_size, shapes[1:], strict=True):
+    for entries, need in zip(by_size, needs[1:], strict=True):
       self._append(entries, need, prompt=False)
     if running:
       self._decode(writers, running)
@@ -270,14 +270,14 @@ class _Loop:
     if not rows:
       return
     self._dispatch()
-    each = chunks.least(rows, self.append_rows)
+    each = shapes.least(rows, self.append_rows)
     arrays = np.zeros((4, self.n_lanes, each), np.int32)
     arrays[0] = self.slots
     used = [0] * self.n_lanes
     for m in moves:
       arrays[:, m.lane, used[m.lane]] = m.to, m.source, m.tokens, m.pos
       used[m.lane] += 1
-    width = chunks.least(tokens, (self.length // 4, self.length))
+    width = shapes.least(tokens, (self.length // 4, self.length))
     self.state = sample.restart(self.state, *sharding.place_rows(tuple(arrays.reshape(4, -1)), self.policy.mesh),
                                 width, self.shards)
 
@@ -286,8 +286,8 @@ class _Loop:
     if not rows:
       return
     self._dispatch()
-    tokens = pack.up(tokens, self.policy.engine.pad_tokens) if prompt else chunks.least(tokens, self.tool_tokens)
-    shape = chunks.Shape(chunks.least(rows, self.prompt_rows if prompt else self.append_rows), tokens, windows, cells)
+    tokens = shapes.up(tokens, self.policy.engine.pad_tokens) if prompt else shapes.least(tokens, self.tool_tokens)
+    shape = chunks.Shape(shapes.least(rows, self.prompt_rows if prompt else self.append_rows), tokens, windows, cells)
     chunk = chunks.build(entries, shape, self.n_lanes, self.slots, self.policy, self.before)
     self.state = sample.append(self.params, self.policy.model, self.state,
                                sharding.place_rows(chunk, self.policy.mesh), prompt, self.shards)
@@ -302,7 +302,7 @@ class _Loop:
     """Decodes a segment, and has the turns that it ended read."""
     cfg, policy = self.policy.engine, self.policy
     self._dispatch()
-    each = chunks.least(most, self.decode_rows)
+    each = shapes.least(most, self.decode_rows)
     whole = each == self.slots  # then every row is in its place, and the cache is read in slices
     asked, who = np.zeros((5, self.n_lanes, each), np.int32), {}
     asked[4] = self.slots

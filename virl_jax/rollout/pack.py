@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from virl_jax import shapes
 from virl_jax import types
-from virl_jax.data import images
+from virl_jax.model import patches
 from virl_jax.model import rope
 
 
@@ -28,7 +29,7 @@ class Config:
     pad_joined: counts of such rows are multiples of this.
   """
 
-  grid: images.Grid
+  grid: patches.Grid
   image_token: int
   max_rounds: int = 6
   pad_tokens: int = 64
@@ -38,11 +39,6 @@ class Config:
   scope: str = "turn"
   join: bool = False
   pad_joined: int = 8
-
-
-def up(n: int, multiple: int) -> int:
-  """The least multiple that is at least n and above 0."""
-  return max(1, -(-n // multiple)) * multiple
 
 
 def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
@@ -67,7 +63,7 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
   answer_B, format_B = outcomes(trajectories)
   ids = [t.ids for t in trajectories]
   # Joined rows are full whatever their width: one that fits all batches is one program less to compile.
-  T = up(max(map(len, ids)), cfg.pad_tokens * (4 if cfg.join else 1))
+  T = shapes.up(max(map(len, ids)), cfg.pad_tokens * (4 if cfg.join else 1))
   f32 = np.float32
   b = types.Batch(
       tokens_BT=np.zeros((B, T), np.int32), valid_BT=np.zeros((B, T), bool), sampled_BT=np.zeros((B, T), bool),
@@ -79,7 +75,7 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
   for r, (t, row) in enumerate(zip(trajectories, ids)):
     n = len(row)
     b.tokens_BT[r, :n], b.valid_BT[r, :n] = row, True
-    grids = [images.merged_hw(im, cfg.grid) for im in t.images]
+    grids = [patches.merged_hw(im, cfg.grid) for im in t.images]
     b.pos_BXT[r, :, :n], _ = rope.positions(row, cfg.image_token, grids)
     if t.images:
       b.vision_BT[r, :n][row == cfg.image_token] = np.concatenate([where[id(im)] for im in t.images])
@@ -122,7 +118,7 @@ def joined(lengths: list[int], width: int, pad: int) -> np.ndarray:
       members.append([])
     free[row] -= lengths[b]
     members[row].append(b)
-  index_UT = np.full((max(len(members), min(up(len(members), pad), len(lengths))), width), -1, np.int32)
+  index_UT = np.full((max(len(members), min(shapes.up(len(members), pad), len(lengths))), width), -1, np.int32)
   for row, bs in enumerate(members):
     tokens = np.concatenate([b * width + np.arange(lengths[b]) for b in bs])
     index_UT[row, :len(tokens)] = tokens
@@ -183,7 +179,7 @@ def _images(trajectories, cfg) -> tuple[tuple[types.ImageBatch, ...], dict[int, 
       (crops if i else shown)[id(im)] = im
   batches, where, base = [], {}, 0
   for bucket, pad in ((shown, cfg.pad_shown), (crops, cfg.pad_images)):
-    batch, index = images.layout(list(bucket.values()), cfg.grid, up(len(bucket), pad))
+    batch, index = patches.layout(list(bucket.values()), cfg.grid, shapes.up(len(bucket), pad))
     where.update({key: at + base for key, at in zip(bucket, index)})
     batches.append(batch)
     base += int(np.prod(batch.mask_IWQ.shape)) // cfg.grid.merge ** 2

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from virl_jax import types
-from virl_jax.data import images
+from virl_jax.model import patches
 from virl_jax.model import rope
 from virl_jax.model.qwen2_5 import model as qwen
 
@@ -98,5 +98,5 @@ def prompt(model: qwen.Config, task: types.Task, picture: Image.Image | None, id
 
 def reply(model: qwen.Config, ids: np.ndarray, image: types.ImageInput | None, start: int, pos: int) -> Reply:
   """A `Reply` of these tokens, int32[T], of which the first has M-RoPE position `pos`."""
-  grids = [] if image is None else [images.merged_hw(image, model.vision.grid)]
+  grids = [] if image is None else [patches.merged_hw(image, model.vision.grid)]
   return Reply(ids, image, start, *rope.positions(ids, model.image_token, grids, pos))

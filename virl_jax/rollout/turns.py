@@ -18,6 +18,7 @@ from virl_jax import checks
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.model import patches
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
@@ -81,15 +82,15 @@ def begin(policy: Policy, task: types.Task) -> row_lib.Prompt:
   grid = policy.model.vision.grid
   shown = images.prepare(picture, None, policy.image.min_pixels, policy.image.max_pixels, grid)
   words = prompt.render(task.question, task.options, policy.prompt, policy.actions)
-  ids = policy.codec.encode(words, (images.vision_tokens(shown, grid),))
+  ids = policy.codec.encode(words, (patches.vision_tokens(shown, grid),))
   cfg = policy.rollout
   room = cfg.max_total_tokens - cfg.max_turn_tokens
   if len(ids) > room:
     raise ValueError(f"task {task.uid}: the prompt must leave room for a turn: at most {room} tokens "
                      f"(rollout.max_total_tokens - rollout.max_turn_tokens). Received: {len(ids)}")
-  if cfg.max_vision_tokens and images.vision_tokens(shown, grid) > cfg.max_vision_tokens:
+  if cfg.max_vision_tokens and patches.vision_tokens(shown, grid) > cfg.max_vision_tokens:
     raise ValueError(f"task {task.uid}: its image must fit rollout.max_vision_tokens = {cfg.max_vision_tokens}; lower "
-                     f"image.max_pixels. Received: {images.vision_tokens(shown, grid)} vision tokens")
+                     f"image.max_pixels. Received: {patches.vision_tokens(shown, grid)} vision tokens")
   return row_lib.prompt(policy.model, task, picture, ids, shown)
 
 
@@ -191,7 +192,7 @@ def _answer_call(policy: Policy, row: row_lib.Row, said: types.Turn, action: str
   traj, codec, cfg, grid = row.traj, policy.codec, policy.rollout, policy.model.vision.grid
   error = seen if isinstance(seen, str) else None
   seen = types.Observation() if error is not None else seen
-  vision = [images.vision_tokens(im, grid) for im in (*traj.images, *([seen.image] if seen.image else []))]
+  vision = [patches.vision_tokens(im, grid) for im in (*traj.images, *([seen.image] if seen.image else []))]
   if cfg.max_vision_tokens and sum(vision) > cfg.max_vision_tokens or cfg.max_images and len(vision) > cfg.max_images:
     traj.stop = types.StopReason.OVERLONG
     return None

@@ -12,10 +12,10 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from virl_jax import shapes
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.model.qwen2_5 import text
-from virl_jax.rollout import pack
 
 _SPARE = 0.9  # of a device's memory; what is left is for activations
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # malloc.h of the GNU C library
@@ -113,10 +113,10 @@ def cache_size(model: qwen.Config, max_total_tokens: int, slots: int, trajectori
     free_bytes: see `CacheSize`.
   """
   t, shards = model.text, sharding.row_shards(mesh)
-  tokens = pack.up(max_total_tokens, text.CACHE_BLOCK)
+  tokens = shapes.up(max_total_tokens, text.CACHE_BLOCK)
   heads = mesh.shape["tensor"] if t.kv_heads % mesh.shape["tensor"] == 0 else 1
   return CacheSize(2 * t.layers * t.kv_heads * t.head_size * jnp.dtype(model.compute_dtype).itemsize, tokens,
-                   pack.up(slots or trajectories, shards), trajectories, shards, heads, free_bytes)
+                   shapes.up(slots or trajectories, shards), trajectories, shards, heads, free_bytes)
 
 
 def free_bytes() -> int | None:

@@ -11,6 +11,7 @@ import jax
 
 from virl_jax import checks
 from virl_jax import config as config_lib
+from virl_jax import shapes
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.data.sources import jsonl
@@ -175,7 +176,7 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
   if rows % shards:
     raise ValueError(f"config.rollout.prompts * group_size / ppo.minibatches must be a multiple of the mesh's "
                      f"data x fsdp = {shards}. Received: {rows}")
-  part = lambda share: pack.up(int(share * rows), shards)
+  part = lambda share: shapes.up(int(share * rows), shards)
   return Pieces(
       policy=turns.Policy(model, codec, s.prompt, s.image, s.rollout, mesh, s.engine),
       step=step_lib.Config(model, c.rollout.group_size, c.rollout.temperature, s.reward, s.credit, s.advantage, s.loss,

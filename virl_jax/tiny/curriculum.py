@@ -17,6 +17,7 @@ import numpy as np
 
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.model import patches
 from virl_jax.rollout import pack
 from virl_jax.tiny import demos
 
@@ -62,7 +63,7 @@ class Course:
   eos: int
   prompt: prompt.Config
   image: images.Config
-  grid: images.Grid
+  grid: patches.Grid
   seed: int
   steps: int
   pictures: int

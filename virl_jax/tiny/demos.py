@@ -17,6 +17,7 @@ from PIL import Image
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.model import patches
 from virl_jax.rollout.actions import zoom
 from virl_jax.tiny import needle
 
@@ -58,7 +59,7 @@ class Voice:
   codec: prompt.Codec
   prompt: prompt.Config
   image: images.Config
-  grid: images.Grid
+  grid: patches.Grid
 
 
 def _careful_box(target: types.Box, rng, cfg: Config) -> types.Box:
@@ -86,12 +87,12 @@ def _integer_box(box: types.Box, region: types.Box, shown: tuple[int, int]) -> t
   return x1, y1, max(min(x2, shown[0]), x1 + 4), max(min(y2, shown[1]), y1 + 4)
 
 
-def _readable(crop: types.ImageInput, target: types.Box, grid: images.Grid) -> bool:
+def _readable(crop: types.ImageInput, target: types.Box, grid: patches.Grid) -> bool:
   r = crop.region
   overlap = (max(0.0, min(r.x2, target.x2) - max(r.x1, target.x1))
              * max(0.0, min(r.y2, target.y2) - max(r.y1, target.y1)))
   covered = overlap / ((target.x2 - target.x1) * (target.y2 - target.y1))
-  w, h = images.shown_wh(crop, grid)
+  w, h = patches.shown_wh(crop, grid)
   return covered >= _COVERAGE and min(w / (r.x2 - r.x1), h / (r.y2 - r.y1)) >= _SCALE
 
 
@@ -125,8 +126,8 @@ def demonstrate(scene: needle.Scene, question: needle.Question, image, shown: ty
   targets, answer, counts = question.targets, question.truth, question.counted is not None
   task = types.Task("demo", b"", question.text, (answer,), tuple(t.box for t in targets), None, scene.mark)
   traj = types.Trajectory(task, 0, codec.encode(prompt.render(question.text, None, voice.prompt),
-                                                (images.vision_tokens(shown, grid),)), images=[shown])
-  size = images.shown_wh(shown, grid)
+                                                (patches.vision_tokens(shown, grid),)), images=[shown])
+  size = patches.shown_wh(shown, grid)
 
   def say(text, box=None, learned=True):
     ids = codec.encode(text + prompt.END)
@@ -148,7 +149,7 @@ def demonstrate(scene: needle.Scene, question: needle.Question, image, shown: ty
           learn == "all" or (learn == "careful" and not clumsy))
       crop = images.prepare(image, actual, voice.image.crop_min_pixels, voice.image.crop_max_pixels, grid)
       traj.images.append(crop)
-      ids = codec.encode(prompt.tool_turn(), (images.vision_tokens(crop, grid),))
+      ids = codec.encode(prompt.tool_turn(), (patches.vision_tokens(crop, grid),))
       traj.turns.append(types.Turn("tool", ids, image_index=len(traj.images) - 1))
       clear = _readable(crop, target.box, grid)
       said.append(target.mark if clear else _UNCLEAR)

@@ -15,6 +15,7 @@ from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.learner import pooled
 from virl_jax.learner import step as step_lib
+from virl_jax.model import patches
 from virl_jax.model import sharding
 from virl_jax.report import gallery
 from virl_jax.report import html
@@ -48,7 +49,7 @@ def parse(arguments, text, chars):
 
 def carry_out(policy, row, asked):
   shown, grid = row.traj.images[0], policy.model.vision.grid
-  region = zoom.check(asked.box, shown.region, images.shown_wh(shown, grid), policy.image)
+  region = zoom.check(asked.box, shown.region, patches.shown_wh(shown, grid), policy.image)
   if isinstance(region, str):
     return region
   rgb = np.asarray(row.picture.crop(tuple(map(round, region)))).mean((0, 1)).astype(int).tolist()

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from virl_jax import types
-from virl_jax.data import images
 from virl_jax.model import layers
 from virl_jax.model import params as params_lib
+from virl_jax.model import patches
 from virl_jax.model import rope
 from virl_jax.model.qwen2_5 import text
 from virl_jax.model.qwen2_5 import vision
@@ -188,12 +188,12 @@ def hf_inputs(cfg: Config, input_ids, attention_mask, pixel_values=None, image_g
     raise ValueError(f"image_grid_thw must have one frame an image. Received: {grids}")
   grid, at, inputs = cfg.vision.grid, 0, []
   for _, h, w in grids:
-    patches = np.asarray(pixel_values[at:at + h * w], np.float32)
-    inputs.append(types.ImageInput(patches, (h, w), types.Box(0, 0, w, h)))
+    these = np.asarray(pixel_values[at:at + h * w], np.float32)
+    inputs.append(types.ImageInput(these, (h, w), types.Box(0, 0, w, h)))
     at += h * w
   batches, index = (), []
   if inputs:
-    batch, index = images.layout(inputs, grid)
+    batch, index = patches.layout(inputs, grid)
     batches = (batch,)
   vision_BT = np.full(input_ids.shape, -1, np.int32)
   pos_BXT = np.zeros((len(input_ids), 3, input_ids.shape[1]), np.int32)
@@ -202,7 +202,7 @@ def hf_inputs(cfg: Config, input_ids, attention_mask, pixel_values=None, image_g
     here = (ids == cfg.image_token) & ok
     mine, need = [], int(here.sum())
     while sum(h * w for h, w in mine) < need and used < len(inputs):
-      mine.append(images.merged_hw(inputs[used], grid))
+      mine.append(patches.merged_hw(inputs[used], grid))
       used += 1
     pos_BXT[b][:, ok], _ = rope.positions(ids[ok], cfg.image_token, mine)
     if mine:

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from virl_jax import types
-from virl_jax.data import images
 from virl_jax.model import attention
 from virl_jax.model import layers
 from virl_jax.model import params as params_lib
+from virl_jax.model import patches
 from virl_jax.model import rope
 
 Spec = params_lib.ParamSpec
@@ -33,7 +33,7 @@ class Config:
     intermediate: F.
     out: width of the merged tokens, the text decoder's D.
     full_blocks: indexes of the blocks that attend over the whole image; the others stay in windows.
-    patch, temporal, merge: see `images.Grid`.
+    patch, temporal, merge: see `patches.Grid`.
     window_px: side of an attention window, pixels.
     eps: of RMSNorm.
   """
@@ -55,8 +55,8 @@ class Config:
     return self.hidden // self.heads
 
   @property
-  def grid(self) -> images.Grid:
-    return images.Grid(self.patch, self.temporal, self.merge, self.window_px // self.merge // self.patch)
+  def grid(self) -> patches.Grid:
+    return patches.Grid(self.patch, self.temporal, self.merge, self.window_px // self.merge // self.patch)
 
 
 def specs(cfg: Config) -> dict:
@@ -101,12 +101,12 @@ def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float
   Args:
     params: the tower's parameters.
     cfg: shapes.
-    images_: laid out by `images.layout`.
+    images_: laid out by `patches.layout`.
     dtype: of the matrix products.
     remat: recompute blocks in the backward pass.
 
   Returns:
-    [I, W * Q / merge^2, out] in `dtype`; `images.layout` says which row is which token.
+    [I, W * Q / merge^2, out] in `dtype`; `patches.layout` says which row is which token.
     Rows of padding slots hold finite nonsense.
 
   Source: Qwen2.5-VL, section 2.1.1.

@@ -20,6 +20,7 @@ import re
 
 from virl_jax import types
 from virl_jax.data import images
+from virl_jax.model import patches
 
 NAME = "image_zoom_in_tool"
 _BOX = re.compile(r'"bbox_2d"\s*:\s*(\[[^\]]*\])')
@@ -119,7 +120,7 @@ def carry_out(policy, row, asked: Zoom) -> types.Observation | str:
   if asked.target_image >= len(shots):
     return f"target_image must be below {len(shots)}, the number of images so far"
   shown = shots[asked.target_image]
-  box = check(asked.box, shown.region, images.shown_wh(shown, grid), limits)
+  box = check(asked.box, shown.region, patches.shown_wh(shown, grid), limits)
   if isinstance(box, str):
     return box
   cut = expand(box, row.picture.size, limits) if limits.crop_expand else box
