@@ -19,9 +19,10 @@ import policy as policy_bench  # of this folder
 import timing  # of this folder
 
 from virl_jax import shapes
+from virl_jax.model import cache as cache_lib
 from virl_jax.model import params as params_lib
+from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
-from virl_jax.model.qwen2_5 import text
 from virl_jax.rollout import sample
 from virl_jax.run import memory
 
@@ -31,7 +32,7 @@ class Step:
 
   def __init__(self, cfg: qwen.Config, params: dict, rows: int, filled: int, steps: int):
     self.cfg, self.params, self.rows, self.filled, self.steps = cfg, params, rows, filled, steps
-    self.state = sample.start(cfg, rows, shapes.up(filled + steps, text.CACHE_BLOCK))
+    self.state = sample.start(cfg, rows, shapes.up(filled + steps, cache_lib.BLOCK))
 
   def run(self):
     length = jnp.full((self.rows,), self.filled, jnp.int32)
@@ -54,7 +55,8 @@ def main():
   args = p.parse_args()
   memory.keep_when_on_cpu()
   cfg = policy_bench.BENCH if args.size == "bench" else qwen.SIZES[args.size]
-  cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, eos=-1)  # nothing ends a turn
+  here = sharding.platform(jax.devices()[0])
+  cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, eos=-1, platform=here)  # nothing ends a turn
   params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.dtype(args.dtype)))(jax.random.key(0))
   t, size = cfg.text, jnp.dtype(args.dtype).itemsize
   weights = params_lib.count(qwen.specs(cfg)["text"]) - (0 if t.tied else t.vocab * t.hidden)  # rows look few tokens up

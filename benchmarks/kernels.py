@@ -10,6 +10,7 @@ rewards of the actions, their classes, the group-relative advantage and an advan
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,7 @@ import policy as policy_bench  # of this folder
 import timing  # of this folder
 
 from virl_jax.model import params as params_lib
+from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
@@ -151,7 +153,7 @@ class Torch:
 
 def seconds_a_token(repeat: int) -> float:
   """Of a training step (forward, backward, AdamW) of the bench model on 8 rows of 128 tokens, images among them."""
-  cfg = policy_bench.BENCH
+  cfg = dataclasses.replace(policy_bench.BENCH, platform=sharding.platform(jax.devices()[0]))
   params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.float32))(jax.random.key(0))
   side = policy_bench.Ours(cfg, params, policy_bench.inputs(cfg, 8, 128, 224), 1)
   return timing.median(timing.interleaved({"": side.train}, repeat)[""]) / (8 * 128)

@@ -24,20 +24,20 @@ import timing  # of this folder
 from virl_jax import shapes
 from virl_jax import types
 from virl_jax.learner import step as step_lib
+from virl_jax.model import cache as cache_lib
 from virl_jax.model import params as params_lib
+from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
-from virl_jax.model.qwen2_5 import text
-from virl_jax.model.qwen2_5 import vision
 from virl_jax.rollout import pack
 from virl_jax.rollout import sample
 from virl_jax.run import memory
 
 # 50.5 million parameters, large enough that matrix products decide.
 BENCH = qwen.Config(
-    text=text.Config(vocab=8192, hidden=512, layers=12, heads=8, kv_heads=2, head_size=64, intermediate=1408,
+    text=qwen.Text(vocab=8192, hidden=512, layers=12, heads=8, kv_heads=2, head_size=64, intermediate=1408,
                      mrope_section=(8, 12, 12), tied=False),
-    vision=vision.Config(depth=8, hidden=256, heads=4, intermediate=688, out=512, full_blocks=(3, 7)),
+    vision=qwen.Vision(depth=8, hidden=256, heads=4, intermediate=688, out=512, full_blocks=(3, 7)),
     image_token=8000, video_token=8001, vision_start=8002, vision_end=8003, vision_pad=8004, eos=8005)
 
 
@@ -86,7 +86,7 @@ class Ours:
 
   def generate(self):
     B, T = self.tokens_BT.shape
-    state = sample.start(self.cfg, B, shapes.up(T + self.new_tokens, text.CACHE_BLOCK))
+    state = sample.start(self.cfg, B, shapes.up(T + self.new_tokens, cache_lib.BLOCK))
     state = sample.append(self.params, self.cfg, state, self.chunk)
     none = jnp.zeros(B, jnp.int32)
     turns = sample.Writers(jnp.arange(B), none, none, none + self.new_tokens)
@@ -217,7 +217,8 @@ def main():
 
   memory.keep_when_on_cpu()  # for both sides: they share the process
   cfg = BENCH if args.size == "bench" else qwen.SIZES[args.size]
-  cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, remat=args.size != "bench")
+  cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, remat=args.size != "bench",
+                            platform=sharding.platform(jax.devices()[0]))
   params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.dtype(args.dtype)))(jax.random.key(0))
   rows = inputs(cfg, args.batch, args.tokens, args.image_px)
   print(f"{params_lib.count(qwen.specs(cfg)):,} parameters; {args.batch} rows of {args.tokens} tokens with one image "

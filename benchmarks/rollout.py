@@ -91,7 +91,8 @@ class Ours:
   def __init__(self, params, scripts: list[Script], group: int, slots: int, segment: int, serve: float):
     self.params, self.scripts, self.group = params, scripts, group
     longest = max(len(s.prompt[0]) + sum(s.lengths) + sum(len(ids) for ids, _ in s.replies) for s in scripts)
-    self.policy = turns.Policy(CFG, None, None, None, turns.Config(max_total_tokens=longest),
+    model = dataclasses.replace(CFG, platform=sharding.platform(jax.devices()[0]))
+    self.policy = turns.Policy(model, None, None, None, turns.Config(max_total_tokens=longest),
                                sharding.make(devices=jax.devices()[:1]), slots_lib.Config(
         slots=slots, segment_tokens=segment, serve_share=serve, threads=1, pad_tokens=32, decode_ratio=1.25,
         append_ratio=2.0, token_steps=4))

@@ -14,6 +14,7 @@ goes on from a base, in the clumsy stage alone: here, until it answers three que
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -34,6 +35,7 @@ from virl_jax.data import prompt
 from virl_jax.learner import checkpoint
 from virl_jax.learner import step as step_lib
 from virl_jax.model import params as params_lib
+from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.run import load
@@ -87,6 +89,7 @@ def _warm_start(c, base: str | None, out: str, workdir: pathlib.Path, command: s
   platforms = os.environ.get("JAX_PLATFORMS")
   jax.devices()  # settle on a platform before the environment is changed for the workers
   folder, cfg, params = begin(c, base, workdir)
+  cfg = dataclasses.replace(cfg, platform=sharding.platform(jax.devices()[0]))
   course = curriculum.Course(
       tokenizer_dir=folder, image_token=cfg.image_token, eos=cfg.eos, prompt=prompt.Config(**c.prompt),
       image=images.Config(**c.image), grid=cfg.vision.grid, seed=c.seed, steps=u.steps, pictures=u.pictures,

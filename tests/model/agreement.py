@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from virl_jax import types
+from virl_jax.model import cache as cache_lib
 from virl_jax.model import params as params_lib
 from virl_jax.model import patches
 from virl_jax.model import rope
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.model.qwen2_5 import text
-from virl_jax.model.qwen2_5 import vision
 from virl_jax.rollout import sample
 
 IDS = {"image_token": 5, "video_token": 6, "vision_start": 7, "vision_end": 8, "vision_pad": 9, "eos": 3}
@@ -49,12 +49,12 @@ def draw_config(rng: np.random.Generator) -> qwen.Config:
   depth, v_heads, v_head_size = int(rng.integers(1, 5)), int(rng.integers(1, 4)), int(rng.choice([8, 12, 16, 20]))
   full = tuple(int(i) for i in np.flatnonzero(rng.random(depth) < 0.4))
   return qwen.Config(
-      text=text.Config(
+      text=qwen.Text(
           vocab=int(rng.integers(60, 160)), hidden=heads * head_size, layers=int(rng.integers(1, 4)), heads=heads,
           kv_heads=kv_heads, head_size=head_size, intermediate=int(rng.integers(20, 90)), mrope_section=section,
           theta=float(np.round(10 ** rng.uniform(2, 6))), eps=float(rng.choice([1e-6, 1e-5])),
           tied=bool(rng.random() < 0.5)),
-      vision=vision.Config(
+      vision=qwen.Vision(
           depth=depth, hidden=v_heads * v_head_size, heads=v_heads, intermediate=int(rng.integers(16, 60)),
           out=heads * head_size, full_blocks=full, window_px=int(rng.choice([56, 84, 112, 140]))),
       **IDS)
@@ -159,7 +159,7 @@ def compare_forward(cfg, params, model, rows, rng) -> dict:
 
   model.zero_grad()
   want_nll.backward()
-  want = {weights.released_name(k): p.grad for k, p in model.named_parameters()}
+  want = {qwen.released_name(k): p.grad for k, p in model.named_parameters()}
   largest = max(float(g.abs().max()) for g in want.values() if g is not None)
   found["gradients"] = 0.0
   for path, spec in params_lib.leaves(qwen.specs(cfg)):
@@ -227,7 +227,7 @@ def compare_turns(cfg, params, model, turns: list[list[Part]]) -> dict:
   B = len(turns[0])
   T = 1 + max(len(p.ids) for row in turns for p in row)
   n_images = max(sum(len(p.grids) for p in row) for row in turns)
-  slots = -(-(len(turns) * (T + MAX_NEW)) // text.CACHE_BLOCK) * text.CACHE_BLOCK
+  slots = -(-(len(turns) * (T + MAX_NEW)) // cache_lib.BLOCK) * cache_lib.BLOCK
   state = sample.start(cfg, B, slots)
   rows = [Part(np.zeros(0, np.int64), (), ()) for _ in range(B)]
   starts, last, alive = [0] * B, [np.zeros(0, np.int64)] * B, [True] * B

@@ -10,16 +10,14 @@ from tests.model import agreement
 from virl_jax.model import params as params_lib
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
-from virl_jax.model.qwen2_5 import text
-from virl_jax.model.qwen2_5 import vision
 
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch: pip install 'virl-jax[parity]'")
 transformers = pytest.importorskip("transformers")
 
 UNTIED = qwen.Config(
-    text=text.Config(vocab=80, hidden=32, layers=3, heads=4, kv_heads=1, head_size=8, intermediate=56,
+    text=qwen.Text(vocab=80, hidden=32, layers=3, heads=4, kv_heads=1, head_size=8, intermediate=56,
                      mrope_section=(1, 1, 2), theta=5000.0, eps=1e-5, tied=False),
-    vision=vision.Config(depth=2, hidden=24, heads=3, intermediate=40, out=32, full_blocks=(0,), window_px=56),
+    vision=qwen.Vision(depth=2, hidden=24, heads=3, intermediate=40, out=32, full_blocks=(0,), window_px=56),
     **agreement.IDS)
 
 
@@ -63,7 +61,7 @@ def test_a_folder_that_the_reference_wrote_is_read(tmp_path):
   reference.save_pretrained(tmp_path)
   found, params = weights.load_hf(tmp_path)
   assert found == cfg
-  state = {weights.released_name(k): v.numpy() for k, v in reference.state_dict().items()}
+  state = {qwen.released_name(k): v.numpy() for k, v in reference.state_dict().items()}
   for path, spec in params_lib.leaves(qwen.specs(cfg)):
     leaf = params
     for key in path:

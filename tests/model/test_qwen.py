@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from virl_jax import types
+from virl_jax.model import cache as cache_lib
+from virl_jax.model import head
 from virl_jax.model import patches
 from virl_jax.model import rope
 from virl_jax.model.qwen2_5 import model as qwen
@@ -135,7 +137,7 @@ def test_jit_is_plain(small, case):
 
 def mean_logp(params, cfg, b):
   h = qwen.hidden(params, cfg, b.tokens_BT, b.pos_BXT, b.valid_BT, b.vision_BT, b.images)
-  return qwen.token_logp(params, cfg, h, jnp.asarray(b.tokens_BT) % 4 + 20, 1.0)[0].mean()
+  return head.token_logp(params, cfg, h, jnp.asarray(b.tokens_BT) % 4 + 20, 1.0)[0].mean()
 
 
 value_and_grad = jax.jit(jax.value_and_grad(mean_logp), static_argnums=1)
@@ -186,7 +188,8 @@ def test_decoding_over_a_cache_is_the_full_forward_pass(small, case, plan):
 @pytest.mark.parametrize("together", [64, 128, 192])
 def test_rows_of_a_cache_have_lengths_of_their_own(small, together, monkeypatch):
   """Row 1 starts late, pauses, and crosses the border of a block of slots; row 0 is elsewhere meanwhile."""
-  monkeypatch.setattr(text, "_slots_together", lambda T, S: together)  # 128 does not divide the cache's 192
+  # 128 does not divide the cache's 192.
+  monkeypatch.setattr(cache_lib, "_slots_together", lambda T, S, platform: together)
   extend = jax.jit(lambda *a: text.extend(*a), static_argnums=1)  # traced anew
   rng = np.random.default_rng(3)
   ids = rng.integers(10, 60, (2, 150)).astype(np.int32)
@@ -248,7 +251,7 @@ def naive(model, h, temperature):
 @pytest.mark.parametrize("chunk", [1, 4, 11, 128])
 def test_token_logp_is_a_log_softmax_however_it_is_cut(small, states, chunk):
   h, y = states
-  f = jax.jit(functools.partial(qwen.token_logp, cfg=small.cfg, temperature=0.7, chunk=chunk))
+  f = jax.jit(functools.partial(head.token_logp, cfg=small.cfg, temperature=0.7, chunk=chunk))
   logp, entropy = f(small.params, hidden_BTD=h, targets_BT=y)
   want = naive(small, h, 0.7)
   np.testing.assert_allclose(logp, np.take_along_axis(want, y[..., None], -1)[..., 0], atol=ATOL)
@@ -261,10 +264,10 @@ def test_placeholders_are_impossible_and_harmless(small, states):
   h, y = states
   y = y.copy()
   y[0, :5] = small.cfg.banned
-  f = jax.jit(lambda h: qwen.token_logp(small.params, small.cfg, h, y, 1.0))
+  f = jax.jit(lambda h: head.token_logp(small.params, small.cfg, h, y, 1.0))
   logp, _ = f(h)
   assert (np.asarray(logp[0, :5]) < -1e29).all() and (np.asarray(logp[0, 5:]) > -50).all()
-  p = jnp.exp(qwen.policy_logits(small.params, small.cfg, jnp.asarray(h), 1.0))
+  p = jnp.exp(head.policy_logits(small.params, small.cfg, jnp.asarray(h), 1.0))
   assert (np.asarray(p[..., list(small.cfg.banned)]) == 0).all()
   grads = jax.jit(jax.grad(lambda h: f(h)[0][0, 5:].sum() + f(h)[1].sum()))(h)
   assert np.isfinite(grads).all()

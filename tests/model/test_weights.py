@@ -18,7 +18,6 @@ from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.model.qwen2_5 import text
-from virl_jax.model.qwen2_5 import vision
 
 SAME = np.testing.assert_array_equal
 
@@ -78,7 +77,7 @@ NAMINGS = {
 def test_every_naming_is_read(small, saved, naming):
   renamed = {}
   rewrite(saved, lambda ts: renamed.update({NAMINGS[naming](k): v for k, v in ts.items()}) or renamed)
-  assert {weights.released_name(k) for k in renamed} == {
+  assert {qwen.released_name(k) for k in renamed} == {
       n for _, s in weights.params_lib.leaves(qwen.specs(small.cfg)) for n in s.hf_names()}
   jax.tree.map(SAME, weights.load_hf(saved)[1], small.params)
 
@@ -98,7 +97,7 @@ def test_nested_flat_and_sparse_configs(small, saved):
   sparse = {k: v for k, v in flat.items() if not k.endswith("_token_id") and k != "rms_norm_eps"}
   sparse["vision_config"] = {"out_hidden_size": 24}
   cfg = weights.config_from_hf(sparse)
-  assert cfg.vision == vision.Config(hidden=3584, out=24) and cfg.text.eps == 1e-5
+  assert cfg.vision == qwen.Vision(hidden=3584, out=24) and cfg.text.eps == 1e-5
   assert (cfg.image_token, cfg.eos) == (151655, 151645)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from virl_jax.model import head
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import sample
@@ -45,7 +46,7 @@ def logits_of(small, ids):
   tokens = jnp.asarray([ids])
   pos = jnp.broadcast_to(jnp.arange(T)[None, None], (1, 3, T))
   h = qwen.hidden(small.params, small.cfg, tokens, pos, jnp.ones((1, T), bool), jnp.full((1, T), -1), ())
-  return np.asarray(qwen.policy_logits(small.params, small.cfg, h[:, -1:], 1.0)[0, 0])
+  return np.asarray(head.policy_logits(small.params, small.cfg, h[:, -1:], 1.0)[0, 0])
 
 
 def test_segments_are_one_turn(small):

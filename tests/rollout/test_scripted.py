@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from virl_jax import types
+from virl_jax.model import head
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import chunks
@@ -82,7 +83,7 @@ def test_a_growing_cache_gives_what_whole_sequences_give(small):
     inputs = qwen.hf_inputs(small.cfg, ids, ok, np.concatenate([im.patches_PC for im in traj.images]),
                             np.array([(1, *im.grid_hw) for im in traj.images]))
     h = qwen.hidden(small.params, small.cfg, *jax.tree.map(jax.numpy.asarray, inputs))
-    likeliest = np.argmax(qwen.policy_logits(small.params, small.cfg, h, 1.0)[0], -1)
+    likeliest = np.argmax(head.policy_logits(small.params, small.cfg, h, 1.0)[0], -1)
     at = len(traj.prompt_ids)
     for turn in traj.turns:
       if turn.role == "assistant":

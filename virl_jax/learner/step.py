@@ -18,8 +18,9 @@ import optax
 from virl_jax import checks
 from virl_jax import types
 from virl_jax.learner import pooled
+from virl_jax.model import family
+from virl_jax.model import head
 from virl_jax.model import sharding
-from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
 from virl_jax.rl import judge
@@ -52,14 +53,14 @@ class OptimConfig:
 class Config:
   """Everything the steps need that is no array; hashable, so that it can be a static argument.
 
-  With a mesh, updated parameters and moments stay where `mesh.param_shardings` puts them.  Left alone, the
+  With a mesh, updated parameters and moments stay where `sharding.param_shardings` puts them.  Left alone, the
   partitioner moves some about, and the next step is compiled again.
 
   With `single_update`, a batch serves one update, made with the policy that scores it: where scoring has no use for
   log-probabilities, it leaves them to the update's own forward pass.
   """
 
-  model: qwen.Config
+  model: family.Config
   group_size: int
   temperature: float = 1.0
   reward: reward.Config = reward.Config()
@@ -171,8 +172,9 @@ def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None =
   """
   tokens, pos, valid, vision, targets, group = _rows(batch)
   with sharding.context(cfg.mesh):
-    h = qwen.hidden(params, cfg.model, tokens, pos, valid, vision, batch.images, right_padded=True, group_BT=group)
-  found = list(qwen.token_logp(params, cfg.model, h, targets, cfg.temperature))
+    h = family.of(cfg.model).hidden(params, cfg.model, tokens, pos, valid, vision, batch.images, right_padded=True,
+                                    group_BT=group)
+  found = list(head.token_logp(params, cfg.model, h, targets, cfg.temperature))
   if critic is not None:
     found.append(jnp.einsum("btd,d->bt", h.astype(jnp.float32), critic["w"]) + critic["b"][None])
   if batch.joined_UT is not None:  # what no row holds is padding, and 0
@@ -295,7 +297,7 @@ def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, pooled.
   updates, opt_state = optimizer(cfg.optim).update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   if cfg.mesh is not None:
-    shardings = sharding.param_shardings(qwen.specs(cfg.model), cfg.mesh)
+    shardings = sharding.param_shardings(family.of(cfg.model).specs(cfg.model), cfg.mesh)
     pin = jax.lax.with_sharding_constraint
     params = jax.tree.map(pin, params, shardings)
     opt_state = optax.tree.map_params(optimizer(cfg.optim), pin, opt_state, shardings)

@@ -6,7 +6,7 @@ Four ways to the same numbers:
     cudnn    cuDNN's flash attention                      half precision on NVIDIA GPUs
     splash   the Pallas TPU kernel that comes with JAX    TPU
 
-Attention over a key/value cache is `text.extend`'s own: it reads only what is filled.
+Attention over a key/value cache is `cache.attend`: it reads only what is filled.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from virl_jax.model import sharding
 
+PLATFORMS = ("cpu", "gpu", "tpu")
 KINDS = ("plain", "blocks", "cudnn", "splash")
 QUERY_BLOCK = 512    # queries whose scores exist at a time in "blocks"
 _SPLASH_TILE = 128   # the kernel's tiles are multiples of it
@@ -26,7 +27,7 @@ def choose(platform: str, dtype, length: int, head_size: int, causal: bool, righ
   """Which of `KINDS` to use.
 
   Args:
-    platform: "cpu", "gpu" or "tpu".
+    platform: one of `PLATFORMS`.
     dtype: of queries, keys and values.
     length: T, tokens.
     head_size: H.
@@ -42,7 +43,8 @@ def choose(platform: str, dtype, length: int, head_size: int, causal: bool, righ
 
 
 def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, valid_BT: jax.Array, causal: bool,
-           right_padded: bool = False, kind: str | None = None, group_BT: jax.Array | None = None) -> jax.Array:
+           right_padded: bool = False, kind: str | None = None, group_BT: jax.Array | None = None,
+           platform: str = "cpu") -> jax.Array:
   """Grouped-query self-attention with scale 1 / sqrt(H) and a float32 softmax.
 
   Args:
@@ -54,19 +56,20 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, valid_BT: ja
     right_padded: promise that each row's padding follows all its tokens.
     kind: one of `KINDS`; None to `choose`.
     group_BT: int32, not negative on tokens; they see only those of their own group.  None: all of their row.
+    platform: what this is compiled for, one of `PLATFORMS`.  Elsewhere than on a TPU "splash" is interpreted.
 
   Returns:
     [B, T, N, H]; finite nonsense on padding.
 
   Source: GQA, arXiv 2305.13245; FlashAttention, arXiv 2205.14135, for what the kernels do.
   """
-  kind = kind or choose(jax.default_backend(), q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[3], causal,
+  kind = kind or choose(platform, q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[3], causal,
                         right_padded and group_BT is None)  # cuDNN's causal attention knows of no groups
   if kind == "cudnn":
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
   if kind == "splash":
     segment_BT = valid_BT.astype(jnp.int32) if group_BT is None else jnp.where(valid_BT, group_BT + 1, 0)
-    return _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT)
+    return _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT, interpret=platform != "tpu")
   if kind == "blocks":
     return _blocks(q_BTNH, k_BTKH, v_BTKH, valid_BT, causal, group_BT)
   mask = valid_BT[:, None, None, :]
@@ -100,12 +103,11 @@ def _blocks(q_BTNH, k_BTKH, v_BTKH, valid_BT, causal, group_BT):
   return out.swapaxes(0, 1).reshape(B, n * QUERY_BLOCK, N, H)[:, :T]
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
+def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT, interpret: bool):
   """Causal attention within each segment of a row, padding among them, on each device's own rows and heads."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-  interpret = jax.default_backend() != "tpu"  # for tests
 
   def local(q, k, v, segment_BT):
     heads = q.shape[2]

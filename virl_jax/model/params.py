@@ -25,7 +25,7 @@ class ParamSpec:
 
   Attributes:
     shape: our shape, the "layers" axis included.
-    axes: one logical axis name (or None) for each dimension; `mesh.py` maps them to mesh axes.
+    axes: one logical axis name (or None) for each dimension; `sharding.RULES` maps them to mesh axes.
     init: "normal" (variance 1 / fan-in, read off `hf_shape`), "ones" or "zeros".
     hf_name: tensor name in the released layout, with "{layer}" where stacked.
     hf_shape: shape of one HF tensor.

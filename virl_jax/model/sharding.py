@@ -39,6 +39,11 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
   return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def platform(device: jax.Device) -> str:
+  """What a model on this device is compiled for, in its configuration's words; "cpu" stands for what is not known."""
+  return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}.get(device.platform, "cpu")
+
+
 def param_shardings(specs: dict, mesh: Mesh) -> dict:
   """A sharding for each parameter, by `RULES`; a dimension that does not divide stays whole."""
   def one(spec: params_lib.ParamSpec):

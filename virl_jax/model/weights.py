@@ -1,12 +1,12 @@
 """HF folders <-> parameters, through the `ParamSpec` table.  No torch.
 
-Reads the three namings that exist (as released: `visual.*`, `model.layers.*`; newer in-memory:
-`model.visual.*`, `model.language_model.*`; in between: `visual.*`, `language_model.*`), flat and nested
-config.json, single and sharded safetensors.  Writes the released layout, which transformers and vLLM load.
+Reads and writes safetensors, single and sharded.  What a family's tensors are called and what its config.json says
+is the family's to know.  Written is the released layout, which transformers and vLLM load.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
 import gc
 import json
@@ -22,12 +22,9 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from virl_jax.model import family
 from virl_jax.model import params as params_lib
-from virl_jax.model.qwen2_5 import model as qwen
-from virl_jax.model.qwen2_5 import text
-from virl_jax.model.qwen2_5 import vision
 
-MODEL_TYPE = "qwen2_5_vl"
 SHARD_BYTES = 5 * 1024 ** 3
 # Tensors are read this much at a time, and stacks no larger than this are put together on the host.
 STRIP_BYTES = 32 * 1024 ** 2
@@ -36,19 +33,14 @@ SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
               "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
               "generation_config.json")
-_PREFIXES = (("model.language_model.lm_head.", "lm_head."), ("model.language_model.", "model."),
-             ("model.visual.", "visual."), ("language_model.lm_head.", "lm_head."),
-             ("language_model.model.", "model."), ("language_model.", "model."))
-_IDS = {"image_token": "image_token_id", "video_token": "video_token_id", "vision_start": "vision_start_token_id",
-        "vision_end": "vision_end_token_id", "vision_pad": "vision_token_id"}
 
 
-def released_name(name: str) -> str:
-  """An HF tensor name in the released layout."""
-  for prefix, to in _PREFIXES:
-    if name.startswith(prefix):
-      return to + name[len(prefix):]
-  return name
+config_from_hf = family.config_from_hf
+
+
+def config_to_hf(cfg: family.Config, dtype: str) -> dict:
+  """config.json in the family's released layout, for weights stored in `dtype`."""
+  return family.of(cfg).config_to_hf(cfg, dtype)
 
 
 def _listing(names) -> str:
@@ -56,66 +48,7 @@ def _listing(names) -> str:
   return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else f" ({len(names)})")
 
 
-def config_from_hf(config: dict, where: str = "config.json") -> qwen.Config:
-  """Reads a parsed config.json, flat or nested.
-
-  Args:
-    config: the parsed file.
-    where: named in errors.
-
-  Raises:
-    ValueError: if it is another architecture's, or lacks a key.
-  """
-  if config.get("model_type") != MODEL_TYPE:
-    raise ValueError(f"{where}: model_type must be {MODEL_TYPE!r}. Received: {config.get('model_type')!r}")
-  t, v = config.get("text_config") or config, config.get("vision_config") or {}
-  try:
-    rope = t.get("rope_parameters") or {"rope_theta": t["rope_theta"], **(t.get("rope_scaling") or {})}
-    tied = config.get("tie_word_embeddings", t.get("tie_word_embeddings", False))
-    txt = text.Config(
-        vocab=t["vocab_size"], hidden=t["hidden_size"], layers=t["num_hidden_layers"],
-        heads=t["num_attention_heads"], kv_heads=t["num_key_value_heads"],
-        head_size=t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"],
-        intermediate=t["intermediate_size"], mrope_section=tuple(rope["mrope_section"]),
-        theta=float(rope["rope_theta"]), eps=t.get("rms_norm_eps", 1e-5), tied=bool(tied))
-    vis = vision.Config(
-        depth=v.get("depth", 32), hidden=v.get("hidden_size", 3584), heads=v.get("num_heads", 16),
-        intermediate=v.get("intermediate_size", 3420), out=v.get("out_hidden_size", 3584),
-        full_blocks=tuple(v.get("fullatt_block_indexes", (7, 15, 23, 31))), patch=v.get("patch_size", 14),
-        temporal=v.get("temporal_patch_size", 2), merge=v.get("spatial_merge_size", 2),
-        window_px=v.get("window_size", 112))
-    ids = {ours: config.get(theirs, t.get(theirs, getattr(qwen.Config, ours))) for ours, theirs in _IDS.items()}
-    eos = config.get("eos_token_id", t.get("eos_token_id", qwen.Config.eos))
-  except KeyError as e:
-    raise ValueError(f"{where}: key {e} is missing for a {MODEL_TYPE} model") from e
-  if vis.out != txt.hidden:
-    raise ValueError(f"{where}: vision out_hidden_size must be hidden_size = {txt.hidden}. Received: {vis.out}")
-  return qwen.Config(text=txt, vision=vis, eos=eos[0] if isinstance(eos, list) else eos, **ids)
-
-
-def config_to_hf(cfg: qwen.Config, dtype: str) -> dict:
-  """config.json in the released (flat) layout."""
-  t, v = cfg.text, cfg.vision
-  return {
-      "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": MODEL_TYPE, "torch_dtype": dtype,
-      "vocab_size": t.vocab, "hidden_size": t.hidden, "num_hidden_layers": t.layers,
-      "num_attention_heads": t.heads, "num_key_value_heads": t.kv_heads, "head_dim": t.head_size,
-      "intermediate_size": t.intermediate, "hidden_act": "silu", "rms_norm_eps": t.eps, "rope_theta": t.theta,
-      "rope_scaling": {"type": "mrope", "mrope_section": list(t.mrope_section)},
-      "tie_word_embeddings": t.tied, "use_sliding_window": False, "attention_dropout": 0.0,
-      "max_position_embeddings": 128000, "initializer_range": 0.02, "use_cache": True, "eos_token_id": cfg.eos,
-      "bos_token_id": None,  # no text begins with it; left out, readers assume the released vocabulary's
-      **{theirs: getattr(cfg, ours) for ours, theirs in _IDS.items()},
-      "vision_config": {
-          "model_type": MODEL_TYPE, "depth": v.depth, "hidden_size": v.hidden, "num_heads": v.heads,
-          "intermediate_size": v.intermediate, "out_hidden_size": v.out, "hidden_act": "silu", "in_chans": 3,
-          "in_channels": 3, "patch_size": v.patch, "spatial_patch_size": v.patch, "spatial_merge_size": v.merge,
-          "temporal_patch_size": v.temporal, "window_size": v.window_px, "tokens_per_second": 2,
-          "fullatt_block_indexes": list(v.full_blocks)},
-  }
-
-
-def read_config(hf_dir: str) -> qwen.Config:
+def read_config(hf_dir: str) -> family.Config:
   """The model configuration of an HF folder.
 
   Raises:
@@ -133,7 +66,7 @@ def read_config(hf_dir: str) -> qwen.Config:
   return config_from_hf(config, str(path))
 
 
-def _open_tensors(folder: pathlib.Path) -> dict:
+def _open_tensors(folder: pathlib.Path, released_name: Callable[[str], str]) -> dict:
   """Released name -> (open file, name in the file), for every tensor of the folder."""
   index = folder / "model.safetensors.index.json"
   if index.exists():
@@ -160,7 +93,7 @@ def _open_tensors(folder: pathlib.Path) -> dict:
   return tensors
 
 
-def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) -> tuple[qwen.Config, dict]:
+def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) -> tuple[family.Config, dict]:
   """Loads an HF folder.
 
   Args:
@@ -176,8 +109,8 @@ def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) 
   """
   folder = pathlib.Path(hf_dir)
   cfg = read_config(hf_dir)
-  specs = qwen.specs(cfg)
-  tensors = _open_tensors(folder)
+  specs = family.of(cfg).specs(cfg)
+  tensors = _open_tensors(folder, family.of(cfg).released_name)
   if cfg.text.tied:
     tensors.pop("lm_head.weight", None)
   wanted = {name: spec for _, spec in params_lib.leaves(specs) for name in spec.hf_names()}
@@ -256,7 +189,7 @@ def _plan_shards(specs: dict, itemsize: int) -> tuple[list[dict], int]:
   return shards, total
 
 
-def save_hf(hf_dir: str, cfg: qwen.Config, params: dict, dtype: str = "bfloat16", like: str | None = None) -> None:
+def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat16", like: str | None = None) -> None:
   """Writes an HF folder that transformers loads, all of it or nothing.
 
   Args:
@@ -276,7 +209,7 @@ def save_hf(hf_dir: str, cfg: qwen.Config, params: dict, dtype: str = "bfloat16"
         shutil.copyfile(pathlib.Path(like) / name, tmp / name)
   (tmp / "config.json").write_text(json.dumps(config_to_hf(cfg, dtype), indent=2) + "\n")
   np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-  shards, total = _plan_shards(qwen.specs(cfg), np_dtype.itemsize)
+  shards, total = _plan_shards(family.of(cfg).specs(cfg), np_dtype.itemsize)
   names = (["model.safetensors"] if len(shards) == 1 else
            [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
   for file, shard in zip(names, shards):  # only one shard at a time is on the host

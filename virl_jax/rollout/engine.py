@@ -26,8 +26,8 @@ import numpy as np
 
 from virl_jax import shapes
 from virl_jax import types
+from virl_jax.model import cache as cache_lib
 from virl_jax.model import sharding
-from virl_jax.model.qwen2_5 import text
 from virl_jax.rollout import chunks
 from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
@@ -162,7 +162,7 @@ class _Loop:
     self.read_before: dict[tuple[int, int], concurrent.futures.Future] = {}
     self.done: list[types.Trajectory] = []
     self.stats = Stats()
-    self.length = shapes.up(policy.rollout.max_total_tokens, text.CACHE_BLOCK)
+    self.length = shapes.up(policy.rollout.max_total_tokens, cache_lib.BLOCK)
     self.state = sample.start(policy.model, self.slots * self.shards, self.length, policy.mesh)
     # The few shapes that there are.
     self.decode_rows = shapes.row_sizes(self.slots, cfg.decode_ratio)

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from virl_jax import types
+from virl_jax.model import family
 from virl_jax.model import patches
 from virl_jax.model import rope
-from virl_jax.model.qwen2_5 import model as qwen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +90,13 @@ class Prompt:
     return Row(traj, self.picture, len(self.reply.ids), self.reply.next_pos)
 
 
-def prompt(model: qwen.Config, task: types.Task, picture: Image.Image | None, ids: np.ndarray,
+def prompt(model: family.Config, task: types.Task, picture: Image.Image | None, ids: np.ndarray,
            shown: types.ImageInput) -> Prompt:
   """A `Prompt` of these tokens: int32[T], the shown image's placeholders among them."""
   return Prompt(task, picture, reply(model, ids, shown, 0, 0))
 
 
-def reply(model: qwen.Config, ids: np.ndarray, image: types.ImageInput | None, start: int, pos: int) -> Reply:
+def reply(model: family.Config, ids: np.ndarray, image: types.ImageInput | None, start: int, pos: int) -> Reply:
   """A `Reply` of these tokens, int32[T], of which the first has M-RoPE position `pos`."""
   grids = [] if image is None else [patches.merged_hw(image, model.vision.grid)]
   return Reply(ids, image, start, *rope.positions(ids, model.image_token, grids, pos))

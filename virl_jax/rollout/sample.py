@@ -19,9 +19,10 @@ import jax.numpy as jnp
 
 from virl_jax import checks
 from virl_jax import types
+from virl_jax.model import cache as cache_lib
+from virl_jax.model import family
+from virl_jax.model import head
 from virl_jax.model import sharding
-from virl_jax.model.qwen2_5 import model as qwen
-from virl_jax.model.qwen2_5 import text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class State:
     prompt_BD: the same at the end of its prompt.
   """
 
-  cache: text.Cache
+  cache: cache_lib.Cache
   pos_B: jax.Array
   hidden_BD: jax.Array
   prompt_BD: jax.Array
@@ -105,7 +106,7 @@ class Writers:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "mesh"))
-def start(cfg: qwen.Config, rows: int, slots: int, mesh: jax.sharding.Mesh | None = None) -> State:
+def start(cfg: family.Config, rows: int, slots: int, mesh: jax.sharding.Mesh | None = None) -> State:
   """An empty state of `rows` rows with room for `slots` tokens each.
 
   Args:
@@ -116,15 +117,16 @@ def start(cfg: qwen.Config, rows: int, slots: int, mesh: jax.sharding.Mesh | Non
   """
   dtype = jnp.dtype(cfg.compute_dtype)
   hidden = jnp.zeros((rows, cfg.text.hidden), dtype)
-  state = State(text.new_cache(cfg.text, rows, slots, dtype), jnp.zeros((rows,), jnp.int32), hidden, hidden)
+  state = State(family.of(cfg).new_cache(cfg, rows, slots), jnp.zeros((rows,), jnp.int32), hidden, hidden)
   if mesh is None:
     return state
-  kv, rest = sharding.cache(mesh, cfg.text.kv_heads), sharding.rows(mesh)
+  kv, rest = sharding.cache(mesh, state.cache.k_LBKSH.shape[2]), sharding.rows(mesh)
   return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, kv if a.ndim == 5 else rest), state)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "prompt", "shards"), donate_argnames="state")
-def append(params: dict, cfg: qwen.Config, state: State, chunk: Chunk, prompt: bool = False, shards: int = 1) -> State:
+def append(params: dict, cfg: family.Config, state: State, chunk: Chunk, prompt: bool = False, shards: int = 1
+           ) -> State:
   """Runs a chunk through the model, encoding only its new images.
 
   Args:
@@ -133,15 +135,16 @@ def append(params: dict, cfg: qwen.Config, state: State, chunk: Chunk, prompt: b
     state: donated.
     chunk: what to append; the caller sees to it that the cache has room.
     prompt: whether the chunk is what `restart` goes back to the end of.
-    shards: over how many devices rows are split; see `text.extend`.
+    shards: over how many devices rows are split; see `cache.places`.
   """
   B, cache = len(state.pos_B), state.cache
-  row_A = None if chunk.row_A is None else text.global_rows(chunk.row_A, B, shards)
+  row_A = None if chunk.row_A is None else cache_lib.global_rows(chunk.row_A, B, shards)
   at = slice(None) if row_A is None else row_A
   if chunk.start_A is not None:
     cache = cache.replace(len_B=cache.len_B.at[at].set(chunk.start_A, mode="drop"))
-  x = qwen.embed(params, cfg, chunk.tokens_AT, chunk.vision_AT, chunk.images)
-  h, cache = text.extend(params["text"], cfg.text, x, chunk.pos_AXT, chunk.n_new_A, cache, chunk.row_A, shards)
+  model = family.of(cfg)
+  x = model.embed(params, cfg, chunk.tokens_AT, chunk.vision_AT, chunk.images)
+  h, cache = model.extend(params, cfg, x, chunk.pos_AXT, chunk.n_new_A, cache, chunk.row_A, shards)
   last = jnp.take_along_axis(h, jnp.maximum(chunk.n_new_A - 1, 0)[:, None, None], axis=1)[:, 0]
   new = chunk.n_new_A > 0
   # A chunk row without tokens puts back what was there.
@@ -166,11 +169,11 @@ def restart(state: State, to_A: jax.Array, from_A: jax.Array, len_A: jax.Array, 
     shards: over how many devices rows are split.
   """
   copy = lambda stack, to, source: stack.at[:, to, :, :width].set(stack[:, source, :, :width], mode="drop")
-  k, v = (text.by_shard(copy, shards, 1)(a, to_A, from_A) for a in (state.cache.k_LBKSH, state.cache.v_LBKSH))
+  k, v = (cache_lib.by_shard(copy, shards, 1)(a, to_A, from_A) for a in (state.cache.k_LBKSH, state.cache.v_LBKSH))
   B = len(state.pos_B)
-  to, source = (text.global_rows(a, B, shards) for a in (to_A, from_A))
+  to, source = (cache_lib.global_rows(a, B, shards) for a in (to_A, from_A))
   prompt = state.prompt_BD[source]
-  return State(text.Cache(k, v, state.cache.len_B.at[to].set(len_A, mode="drop")),
+  return State(cache_lib.Cache(k, v, state.cache.len_B.at[to].set(len_A, mode="drop")),
                state.pos_B.at[to].set(pos_A, mode="drop"), state.hidden_BD.at[to].set(prompt, mode="drop"),
                state.prompt_BD.at[to].set(prompt, mode="drop"))
 
@@ -192,7 +195,7 @@ def _filtered(logits_BV: jax.Array, keep: Filter) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "steps", "keep", "shards"), donate_argnames="state")
-def decode(params: dict, cfg: qwen.Config, state: State, writers: Writers, key: jax.Array, temperature: jax.Array,
+def decode(params: dict, cfg: family.Config, state: State, writers: Writers, key: jax.Array, temperature: jax.Array,
            steps: int, serve: jax.Array | int = 2 ** 30, keep: Filter = Filter(), shards: int = 1
            ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
   """Samples a segment: the next tokens of every row that has a turn to write.  Other rows cost nothing.
@@ -215,15 +218,15 @@ def decode(params: dict, cfg: qwen.Config, state: State, writers: Writers, key: 
     policy that the loss is about, temperature in and placeholders out, before `keep` takes anything away
     (at temperature 1 if greedy).
   """
-  A, B = len(writers.index_A), len(state.pos_B)
-  at = slice(None) if writers.row_A is None else text.global_rows(writers.row_A, B, shards)
+  model, A, B = family.of(cfg), len(writers.index_A), len(state.pos_B)
+  at = slice(None) if writers.row_A is None else cache_lib.global_rows(writers.row_A, B, shards)
   of_turn = lambda index, turn: jax.random.fold_in(jax.random.fold_in(key, index), turn)
   keys = jax.vmap(of_turn)(writers.index_A, writers.turn_A)
   greedy = temperature <= 0
   scale = jnp.where(greedy, 1.0, temperature)
 
   def pick(hidden_AD, t_A):
-    logits = qwen.policy_logits(params, cfg, hidden_AD[:, None], scale)[:, 0]
+    logits = head.policy_logits(params, cfg, hidden_AD[:, None], scale)[:, 0]
     draw = jax.vmap(lambda k, t, row: jax.random.categorical(jax.random.fold_in(k, t), row))
     token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), lambda: draw(keys, t_A, _filtered(logits, keep)))
     token = token.astype(jnp.int32)
@@ -236,9 +239,9 @@ def decode(params: dict, cfg: qwen.Config, state: State, writers: Writers, key: 
     logps = logps.at[:, t].set(jnp.where(writes, logp, 0.0))
     count = count + writes
     feed = writes & (token != cfg.eos)
-    x = qwen.embed(params, cfg, token[:, None], jnp.full((A, 1), -1), ())
+    x = model.embed(params, cfg, token[:, None], jnp.full((A, 1), -1), ())
     pos_AXT = jnp.broadcast_to(pos_A[:, None, None], (A, 3, 1))
-    h, cache = text.extend(params["text"], cfg.text, x, pos_AXT, feed.astype(jnp.int32), cache, writers.row_A, shards)
+    h, cache = model.extend(params, cfg, x, pos_AXT, feed.astype(jnp.int32), cache, writers.row_A, shards)
     hidden_AD = jnp.where(feed[:, None], h[:, 0], hidden_AD)
     return t + 1, cache, pos_A + feed, hidden_AD, feed & (count < writers.left_A), out, logps, count
 

@@ -18,8 +18,8 @@ from virl_jax import checks
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.model import family
 from virl_jax.model import patches
-from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
 from virl_jax.rollout import slots
@@ -62,7 +62,7 @@ class Policy:
     actions: the visual actions that it may take, by name; see `actions.table`.
   """
 
-  model: qwen.Config
+  model: family.Config
   codec: prompt.Codec
   prompt: prompt.Config
   image: images.Config

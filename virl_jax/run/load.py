@@ -12,9 +12,9 @@ import jax
 
 from virl_jax import config as config_lib
 from virl_jax.learner import checkpoint
+from virl_jax.model import family
 from virl_jax.model import sharding
 from virl_jax.model import weights
-from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.run import workdir as workdir_lib
 
 
@@ -23,14 +23,14 @@ class Loaded:
   """A policy that can be used.
 
   Attributes:
-    model: its shapes, and the ids of its special tokens.
+    model: its shapes, the ids of its special tokens, and the platform it is on.
     params: placed on the mesh.
     hf_dir: the folder with its tokenizer, chat template and processor.
     config: of the run that trained it; None for an HF folder.
     step: of that run; None for an HF folder.
   """
 
-  model: qwen.Config
+  model: family.Config
   params: dict
   hf_dir: str
   config: config_lib.ConfigDict | None = None
@@ -83,8 +83,11 @@ def base(hf_dir: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = N
   Raises:
     ValueError: files are missing, damaged, or of another model.
   """
-  where = None if mesh is None else sharding.param_shardings(qwen.specs(weights.read_config(hf_dir)), mesh)
-  return Loaded(*weights.load_hf(hf_dir, dtype, where), hf_dir)
+  model = weights.read_config(hf_dir)
+  where = None if mesh is None else sharding.param_shardings(family.of(model).specs(model), mesh)
+  model, params = weights.load_hf(hf_dir, dtype, where)
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  return Loaded(dataclasses.replace(model, platform=sharding.platform(device)), params, hf_dir)
 
 
 def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Loaded:
@@ -108,9 +111,11 @@ def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | Non
   if step not in steps:
     raise ValueError(f"{folder} must hold {'a checkpoint' if step is None else f'step {step}'}. Received: "
                      f"{f'steps {steps}' if steps else 'none'}")
-  shardings = sharding.param_shardings(qwen.specs(model), mesh or sharding.make(fsdp=-1, data=1))
+  mesh = mesh or sharding.make(fsdp=-1, data=1)
+  model = dataclasses.replace(model, platform=sharding.platform(mesh.devices.flat[0]))
+  shardings = sharding.param_shardings(family.of(model).specs(model), mesh)
   wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                        qwen.abstract_params(model, c.model.dtype), shardings)
+                        family.abstract_params(model, c.model.dtype), shardings)
   params = saves.restore_params(step, wanted)
   saves.close()
   return Loaded(model, params, hf_dir, c, step)

@@ -10,12 +10,11 @@ import os
 import sys
 
 import jax
-import jax.numpy as jnp
 
 from virl_jax import shapes
+from virl_jax.model import cache as cache_lib
+from virl_jax.model import family
 from virl_jax.model import sharding
-from virl_jax.model.qwen2_5 import model as qwen
-from virl_jax.model.qwen2_5 import text
 
 _SPARE = 0.9  # of a device's memory; what is left is for activations
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # malloc.h of the GNU C library
@@ -100,7 +99,7 @@ class CacheSize:
     return line
 
 
-def cache_size(model: qwen.Config, max_total_tokens: int, slots: int, trajectories: int, mesh: jax.sharding.Mesh,
+def cache_size(model: family.Config, max_total_tokens: int, slots: int, trajectories: int, mesh: jax.sharding.Mesh,
                free_bytes: int | None = None) -> CacheSize:
   """What a rollout's cache takes.
 
@@ -112,11 +111,13 @@ def cache_size(model: qwen.Config, max_total_tokens: int, slots: int, trajectori
     mesh: where rows and heads go.
     free_bytes: see `CacheSize`.
   """
-  t, shards = model.text, sharding.row_shards(mesh)
-  tokens = shapes.up(max_total_tokens, text.CACHE_BLOCK)
-  heads = mesh.shape["tensor"] if t.kv_heads % mesh.shape["tensor"] == 0 else 1
-  return CacheSize(2 * t.layers * t.kv_heads * t.head_size * jnp.dtype(model.compute_dtype).itemsize, tokens,
-                   shapes.up(slots or trajectories, shards), trajectories, shards, heads, free_bytes)
+  shards, tokens = sharding.row_shards(mesh), shapes.up(max_total_tokens, cache_lib.BLOCK)
+  row = jax.eval_shape(lambda: family.of(model).new_cache(model, 1, tokens))
+  kv_heads, stacks = row.k_LBKSH.shape[2], (row.k_LBKSH, row.v_LBKSH)
+  bytes_token = sum(a.size * a.dtype.itemsize for a in stacks) // tokens
+  heads = mesh.shape["tensor"] if kv_heads % mesh.shape["tensor"] == 0 else 1
+  return CacheSize(bytes_token, tokens, shapes.up(slots or trajectories, shards), trajectories, shards, heads,
+                   free_bytes)
 
 
 def free_bytes() -> int | None:

@@ -6,7 +6,6 @@ attention with a few full-attention blocks, 2x2 patch merger.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import jax
@@ -16,50 +15,13 @@ from virl_jax import types
 from virl_jax.model import attention
 from virl_jax.model import layers
 from virl_jax.model import params as params_lib
-from virl_jax.model import patches
 from virl_jax.model import rope
+from virl_jax.model.qwen2_5 import config
 
 Spec = params_lib.ParamSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Shapes of the vision tower.
-
-  Attributes:
-    depth: blocks.
-    hidden: D.
-    heads: N; H = hidden / heads must be a multiple of 4.
-    intermediate: F.
-    out: width of the merged tokens, the text decoder's D.
-    full_blocks: indexes of the blocks that attend over the whole image; the others stay in windows.
-    patch, temporal, merge: see `patches.Grid`.
-    window_px: side of an attention window, pixels.
-    eps: of RMSNorm.
-  """
-
-  depth: int = 32
-  hidden: int = 1280
-  heads: int = 16
-  intermediate: int = 3420
-  out: int = 3584
-  full_blocks: tuple[int, ...] = (7, 15, 23, 31)
-  patch: int = 14
-  temporal: int = 2
-  merge: int = 2
-  window_px: int = 112
-  eps: float = 1e-6
-
-  @property
-  def head_size(self) -> int:
-    return self.hidden // self.heads
-
-  @property
-  def grid(self) -> patches.Grid:
-    return patches.Grid(self.patch, self.temporal, self.merge, self.window_px // self.merge // self.patch)
-
-
-def specs(cfg: Config) -> dict:
+def specs(cfg: config.Vision) -> dict:
   """The tower's parameter table."""
   D, N, H, F, C, M = cfg.hidden, cfg.heads, cfg.head_size, cfg.intermediate, cfg.grid.values, cfg.merge ** 2
   b = "visual.blocks.{layer}."
@@ -94,8 +56,8 @@ def specs(cfg: Config) -> dict:
   }
 
 
-def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float32, remat: bool = False
-           ) -> jax.Array:
+def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jnp.float32, remat: bool = False,
+           platform: str = "cpu") -> jax.Array:
   """Merged vision tokens of a bucket of images.
 
   Args:
@@ -104,6 +66,7 @@ def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float
     images_: laid out by `patches.layout`.
     dtype: of the matrix products.
     remat: recompute blocks in the backward pass.
+    platform: see `config.Config`.
 
   Returns:
     [I, W * Q / merge^2, out] in `dtype`; `patches.layout` says which row is which token.
@@ -130,7 +93,7 @@ def encode(params: dict, cfg: Config, images_: types.ImageBatch, dtype=jnp.float
       q, k, v = (qkv[..., i, :, :] for i in range(3))
       q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
       out = attention.attend(q.reshape(together), k.reshape(together), v.reshape(together), mask, causal=False,
-                             group_BT=windows)
+                             group_BT=windows, platform=platform)
       out = out.reshape(I, W, Q, N, H)
       x = x + layers.dense(out, p["proj_w"], 2) + p["proj_b"].astype(dtype)[None, None, None]
       return x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p), None

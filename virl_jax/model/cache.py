@@ -1,0 +1,220 @@
+"""The key/value cache: what each row has seen, as a visible value, and attention over what is filled of it.
+
+Keys and values of all layers lie in one stack each, [L, B, K, S, H].  A decoder's scan over its layers carries the
+two stacks whole, and each layer writes and reads its own part: nothing is copied.  Rows may be split over devices
+(shards); then no device reads another's rows.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+BLOCK = 64           # cache lengths are multiples of it
+_ROWS_TOGETHER = 16  # rows that a CPU attends for at a time
+
+
+@flax.struct.dataclass
+class Cache:
+  """Keys and values of what each row has seen.
+
+  Attributes:
+    k_LBKSH: keys, rotated.
+    v_LBKSH: values.
+    len_B: int32, slots filled; row b's token t stands in slot t.
+  """
+
+  k_LBKSH: jax.Array
+  v_LBKSH: jax.Array
+  len_B: jax.Array
+
+
+@flax.struct.dataclass
+class Places:
+  """Where the tokens of a chunk stand in a cache.
+
+  Attributes:
+    slot_AT: int32, the slot of each token.
+    write_AT: int32, the same, but past the last slot where a token only pads the chunk.
+    filled: int32 scalar, slots that hold anything that a token may see.
+    row_A: int32, the cache row of each chunk row, within its shard; None for all rows in order.
+    shards: over how many devices the cache's rows are split, and the chunk's likewise.
+  """
+
+  slot_AT: jax.Array
+  write_AT: jax.Array
+  filled: jax.Array
+  row_A: jax.Array | None
+  shards: int = flax.struct.field(pytree_node=False)
+
+
+def new(layers: int, rows: int, kv_heads: int, slots: int, head_size: int, dtype=jnp.float32) -> Cache:
+  """An empty cache.
+
+  Raises:
+    ValueError: if `slots` is no multiple of `BLOCK`.
+  """
+  if slots % BLOCK:
+    raise ValueError(f"slots must be a multiple of {BLOCK}. Received: {slots}")
+  shape = (layers, rows, kv_heads, slots, head_size)
+  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows,), jnp.int32))
+
+
+def places(cache: Cache, n_new_A: jax.Array, length: int, row_A: jax.Array | None = None, shards: int = 1) -> Places:
+  """Where a right-padded chunk goes: behind what its rows hold.
+
+  Args:
+    cache: what came before.
+    n_new_A: int32, how many of the chunk's tokens are real; 0 leaves a row as it is.
+    length: T, tokens of the chunk.
+    row_A: int32, the cache row of each chunk row, no row twice; None for all rows in order.  Within its shard, if
+      there are several; a number past the last row is a chunk row that does nothing.
+    shards: over how many devices the cache's rows are split.
+  """
+  len_A = cache.len_B if row_A is None else cache.len_B[global_rows(row_A, len(cache.len_B), shards)]
+  token_1T = jnp.arange(length)[None]
+  slot_AT = token_1T + len_A[:, None]
+  write_AT = jnp.where(token_1T < n_new_A[:, None], slot_AT, cache.k_LBKSH.shape[3])
+  return Places(slot_AT, write_AT, jnp.max(jnp.where(n_new_A > 0, len_A + n_new_A, 0)), row_A, shards)
+
+
+def lengthened(len_B: jax.Array, n_new_A: jax.Array, at: Places) -> jax.Array:
+  """int32[B]: slots filled once the chunk is in."""
+  if at.row_A is None:
+    return len_B + n_new_A
+  return len_B.at[global_rows(at.row_A, len(len_B), at.shards)].add(n_new_A, mode="drop")
+
+
+def global_rows(row_A: jax.Array, rows: int, shards: int) -> jax.Array:
+  """Numbers among all `rows` rows of numbers within a shard; one past its shard's last row becomes `rows`."""
+  each = rows // shards
+  base_A = jnp.arange(shards).repeat(len(row_A) // shards, total_repeat_length=len(row_A)) * each
+  return jnp.where(row_A < each, base_A + row_A, rows)
+
+
+def by_shard(fn, shards: int, out_axis: int = 0):
+  """`fn(stack, *arrays)` on each shard's own rows: no device reads another's cache.
+
+  The stack has its rows on axis 1, the arrays theirs on axis 0, the result its own on `out_axis`.
+  """
+  if shards == 1:
+    return fn
+  cut = lambda a, axis: a.reshape(*a.shape[:axis], shards, -1, *a.shape[axis + 1:])
+
+  def run(stack, *arrays):
+    out = jax.vmap(fn, (1, *(0 for _ in arrays)), out_axis)(cut(stack, 1), *(cut(a, 0) for a in arrays))
+    return out.reshape(*out.shape[:out_axis], -1, *out.shape[out_axis + 2:])
+
+  return run
+
+
+def write(stack_LBKSH: jax.Array, layer: jax.Array, new_ATKH: jax.Array, at: Places) -> jax.Array:
+  """Puts a chunk's keys or values into their slots; what lies past the last slot or row is dropped."""
+  row_A = at.row_A
+  if row_A is None:
+    row_A = jnp.tile(jnp.arange(stack_LBKSH.shape[1] // at.shards), at.shards)
+  put = lambda stack, rows, slots, new: stack.at[layer, rows[:, None], :, slots].set(new, mode="drop")
+  return by_shard(put, at.shards, 1)(stack_LBKSH, row_A, at.write_AT, new_ATKH.astype(stack_LBKSH.dtype))
+
+
+def _read(stack_LBKSH: jax.Array, layer: jax.Array, first: jax.Array, width: int, at: Places) -> jax.Array:
+  """[A, K, width, H]: a layer's slots from `first` on, of the chunk's rows."""
+  L, B, K, S, H = stack_LBKSH.shape
+  if at.row_A is None:
+    return jax.lax.dynamic_slice(stack_LBKSH, (layer, 0, 0, first, 0), (1, B, K, width, H))[0]
+
+  def shard(stack, rows):
+    one = lambda r: jax.lax.dynamic_slice(stack, (layer, r, 0, first, 0), (1, 1, K, width, H))[0, 0]
+    return jax.vmap(one)(rows)
+
+  return by_shard(shard, at.shards)(stack_LBKSH, at.row_A)
+
+
+def attend(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax.Array, at: Places,
+           platform: str = "cpu") -> jax.Array:
+  """Attention of a chunk's tokens over what is filled of the cache: a token in slot s sees slots 0..s.
+
+  The cost follows what is filled and not what is allocated.  Products take the cache's own precision and add up in
+  float32; the softmax is float32.
+
+  Args:
+    q_ATNH: rotated queries.
+    k_LBKSH: already holds the chunk's keys.
+    v_LBKSH: already holds its values.
+    layer: int32 scalar.
+    at: where the chunk stands.
+    platform: what this is compiled for, "cpu", "gpu" or "tpu"; it decides how much is read at a time.
+
+  Returns:
+    [A, T, N, H].
+  """
+  A, T = q_ATNH.shape[:2]
+  if platform == "cpu" and T == 1 and A > _ROWS_TOGETHER and at.shards == 1:
+    return _attend_by_length(q_ATNH, k_LBKSH, v_LBKSH, layer, at)
+  return _attend(q_ATNH, k_LBKSH, v_LBKSH, layer, at, _slots_together(T, k_LBKSH.shape[3], platform))
+
+
+def _slots_together(T: int, S: int, platform: str) -> int:
+  """Cache slots that attention of T new tokens reads at a time: few and large steps, but where caches are small."""
+  if platform == "cpu":
+    return BLOCK
+  # No more scores at a time than 2^18 a head and row; an accelerator's loop pays for each of its steps.
+  return min(S, max(BLOCK, min(1024, 2 ** 18 // T // BLOCK * BLOCK)))
+
+
+def _attend_by_length(q_A1NH, k_LBKSH, v_LBKSH, layer, at: Places) -> jax.Array:
+  """`attend` for one token a row, a few rows of like length at a time: short rows don't wait for long ones.
+
+  A CPU works through the rows one after the other, so that each part costs what its own longest row has filled.
+  """
+  order_A = jnp.argsort(at.slot_AT[:, 0])
+  row_A = order_A if at.row_A is None else at.row_A[order_A]
+  outs = []
+  for start in range(0, len(order_A), _ROWS_TOGETHER):
+    part = slice(start, start + _ROWS_TOGETHER)
+    mine = order_A[part]
+    slot_A1 = at.slot_AT[mine]
+    filled = jnp.minimum(at.filled, slot_A1.max() + 1)
+    outs.append(_attend(q_A1NH[mine], k_LBKSH, v_LBKSH, layer,
+                        at.replace(slot_AT=slot_A1, filled=filled, row_A=row_A[part]), BLOCK))
+  return jnp.zeros_like(q_A1NH).at[order_A].set(jnp.concatenate(outs))
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _attend(q_ATNH, k_LBKSH, v_LBKSH, layer, at: Places, width: int) -> jax.Array:
+  """`attend` by online softmax, `width` slots at a time, as far as any row is filled."""
+  A, T, N, H = q_ATNH.shape
+  K, S = k_LBKSH.shape[2:4]
+  G = N // K  # query heads that share a key head; each of them is one more query Q = T * G of it
+  q_AKQH = (q_ATNH.astype(jnp.float32) * (H ** -0.5)).reshape(A, T, K, G, H).swapaxes(1, 2).reshape(A, K, T * G, H)
+  q_AKQH, slot_AQ1 = q_AKQH.astype(k_LBKSH.dtype), jnp.repeat(at.slot_AT, G, axis=1)[..., None]
+
+  def step(i, carry):
+    first = jnp.minimum(i * width, S - width)  # the last step may begin earlier, and then skips what was seen
+    slot_11S = (first + jnp.arange(width))[None, None]
+    seen_AQS = (slot_11S <= slot_AQ1) & (slot_11S >= i * width)
+    logits = _product("akqh,aksh->akqs", q_AKQH, _read(k_LBKSH, layer, first, width, at))
+    logits = jnp.where(seen_AQS[:, None], logits, -jnp.inf)
+    return _online(carry, logits, _read(v_LBKSH, layer, first, width, at))
+
+  # A finite floor: the first step always holds slot 0, which every query sees, so no row divides by zero.
+  top = jnp.full((A, K, T * G), -1e30, jnp.float32)
+  start = top, jnp.zeros_like(top), jnp.zeros(q_AKQH.shape, jnp.float32)
+  _, total, acc = jax.lax.fori_loop(0, (at.filled + width - 1) // width, step, start)
+  out_AKQH = acc / total[..., None]
+  return out_AKQH.reshape(A, K, T, G, H).swapaxes(1, 2).reshape(A, T, N, H).astype(q_ATNH.dtype)
+
+
+def _online(carry, logits_AKQS, v_AKSH):
+  """One step of an online softmax: the largest logit so far, and relative to it the sum of weights and of values."""
+  top, total, acc = carry
+  new_top = jnp.maximum(top, logits_AKQS.max(-1))
+  weight = jnp.exp(logits_AKQS - new_top[..., None])
+  keep = jnp.exp(top - new_top)
+  value = _product("akqs,aksh->akqh", weight.astype(v_AKSH.dtype), v_AKSH)
+  return new_top, total * keep + weight.sum(-1), acc * keep[..., None] + value
