@@ -25,6 +25,12 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize="CI" in
 hypothesis.settings.load_profile("house")
 
 
+def pytest_collection_modifyitems(items):
+  """Whole runs first, which take the longest: begun last, they would leave the other process without work."""
+  here = pathlib.Path(__file__).parent
+  items.sort(key=lambda item: item.path.parent != here)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """A model to test with.
