@@ -30,8 +30,8 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.12",
-                 "tensorboardX>=2.6"],
+        "test": ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8",
+                 "pytest-xdist>=3.7", "ruff>=0.12", "tensorboardX>=2.6"],
         # Reference implementations, for tests.  A CPU build of torch will do; get that one first.
         "parity": ["rlax>=0.1.8", "safetensors>=0.6.2", "torch>=2.6"],
         "tpu": ["jax[tpu]"],

@@ -25,6 +25,12 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize="CI" in
 hypothesis.settings.load_profile("house")
 
 
+def pytest_collection_modifyitems(items):
+  """Whole runs first, which take the longest: begun last, they would leave the other process without work."""
+  here = pathlib.Path(__file__).parent
+  items.sort(key=lambda item: item.path.parent != here)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """A model to test with.
@@ -56,10 +62,19 @@ def _draw(cfg, scale: float) -> dict:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache():
-  """Generated sets go to a folder of this test run, not to the user's cache."""
+def _own_cache(tmp_path_factory):
+  """Generated sets go to a folder of this test run, not to the user's cache.
+
+  So do the programs of the processes that tests start: what one has compiled, the next one reads, whichever of
+  pytest's processes started it.  This process has its JAX already, and keeps to its own.
+  """
+  ours = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    ours = ours.parent  # theirs too
   with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
     patch.setenv("VIRL_JAX_CACHE", folder)
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(ours / "programs"))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     yield
 
 

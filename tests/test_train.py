@@ -26,10 +26,9 @@ SMALL = ("--config.rollout.prompts=8", "--config.rollout.group_size=4", "--confi
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-  """A folder for runs, and the environment that they share (drawn pictures, compiled programs)."""
+  """A folder for runs, and the environment that they share (drawn pictures; compiled programs: see conftest)."""
   folder = tmp_path_factory.mktemp("runs")
-  env = dict(os.environ, JAX_PLATFORMS="cpu", VIRL_JAX_CACHE=str(folder / "cache"), PYTHONUNBUFFERED="1",
-             JAX_COMPILATION_CACHE_DIR=str(folder / "xla"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+  env = dict(os.environ, JAX_PLATFORMS="cpu", VIRL_JAX_CACHE=str(folder / "cache"), PYTHONUNBUFFERED="1")
   return folder, env
 
 
@@ -144,6 +143,7 @@ def test_a_run_goes_on_with_changes_on_purpose(places):
   assert header["earlier"][0]["until"] == 1 and header["earlier"][0]["config"]["optim"]["learning_rate"] == 2e-4
 
 
+@pytest.mark.slow
 def test_the_rivals_train_and_go_on(places):
   """A critic, CISPO, and an adaptive KL in the reward: what they carry from step to step is in the checkpoint."""
   rivals = ("--config.advantage.kind=gae", "--config.credit.scope=call", "--config.loss.kind=cispo",
@@ -163,6 +163,7 @@ def test_the_rivals_train_and_go_on(places):
   assert first["loss/kl"] < 0.0008 and second["loss/kl_coef"] == pytest.approx(0.05 * (1 - 0.2 * 32 / 100))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs (shared/realdata) are not here")
 def test_real_photographs_run_through(places):
   workdir = places[0] / "photos"
