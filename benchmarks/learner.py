@@ -21,9 +21,9 @@ import timing  # of this folder
 
 from virl_jax.data import batches
 from virl_jax.learner import step as step_lib
-from virl_jax.model import sharding
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
+from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import setup
@@ -36,7 +36,7 @@ class Side:
 
   def __init__(self, p, params, batch, h0: float):
     # A copy: an update donates its state.
-    self.p, self.h0, self.batch = p, np.float32(h0), sharding.place(batch, p.mesh)
+    self.p, self.h0, self.batch = p, np.float32(h0), hosts.place(batch, p.mesh)
     self.state = step_lib.init_state(jax.tree.map(lambda a: a.copy(), params), p.step.optim)
 
   def score(self):

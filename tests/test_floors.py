@@ -12,7 +12,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "model.params model.rope report.curves report.trajectory run.caches run.compiles run.log",
     "data.answers data.sources eval.monitors model.patches model.sharding report.gallery rl.advantage rl.credit "
     "rl.loss rl.reward rollout.slots run.workdir tiny.needle",
-    "data.images model.attention report.html rl.judge rollout.pack tiny.store",
+    "data.images model.attention run.hosts report.html rl.judge rollout.pack tiny.store",
     "data.batches model.qwen2_5.config rollout.actions.zoom run.record tiny.source",
     "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table",
     "data.prompt model.qwen2_5.model",

@@ -28,12 +28,12 @@ from virl_jax.eval import harness
 from virl_jax.eval import outcome
 from virl_jax.learner import checkpoint
 from virl_jax.learner import step as step_lib
-from virl_jax.model import sharding
 from virl_jax.report import gallery
 from virl_jax.report import html
 from virl_jax.rl import reward
 from virl_jax.rollout import dynamic
 from virl_jax.rollout import pack
+from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import record as record_lib
@@ -174,7 +174,7 @@ def _informative(p, step: int, found: list[types.Trajectory]) -> np.ndarray:
 
 def _score(p, state, ref_params, trajectories: list[types.Trajectory], step: int):
   """A scored minibatch, and its metrics."""
-  batch = sharding.place(pack.pack(trajectories, p.pack), p.mesh)
+  batch = hosts.place(pack.pack(trajectories, p.pack), p.mesh)
   return step_lib.score_step(state, ref_params, batch, p.step, _threshold(p, step))
 
 

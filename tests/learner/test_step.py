@@ -18,6 +18,7 @@ from virl_jax.rl import credit
 from virl_jax.rl import loss
 from virl_jax.rl import reward
 from virl_jax.rollout import pack
+from virl_jax.run import hosts
 
 TARGET = types.Box(0, 0, 40, 40)
 HALF = types.Box(0, 0, 40, 20)     # IoU 0.5 with the target
@@ -232,9 +233,9 @@ def test_eight_devices_compute_what_one_does(small, batch, scored, updated, size
   # Through numpy copies: what is donated must not share memory with the fixture.
   params = jax.device_put(jax.tree.map(np.array, small.params), sharding.param_shardings(qwen.specs(small.cfg), mesh))
   cfg = make_config(small, mesh=mesh)
-  got = sharding.place(jax.device_get(scored[0]), mesh)
+  got = hosts.place(jax.device_get(scored[0]), mesh)
   if sizes == (2, 2, 2):  # the others would compile for nothing new
-    got, _ = score_step(held(params), None, sharding.place(batch, mesh), cfg)
+    got, _ = score_step(held(params), None, hosts.place(batch, mesh), cfg)
     np.testing.assert_allclose(got.reward_B, REWARD, atol=1e-5)
     np.testing.assert_allclose(np.asarray(got.logp_old_BT)[batch.valid_BT],
                                np.asarray(scored[0].logp_old_BT)[batch.valid_BT], atol=1e-4)

@@ -7,6 +7,7 @@ import pytest
 
 from virl_jax.model import attention
 from virl_jax.model import sharding
+from virl_jax.run import hosts
 
 B, T, N, K, H = 2, 256, 4, 2, 16
 
@@ -98,7 +99,7 @@ def test_splash_runs_where_its_rows_and_heads_are():
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return attention.attend(q, k, v, valid, True, kind="splash")
 
-  got = on_mesh(*sharding.place((q, k, v, valid), mesh))
+  got = on_mesh(*hosts.place((q, k, v, valid), mesh))
   want = attention.attend(q, k, v, valid, True, kind="plain")
   np.testing.assert_allclose(got[valid], want[valid], atol=2e-6)
   assert got.sharding.shard_shape(got.shape) == (B // 2, T, N // 2, H)

@@ -61,14 +61,3 @@ def test_sharded_parameters_hold_what_they_held(small):
     jax.tree.map(np.testing.assert_array_equal, placed, small.params)
   largest = placed["text"]["blocks"]["gate_w"]  # [2, 24, 40] on 2 x 2 x 2
   assert {s.data.shape for s in largest.addressable_shards} == {(2, 12, 20)}
-
-
-def test_rows_are_split_over_data_and_fsdp():
-  mesh = sharding.make(2, 2, 2)
-  assert sharding.row_shards(mesh) == 4
-  tree = {"rows": np.arange(24.0).reshape(8, 3), "odd": np.arange(6), "scalar": np.float32(3), "none": None}
-  placed = sharding.place(tree, mesh)
-  assert placed["rows"].sharding == sharding.rows(mesh) and placed["rows"].sharding.spec == P(("data", "fsdp"))
-  assert {s.data.shape for s in placed["rows"].addressable_shards} == {(2, 3)}
-  assert placed["odd"].sharding.is_fully_replicated and placed["scalar"].sharding == sharding.replicated(mesh)
-  jax.tree.map(np.testing.assert_array_equal, placed, tree)

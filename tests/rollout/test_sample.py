@@ -9,6 +9,7 @@ from virl_jax.model import head
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import sample
+from virl_jax.run import hosts
 
 PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32]]
 
@@ -155,7 +156,7 @@ def test_rows_on_eight_devices(small):
   one = sample.append(small.params, small.cfg, sample.start(small.cfg, 8, 64), chunk(8, prompts, [0] * 8), prompt=True)
   state = sample.start(small.cfg, 8, 64, mesh)
   assert state.cache.k_LBKSH.sharding.is_equivalent_to(sharding.cache(mesh, small.cfg.text.kv_heads), 5)
-  put = lambda c: sharding.place_rows(c, mesh)
+  put = lambda c: hosts.place_rows(c, mesh)
   params = jax.device_put(small.params, sharding.replicated(mesh))
   # Two rows a lane, each lane in another order; one of lane 3's is for nobody.
   rows = np.array([0, 1, 1, 0, 0, 1, 1, 2], np.int32)

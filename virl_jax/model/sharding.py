@@ -1,4 +1,4 @@
-"""The device mesh, what each logical axis maps to on it, and placing of batches."""
+"""The device mesh, and what each logical axis maps to on it."""
 
 from __future__ import annotations
 
@@ -79,55 +79,3 @@ def rows(mesh: Mesh) -> NamedSharding:
 def cache(mesh: Mesh, kv_heads: int) -> NamedSharding:
   """A [L, B, K, S, H] key/value cache: rows over data and fsdp, heads over tensor where they divide."""
   return NamedSharding(mesh, PartitionSpec(None, ROWS, "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None))
-
-
-def place(tree, mesh: Mesh):
-  """Puts host arrays on the mesh, leading axis split over data and fsdp.
-
-  Arrays whose leading axis does not divide are kept whole on every device.
-  """
-  split, whole, n = rows(mesh), replicated(mesh), row_shards(mesh)
-  return jax.tree.map(lambda a: jax.device_put(a, split if np.ndim(a) and a.shape[0] % n == 0 else whole), tree)
-
-
-def row_lanes(mesh: Mesh) -> range:
-  """Which of the parts that rows are split into belong to this process.
-
-  Raises:
-    ValueError: if a part belongs to several processes, or this process's parts are not neighbours.
-  """
-  parts = mesh.devices.reshape(row_shards(mesh), -1)
-  owners = [{d.process_index for d in part} for part in parts]
-  mine = [i for i, own in enumerate(owners) if jax.process_index() in own]
-  if any(len(owners[i]) > 1 for i in mine) or mine != list(range(mine[0], mine[-1] + 1)):
-    raise ValueError("each part of the rows must lie in one process, and a process's parts side by side: keep mesh "
-                     f"tensor within the {jax.local_device_count()} devices of a process. Received: {owners}")
-  return range(mine[0], mine[-1] + 1)
-
-
-def place_rows(tree, mesh: Mesh):
-  """Puts host arrays that hold only this process's rows on the mesh, leading axis split over data and fsdp."""
-  split = rows(mesh)
-  if jax.process_count() == 1:
-    return jax.device_put(tree, split)
-  return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split, np.asarray(a)), tree)
-
-
-def fetch_rows(tree):
-  """The inverse of `place_rows`: numpy arrays of this process's rows."""
-  if jax.process_count() == 1:
-    return jax.device_get(tree)
-
-  def one(a):
-    first = {s.index[0].start or 0: s.data for s in a.addressable_shards}  # replicas hold the same
-    return np.concatenate([np.asarray(first[i]) for i in sorted(first)])
-
-  return jax.tree.map(one, tree)
-
-
-def agree(values: np.ndarray) -> np.ndarray:
-  """The largest of each value over all processes; all of them call this, in the same order."""
-  if jax.process_count() == 1:
-    return values
-  from jax.experimental import multihost_utils
-  return np.max(multihost_utils.process_allgather(values), axis=0)

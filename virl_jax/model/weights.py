@@ -175,7 +175,7 @@ def _read(spec: params_lib.ParamSpec, file, key: str, dtype: np.dtype) -> np.nda
   return out
 
 
-def _plan_shards(specs: dict, itemsize: int) -> tuple[list[dict], int]:
+def _files_of(specs: dict, itemsize: int) -> tuple[list[dict], int]:
   """Files of at most `SHARD_BYTES`: HF name -> (path in the parameters, spec, layer or None); and all bytes."""
   shards, size, total = [{}], 0, 0
   for path, spec in params_lib.leaves(specs):
@@ -209,7 +209,7 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
         shutil.copyfile(pathlib.Path(like) / name, tmp / name)
   (tmp / "config.json").write_text(json.dumps(config_to_hf(cfg, dtype), indent=2) + "\n")
   np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-  shards, total = _plan_shards(family.of(cfg).specs(cfg), np_dtype.itemsize)
+  shards, total = _files_of(family.of(cfg).specs(cfg), np_dtype.itemsize)
   names = (["model.safetensors"] if len(shards) == 1 else
            [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
   for file, shard in zip(names, shards):  # only one shard at a time is on the host

@@ -16,9 +16,9 @@ import numpy as np
 
 from virl_jax import types
 from virl_jax.data import answers
-from virl_jax.model import sharding
 from virl_jax.rollout import engine
 from virl_jax.rollout import turns
+from virl_jax.run import hosts
 
 _FURTHER = 2 ** 30  # folded into the step's key; no trajectory's index is ever so large
 
@@ -55,7 +55,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
     for group, useful in zip(groups, np.asarray(informative(found))[::group_size], strict=True):
       (good if useful else spare).append(group)
     # Processes go on together: each keeps its own groups, and the one that lacks most decides.
-    if sharding.agree(np.array([wanted - len(good)]))[0] <= 0:
+    if hosts.agree(np.array([wanted - len(good)]))[0] <= 0:
       break
   return [t for group in (good + spare)[:wanted] for t in group], _metrics(stats, attempt)
 

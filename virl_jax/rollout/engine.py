@@ -32,6 +32,7 @@ from virl_jax.rollout import chunks
 from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
+from virl_jax.run import hosts
 
 
 @dataclasses.dataclass
@@ -148,7 +149,7 @@ class _Loop:
     cfg = policy.engine
     self.policy, self.params, self.key, self.protocol, self.pool = policy, params, key, protocol, pool
     self.temperature = np.float32(policy.rollout.temperature if temperature is None else temperature)
-    self.shards, mine = sharding.row_shards(policy.mesh), sharding.row_lanes(policy.mesh)
+    self.shards, mine = sharding.row_shards(policy.mesh), hosts.row_lanes(policy.mesh)
     self.before, self.n_lanes = mine.start, len(mine)
     self.slots = -(-(cfg.slots or len(tasks) * group_size) // self.shards)
     self.group_size = group_size
@@ -188,7 +189,7 @@ class _Loop:
     most = max(collections.Counter(lane for lane, _ in writers).values(), default=0)
     grid = self.policy.model.vision.grid
     # This is all that processes have to know of each other.
-    old_moves, new_moves, (running, left, *_), *needs = sharding.agree(np.array([
+    old_moves, new_moves, (running, left, *_), *needs = hosts.agree(np.array([
         _extent(old), _extent(new), (most, self._left(), 0, 0),
         *(chunks.shape(entries, grid) for entries in (prompts, *by_size))])).tolist()
     self._restart(old, *old_moves)
@@ -278,7 +279,7 @@ class _Loop:
       arrays[:, m.lane, used[m.lane]] = m.to, m.source, m.tokens, m.pos
       used[m.lane] += 1
     width = shapes.least(tokens, (self.length // 4, self.length))
-    self.state = sample.restart(self.state, *sharding.place_rows(tuple(arrays.reshape(4, -1)), self.policy.mesh),
+    self.state = sample.restart(self.state, *hosts.place_rows(tuple(arrays.reshape(4, -1)), self.policy.mesh),
                                 width, self.shards)
 
   def _append(self, entries: list[chunks.Entry], need: tuple[int, ...], prompt: bool) -> None:
@@ -290,7 +291,7 @@ class _Loop:
     shape = chunks.Shape(shapes.least(rows, self.prompt_rows if prompt else self.append_rows), tokens, windows, cells)
     chunk = chunks.build(entries, shape, self.n_lanes, self.slots, self.policy, self.before)
     self.state = sample.append(self.params, self.policy.model, self.state,
-                               sharding.place_rows(chunk, self.policy.mesh), prompt, self.shards)
+                               hosts.place_rows(chunk, self.policy.mesh), prompt, self.shards)
     self.stats.appends += 1
     added = sum(len(e.reply.ids) for e in entries)
     if prompt:
@@ -313,11 +314,11 @@ class _Loop:
       used[number] += 1
       who[number * each + a] = number, slot
     asked = asked.reshape(5, -1)
-    asked = sharding.place_rows(sample.Writers(*asked[:4], None if whole else asked[4]), policy.mesh)
+    asked = hosts.place_rows(sample.Writers(*asked[:4], None if whole else asked[4]), policy.mesh)
     serve = max(1, int(cfg.serve_share * self.slots * self.shards))
     self.state, *sampled = sample.decode(self.params, policy.model, self.state, asked, self.key, self.temperature,
                                          cfg.segment_tokens, np.int32(serve), policy.rollout.keep, self.shards)
-    tokens_AT, logp_AT, count_A = sharding.fetch_rows(sampled)
+    tokens_AT, logp_AT, count_A = hosts.fetch_rows(sampled)
     self.rested = time.perf_counter()
     steps = int(count_A.max())
     self.stats.steps += steps
