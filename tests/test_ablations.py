@@ -112,13 +112,14 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
 
 
 def test_how_often_longer_budgets_were_used():
-  terms = results.outcome.terms([results.outcome.Outcome(**outcome(True, [0.5] * n)) for n in (0, 3, 4, 7)], 0.4)
+  found = [results.outcome.Outcome(uid="t", **outcome(True, [0.5] * n)) for n in (0, 3, 4, 7)]
+  terms = results.outcome.terms(found, 0.4)
   assert [results.beyond(np.array(terms)[:, None], n) for n in (0, 3, 6)] == [0.75, 0.5, 0.25]
 
 
 def test_what_is_said_of_longer_budgets():
   terms = lambda *zooms: np.array(results.outcome.terms(
-      [results.outcome.Outcome(**outcome(True, [0.5] * n)) for n in zooms], 0.4))[:, None]
+      [results.outcome.Outcome(uid="t", **outcome(True, [0.5] * n)) for n in zooms], 0.4))[:, None]
   arm = lambda *zooms: results.Arm(terms(*zooms), terms(1, 1), ())
   short = results._rounds({"a": arm(1, 4)}, ("a",), "one or two")
   assert "tasks want one or two: before, 0.0 % with more than 3" in short

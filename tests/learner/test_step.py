@@ -473,9 +473,9 @@ def test_a_norm_of_0_clips_nothing():
     optimizer = step_lib.optimizer(step_lib.OptimConfig(1.0, eps=1.0, clip_norm=clip_norm))
     return optimizer.update(long, optimizer.init(long), long)[0]["w"]
 
-  np.testing.assert_allclose(update(0.0), -0.75, rtol=1e-6)  # 3 / (3 + eps), as Adam's first step has it
+  np.testing.assert_allclose(update(0.0), -0.75, rtol=1e-4)  # 3 / (3 + eps), as Adam's first step has it
   np.testing.assert_array_equal(update(0.0), update(1e9))
-  np.testing.assert_allclose(update(1.0), -0.5 / 1.5, rtol=1e-5)
+  np.testing.assert_allclose(update(1.0), -0.5 / 1.5, rtol=1e-4)
 
 
 def test_defaults_are_the_configuration_s():
