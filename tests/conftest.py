@@ -66,7 +66,7 @@ def _own_cache(tmp_path_factory):
   """Generated sets go to a folder of this test run, not to the user's cache.
 
   So do the programs of the processes that tests start: what one has compiled, the next one reads, whichever of
-  pytest's processes started it.  This process has its JAX already, and keeps to its own.
+  pytest's processes started it.  They run few steps, and so don't optimise either.  This process has its JAX already.
   """
   ours = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
@@ -75,6 +75,7 @@ def _own_cache(tmp_path_factory):
     patch.setenv("VIRL_JAX_CACHE", folder)
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(ours / "programs"))
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
     yield
 
 
