@@ -149,7 +149,7 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
   result = harness.result(judged, c.reward.h0, c.eval.bootstrap)
   if before is not None:
     result["difference"] = outcome.difference(harness.outcomes(before, tasks), harness.outcomes(result), c.reward.h0,
-                                                  c.eval.bootstrap)
+                                              c.eval.bootstrap)
   gallery.save(str(workdir / "rollouts" / f"{when}.jsonl"), [j.entry for j in judged[:c.log.gallery]])
   workdir_lib.write_text(file, json.dumps(result) + "\n")
   print(f"evaluated in {time.perf_counter() - began:.0f} s", flush=True)
