@@ -21,7 +21,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PHOTOS = ROOT.parent / "shared" / "realdata" / "records.jsonl"
 SMALL = ("--config.rollout.prompts=8", "--config.rollout.group_size=4", "--config.eval.tasks=8",
          "--config.data.needle.train_size=32", "--config.data.needle.test_size=8", "--config.checkpoint.every=1",
-         "--config.log.gallery_every=2", "--config.log.tensorboard=False")
+         "--config.log.gallery_every=2", "--config.log.tensorboard=False",
+         # One shape for all batches: programs to compile are what these runs' time goes into.
+         "--config.pack.crops_share=1.0", "--config.pack.joined_share=1.0")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,7 @@ def test_killed_and_started_again_ends_the_same(places, six_steps):
   assert ours == theirs, f"killed after step {at}"
 
 
+@pytest.mark.slow
 def test_an_alarm_can_end_a_run_and_the_run_can_go_on(places):
   workdir = places[0] / "stopped"
   alarming = ("--config.steps=3", "--config.eval.tasks=0", "--config.checkpoint.every=50", "--config.monitor.window=1",
@@ -126,6 +129,7 @@ def test_an_alarm_can_end_a_run_and_the_run_can_go_on(places):
   assert header["config"]["monitor"]["stop"] == [] and header["earlier"][0]["until"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_changes_on_purpose(places):
   workdir = places[0] / "changed"
   for steps, rate, more in ((1, 2e-4, ()), (2, 1e-4, ()), (2, 1e-4, ("--resume-with-changes",))):

@@ -55,6 +55,7 @@ def run(out, *more):
                          "--config.warmstart.pictures=4", *more], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_going_on_from_a_base(tmp_path):
   out = tmp_path / "base"
   done = run(out, "--config.warmstart.steps=2", "--config.warmstart.p_direct=0.5")

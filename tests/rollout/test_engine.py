@@ -16,6 +16,7 @@ import pytest
 
 from virl_jax import config as config_lib
 from virl_jax import types
+from virl_jax.data import answers
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.learner import step as step_lib
@@ -83,6 +84,7 @@ def test_trajectories_are_whole(base):
 def test_sampled_logps_are_the_learners(base):
   policy, params, padding = base
   got = engine.rollout(policy, params, draw_tasks(4), jax.random.key(1), group_size=2, temperature=0.7)
+  answers.grade(got)
   batch = jax.tree.map(jax.numpy.asarray, pack.pack(got, padding))
   logp, _, _ = step_lib.outputs(params, step_lib.Config(policy.model, 2, temperature=0.7), batch)
   mask = np.asarray(batch.sampled_BT)
@@ -143,6 +145,7 @@ def test_a_rollout_can_be_repeated_bit_for_bit(base):
         assert x.ids.tobytes() == y.ids.tobytes() and (x.logp is None or x.logp.tobytes() == y.logp.tobytes())
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
   """Each with rows and pictures of its own, in lock-step, on a mesh of 2 x 2; together what one process samples."""
   def run(processes):
