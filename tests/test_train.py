@@ -21,9 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PHOTOS = ROOT.parent / "shared" / "realdata" / "records.jsonl"
 SMALL = ("--config.rollout.prompts=8", "--config.rollout.group_size=4", "--config.eval.tasks=8",
          "--config.data.needle.train_size=32", "--config.data.needle.test_size=8", "--config.checkpoint.every=1",
-         "--config.log.gallery_every=2", "--config.log.tensorboard=False",
-         # One shape for all batches: programs to compile are what these runs' time goes into.
-         "--config.pack.crops_share=1.0", "--config.pack.joined_share=1.0")
+         "--config.log.gallery_every=2", "--config.log.tensorboard=False")
 
 
 @pytest.fixture(scope="module")
