@@ -146,6 +146,7 @@ def _knobs() -> ConfigDict:
   w.w_sign = 1.0                   # weight of signed correctness [ours]
   w.lam = 0.5                      # weight of progressive refinement [ours]
   w.rho = 0.5                      # redundancy penalty [ours]
+  w.refine_margin = 0.1            # IoU that a look has to add to the best so far not to be redundant; 0: any gain [ours]
   w.average = "mean"               # of the actions' rewards: mean | sum | discounted | best [published: mean]
   w.discount = 0.9                 # of each further action, if discounted [ours]
   w.w_cover = 0.0                  # weight of the share of a task's boxes that were hit [ours]

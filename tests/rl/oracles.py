@@ -41,7 +41,7 @@ def fidelity(boxes, box_mask, targets, gt_mask, cfg, h0=None) -> dict:
   """`reward.fidelity` by the formulas of the module docstring; keys as the fields of `reward.Fidelity`."""
   h0 = cfg.h0 if h0 is None else h0
   live = [j for j in range(len(targets)) if gt_mask[j]]
-  rows, history = [], []
+  rows, best = [], {}  # of each target that was scored with, the best so far
   for box, is_action in zip(boxes, box_mask):
     if not is_action or not live:
       rows.append((0.0, 0.0, 0.0, -1, False, False))
@@ -49,16 +49,16 @@ def fidelity(boxes, box_mask, targets, gt_mask, cfg, h0=None) -> dict:
     scores = {j: overlap(box, targets[j], cfg.mode) for j in live}
     target = max(live, key=lambda j: (scores[j], -j))
     value = scores[target]
-    best = max((v for j, v in history if j == target), default=None)
-    correct = value >= h0
-    redundant = correct and best is not None and best >= h0 and value <= best
-    r = (cfg.w_sign * (1 if correct else -1) + cfg.lam * max(0.0, value - max(0.0, best or 0.0))
+    hits = [j for j in live if scores[j] >= h0]
+    news = [j for j in hits if best.get(j, -math.inf) < h0 or scores[j] > best[j] + cfg.refine_margin]
+    redundant = bool(hits) and not news
+    r = (cfg.w_sign * (1 if hits else -1) + cfg.lam * max(0.0, value - max(0.0, best.get(target, 0.0)))
          - (cfg.rho if redundant else 0))
-    rows.append((r, max(overlap(box, targets[j], "iou") for j in live), value, target, redundant, correct))
-    history.append((target, value))
+    rows.append((r, max(overlap(box, targets[j], "iou") for j in live), value, target, redundant, bool(hits)))
+    best = {j: max(scores[j], best.get(j, -math.inf)) for j in live}
   names = "reward_R", "iou_R", "score_R", "target_R", "redundant_R", "correct_R"
   found = dict(zip(names, (np.array(c) for c in zip(*rows)))) if rows else {n: np.zeros(0) for n in names}
-  covered = len({row[3] for row in rows if row[5]}) / len(live) if live else 0.0
+  covered = sum(value >= h0 for value in best.values()) / len(live) if live else 0.0
   earned = [row[0] for row, is_action in zip(rows, box_mask) if is_action]
   mean = (pool(earned, cfg) + cfg.w_cover * covered if earned else cfg.no_action) if live else 0.0
   return found | {"mean": mean, "covered": covered}

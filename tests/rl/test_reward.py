@@ -13,7 +13,7 @@ from tests.rl import oracles
 from virl_jax import config
 from virl_jax.rl import reward
 
-CFG = reward.Config(h0=0.4, lam=0.5, rho=0.5, no_action=-0.75)
+CFG = reward.Config(h0=0.4, lam=0.5, rho=0.5, refine_margin=0.0, no_action=-0.75)
 SQUARE = (0.0, 0.0, 10.0, 10.0)
 ELSEWHERE = (20.0, 20.0, 30.0, 30.0)
 # Compiled, because tests pay for every small operation that is compiled by itself.
@@ -116,6 +116,73 @@ def test_fidelity_golden_two_targets():
   np.testing.assert_array_equal(f.target_R, [0, 1, 1])
   np.testing.assert_array_equal(f.redundant_R, [False, False, True])  # a new target is news
   np.testing.assert_allclose(f.reward_R, [1.4, 1.25, 0.5], atol=1e-6)
+
+
+def overlapping_batch(seed, n=300, targets=3, jitter=4):
+  """Targets that lie on each other, and looks at them and between them."""
+  rng = np.random.default_rng(seed)
+  middle = np.array([20.0, 20.0, 60.0, 60.0])
+  gt_BJ4 = middle + rng.normal(0, jitter, (n, targets, 4))
+  box_BR4 = gt_BJ4[np.arange(n)[:, None], rng.integers(0, targets, (n, 5))] + rng.normal(0, jitter, (n, 5, 4))
+  full = lambda x: np.ones(x.shape[:2], bool)
+  return box_BR4.astype(np.float32), full(box_BR4), gt_BJ4.astype(np.float32), full(gt_BJ4)
+
+
+def test_a_look_counts_for_every_target_that_it_hits():
+  outer, inner = (0, 0, 10, 10), (0, 0, 10, 8)
+  f = score([outer, inner, inner], [outer, inner])
+  # The first look is the outer box, and at IoU 0.8 the inner one, too: the second adds 0.2 to that, the third nothing.
+  np.testing.assert_array_equal(f.target_R, [0, 1, 1])
+  np.testing.assert_array_equal(f.redundant_R, [False, False, True])
+  np.testing.assert_allclose(f.reward_R, [1.5, 1 + 0.5 * 0.2, 0.5], atol=1e-6)
+  assert score([outer], [outer, inner]).covered == 1.0
+  assert score([inner], [outer, ELSEWHERE]).covered == 0.5
+
+
+def test_a_look_that_hits_one_target_for_the_first_time_is_not_redundant():
+  left, right, both = (0, 0, 10, 10), (10, 0, 20, 10), (0, 0, 20, 10)
+  assert score([left, both], [left, right]).redundant_R.tolist() == [False, False]  # 0.5 of each: the right is news
+  assert score([left, right, both], [left, right]).redundant_R.tolist() == [False, False, True]
+
+
+def test_four_looks_at_one_spot_are_one_hit_of_four_near_equal_boxes():
+  spots = [(0, 0, 40 + d, 40 + d) for d in range(4)]
+  f = score(spots, spots, cfg=reward.Config(h0=0.4, lam=0.5, rho=0.5), pad=(5, 4))
+  assert f.redundant_R.tolist() == [False, True, True, True]
+  assert f.covered == 1.0
+  np.testing.assert_allclose(f.reward_R, [1.5] + [0.5 + 0.5 * (1 - 40 * 40 / 41 ** 2)] + [
+      0.5 + 0.5 * (1 - (39 + d) ** 2 / (40 + d) ** 2) for d in (2, 3)], atol=1e-6)
+
+
+def test_overlapping_targets_agree_with_the_slow_loop():
+  cfgs = [CFG, reward.Config()]
+  for cfg in cfgs:
+    batch = overlapping_batch(seed=7)
+    f = jax.device_get(jax.vmap(functools.partial(reward.fidelity, cfg=cfg))(*batch))
+    for row in range(len(batch[0])):
+      for name, value in oracles.fidelity(*(x[row] for x in batch), cfg).items():
+        np.testing.assert_allclose(np.asarray(getattr(f, name)[row], np.float64), value, atol=1e-5, err_msg=name)
+    # A look hits several at once, which is what this is about.
+    assert f.covered.mean() > 0.9 and f.redundant_R.mean() > 0.2
+
+
+def test_a_refinement_is_more_than_a_margin():
+  looks = [(0, 0, 10, 5), (0, 0, 10, 5.4), (0, 0, 10, 5.6), (0, 0, 10, 6.6)]  # IoU .5, .54, .56, .66
+  redundant = lambda margin: score(looks, [SQUARE], cfg=reward.Config(refine_margin=margin)).redundant_R.tolist()
+  assert redundant(0.0) == [False, False, False, False]
+  assert redundant(0.05) == [False, True, True, False]  # each against the best so far
+  assert redundant(0.15) == [False, True, True, True]
+  assert reward.Config().refine_margin == 0.1
+
+
+def test_looks_that_jitter_about_one_spot_are_redundant():
+  rng = np.random.default_rng(0)
+  target_B4 = np.tile(np.array([100.0, 100.0, 150.0, 150.0], np.float32), (200, 1))
+  looks_BR4 = target_B4[:, None] + rng.normal(0, 5, (200, 1, 4)) + rng.uniform(-3, 3, (200, 6, 4))
+  args = looks_BR4.astype(np.float32), np.ones((200, 6), bool), target_B4[:, None], np.ones((200, 1), bool)
+  share = lambda margin: float(jax.vmap(functools.partial(
+      reward.fidelity, cfg=reward.Config(refine_margin=margin)))(*args).redundant_R[:, 1:].mean())
+  assert share(0.0) < 0.8 < 0.95 < share(reward.Config().refine_margin)
 
 
 def test_a_miss_is_never_redundant_and_a_near_miss_still_raises_the_bar():

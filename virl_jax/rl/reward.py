@@ -1,18 +1,24 @@
 """Reward kernels: IoU and its kin, rationale fidelity, and the total reward of one trajectory.
 
-Each function takes one trajectory; the caller vmaps.  With `s_k` the best score of visual action k with a
-ground-truth box (its IoU, unless another of `MODES` is asked for), `j_k` that box, and `best_k` the best score
-that actions before k reached on `j_k` (0 if they reached none, or one below 0, as a generalised IoU may be):
+Each function takes one trajectory; the caller vmaps.  With `s_kj` the score of visual action k with ground-truth
+box j (its IoU, unless another of `MODES` is asked for), and `best_kj` the best score with that box of any action
+before k (0 if there is none, or one below 0, as a generalised IoU may be); with `s_k` the best of the s_kj, and
+`best_k` the best_kj of the box that s_k is reached on:
 
     sign_k   = +1 if s_k >= h0 else -1
     bonus_k  = max(0, s_k - best_k)
-    again_k  = 1 if s_k >= h0, best_k >= h0 and s_k <= best_k else 0
+    again_k  = 1 if s_k >= h0, and for each box j with s_kj >= h0: best_kj >= h0 and s_kj <= best_kj + refine_margin
     r_k      = w_sign * sign_k + lam * bonus_k - rho * again_k
     fidelity = average of r_k over the actions + w_cover * (targets hit / targets)
+
+An action counts for every target that it scores with, not only for the one that it fits best: boxes overlap in
+real data, and a look that holds two of them has hit both.
 
 Our reading: refinement and redundancy are kept per target, so that a first look at a second target
 is neither compared with the first one nor called redundant; with one target this is the paper's
 running best.
+Our reading: a look that hits again what was hit before refines it only if it is better by more than a margin,
+`refine_margin`.  At 0 every other look of a policy that jitters by a pixel or two is a refinement.
 Our reading: a task without boxes has no fidelity (0), and a trajectory that never zooms on a task
 with boxes has a fidelity of its own, `no_action`.
 Our reading: coverage of all targets (w_cover), the other scores, the other averages and the schedule of h0
@@ -45,6 +51,8 @@ class Config:
     w_sign: weight of signed correctness.
     lam: weight of progressive refinement.
     rho: penalty of a redundant action.
+    refine_margin: score by which a look at what was hit before has to be better than the best so far, or more, not to
+      be redundant; in units of the score.
     average: how r_k become one number, one of `AVERAGES`; see `pool`.
     discount: of an action after the one before it, if average is "discounted".
     w_cover: weight of the share of targets that were hit.
@@ -61,6 +69,7 @@ class Config:
   w_sign: float = 1.0
   lam: float = 0.5
   rho: float = 0.5
+  refine_margin: float = 0.1
   average: str = "mean"
   discount: float = 0.9
   w_cover: float = 0.0
@@ -73,8 +82,8 @@ class Config:
     weight = checks.real(0)
     checks.section(vars(self), "reward", h0=checks.real(0, 1, wanted="an IoU in [0, 1]"),
                    h0_start=checks.real(0, 1, wanted="an IoU in [0, 1]"), h0_steps=checks.whole(0),
-                   mode=checks.one_of(MODES), w_sign=weight, lam=weight, rho=weight, average=checks.one_of(AVERAGES),
-                   discount=checks.real(above=0, high=1), w_cover=weight, w_answer=weight, w_format=weight,
+                   mode=checks.one_of(MODES), w_sign=weight, lam=weight, rho=weight, refine_margin=checks.real(0, 1),
+                   average=checks.one_of(AVERAGES), discount=checks.real(above=0, high=1), w_cover=weight, w_answer=weight, w_format=weight,
                    w_fidelity=weight, no_action=checks.real())
 
 
@@ -88,7 +97,7 @@ class Fidelity:
     score_R: float32, best score with a ground-truth box; equal to iou_R if the mode is "iou".
     target_R: int32, the ground-truth box of that score; -1 where there is no action or no box, so
       `target_R >= 0` says which actions can be judged.
-    redundant_R: bool, hits a target that is already hit without refining it.
+    redundant_R: bool, hits only targets that are already hit, and refines none of them.
     correct_R: bool, score >= h0; a redundant action is correct too.
     mean: float32 scalar, the fidelity term of the trajectory.
     covered: float32 scalar in [0, 1], share of the targets that were hit; 0 if there are none.
@@ -216,7 +225,7 @@ def fidelity(box_R4: jax.Array, box_mask_R: jax.Array, gt_J4: jax.Array, gt_mask
              cfg: Config, h0: jax.Array | None = None) -> Fidelity:
   """Scores the visual actions of one trajectory, in order.
 
-  Among targets of equal score the first counts.
+  Among targets of equal score the first is the action's own (`Fidelity.target_R`); all that it hits are hit.
 
   Args:
     box_R4: float32[R, 4], boxes of the actions, pixels of the original image; R may be 0.
@@ -245,21 +254,25 @@ def fidelity(box_R4: jax.Array, box_mask_R: jax.Array, gt_J4: jax.Array, gt_mask
   judged_R = box_mask_R & (targets > 0)
   iou_RJ = iou(box_R4, gt_J4)
 
+  # What is masked is below any score, so that it is never best and never hit.
+  score_RJ = jnp.where(gt_mask_J, iou_RJ if cfg.mode == "iou" else overlap(box_R4, gt_J4, cfg.mode), -2.0)
+
   def action(best_J, inputs):
     score_J, judged = inputs
-    target = jnp.argmax(jnp.where(gt_mask_J, score_J, -2.0))
+    target = jnp.argmax(score_J)
     value, best = score_J[target], best_J[target]
+    hit_J = score_J >= h0
+    stale_J = (best_J >= h0) & (score_J <= best_J + cfg.refine_margin)
     correct = judged & (value >= h0)
-    redundant = correct & (best >= h0) & (value <= best)
+    redundant = correct & (~hit_J | stale_J).all()
     reward = (cfg.w_sign * jnp.where(correct, 1.0, -1.0)
               + cfg.lam * jnp.maximum(0.0, value - jnp.maximum(best, 0.0)) - jnp.where(redundant, cfg.rho, 0.0))
-    best_J = best_J.at[target].max(jnp.where(judged, value, -1.0))
+    best_J = jnp.where(judged, jnp.maximum(best_J, score_J), best_J)
     return best_J, (jnp.where(judged, reward, 0.0), jnp.where(judged, value, 0.0),
                     jnp.where(judged, target, -1).astype(jnp.int32), redundant, correct)
 
   # Untouched targets start below any threshold, so that h0 = 0 doesn't make them look hit already.
   untouched_J = jnp.full(gt_mask_J.shape, -1.0, jnp.float32)
-  score_RJ = iou_RJ if cfg.mode == "iou" else overlap(box_R4, gt_J4, cfg.mode)
   best_J, (reward_R, score_R, target_R, redundant_R, correct_R) = jax.lax.scan(
       action, untouched_J, (score_RJ, judged_R))
 
