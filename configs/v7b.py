@@ -9,7 +9,8 @@ Shapes come from the checkpoint's own config.json.  Every number below says wher
     [NAME]       that project's published setting
     [ours]       chosen here; the paper's value is not published in what we have
 Never run end to end by us: no machine we have holds it.  State for full fine-tuning with float32 masters and
-AdamW is about 114 GiB before activations, so it wants 8 x 80 GB devices, or 16 TPU v5e and more.
+AdamW is about 114 GiB before activations.  Its update was compiled for 8 x H100, 64 TPU v5e, 16 v5p and 16 v6e, and
+as it stands none of them takes it: a minibatch's activations, not the state, are what does not fit.
 """
 
 from virl_jax import config as config_lib
@@ -48,7 +49,8 @@ def get_config():
   c.rollout.max_total_tokens = 16384    # prompt 8,192 + response 8,192 [ours; DeepEyes: 8,192 + 20,480]
   c.engine.slots = 64                   # of 2,048 trajectories; 0.875 GiB each, 7 GiB a device on eight [ours]
   c.rollout.temperature = 1.0           # [DeepEyes, Mini-o3]
-  c.rollout.mask_overlong = True        # [Mini-o3: masking over-turn rollouts]
+  c.rollout.mask_overlong = True        # [ours, after Mini-o3's masking of over-turn rollouts]
+  c.rollout.mask_out_of_rounds = True   # [Mini-o3: masking over-turn rollouts]
   c.engine.pad_tokens = 2048            # of prompts [ours]
   c.pack.pad_tokens = 2048              # [ours]
 

@@ -149,7 +149,8 @@ def test_a_run_goes_on_with_changes_on_purpose(places):
 def test_the_rivals_train_and_go_on(places):
   """A critic, CISPO, and an adaptive KL in the reward: what they carry from step to step is in the checkpoint."""
   rivals = ("--config.advantage.kind=gae", "--config.credit.scope=call", "--config.loss.kind=cispo",
-            "--config.loss.kl_coef=0.05", "--config.loss.kl_in_reward=True", "--config.loss.kl_target=0.001",
+            "--config.loss.kl_coef=0.05", "--config.loss.kl_in_reward=True", "--config.loss.kl_estimator=k1",
+            "--config.loss.kl_target=0.001",
             "--config.loss.kl_horizon=100.0", "--config.eval.tasks=0")
   small = [option for option in SMALL if "eval.tasks" not in option]
   for steps in (1, 2):

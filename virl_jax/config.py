@@ -116,8 +116,9 @@ def _knobs() -> ConfigDict:
   r.top_p = 1.0                    # only the likeliest tokens that together have this probability; 1 for all
   r.min_p = 0.0                    # only tokens at least this share as likely as the likeliest; 0 for all
   r.stop_strings = ()              # text that ends a turn, such as ("</tool_call>", "</answer>")
-  r.resample = 0                   # most further batches of prompts drawn to replace groups with equal rewards [DAPO]
+  r.resample = 0                   # most further batches of prompts drawn for groups that are not informative [DAPO]
   r.mask_overlong = False          # trajectories that ran out of tokens don't count in the loss
+  r.mask_out_of_rounds = False     # nor those that asked for a zoom when no round was left [Mini-o3: so]
 
   c.engine = y = ConfigDict()      # how rollouts use the device; see docs/rollout.md
   y.slots = 0                      # rows of the cache, on all devices; trajectories queue for them; 0 for one each
@@ -146,7 +147,7 @@ def _knobs() -> ConfigDict:
   w.w_sign = 1.0                   # weight of signed correctness [ours]
   w.lam = 0.5                      # weight of progressive refinement [ours]
   w.rho = 0.5                      # redundancy penalty [ours]
-  w.refine_margin = 0.1            # IoU that a look has to add to the best so far not to be redundant; 0: any gain [ours]
+  w.refine_margin = 0.1            # more IoU than this is a refinement, and not redundant; 0: any more [ours]
   w.average = "mean"               # of the actions' rewards: mean | sum | discounted | best [published: mean]
   w.discount = 0.9                 # of each further action, if discounted [ours]
   w.w_cover = 0.0                  # weight of the share of a task's boxes that were hit [ours]
@@ -170,9 +171,13 @@ def _knobs() -> ConfigDict:
   c.advantage = a = ConfigDict()
   a.kind = "group"                 # group (GRPO) | rloo | batch (REINFORCE++) | gae (with a critic)
   a.normalize_std = True           # group: divide by the group's standard deviation [GRPO]; False is Dr. GRPO
+  a.std_floor = 0.1                # least deviation that is divided by, in units of the reward; 0 for none [ours]
   a.gamma = 1.0                    # gae: discount a token [verl]
-  a.lam = 0.95                     # gae: lambda, from one step (0) to the whole return (1) [PPO]
-  a.drop_equal = False             # leave groups whose rewards are all equal out of the loss's means [DAPO]
+  a.lam = 1.0                      # gae: lambda, from one step (0) to the whole return (1) [verl]
+  # A group is informative if its rollouts differ by more than least_spread in what spread_of names.
+  a.spread_of = "total"            # total | answer | fidelity [DAPO: answer; ours: total]
+  a.least_spread = 0.1             # in units of what is looked at [ours]
+  a.drop_equal = False             # leave groups that are not informative out of the loss's means [DAPO]
 
   c.loss = o = ConfigDict()
   o.kind = "ppo"                   # ppo | gspo | cispo; see rl/loss.py
@@ -183,8 +188,8 @@ def _knobs() -> ConfigDict:
   o.dual_clip = 0.0                # most that blame is multiplied by; 0 for no limit [verl: 3]
   o.sampler_cap = 0.0              # truncated importance weights against the sampler; 0 for none [verl: 2]
   o.kl_coef = 0.0                  # weight of the KL against the frozen reference; 0 keeps no reference [DeepEyes]
-  o.kl_estimator = "k3"            # k1 | k2 | k3 [GRPO: k3]
-  o.kl_in_reward = False           # take it off the reward instead of adding it to the loss
+  o.kl_estimator = "k3"            # in the loss k2 | k3, in the reward k1; k3 is at most 10 nats [GRPO: k3; verl]
+  o.kl_in_reward = False           # take it off each token's reward instead of adding it to the loss; wants k1
   o.kl_target = 0.0                # nats a token that an adaptive kl_coef aims at; 0 for a constant one
   o.kl_horizon = 10000.0           # trajectories that it takes to get there [arXiv 1909.08593]
   o.entropy_coef = 0.0             # weight of an entropy bonus; 0 for none, entropy is a metric anyway [ours]

@@ -104,7 +104,9 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
         c.rollout.resample, functools.partial(_informative, p, step))
     record.lap("rollout")
     parts = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches, (c.seed, step))
-    minibatches, scores = zip(*[_score(p, state, ref_params, part, step) for part in parts])
+    minibatches, scores = zip(*step_lib.score(
+        state, ref_params, [hosts.place(pack.pack(part, p.pack), p.mesh) for part in parts], p.step,
+        _threshold(p, step)))
     updates = []
     for minibatch in c.ppo.epochs * minibatches:
       state, metrics = step_lib.update_step(state, minibatch, p.step)
@@ -168,14 +170,8 @@ def _of_these(result: dict, tasks, file: pathlib.Path) -> dict:
 
 def _informative(p, step: int, found: list[types.Trajectory]) -> np.ndarray:
   """bool for each trajectory: whether its group is informative, at this step's threshold."""
-  return step_lib.informative(pack.boxes(found, p.pack.max_rounds), *pack.outcomes(found), p.step.judge,
-                              _threshold(p, step))
-
-
-def _score(p, state, ref_params, trajectories: list[types.Trajectory], step: int):
-  """A scored minibatch, and its metrics."""
-  batch = hosts.place(pack.pack(trajectories, p.pack), p.mesh)
-  return step_lib.score_step(state, ref_params, batch, p.step, _threshold(p, step))
+  return step_lib.informative(pack.boxes(found, p.pack.max_rounds), *pack.outcomes(found), pack.answerable(found),
+                              pack.counted(found, p.pack.mask_stops), p.step.judge, _threshold(p, step))
 
 
 def _threshold(p, step: int) -> np.float32:

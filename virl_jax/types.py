@@ -209,6 +209,7 @@ class Batch:
     gt_mask_BJ: bool.
     answer_B: float32, 1 if the answer is right.
     format_B: float32, 1 if every turn was well formed and the last is an answer.
+    answerable_B: bool, True if the task has accepted answers.
     row_mask_B: bool, False on rows that only fill the batch or are masked from the loss.
     images: the image buckets.
     joined_UT: int32 index into [B, T] put flat, -1 on padding: rows as the model is to take them, several short
@@ -228,6 +229,7 @@ class Batch:
   gt_mask_BJ: jax.Array
   answer_B: jax.Array
   format_B: jax.Array
+  answerable_B: jax.Array
   row_mask_B: jax.Array
   images: tuple[ImageBatch, ...]
   joined_UT: jax.Array | None = None

@@ -305,7 +305,7 @@ def test_a_single_update_computes_the_old_log_probabilities_itself(small, batch,
 def test_scoring_keeps_log_probabilities_where_it_needs_them(small, batch):
   run = lambda state, **kwargs: jax.eval_shape(
       lambda s, b: step_lib.score_step(s, None, b, make_config(small, single_update=True, **kwargs)), state, batch)[0]
-  assert run(held(small.params), loss=loss.Config(kl_coef=0.1, kl_in_reward=True)).logp_old_BT is not None
+  assert run(held(small.params), loss=loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1")).logp_old_BT is not None
   critic = {"w": jnp.zeros(small.cfg.text.hidden), "b": jnp.zeros(1)}
   s = run(held(small.params).replace(critic=critic), advantage=advantage.Config(kind="gae"))
   assert s.logp_old_BT is not None and s.value_old_BT is not None
@@ -332,7 +332,7 @@ def score(small, batch, monkeypatch):
     one = jnp.ones(batch.tokens_BT.shape)
     return -one if params is small.params else -1.5 * one, one, None if critic is None else 0.5 * one
 
-  def run(h0=None, mask=None, **kwargs):
+  def run(h0=None, mask=None, batches=None, **kwargs):
     cfg = make_config(small, **kwargs)
     rows = batch if mask is None else batch.replace(row_mask_B=mask)
     state = held(small.params).replace(kl_coef=jnp.float32(cfg.loss.kl_coef))
@@ -340,6 +340,8 @@ def score(small, batch, monkeypatch):
       state = state.replace(critic={"w": jnp.zeros(1), "b": jnp.zeros(1)})
     monkeypatch.setattr(step_lib, "outputs", outputs)
     with jax.disable_jit():
+      if batches is not None:
+        return step_lib.score(state, {"other": jnp.ones(1)}, jax.tree.map(jnp.asarray, batches), cfg, h0)
       return score_step(state, {"other": jnp.ones(1)}, jax.tree.map(jnp.asarray, rows), cfg, h0)
 
   return run
@@ -385,6 +387,84 @@ def test_a_threshold_that_moves_changes_the_reward_and_not_the_metrics(score):
     assert m_strict[name] == m_plain[name]
 
 
+def parts_of(small, batch):
+  """The batch's two groups as minibatches of their own, the first padded further."""
+  one, two = trajectories(small.cfg)[:4], trajectories(small.cfg)[4:]
+  pad = lambda rows, tokens: pack.pack(rows, pack.Config(small.cfg.vision.grid, small.cfg.image_token, 2, tokens, 8))
+  return [pad(one, 32), pad(two, 8)]
+
+
+@pytest.mark.parametrize("kwargs", [
+    dict(advantage=advantage.Config(kind="batch")), dict(advantage=advantage.Config(kind="gae")),
+    dict(credit=credit.Config(keep_scale=True)),
+    dict(advantage=advantage.Config(kind="gae"), credit=credit.Config(keep_scale=True))])
+def test_statistics_are_of_the_batch_and_not_of_a_minibatch(small, batch, score, kwargs):
+  whole, _ = score(**kwargs)
+  parts = score(batches=parts_of(small, batch), **kwargs)
+  alone = [score(batches=[part], **kwargs)[0] for part in parts_of(small, batch)]
+  for got, one, rows in zip(parts, alone, (slice(0, 4), slice(4, 8))):
+    sampled = np.asarray(got[0].batch.sampled_BT)
+    want = np.asarray(whole.advantage_BT)[rows][batch.sampled_BT[rows]]
+    np.testing.assert_allclose(np.asarray(got[0].advantage_BT)[sampled], want, atol=1e-5)
+    assert np.abs(np.asarray(one[0].advantage_BT)[sampled] - want).max() > 0.01, "a minibatch by itself is another"
+
+
+def test_rewards_that_are_equal_throughout_give_exactly_no_advantage(small, batch, score):
+  """Also where their mean, pooled over minibatches, would be rounded."""
+  cfg = reward.Config(w_answer=0.0, w_fidelity=0.0, w_format=0.0, no_action=0.0)
+  sevenths = [part.replace(answer_B=np.ones(4, np.float32)) for part in parts_of(small, batch)]
+  for s, _ in score(batches=sevenths, reward=dataclasses.replace(cfg, w_answer=1 / 7),
+                    advantage=advantage.Config(kind="batch", std_floor=0.0)):
+    np.testing.assert_allclose(s.reward_B, 1 / 7)
+    assert not np.asarray(s.advantage_BT).any()
+
+
+def test_additive_credit_compares_with_rows_that_count(batch, score):
+  rows = np.array([True, True, True, False] + [True] * 4)
+  s, _ = score(mask=rows, credit=credit.Config(kind="additive", step_weight=0.5))
+  earned = np.array([1.25, 1.25, -1.0])  # and not the fourth row's 1.5 and 0.5
+  z = 0.5 * (earned - earned.mean()) / earned.std()
+  for b, k, i in ((0, 0, 0), (0, 1, 1), (1, 0, 2)):
+    at = batch.sampled_BT[b] & (batch.action_BT[b] == k)
+    np.testing.assert_allclose(s.advantage_BT[b][at], s.advantage_B[b] + z[i], atol=1e-5)
+  assert not np.asarray(s.advantage_BT[3]).any()
+
+
+def test_a_small_spread_is_not_blown_up(batch, score):
+  """All answers right and all boxes good: what differs is noise of the IoU."""
+  near = np.array([40, 39.8, 39.6, 39.9, 40, 39.7, 39.9, 39.8], np.float32)
+  boxes = np.zeros((8, 2, 4), np.float32)
+  boxes[:, 0, 2], boxes[:, 0, 3] = 40, near
+  rows = batch.replace(
+      box_BR4=boxes, box_mask_BR=np.tile([True, False], (8, 1)), answer_B=np.ones(8, np.float32),
+      format_B=np.ones(8, np.float32), gt_BJ4=np.tile(np.array([[0, 0, 40, 40]], np.float32), (8, 1, 1)),
+      gt_mask_BJ=np.ones((8, 1), bool))
+  size = lambda **kwargs: float(np.abs(score(batches=[rows], advantage=advantage.Config(**kwargs))[0][0].advantage_B).mean())
+  assert size(std_floor=0.0) > 0.8
+  assert size() < 0.03
+  (s, metrics), = score(batches=[rows], advantage=advantage.Config(drop_equal=True))
+  assert not np.asarray(s.batch.row_mask_B).any() and pooled.merge([metrics])["advantage/informative_share"] == 0.0
+  (_, metrics), = score(batches=[rows], advantage=advantage.Config(least_spread=0.0))
+  assert pooled.merge([metrics])["advantage/informative_share"] == 1.0
+
+
+def test_equal_groups_are_equal_whatever_the_kl(small, batch, score):
+  """The KL in the reward is another for each trajectory: a group that earned the same is left out all the same."""
+  o = loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1")
+  rows = np.array([True] * 4 + [False, True, True, True])
+  s, m = score(mask=rows, loss=o, advantage=advantage.Config(drop_equal=True))
+  assert len(set(np.asarray(s.reward_B)[5:].tolist())) > 1
+  assert np.asarray(s.batch.row_mask_B).tolist() == [True] * 4 + [False] * 4
+
+
+def test_tasks_without_answers_are_neither_right_nor_wrong(batch, score):
+  _, m = score()
+  assert m["acc_ans"] == 3 / 8 and m["data/no_answers_share"] == 0.0
+  (_, metrics), = score(batches=[batch.replace(answerable_B=np.array([True] * 4 + [False] * 4))])
+  m = pooled.merge([metrics])
+  assert m["acc_ans"] == 2 / 4 and m["data/no_answers_share"] == 0.5 and m["reward/answer"] == 3 / 8
+
+
 def test_equal_groups_are_left_out_of_the_means(batch, score):
   rows = np.array([True] * 4 + [False, True, True, True])  # what is left of the second group earned the same
   s, m = score(mask=rows, advantage=advantage.Config(drop_equal=True))
@@ -398,6 +478,17 @@ def test_kl_in_the_reward(batch, score):
   s, m = score(loss=loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1"))
   np.testing.assert_allclose(s.reward_B, REWARD - 0.1 * 0.5 * batch.sampled_BT.sum(1), atol=1e-5)
   np.testing.assert_allclose(m["reward/total"], REWARD.mean(), rtol=1e-5)  # what the task gave
+  # With a critic each token pays for itself: with lambda 1, what is still to be paid after it is the later tokens'.
+  o = loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1")
+  plain, _ = score(advantage=advantage.Config(kind="gae"))
+  s, _ = score(advantage=advantage.Config(kind="gae"), loss=o)
+  for b in range(8):
+    at = np.flatnonzero(batch.sampled_BT[b])
+    paid = np.asarray(plain.return_BT[b] - s.return_BT[b])[at]
+    np.testing.assert_allclose(paid, 0.05 * np.arange(len(at), 0, -1), atol=1e-5)
+  s, _ = score(advantage=advantage.Config(kind="gae", lam=0.0), loss=o)
+  paid = np.asarray(score(advantage=advantage.Config(kind="gae", lam=0.0))[0].return_BT - s.return_BT)
+  np.testing.assert_allclose(paid[batch.sampled_BT], 0.05, atol=1e-5)
 
 
 def test_a_critic_gives_each_token_an_advantage(batch, score):

@@ -218,7 +218,7 @@ def surrogate(logp, old, advantage, mask, cfg) -> tuple[np.ndarray, np.ndarray]:
 def kl(logp: float, ref: float, estimator: str) -> float:
   """`loss.kl` of one token."""
   gap = float(ref) - float(logp)
-  return {"k1": -gap, "k2": gap * gap / 2, "k3": math.exp(gap) - gap - 1}[estimator]
+  return {"k1": -gap, "k2": gap * gap / 2, "k3": min(math.exp(gap) - gap - 1, 10.0)}[estimator]
 
 
 def sampler_weight(old: float, sampler: float, cfg) -> float:

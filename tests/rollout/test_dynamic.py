@@ -1,5 +1,7 @@
 """Which groups are kept, what is drawn for it, and that nothing changes where nothing is asked."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from virl_jax import types
 from virl_jax.learner import step as step_lib
+from virl_jax.rl import advantage
 from virl_jax.rollout import dynamic
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
@@ -77,8 +80,29 @@ def test_what_is_informative_is_what_the_reward_says(small):
     return types.Trajectory(task, 0, np.zeros(1, np.int32), turns, [], types.StopReason.ANSWERED, correct=correct)
 
   rows = [row(True, box), row(True, box), row(True, box), row(True, other), row(False), row(True)]
-  cfg = step_lib.Config(small.cfg, G)
-  got = step_lib.informative(pack.boxes(rows, 3), *pack.outcomes(rows), cfg.judge, jnp.float32(0.4))
-  assert got.tolist() == [False, False, True, True, True, True]
-  strict = step_lib.Config(small.cfg, G, reward=step_lib.reward.Config(w_answer=0.0, w_fidelity=0.0))
-  assert not step_lib.informative(pack.boxes(rows, 3), *pack.outcomes(rows), strict.judge, jnp.float32(0.4)).any()
+  def groups(rows=rows, h0=0.4, mask=(), least_spread=0.1, spread_of="total", **kwargs):
+    cfg = step_lib.Config(small.cfg, G, reward=step_lib.reward.Config(**kwargs),
+                          advantage=advantage.Config(spread_of=spread_of, least_spread=least_spread))
+    got = step_lib.informative(pack.boxes(rows, 3), *pack.outcomes(rows), pack.answerable(rows),
+                               pack.counted(rows, mask), cfg.judge, jnp.float32(h0)).tolist()
+    assert got[::2] == got[1::2]
+    return got[::2]
+
+  assert groups() == [False, True, True]
+  assert groups(w_answer=0.0, w_fidelity=0.0) == [False, False, False]
+  assert groups(spread_of="answer") == [False, False, True]
+  assert groups(spread_of="fidelity") == [False, True, False]
+  assert groups(least_spread=1.0) == [False, True, False]  # the third's two rows are 1 apart, by the answer
+  # A row that the loss is not about does not make its group informative.
+  rows[3].stop = rows[4].stop = types.StopReason.OVERLONG
+  assert groups(mask=(types.StopReason.OVERLONG,)) == [False, False, False]
+  # The threshold is the step's: a box of IoU 0.5 is a hit at 0.4, and a miss like another at 0.6.
+  half = types.Box(0, 0, 10, 5)
+  pair = [row(True, half), row(True, other)]
+  assert [groups(pair, h0, lam=0.0) for h0 in (0.4, 0.6)] == [[True], [False]]
+  # Without answers, or boxes, there is no such spread to look at.
+  free, bare = types.Task("f", b"", "?", (), (box,)), types.Task("b", b"", "?", ("x",))
+  pair = [dataclasses.replace(r, task=free, correct=False) for r in (row(False, box), row(False, other))]
+  assert groups(pair, spread_of="answer") == [True]
+  pair = [dataclasses.replace(r, task=bare) for r in (row(True), row(False))]
+  assert groups(pair, spread_of="fidelity") == [True]

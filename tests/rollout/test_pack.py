@@ -177,7 +177,10 @@ def test_well_formed(stop, error, good):
 
 
 def test_overlong_rows_are_masked_if_asked_for():
-  assert pack.pack(rows(), dataclasses.replace(CFG, mask_overlong=True)).row_mask_B.tolist() == [True, False]
+  assert pack.pack(rows(), dataclasses.replace(CFG, mask_stops=(types.StopReason.OVERLONG,))
+                   ).row_mask_B.tolist() == [True, False]
+  assert pack.pack(rows(), dataclasses.replace(CFG, mask_stops=(types.StopReason.ANSWERED,))
+                   ).row_mask_B.tolist() == [False, True]
 
 
 def test_what_does_not_fit_is_named():

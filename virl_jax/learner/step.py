@@ -1,12 +1,14 @@
 """What the device does with a batch: score it, update on it, imitate it.
 
-`score_step` reads the policy before the update: its log-probabilities, and what `rl.judge` makes of the batch.
-`update_step` is one PPO update.  `imitate_step` is one step of maximum likelihood, for warm starts.
+`score` reads the policy before the update: its log-probabilities, and what `rl.judge` makes of the batch, minibatch by
+minibatch, with statistics of all of them.  `update_step` is one PPO update.  `imitate_step` is one step of maximum
+likelihood, for warm starts.
 All are pure; the state they update is donated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 
@@ -202,50 +204,98 @@ def mask(batch: types.Batch) -> jax.Array:
   return batch.sampled_BT & batch.row_mask_B[:, None]
 
 
-informative = jax.jit(judge.informative, static_argnames="cfg")
-
-
 @functools.partial(jax.jit, static_argnames="cfg")
-def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, cfg: Config,
-               h0: jax.Array | float | None = None) -> tuple[types.ScoredBatch, pooled.Metrics]:
+def informative(boxes: judge.Boxes, answer_B: jax.Array, format_B: jax.Array, answerable_B: jax.Array,
+                row_mask_B: jax.Array, cfg: judge.Config, h0: jax.Array | float) -> jax.Array:
+  """bool[B]: whether each trajectory's group is informative at this step's threshold; see `judge.informative`."""
+  looks = judge.looks(boxes, cfg.reward, h0)
+  return judge.informative(looks, boxes, answer_B, format_B, answerable_B, row_mask_B, cfg)
+
+
+def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Batch], cfg: Config,
+          h0: jax.Array | float | None = None) -> list[tuple[types.ScoredBatch, pooled.Metrics]]:
   """Rewards, credit and advantages of a batch, with the policy as it is before the update.
 
   Args:
     state: the policy and, if there is one, the critic.
     ref_params: the frozen reference for the KL term, or None.
-    batch: whole groups, neighbours in rows.
+    batches: the minibatches that together are the batch; each of whole groups, neighbours in rows.
     cfg: static.
     h0: the threshold of this step; None for `cfg.reward.h0`, which the metrics always use.
 
   Returns:
-    The scored batch, and metrics.
+    Each minibatch scored, and its metrics.  What is standardised or scaled over the batch is so over all of them.
 
   Source: ViRL (arXiv 2511.23031); see `rl.judge`.
   """
-  logp = value = None
+  h0 = cfg.reward.h0 if h0 is None else h0
+  found = [_read(state, ref_params, batch, cfg, h0) for batch in batches]
+  batches = [batch.replace(row_mask_B=read.row_mask_B) for batch, (read, _) in zip(batches, found)]
+  moments = [read.returns.moments for read, _ in found]
+  whole = None if moments[0] is None else advantage.pooled(moments)
+  shared = [_share(read, batch.action_BT, batch.sampled_BT, cfg, h0, whole)
+            for batch, (read, _) in zip(batches, found)]
+  spread_BTs = [credits.advantage_BT for credits, _ in shared]
+  if cfg.credit.keep_scale:
+    sizes_2 = sum(credits.sizes_2 for credits, _ in shared)
+    spread_BTs = [credit.keep_scale(advantage_BT, sizes_2) for advantage_BT in spread_BTs]
+  return [(types.ScoredBatch(batch, read.logp_BT, read.logp_ref_BT, advantage_BT, read.looks.fidelity.iou_R,
+                             read.looks.class_BR, credits.modulator_BR, credits.advantage_B, read.returns.total_B,
+                             read.value_BT, read.returns.return_BT), metrics | more)
+          for batch, (read, metrics), (credits, more), advantage_BT in zip(batches, found, shared, spread_BTs)]
+
+
+def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, cfg: Config,
+               h0: jax.Array | float | None = None) -> tuple[types.ScoredBatch, pooled.Metrics]:
+  """`score` of a batch that is one minibatch."""
+  return score(state, ref_params, [batch], cfg, h0)[0]
+
+
+@flax.struct.dataclass
+class _Read:
+  """What the policy makes of a minibatch, and what it earned; fields as in `types.ScoredBatch`."""
+
+  logp_BT: jax.Array | None
+  logp_ref_BT: jax.Array | None
+  value_BT: jax.Array | None
+  row_mask_B: jax.Array
+  looks: judge.Looks
+  returns: judge.Returns
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _read(state, ref_params, batch, cfg, h0) -> tuple[_Read, pooled.Metrics]:
+  """All of scoring that one minibatch settles by itself."""
+  logp = value = kl_BT = None
   if not cfg.single_update or state.critic is not None or cfg.loss.kl_in_reward:
     logp, _, value = outputs(state.params, cfg, batch, state.critic)
   logp_ref = logp if ref_params is None else outputs(ref_params, cfg, batch)[0]
   looks = judge.looks(boxes(batch), cfg.reward, h0)
   total_B = judge.rewards(looks, batch.answer_B, batch.format_B, cfg.reward)
-  metrics = _score_metrics(batch, looks, total_B, cfg)
-  if cfg.loss.kl_in_reward:
-    kl_BT = loss.kl(logp, logp_ref, cfg.loss.kl_estimator)
-    total_B = total_B - state.kl_coef * jnp.where(batch.sampled_BT, kl_BT, 0.0).sum(-1)
-  informative_B = advantage.informative(total_B, cfg.group_size, batch.row_mask_B)
-  if cfg.advantage.drop_equal:
-    batch = batch.replace(row_mask_B=batch.row_mask_B & informative_B)
-  credits = judge.credits(looks, total_B, batch.action_BT, mask(batch), batch.row_mask_B, value, cfg.judge, h0)
-  metrics |= {
-      "credit/redundant_share": pooled.mean_of((looks.class_BR == credit.REDUNDANT).astype(jnp.float32),
-                                               looks.judged_BR),
-      "advantage/abs_mean": _each_row(jnp.abs(credits.advantage_B)),
-      "advantage/informative_share": _each_row(informative_B),
-  }
+  # Not of what the KL leaves: that is noise, different for each of a group's equal trajectories.
+  informative_B = judge.informative(looks, boxes(batch), batch.answer_B, batch.format_B, batch.answerable_B,
+                                    batch.row_mask_B, cfg.judge)
+  metrics = _score_metrics(batch, looks, total_B, cfg) | {
+      "advantage/informative_share": _each_row(informative_B)}
   if logp is not None:
     metrics |= _sampler_gap(logp, batch)
-  return types.ScoredBatch(batch, logp, logp_ref, credits.advantage_BT, looks.fidelity.iou_R, looks.class_BR,
-                           credits.modulator_BR, credits.advantage_B, total_B, value, credits.return_BT), metrics
+  if cfg.advantage.drop_equal:
+    batch = batch.replace(row_mask_B=batch.row_mask_B & informative_B)
+  if cfg.loss.kl_in_reward:
+    kl_BT = state.kl_coef * jnp.where(batch.sampled_BT, loss.kl(logp, logp_ref, cfg.loss.kl_estimator), 0.0)
+  returns = judge.returns(looks, total_B, batch.action_BT, mask(batch), batch.row_mask_B, cfg.judge, value, kl_BT)
+  return _Read(logp, logp_ref, value, batch.row_mask_B, looks, returns), metrics
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _share(read, action_BT, sampled_BT, cfg, h0, whole) -> tuple[judge.Credits, pooled.Metrics]:
+  """The rest of it, which may want statistics of the whole batch."""
+  trained_BT = sampled_BT & read.row_mask_B[:, None]
+  credits = judge.credits(read.looks, read.returns, action_BT, trained_BT, read.row_mask_B, cfg.judge, h0, whole)
+  return credits, {
+      "credit/redundant_share": pooled.mean_of((read.looks.class_BR == credit.REDUNDANT).astype(jnp.float32),
+                                               read.looks.judged_BR),
+      "advantage/abs_mean": _each_row(jnp.abs(credits.advantage_B))}
 
 
 def boxes(batch: types.Batch) -> judge.Boxes:
@@ -271,13 +321,13 @@ def _score_metrics(batch: types.Batch, looks: judge.Looks, total_B: jax.Array, c
   return {
       "reward/total": _each_row(total_B), "reward/answer": _each_row(batch.answer_B),
       "reward/format": _each_row(batch.format_B), "reward/fidelity": _each_row(fid.mean),
-      "acc_ans": _each_row(batch.answer_B),
+      "acc_ans": pooled.mean_of(batch.answer_B, batch.answerable_B),
       "acc_rat": pooled.mean_of(hit_BR.astype(jnp.float32), judged_BR),
       "rationale_count": _each_row(batch.box_mask_BR.sum(-1)),
       "hit_rate": pooled.mean_of(hit_BR.any(-1).astype(jnp.float32), has_gt_B),
       "coverage": pooled.mean_of(fid.covered, has_gt_B),
       "mean_iou": pooled.mean_of(fid.iou_R, judged_BR),
-      "data/no_boxes_share": _each_row(~has_gt_B),
+      "data/no_boxes_share": _each_row(~has_gt_B), "data/no_answers_share": _each_row(~batch.answerable_B),
       "box/log_area_ratio": pooled.mean_of(_log_area_ratio(batch.box_BR4, batch.gt_BJ4, fid.target_R), judged_BR),
       "tokens/generated": pooled.Sum(batch.sampled_BT.sum().astype(jnp.float32)),
   }

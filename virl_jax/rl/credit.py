@@ -153,8 +153,8 @@ def modulator(class_R: jax.Array, advantage: jax.Array, cfg: Config, margin_R: j
   return jnp.where(class_R == NONE, 1.0, m_R)
 
 
-def keep_scale(advantage_BT: jax.Array, plain_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-  """Scales token advantages so that their mean absolute value is that of the plain ones.
+def sizes(advantage_BT: jax.Array, plain_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+  """How much token advantages come to, after the fine level and before: what `keep_scale` compares.
 
   Args:
     advantage_BT: float32[B, T], after the fine level.
@@ -162,12 +162,26 @@ def keep_scale(advantage_BT: jax.Array, plain_BT: jax.Array, mask_BT: jax.Array)
     mask_BT: bool[B, T], the tokens that are trained on.
 
   Returns:
+    float32[2]: the sums of their absolute values.  Those of a batch's parts add up to the batch's.
+
+  Source: ours.
+  """
+  return jnp.stack([jnp.where(mask_BT, jnp.abs(x), 0.0).sum() for x in (advantage_BT, plain_BT)])
+
+
+def keep_scale(advantage_BT: jax.Array, sizes_2: jax.Array) -> jax.Array:
+  """Scales token advantages so that their mean absolute value over the batch is as without the fine level.
+
+  Args:
+    advantage_BT: float32[B, T], after the fine level.
+    sizes_2: float32[2], of the whole batch, from `sizes`.
+
+  Returns:
     float32[B, T]; as it came where there is nothing to scale.
 
   Source: ours.
   """
-  size = lambda x: jnp.where(mask_BT, jnp.abs(x), 0.0).sum()
-  now, wanted = size(advantage_BT), size(plain_BT)
+  now, wanted = sizes_2
   return advantage_BT * jnp.where(now > 0, wanted / jnp.where(now > 0, now, 1.0), 1.0)
 
 

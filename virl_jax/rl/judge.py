@@ -1,10 +1,13 @@
 """What a batch of trajectories earned, and whom it is credited to: the four kernels, composed once.
 
-    judge    looks -> rewards -> advantages -> token advantages
-             regions and targets   answers, format   groups   tokens
+    judge    looks -> rewards -> returns -> credits
+             regions and targets   answers, format   the KL, a critic   groups, tokens
 
 `looks` judges visual actions, `rewards` trajectories, `credits` tokens; each takes what the one before gave.  Arrays
-in, arrays out, whole batches; no model.  A new term of the reward is a kernel in `reward` and a line here.
+in, arrays out; no model.  A new term of the reward is a kernel in `reward` and a line here.
+
+A batch that is scored in parts (minibatches) is credited as a whole: each part's `returns` say what statistics they
+bring (`Returns.moments`), and `credits` takes those of all parts.
 """
 
 from __future__ import annotations
@@ -53,6 +56,23 @@ class Looks:
 
 
 @flax.struct.dataclass
+class Returns:
+  """What trajectories earned in all, as advantages are made of it.
+
+  Attributes:
+    total_B: float32, the reward, less the KL if that is in the reward.
+    raw_BT: float32, advantages token by token, before whitening; None without a critic.
+    return_BT: float32, the critic's targets; None without a critic.
+    moments: of what is standardised over the whole batch; None if nothing is.
+  """
+
+  total_B: jax.Array
+  raw_BT: jax.Array | None = None
+  return_BT: jax.Array | None = None
+  moments: advantage.Moments | None = None
+
+
+@flax.struct.dataclass
 class Credits:
   """Advantages.
 
@@ -60,13 +80,13 @@ class Credits:
     advantage_BT: float32, of each token, after credit assignment; 0 off trained tokens.
     advantage_B: float32, of each trajectory.
     modulator_BR: float32, what the advantage was multiplied by on each action's tokens.
-    return_BT: float32, the critic's targets; None without a critic.
+    sizes_2: float32, what `credit.keep_scale` wants to know of the whole batch; None unless that is asked for.
   """
 
   advantage_BT: jax.Array
   advantage_B: jax.Array
   modulator_BR: jax.Array
-  return_BT: jax.Array | None = None
+  sizes_2: jax.Array | None = None
 
 
 def looks(boxes: Boxes, cfg: reward.Config, h0: jax.Array | float | None = None) -> Looks:
@@ -100,58 +120,92 @@ def rewards(looks: Looks, answer_B: jax.Array, format_B: jax.Array, cfg: reward.
   return jax.vmap(lambda *a: reward.total(*a, cfg))(answer_B, format_B, looks.fidelity.mean)
 
 
-def informative(boxes: Boxes, answer_B: jax.Array, format_B: jax.Array, cfg: Config, h0: jax.Array | float | None
-                ) -> jax.Array:
-  """bool[B]: whether the rewards of each trajectory's group differ; arguments as in `looks` and `rewards`."""
-  return advantage.informative(rewards(looks(boxes, cfg.reward, h0), answer_B, format_B, cfg.reward), cfg.group_size)
+def informative(looks: Looks, boxes: Boxes, answer_B: jax.Array, format_B: jax.Array, answerable_B: jax.Array,
+                row_mask_B: jax.Array, cfg: Config) -> jax.Array:
+  """bool[B]: whether each trajectory's group is informative, by `cfg.advantage.spread_of` and `least_spread`.
+
+  Where a task has no accepted answers, or no boxes, there is no such spread to look at: the total's takes its place.
+
+  Args:
+    looks: the visual actions.
+    boxes: as in `looks`.
+    answer_B, format_B: as in `rewards`.
+    answerable_B: bool, whether the task has accepted answers.
+    row_mask_B: bool, False on rows that count for nothing.
+    cfg: of the kernels.
+
+  Source: see `advantage.informative`.
+  """
+  seen_B = rewards(looks, answer_B, format_B, cfg.reward)
+  if cfg.advantage.spread_of == "answer":
+    seen_B = jnp.where(answerable_B, answer_B, seen_B)
+  elif cfg.advantage.spread_of == "fidelity":
+    seen_B = jnp.where(boxes[3].any(-1), looks.fidelity.mean, seen_B)
+  return advantage.informative(seen_B, cfg.group_size, row_mask_B, cfg.advantage.least_spread)
 
 
-def credits(looks: Looks, total_B: jax.Array, action_BT: jax.Array, trained_BT: jax.Array, row_mask_B: jax.Array,
-            value_BT: jax.Array | None, cfg: Config, h0: jax.Array | float | None = None) -> Credits:
+def returns(looks: Looks, total_B: jax.Array, action_BT: jax.Array, trained_BT: jax.Array, row_mask_B: jax.Array,
+            cfg: Config, value_BT: jax.Array | None = None, kl_BT: jax.Array | None = None) -> Returns:
+  """What trajectories earned in all, and what they bring to the statistics of the batch.
+
+  Args:
+    looks: the visual actions.
+    total_B: float32, from `rewards`.
+    action_BT: int32, the visual action that a token belongs to; -1 outside actions.
+    trained_BT: bool, the tokens that the loss is about.
+    row_mask_B: bool, False on rows that count for nothing.
+    cfg: of the kernels.
+    value_BT: float32, what the critic expected before each token; needed if advantages are GAE's.
+    kl_BT: float32, weighted, what each token pays for being unlike the reference; 0 off sampled tokens; None for
+      nothing.
+
+  Source: GAE with the reward where it is earned, and the KL with the token that it is of: ours.
+  """
+  net_B = total_B if kl_BT is None else total_B - kl_BT.sum(-1)
+  if cfg.advantage.kind != "gae":
+    return Returns(net_B, moments=advantage.moments(net_B, row_mask_B) if cfg.advantage.kind == "batch" else None)
+  reward_BT = jax.vmap(lambda *a: reward.place(*a, cfg.reward))(total_B, looks.fidelity, action_BT, trained_BT)
+  if kl_BT is not None:
+    reward_BT = reward_BT - kl_BT
+  raw_BT, return_BT = jax.vmap(lambda *a: advantage.gae(*a, cfg.advantage))(reward_BT, value_BT, trained_BT)
+  return Returns(net_B, raw_BT, return_BT, advantage.moments(raw_BT, trained_BT))
+
+
+def credits(looks: Looks, returns: Returns, action_BT: jax.Array, trained_BT: jax.Array, row_mask_B: jax.Array,
+            cfg: Config, h0: jax.Array | float | None = None, of: advantage.Moments | None = None) -> Credits:
   """Shares each trajectory's advantage out over its tokens.
 
   Args:
     looks: the visual actions.
-    total_B: float32, what each trajectory earned.
-    action_BT: int32, the visual action that a token belongs to; -1 outside actions.
-    trained_BT: bool, the tokens that the loss is about.
-    row_mask_B: bool, False on rows that count for nothing.
-    value_BT: float32, what the critic expected before each token; needed if advantages are GAE's.
+    returns: what they earned.
+    action_BT, trained_BT, row_mask_B: as in `returns`.
     cfg: of the kernels.
     h0: the threshold of this step; None for `cfg.reward.h0`.
+    of: `Returns.moments` of the whole batch, pooled; None if these rows are all of it.
+
+  Returns:
+    The advantages.  `credit.keep_scale`, if it is asked for, is still to be applied: it wants the whole batch's sizes.
 
   Source: ViRL (arXiv 2511.23031), bi-level credit assignment; see `advantage` and `credit`.
   """
-  h0 = cfg.reward.h0 if h0 is None else h0
-  plain_BT, advantage_B, return_BT = _coarse(looks, total_B, action_BT, trained_BT, row_mask_B, value_BT, cfg)
+  h0, of = cfg.reward.h0 if h0 is None else h0, returns.moments if of is None else of
   modulate = jax.vmap(lambda class_R, sign, score_R: credit.modulator(class_R, sign, cfg.credit, score_R - h0))
   modulator_of = lambda sign_B: modulate(looks.class_BR, sign_B, looks.fidelity.score_R)
-  modulator_BR = modulator_of(advantage_B)
   if cfg.advantage.kind == "gae":  # each token has a sign of its own
+    plain_BT = advantage.standardize(returns.raw_BT, trained_BT, True, cfg.advantage.std_floor, of)
+    advantage_B = plain_BT.sum(-1) / jnp.maximum(trained_BT.sum(-1), 1)
     advantage_BT = sum(_spread(jnp.where(plain_BT * sign > 0, plain_BT, 0.0),
                                modulator_of(jnp.full_like(advantage_B, sign)), action_BT, trained_BT)
                        for sign in (1.0, -1.0))
   else:
-    step_BR = None
+    advantage_B = advantage.relative(returns.total_B, cfg.group_size, cfg.advantage, row_mask_B, of)
+    plain_BT, step_BR = jnp.where(trained_BT, advantage_B[:, None], 0.0), None
     if cfg.credit.kind == "additive":
-      step_BR = cfg.credit.step_weight * advantage.steps(looks.fidelity.reward_R, looks.judged_BR, cfg.group_size)
-    advantage_BT = _spread(advantage_B, modulator_BR, action_BT, trained_BT, step_BR)
-  if cfg.credit.keep_scale:
-    advantage_BT = credit.keep_scale(advantage_BT, plain_BT, trained_BT)
-  return Credits(advantage_BT, advantage_B, modulator_BR, return_BT)
-
-
-def _coarse(looks, total_B, action_BT, trained_BT, row_mask_B, value_BT, cfg
-            ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """Advantages before the fine level: of each token, of each trajectory; and the critic's targets, if there is one."""
-  if cfg.advantage.kind != "gae":
-    advantage_B = advantage.relative(total_B, cfg.group_size, cfg.advantage, row_mask_B)
-    return jnp.where(trained_BT, advantage_B[:, None], 0.0), advantage_B, None
-  reward_BT = jax.vmap(lambda *a: reward.place(*a, cfg.reward))(total_B, looks.fidelity, action_BT, trained_BT)
-  raw_BT, return_BT = jax.vmap(lambda *a: advantage.gae(*a, cfg.advantage))(reward_BT, value_BT, trained_BT)
-  plain_BT = advantage.standardize(raw_BT.reshape(-1), trained_BT.reshape(-1), True).reshape(raw_BT.shape)
-  count_B = jnp.maximum(trained_BT.sum(-1), 1)
-  return plain_BT, jnp.where(trained_BT, plain_BT, 0.0).sum(-1) / count_B, return_BT
+      step_BR = cfg.credit.step_weight * advantage.steps(
+          looks.fidelity.reward_R, looks.judged_BR & row_mask_B[:, None], cfg.group_size, cfg.advantage.std_floor)
+    advantage_BT = _spread(advantage_B, modulator_of(advantage_B), action_BT, trained_BT, step_BR)
+  sizes_2 = credit.sizes(advantage_BT, plain_BT, trained_BT) if cfg.credit.keep_scale else None
+  return Credits(advantage_BT, advantage_B, modulator_of(advantage_B), sizes_2)
 
 
 def _spread(advantage_BX, modulator_BR, action_BT, trained_BT, step_BR=None):

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from virl_jax import checks
 
 _MAX_LOG_RATIO = 20.0  # nats; e^20 is far outside any clip range, and finite in float32
+_MAX_K3 = 10.0         # nats a token, as verl caps it: at a gap of 20 nats k3 is 4.9e8, and one token would be the loss
 KINDS = ("ppo", "gspo", "cispo")
 AGGREGATES = ("token", "sequence", "constant")
 ESTIMATORS = ("k1", "k2", "k3")
@@ -44,8 +45,8 @@ class Config:
     sampler_cap: most that a token weighs for being likelier to the trainer than to the sampler (truncated
       importance sampling); 0 for no such weights.
     kl_coef: weight of KL(policy || reference).
-    kl_estimator: one of `ESTIMATORS`.
-    kl_in_reward: take it off the reward of the trajectory instead of adding it to the loss.
+    kl_estimator: one of `ESTIMATORS`; "k1" if it is in the reward.
+    kl_in_reward: take it off the reward, token by token, instead of adding it to the loss.
     kl_target: nats a token that an adaptive kl_coef aims at; 0 for a constant one.
     kl_horizon: trajectories that it takes the adaptive coefficient to move by its error.
     entropy_coef: weight of the entropy bonus.
@@ -75,6 +76,9 @@ class Config:
                    norm_tokens=checks.whole(1), clip_low=checks.real(0, 1), clip_high=some, dual_clip=some,
                    sampler_cap=some, kl_coef=some, kl_estimator=checks.one_of(ESTIMATORS), kl_in_reward=checks.flag,
                    kl_target=some, kl_horizon=checks.real(above=0), entropy_coef=some, value_coef=some, value_clip=some)
+    checks.need(self.kl_estimator == "k1" or not self.kl_in_reward, "loss.kl_estimator",
+                "'k1' with loss.kl_in_reward: there the gradient of k2 and k3 is not the divergence's, and following it "
+                "the divergence grows", self.kl_estimator)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -187,11 +191,15 @@ def surrogate(logp_BT: jax.Array, logp_old_BT: jax.Array, advantage_BT: jax.Arra
 def kl(logp_BT: jax.Array, logp_ref_BT: jax.Array, estimator: str = "k3") -> jax.Array:
   """Per-token estimate of KL(policy || reference) on tokens that the policy sampled.
 
-      k1  logp - logp_ref                       unbiased, of either sign, its gradient says nothing of the KL
-      k2  (logp - logp_ref) ** 2 / 2            biased, its gradient is the KL's
+      k1  logp - logp_ref                       unbiased, of either sign
+      k2  (logp - logp_ref) ** 2 / 2            biased, never negative
       k3  ratio - 1 - log ratio, ref / policy   unbiased, never negative
 
-  A reference more than 20 nats above the policy counts as 20 in k3.
+  In the loss, where the estimate itself is differentiated, k2 has the gradient of the divergence, k3 that of the
+  divergence the other way round, and k1's has nothing to do with it.  In the reward, where the estimate weighs the
+  gradient of the token's log-probability, only k1 has the divergence's.
+
+  k3 counts as 10 nats where it is more, and has no gradient there: as in verl.
 
   Args:
     logp_BT: float32[B, T] nats, under the policy.
@@ -204,7 +212,7 @@ def kl(logp_BT: jax.Array, logp_ref_BT: jax.Array, estimator: str = "k3") -> jax
   Raises:
     ValueError: there is no such estimator.
 
-  Source: Schulman, "Approximating KL divergence" (2020).
+  Source: Schulman, "Approximating KL divergence" (2020); the cap is verl's.
   """
   if estimator not in ESTIMATORS:
     raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}. Received: {estimator!r}")
@@ -212,8 +220,8 @@ def kl(logp_BT: jax.Array, logp_ref_BT: jax.Array, estimator: str = "k3") -> jax
     return logp_BT - logp_ref_BT
   if estimator == "k2":
     return 0.5 * jnp.square(logp_BT - logp_ref_BT)
-  gap_BT = jnp.minimum(logp_ref_BT - logp_BT, _MAX_LOG_RATIO)
-  return jnp.exp(gap_BT) - gap_BT - 1.0
+  gap_BT = jnp.clip(logp_ref_BT - logp_BT, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+  return jnp.minimum(jnp.exp(gap_BT) - gap_BT - 1.0, _MAX_K3)
 
 
 def next_kl_coef(kl_coef: jax.Array, kl_mean: jax.Array, rows: int, cfg: Config) -> jax.Array:

@@ -83,8 +83,8 @@ class Config:
     checks.section(vars(self), "reward", h0=checks.real(0, 1, wanted="an IoU in [0, 1]"),
                    h0_start=checks.real(0, 1, wanted="an IoU in [0, 1]"), h0_steps=checks.whole(0),
                    mode=checks.one_of(MODES), w_sign=weight, lam=weight, rho=weight, refine_margin=checks.real(0, 1),
-                   average=checks.one_of(AVERAGES), discount=checks.real(above=0, high=1), w_cover=weight, w_answer=weight, w_format=weight,
-                   w_fidelity=weight, no_action=checks.real())
+                   average=checks.one_of(AVERAGES), discount=checks.real(above=0, high=1), w_cover=weight,
+                   w_answer=weight, w_format=weight, w_fidelity=weight, no_action=checks.real())
 
 
 @flax.struct.dataclass

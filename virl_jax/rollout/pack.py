@@ -23,7 +23,7 @@ class Config:
     pad_tokens: T is a multiple of this, or of four times this if rows are joined.
     pad_shown: counts of shown images are multiples of this.
     pad_images: counts of crops are multiples of this.
-    mask_overlong: whether rows that ran out of tokens are masked from the loss.
+    mask_stops: rows that ended for one of these reasons are masked from the loss.
     scope: which of a turn's tokens are its visual action's; see `rl.credit.SCOPES`.
     join: put several trajectories into a row of the model's, where they fit.
     pad_joined: counts of such rows are multiples of this.
@@ -35,7 +35,7 @@ class Config:
   pad_tokens: int = 64
   pad_images: int = 8
   pad_shown: int = 8
-  mask_overlong: bool = False
+  mask_stops: tuple[types.StopReason, ...] = ()
   scope: str = "turn"
   join: bool = False
   pad_joined: int = 8
@@ -70,7 +70,8 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
       pos_BXT=np.zeros((B, 3, T), np.int32), vision_BT=np.full((B, T), -1, np.int32),
       logp_sampler_BT=np.zeros((B, T), f32), action_BT=np.full((B, T), -1, np.int32),
       box_BR4=box_BR4, box_mask_BR=box_mask_BR, gt_BJ4=gt_BJ4, gt_mask_BJ=gt_mask_BJ, answer_B=answer_B,
-      format_B=format_B, row_mask_B=np.ones(B, bool), images=())
+      format_B=format_B, answerable_B=answerable(trajectories), row_mask_B=counted(trajectories, cfg.mask_stops),
+      images=())
   batches, where = _images(trajectories, cfg)
   for r, (t, row) in enumerate(zip(trajectories, ids)):
     n = len(row)
@@ -89,7 +90,6 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
         b.action_BT[r, at + first:at + last] = action
         action += 1
       at += len(turn.ids)
-    b.row_mask_B[r] = not (cfg.mask_overlong and t.stop == types.StopReason.OVERLONG)
   return b.replace(images=batches, joined_UT=joined([len(row) for row in ids], T, cfg.pad_joined) if cfg.join else None)
 
 
@@ -164,6 +164,16 @@ def outcomes(trajectories: list[types.Trajectory]) -> tuple[np.ndarray, np.ndarr
     raise ValueError("trajectories must have been graded (data.answers.grade) before they are scored")
   return (np.array([t.correct for t in trajectories], np.float32),
           np.array([well_formed(t) for t in trajectories], np.float32))
+
+
+def answerable(trajectories: list[types.Trajectory]) -> np.ndarray:
+  """bool[B]: whether the task has accepted answers; if not, no answer is right or wrong."""
+  return np.array([bool(t.task.answers) for t in trajectories])
+
+
+def counted(trajectories: list[types.Trajectory], mask_stops: tuple[types.StopReason, ...]) -> np.ndarray:
+  """bool[B]: False on those that ended for one of these reasons, which the loss is not about."""
+  return np.array([t.stop not in mask_stops for t in trajectories])
 
 
 def well_formed(trajectory: types.Trajectory) -> bool:

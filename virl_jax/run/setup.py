@@ -12,6 +12,7 @@ import jax
 from virl_jax import checks
 from virl_jax import config as config_lib
 from virl_jax import shapes
+from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.data.sources import jsonl
@@ -92,7 +93,8 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.need(c.data.source != "jsonl" or c.data.path, "data.path",
               "the path of a records file when config.data.source is 'jsonl'", c.data.path)
   r = c.rollout
-  checks.section(r, "rollout", prompts=count, group_size=count, resample=some, mask_overlong=checks.flag)
+  checks.section(r, "rollout", prompts=count, group_size=count, resample=some, mask_overlong=checks.flag,
+                 mask_out_of_rounds=checks.flag)
   part = checks.real(above=0, high=1)
   checks.section(c.pack, "pack", pad_tokens=count, join_rows=checks.flag, crops_share=part, joined_share=part)
   checks.section(c.ppo, "ppo", minibatches=count, epochs=count)
@@ -185,7 +187,10 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
       pack=pack.Config(model.vision.grid, model.image_token, c.rollout.max_rounds, c.pack.pad_tokens,
                        pad_images=part(c.pack.crops_share),
                        pad_shown=max(shards, rows // c.rollout.group_size),  # a group shares its image
-                       mask_overlong=c.rollout.mask_overlong, scope=c.credit.scope, join=c.pack.join_rows,
+                       mask_stops=tuple(reason for reason, masked in (
+                           (types.StopReason.OVERLONG, c.rollout.mask_overlong),
+                           (types.StopReason.OUT_OF_ROUNDS, c.rollout.mask_out_of_rounds)) if masked),
+                       scope=c.credit.scope, join=c.pack.join_rows,
                        pad_joined=part(c.pack.joined_share)),
       mesh=mesh, hf_dir=hf_dir)
 
