@@ -26,6 +26,7 @@ RENAMED = {
     "rollout.append_ratio": ("engine.append_ratio",), "rollout.token_steps": ("engine.token_steps",),
     "rollout.threads": ("engine.threads",), "rollout.pad_tokens": ("engine.pad_tokens", "pack.pad_tokens"),
     "rollout.join_rows": ("pack.join_rows",),
+    "seed": ("seed", "data.split_seed"),  # it drew the split as well, once
 }
 # Knobs that are no more, with the one value that what is left of them still means.
 REMOVED: dict[str, object] = {}
@@ -74,6 +75,7 @@ def _knobs() -> ConfigDict:
   d.source = "needle"              # needle | jsonl
   d.path = ""                      # jsonl: the records file; needle: cache folder ("" = user cache)
   d.eval_fraction = 0.2            # jsonl: share of records held out for evaluation [ours]
+  d.split_seed = 0                 # draws which those are, and which of them are asked; independent of c.seed
   d.needle = n = ConfigDict()
   n.families = ("pattern", "pair_pattern")  # see tiny/needle.py
   n.objects = (2, 4)               # fewest and most objects in a picture [ours]

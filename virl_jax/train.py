@@ -131,7 +131,7 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
 
 def _held_out(c) -> list:
   """The tasks that are asked before and after."""
-  drawn = batches.held_out(setup.source(c, "test"), c.eval.tasks, c.image.decode_max_pixels)
+  drawn = batches.held_out(setup.source(c, "test"), c.eval.tasks, c.image.decode_max_pixels, c.data.split_seed)
   batches.report(drawn)
   return drawn.tasks
 

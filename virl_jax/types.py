@@ -119,7 +119,8 @@ class Turn:
     action: name of the visual action that this turn took and that was carried out, or None.
     region, written, of_image: of that action; see `Observation`.
     spans: which of the ids credit goes to, half-open, by scope; see `Observation.chars`.
-    error: what the policy was told was wrong with its call, or None.
+    called: whether it called a tool, well or badly.
+    error: what was wrong with the turn, which the policy is told if it called; or None.
     image_index: which of the trajectory's images this (tool) turn carries, or None.
   """
 
@@ -132,6 +133,7 @@ class Turn:
   written: tuple[float, ...] | None = None
   of_image: int = 0
   spans: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+  called: bool = False
   error: str | None = None
   image_index: int | None = None
 
@@ -164,6 +166,11 @@ class Trajectory:
   def ids(self) -> np.ndarray:
     """int32[T]: the whole token stream."""
     return np.concatenate([self.prompt_ids, *(turn.ids for turn in self.turns)])
+
+  @property
+  def refused(self) -> int:
+    """How many of its calls came to nothing, for what was wrong with them."""
+    return sum(turn.called and turn.error is not None for turn in self.turns)
 
   @property
   def regions(self) -> list[Box]:

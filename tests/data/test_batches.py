@@ -51,6 +51,25 @@ def test_a_feed_gives_each_step_its_own_prompts(feed):
   assert [names(resumed.batch(step)) for step in (4, 5, 1)] == [want[4], want[5], want[1]]
 
 
+def test_further_tries_are_no_steps(feed):
+  """A further try of an early step once walked the prompts of a later one."""
+  one, n = feed(Source(64), seed=0), 64 // 4
+  later = {tuple(names(one.batch(step))) for step in range(8 * n)}
+  assert not any(tuple(names(one.further(step, attempt))) in later for step in range(n) for attempt in (1, 2))
+
+
+def test_what_is_held_out_is_drawn_from_all_of_it():
+  """Files are often sorted by source."""
+  source = Source(100, bad=(40,))
+  drawn = names(batches.held_out(source, 20, 10 ** 6, seed=1).tasks)
+  assert len(set(drawn)) == 20 and "40" not in drawn
+  assert any(int(uid) >= 75 for uid in drawn) and any(int(uid) < 25 for uid in drawn)
+  assert drawn == names(batches.held_out(source, 20, 10 ** 6, seed=1).tasks)
+  assert drawn != names(batches.held_out(source, 20, 10 ** 6, seed=2).tasks)
+  every = batches.held_out(source, 100, 10 ** 6, seed=3)
+  assert names(every.tasks) == [str(i) for i in range(100) if i != 40] and len(every.skipped) == 1
+
+
 def test_pictures_come_decoded_and_are_what_the_source_has(feed):
   assert all(t.image.size == (4, 4) for t in feed(Source(5)).batch(0))
 

@@ -9,7 +9,7 @@ from virl_jax.data import order
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 70))
+@hypothesis.given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(1, 70))
 def test_every_epoch_is_a_permutation(seed, n_items, batch):
   steps = -(-3 * n_items // batch)
   walked = np.concatenate([order.batch_indices(seed, step, n_items, batch) for step in range(steps)])
@@ -40,8 +40,22 @@ def test_golden():
   assert order.batch_indices(0, 0, 5, 12).tolist() == [2, 4, 3, 0, 1, 1, 4, 3, 0, 2, 4, 2]
 
 
+def test_a_further_try_is_no_step_of_another_try():
+  """Nor another seed's: whatever two of the three are added up to, the orders differ."""
+  walks = {(seed, attempt): order.batch_indices(seed, 0, 64, 64 * 40, attempt).reshape(40, 64).tolist()
+           for seed in (0, 1, 2) for attempt in (0, 1, 2)}
+  epochs = [tuple(epoch) for walk in walks.values() for epoch in walk]
+  assert len(set(epochs)) == len(epochs) == 9 * 40
+
+
+def test_a_seed_of_more_than_a_word_is_refused():
+  with pytest.raises(ValueError, match=r"seed must be below 2\^32. Received: 4294967296"):
+    order.batch_indices(2 ** 32, 0, 5, 2)
+
+
 @pytest.mark.parametrize("name, arguments", [
-    ("seed", (-1, 0, 5, 2)), ("step", (0, -1, 5, 2)), ("n_items", (0, 0, 0, 2)), ("batch", (0, 0, 5, 0))])
+    ("seed", (-1, 0, 5, 2)), ("step", (0, -1, 5, 2)), ("n_items", (0, 0, 0, 2)), ("batch", (0, 0, 5, 0)),
+    ("attempt", (0, 0, 5, 2, -1))])
 def test_bad_input_is_named(name, arguments):
   with pytest.raises(ValueError, match=f"{name} must be at least"):
     order.batch_indices(*arguments)

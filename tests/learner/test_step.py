@@ -332,10 +332,10 @@ def score(small, batch, monkeypatch):
     one = jnp.ones(batch.tokens_BT.shape)
     return -one if params is small.params else -1.5 * one, one, None if critic is None else 0.5 * one
 
-  def run(h0=None, mask=None, batches=None, **kwargs):
+  def run(h0=None, mask=None, batches=None, coef=None, **kwargs):
     cfg = make_config(small, **kwargs)
     rows = batch if mask is None else batch.replace(row_mask_B=mask)
-    state = held(small.params).replace(kl_coef=jnp.float32(cfg.loss.kl_coef))
+    state = held(small.params).replace(kl_coef=jnp.float32(cfg.loss.kl_coef if coef is None else coef))
     if cfg.advantage.kind == "gae":
       state = state.replace(critic={"w": jnp.zeros(1), "b": jnp.zeros(1)})
     monkeypatch.setattr(step_lib, "outputs", outputs)
@@ -521,8 +521,50 @@ def test_a_critic_gives_each_token_an_advantage(batch, score):
   np.testing.assert_allclose(s.advantage_BT[0][at], plain[0][at], atol=1e-4)
 
 
+def test_rows_that_do_not_count_are_not_whitened_in(batch, score):
+  rows = np.array([True, True, False, True, False, True, True, True])
+  s, _ = score(mask=rows, advantage=advantage.Config(kind="gae"), credit=credit.Config(kind="none"))
+  trained = batch.sampled_BT & rows[:, None]
+  raw = np.asarray(s.return_BT)[trained] - 0.5
+  np.testing.assert_allclose(np.asarray(s.advantage_BT)[trained], (raw - raw.mean()) / raw.std(), atol=1e-4)
+  assert not np.asarray(s.advantage_BT)[~trained].any()
+
+
+def test_the_coefficient_that_adapts_is_the_state_s(small, batch, score, monkeypatch):
+  o = loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1")
+  s, _ = score(loss=o, coef=0.7)
+  np.testing.assert_allclose(s.reward_B, REWARD - 0.7 * 0.5 * batch.sampled_BT.sum(1), atol=1e-5)
+  monkeypatch.undo()
+  cfg = make_config(small, loss=loss.Config(kl_coef=0.1, kl_target=1e-6, kl_horizon=8.0))
+  ref = jax.tree.map(lambda a: a * 0.9, small.params)
+  s, _ = score_step(held(small.params), ref, batch, cfg)
+  for coef in (0.0, 0.5):
+    state, m = update_step(fresh(small).replace(kl_coef=jnp.float32(coef)), s, cfg)
+    assert m["loss/kl"] > 0
+    np.testing.assert_allclose(m["loss/total"] - m["loss/policy"], coef * m["loss/kl"], atol=1e-6)
+    np.testing.assert_allclose(state.kl_coef, 1.2 * coef, rtol=1e-5)  # far above the target: a fifth more
+    np.testing.assert_allclose(m["loss/kl_coef"], coef, rtol=1e-6)
+
+
+def test_a_value_s_step_is_clipped_about_what_it_was(small, batch):
+  """Against the values that scored the batch, not against themselves."""
+  cfg = make_config(small, advantage=advantage.Config(kind="gae"), loss=loss.Config(value_clip=0.01))
+  cfg = dataclasses.replace(cfg, optim=dataclasses.replace(OPTIM, learning_rate=0.0, critic_learning_rate=0.05))
+  state = step_lib.init_state(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.0, small.cfg.text.hidden)
+  s, _ = score_step(state, None, batch, cfg)
+  state, first = update_step(state, s, cfg)
+  assert first["critic/clip_frac"] == 0
+  value = np.asarray(step_lib.outputs(state.params, cfg, batch, state.critic)[2])[batch.sampled_BT]
+  want, old = (np.asarray(x)[batch.sampled_BT] for x in (s.return_BT, s.value_old_BT))
+  held_back = np.square(old + np.clip(value - old, -0.01, 0.01) - want)
+  _, second = update_step(state, s, cfg)
+  np.testing.assert_allclose(second["critic/loss"], 0.5 * np.maximum(held_back, np.square(value - want)).mean(), rtol=1e-3)
+  assert second["critic/clip_frac"] == pytest.approx((held_back > np.square(value - want)).mean()) and (
+      second["critic/clip_frac"] > 0.2)
+
+
 def test_a_critic_learns_what_to_expect(small, batch):
-  cfg = make_config(small, advantage=advantage.Config(kind="gae"), loss=loss.Config(value_clip=0.0))
+  cfg = make_config(small, advantage=advantage.Config(kind="gae", lam=0.95), loss=loss.Config(value_clip=0.0))
   cfg = dataclasses.replace(cfg, optim=dataclasses.replace(OPTIM, learning_rate=0.0, critic_learning_rate=0.05))
   state = step_lib.init_state(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.0, small.cfg.text.hidden)
   s, _ = score_step(state, None, batch, cfg)

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from virl_jax.rl import advantage as advantage_lib
 from virl_jax.rl import credit
 
 
@@ -112,32 +113,41 @@ def token_advantages(advantage, modulators, action, sampled, steps=None) -> np.n
   return out
 
 
-def keep_scale(advantage, plain, mask) -> np.ndarray:
+def sizes(advantage, plain, mask) -> np.ndarray:
+  """`credit.sizes`."""
+  return np.array([sum(abs(float(v)) for v, m in zip(x.ravel(), mask.ravel()) if m) for x in (advantage, plain)])
+
+
+def keep_scale(advantage, sizes) -> np.ndarray:
   """`credit.keep_scale`."""
-  advantage, plain = np.asarray(advantage, np.float64), np.asarray(plain, np.float64)
-  now = sum(abs(a) for a, m in zip(advantage.ravel(), mask.ravel()) if m)
-  wanted = sum(abs(p) for p, m in zip(plain.ravel(), mask.ravel()) if m)
-  return advantage * (wanted / now if now else 1.0)
+  now, wanted = map(float, sizes)
+  return np.asarray(advantage, np.float64) * (wanted / now if now else 1.0)
 
 
-def standardize(values, mask, divide: bool) -> np.ndarray:
+def moments(values, mask) -> advantage_lib.Moments:
+  """`advantage.moments`."""
+  seen = [float(v) for v, m in zip(values.ravel(), mask.ravel()) if m]
+  return advantage_lib.Moments(len(seen), np.mean(seen) if seen else 0.0, len(seen) * np.var(seen) if seen else 0.0)
+
+
+def standardize(values, mask, divide: bool, floor: float = 0.0) -> np.ndarray:
   """`advantage.standardize`."""
   out, seen = np.zeros(len(values)), [float(v) for v, m in zip(values, mask) if m]
   for i, v in enumerate(values):
     if mask[i]:
-      out[i] = (float(v) - np.mean(seen)) / (math.sqrt(np.var(seen) + 1e-12) if divide else 1.0)
+      out[i] = (float(v) - np.mean(seen)) / (math.sqrt(max(np.var(seen), floor ** 2) + 1e-12) if divide else 1.0)
   return out
 
 
 def relative(rewards, group_size: int, cfg, mask) -> np.ndarray:
   """`advantage.relative`, a group at a time."""
   if cfg.kind == "batch":
-    return standardize(rewards, mask, True)
+    return standardize(rewards, mask, True, cfg.std_floor)
   out = np.zeros(len(rewards))
   for start in range(0, len(rewards), group_size):
     rows = slice(start, start + group_size)
     if cfg.kind == "group":
-      out[rows] = standardize(rewards[rows], mask[rows], cfg.normalize_std)
+      out[rows] = standardize(rewards[rows], mask[rows], cfg.normalize_std, cfg.std_floor)
       continue
     seen = [i for i in range(start, start + group_size) if mask[i]]
     for i in seen if len(seen) > 1 else ():
@@ -145,21 +155,22 @@ def relative(rewards, group_size: int, cfg, mask) -> np.ndarray:
   return out
 
 
-def steps(rewards, mask, group_size: int) -> np.ndarray:
+def steps(rewards, mask, group_size: int, floor: float = 0.0) -> np.ndarray:
   """`advantage.steps`, a group at a time."""
   out = np.zeros(rewards.shape)
   for start in range(0, len(rewards), group_size):
     rows = slice(start, start + group_size)
-    out[rows] = standardize(rewards[rows].ravel(), mask[rows].ravel(), True).reshape(out[rows].shape)
+    out[rows] = standardize(rewards[rows].ravel(), mask[rows].ravel(), True, floor).reshape(out[rows].shape)
   return out
 
 
-def informative(rewards, group_size: int, mask) -> list[bool]:
+def informative(rewards, group_size: int, mask, least: float = 0.0) -> list[bool]:
   """`advantage.informative`."""
   out = []
   for i in range(len(rewards)):
     start = i // group_size * group_size
-    out.append(len({float(rewards[j]) for j in range(start, start + group_size) if mask[j]}) > 1)
+    seen = [float(rewards[j]) for j in range(start, start + group_size) if mask[j]]
+    out.append(bool(seen) and max(seen) - min(seen) > least)
   return out
 
 
@@ -249,7 +260,7 @@ def value_loss(value, old, returns, mask, cfg) -> tuple[float, dict]:
   spread = float(np.var(seen)) if seen else 0.0
   found = 0.5 * mean(errors)
   return found, {"critic/loss": found, "critic/clip_frac": mean(clipped),
-                 "critic/explained": 1 - float(np.var(left)) / spread if spread else 0.0}
+                 "critic/return_var": spread, "critic/explained": 1 - float(np.var(left)) / spread if spread else 0.0}
 
 
 def policy_loss(logp, old, ref, entropy, advantage, mask, cfg, sampler=None, kl_coef=None) -> tuple[float, dict]:

@@ -130,6 +130,49 @@ def test_which_groups_teach_something():
   assert not advantage.informative(reward_B, 4, jnp.zeros(8, bool)).any()
 
 
+def test_a_spread_has_a_least_size():
+  reward_B = jnp.array([0.8, 0.9, 1.0, 0.9, 1.0, 1.3, 1.0, 1.0])
+  assert advantage.informative(reward_B, 4, least=0.25).tolist() == [False] * 4 + [True] * 4
+  assert advantage.informative(reward_B, 4, least=0.15).all()
+  assert not advantage.informative(reward_B, 4, jnp.array([True] * 5 + [False] + [True] * 2), 0.25).any()
+
+
+def test_the_deviation_that_is_divided_by_has_a_floor():
+  reward_B = jnp.array([0.80, 0.81, 0.80, 0.81, 0.0, 1.0, 0.0, 1.0])
+  floor = advantage.Config(std_floor=0.1)
+  np.testing.assert_allclose(relative(reward_B, 4, floor), [-0.05, 0.05, -0.05, 0.05, -1, 1, -1, 1], atol=1e-5)
+  none = relative(reward_B, 4, advantage.Config(std_floor=0.0))
+  np.testing.assert_allclose(none, [-1, 1, -1, 1, -1, 1, -1, 1], atol=1e-3)
+  batch = advantage.Config(kind="batch", std_floor=2.0)
+  np.testing.assert_allclose(relative(reward_B, 4, batch), (reward_B - reward_B.mean()) / 2, atol=1e-6)
+  steps = advantage.steps(reward_B.reshape(4, 2), jnp.ones((4, 2), bool), 2, 0.1)
+  np.testing.assert_allclose(steps.ravel(), [-0.05, 0.05, -0.05, 0.05, -1, 1, -1, 1], atol=1e-5)
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+  rng = np.random.default_rng(5)
+  x, mask = rng.normal(3, 2, 40).astype(np.float32), rng.random(40) < 0.6
+  mask[:10] = False  # a part with nothing in it comes first
+  cuts = (0, 10, 13, 29, 40)
+  parts = [advantage.moments(x[a:b], mask[a:b]) for a, b in zip(cuts, cuts[1:])]
+  for got in (advantage.pooled(parts), advantage.moments(x, mask)):
+    np.testing.assert_allclose([got.count, got.mean, got.square / got.count],
+                               [mask.sum(), x[mask].mean(), x[mask].var()], rtol=1e-5)
+  sevenths = [advantage.moments(jnp.full(n, 1 / 7, jnp.float32), jnp.ones(n, bool)) for n in (3, 7, 11)]
+  assert advantage.pooled(sevenths).mean == np.float32(1 / 7) and advantage.pooled(sevenths).square == 0
+
+
+def test_the_default_reaches_back_to_the_first_token():
+  """With a critic that expects nothing, the first of 500 tokens is credited with all that comes at the end."""
+  reward_T = np.zeros(500, np.float32)
+  reward_T[-1] = 1.0
+  got, _ = advantage.gae(reward_T, np.zeros(500, np.float32), np.ones(500, bool), advantage.Config(kind="gae"))
+  assert got[0] == 1.0
+  short, _ = advantage.gae(reward_T, np.zeros(500, np.float32), np.ones(500, bool),
+                           advantage.Config(kind="gae", lam=0.95))
+  assert short[0] < 1e-11
+
+
 def test_steps_are_compared_with_all_actions_of_the_group():
   reward_BR = jnp.array([[1.0, -1.0], [1.0, 9.0], [2.0, 2.0], [2.0, 7.0]])
   mask_BR = jnp.array([[True, True], [True, False], [True, True], [True, False]])

@@ -1,4 +1,4 @@
-"""Losses and their gradients against trl's (`pip install trl`; it is in no extra, for what it brings with it)."""
+"""Losses and their gradients against trl's (extra `parity`)."""
 
 import collections
 import types

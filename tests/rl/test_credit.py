@@ -151,14 +151,17 @@ def test_an_advantage_of_its_own_for_each_token():
 def test_scale_is_kept():
   rng = np.random.default_rng(0)
   plain, after, mask = *rng.normal(size=(2, 8, 30)).astype(np.float32), rng.random((8, 30)) < 0.5
-  got = np.asarray(jax.jit(credit.keep_scale)(after, plain, mask))
+  kept = jax.jit(lambda after, plain, mask: credit.keep_scale(after, credit.sizes(after, plain, mask)))
+  got = np.asarray(kept(after, plain, mask))
   assert np.abs(got[mask]).mean() == pytest.approx(np.abs(plain[mask]).mean(), rel=1e-5)
   np.testing.assert_allclose(got[0, 0] / got[3, 7], after[0, 0] / after[3, 7], rtol=1e-5)  # only scaled
-  np.testing.assert_allclose(credit.keep_scale(after, plain, mask), got, rtol=1e-5)
-  grad = jax.grad(lambda a, m: credit.keep_scale(a, plain, m).sum())
+  np.testing.assert_allclose(credit.keep_scale(after, credit.sizes(after, plain, mask)), got, rtol=1e-5)
+  np.testing.assert_allclose(sum(credit.sizes(*(x[rows] for x in (after, plain, mask))) for rows in (slice(3), slice(3, 8))),
+                             credit.sizes(after, plain, mask), rtol=1e-5)  # parts add up
+  grad = jax.grad(lambda a, m: kept(a, plain, m).sum())
   for nothing in (np.zeros_like(mask), mask):
     assert np.isfinite(grad(jnp.zeros((8, 30)), nothing)).all()
-  assert not credit.keep_scale(jnp.zeros((8, 30)), plain, mask).any()
+  assert not kept(jnp.zeros((8, 30)), plain, mask).any()
 
 
 def test_an_unknown_kind_is_named():

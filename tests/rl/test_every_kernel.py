@@ -36,6 +36,9 @@ def draw(seed: int, regime: str) -> dict[str, np.ndarray]:
     return np.concatenate([corner, corner + side], -1).astype(np.float32)
 
   gt, box = boxes(J), boxes(R)
+  for b in range(B):
+    if rng.random() < 0.5:  # two targets that one look can hit
+      gt[b, 1] = gt[b, 0] + normal(4)
   for b, k in np.ndindex(B, R):
     if rng.random() < 0.6:  # near a target; at times just where one looked before
       box[b, k] = gt[b, rng.integers(J)] + normal(4)
@@ -165,17 +168,24 @@ CASES = {
                              f"row.advantage row.modulator {TOKENS}", credit.token_advantages),
     "token_advantages, each its own": Case(credit.token_advantages, oracles.token_advantages,
                                            f"row.advantages row.modulator {TOKENS} row.step", credit.token_advantages),
-    "keep_scale": Case(credit.keep_scale, oracles.keep_scale, "advantages plain sampled", credit.keep_scale),
-    **{f"standardize, divide={d}": with_cfg(advantage.standardize, oracles.standardize, "reward row_mask", d)
-       for d in (True, False)},
+    "sizes": Case(credit.sizes, oracles.sizes, "advantages plain sampled", credit.sizes),
+    "keep_scale": Case(lambda *a: credit.keep_scale(a[0], credit.sizes(*a)),
+                       lambda *a: oracles.keep_scale(a[0], oracles.sizes(*a)), "advantages plain sampled",
+                       credit.keep_scale),
+    "moments": Case(advantage.moments, oracles.moments, "advantages sampled", advantage.moments),
+    "pooled": Case(lambda x, m: advantage.pooled([advantage.moments(r, k) for r, k in zip(x, m)]), oracles.moments,
+                   "advantages sampled", advantage.pooled),
+    **{f"standardize, divide={d}, floor={f}": with_cfg(advantage.standardize, oracles.standardize, "reward row_mask",
+                                                       (d, f)) for d, f in ((True, 0.0), (True, 2.0), (False, 2.0))},
     **{f"relative {name}": Case(functools.partial(lambda cfg, r, m: advantage.relative(r, G, cfg, m), cfg),
                                 functools.partial(lambda cfg, r, m: oracles.relative(r, G, cfg, m), cfg),
                                 "reward row_mask", advantage.relative)
-       for name, cfg in {"group": A(), "Dr. GRPO": A(normalize_std=False), "rloo": A(kind="rloo"),
+       for name, cfg in {"group": A(), "no floor": A(std_floor=0.0), "high floor": A(std_floor=1.0), "Dr. GRPO": A(normalize_std=False), "rloo": A(kind="rloo"),
                          "batch": A(kind="batch")}.items()},
-    "steps": with_cfg(advantage.steps, oracles.steps, "earned box_mask", G),
-    "informative": Case(lambda r, m: advantage.informative(r, G, m),
-                        lambda r, m: np.array(oracles.informative(r, G, m)), "reward row_mask", advantage.informative),
+    **{f"steps, floor={f}": with_cfg(advantage.steps, oracles.steps, "earned box_mask", (G, f)) for f in (0.0, 0.8)},
+    **{f"informative, least={v}": Case(functools.partial(lambda v, r, m: advantage.informative(r, G, m, v), v),
+                                       functools.partial(lambda v, r, m: np.array(oracles.informative(r, G, m, v)), v),
+                                       "reward row_mask", advantage.informative) for v in (0.0, 1.5)},
     **{f"gae {gamma}, {lam}": with_cfg(advantage.gae, oracles.gae, "row.rewards row.value row.sampled",
                                        A(gamma=gamma, lam=lam))
        for gamma, lam in ((1.0, 0.95), (0.9, 0.0), (0.97, 1.0))},
@@ -199,8 +209,8 @@ CASES = {
     **{f"policy_loss {n}": _policy_loss(
         dataclasses.replace(cfg, kl_coef=0.1, entropy_coef=0.02, sampler_cap=1.5), n == "ppo")
        for n, cfg in LOSSES.items()},
-    **{f"policy_loss {e}, in the reward": _policy_loss(L(kl_coef=0.1, kl_estimator=e, kl_in_reward=True), False)
-       for e in loss.ESTIMATORS},
+    "policy_loss k1, in the reward": _policy_loss(L(kl_coef=0.1, kl_estimator="k1", kl_in_reward=True), False),
+    "policy_loss k2": _policy_loss(L(kl_coef=0.1, kl_estimator="k2"), False),
 }
 
 

@@ -70,6 +70,19 @@ def test_some_rows_write_and_the_others_stay(small):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
 
 
+def test_each_token_has_luck_of_its_own(small):
+  """So hot that the policy has no say: the tokens of a turn, of another turn and of another row are unalike."""
+  allowed = small.cfg.text.vocab - len(small.cfg.banned)
+  _, out, _, n = decode(small, prefilled(small), turns([5, 6, 7], left=40), steps=40, temperature=1e6)
+  rows = [out[b, :n[b]] for b in range(3) if n[b] > 10]
+  assert rows
+  for row in rows:  # 40 draws of about 60 have 29 different ones, on average
+    assert len(set(row.tolist())) > len(row) / 3
+  _, other, _, _ = decode(small, prefilled(small), turns([5, 6, 7], turn=1, left=40), steps=40, temperature=1e6)
+  alike = lambda a, b: np.mean(a[:10] == b[:10])
+  assert max(alike(out[0], other[0]), alike(out[0], out[1]), alike(out[0], out[2])) < 0.5, allowed
+
+
 def test_logps_are_those_of_the_whole_sequence(small):
   _, out, logp, n = decode(small, prefilled(small), turns([5, 6, 7]))
   for b, ids in enumerate(PROMPTS):

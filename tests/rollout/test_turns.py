@@ -66,7 +66,8 @@ def test_a_zoom_brings_a_crop(policy):
   assert (reply.ids == policy.model.image_token).sum() == patches.vision_tokens(reply.image, policy.model.vision.grid)
 
 
-@pytest.mark.parametrize("thought", ["", "<think>the left one, \u00e9\u4e2d\U0001f600</think>"])
+@pytest.mark.parametrize("thought", ["", "<think>the left one, \u00e9\u4e2d\U0001f600</think>",
+                                     '<think>"bbox_2d": [10, 10, 40, 40], I think</think>'])
 def test_which_tokens_hold_the_call_and_the_box(policy, thought):
   row = begin(policy)
   say(policy, row, thought + prompt.call_text(zoom.call((10, 10, 40, 40))))
@@ -88,6 +89,22 @@ def test_a_bad_box_is_told(policy):
   assert "x1 < x2" in row.traj.turns[0].error and "Error: bbox_2d" in row.traj.turns[1].text
   row = begin(policy)
   assert "one tool call a turn" in (say(policy, row, CALL + CALL) and row.traj.turns[0].error)
+
+
+def test_what_is_no_call_is_no_refused_call(policy):
+  row = begin(policy)
+  say(policy, row, CALL)
+  assert row.traj.refused == 0 and row.traj.turns[0].called and not row.traj.turns[1].called
+  say(policy, row, prompt.call_text(zoom.call((40, 12, 10, 48))))
+  assert row.traj.refused == 1
+  say(policy, row, "hm")  # malformed, but nothing was asked for
+  assert row.traj.turns[-1].error and row.traj.refused == 1 and row.traj.stop == types.StopReason.MALFORMED
+  row = begin(policy)
+  say(policy, row, "<tool_call>{not json}</tool_call>")
+  assert row.traj.refused == 1
+  row = begin(policy)
+  say(policy, row, prompt.answer_text("rows"))
+  assert row.traj.refused == 0 and not row.traj.turns[0].called
 
 
 def test_ends_without_an_answer(policy):

@@ -6,6 +6,8 @@ import concurrent.futures
 import dataclasses
 import itertools
 
+import numpy as np
+
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import order
@@ -41,8 +43,8 @@ def _good(source, indices, wanted: int, max_pixels: int, what: str) -> Drawn:
   return Drawn(tasks, skipped)
 
 
-def train(source, seed: int, step: int, wanted: int, max_pixels: int) -> Drawn:
-  """The prompts of one training step: a pure function of (source, seed, step).
+def train(source, seed: int, step: int, wanted: int, max_pixels: int, attempt: int = 0) -> Drawn:
+  """The prompts of one training step, or of a further try of it: a pure function of (source, seed, step, attempt).
 
   Args:
     source: has `len` and `task(index)`.
@@ -50,6 +52,7 @@ def train(source, seed: int, step: int, wanted: int, max_pixels: int) -> Drawn:
     step: which.
     wanted: how many prompts.
     max_pixels: see `images.decode`.
+    attempt: see `order.batch_indices`.
 
   Raises:
     ValueError: if the source is empty, or a whole epoch of it does not decode.
@@ -57,7 +60,7 @@ def train(source, seed: int, step: int, wanted: int, max_pixels: int) -> Drawn:
   n = len(source)
   if not n:
     raise ValueError("the training source must not be empty")
-  due = order.batch_indices(seed, step, n, wanted)
+  due = order.batch_indices(seed, step, n, wanted, attempt)
   # Stand-ins for pictures that don't decode: the rest of the set, from the far side, in a fixed order.
   spare = ((int(due[-1]) + n // 2 + i) % n for i in range(n))
   drawn = _good(source, itertools.chain(due, spare), wanted, max_pixels, "the training source")
@@ -66,9 +69,19 @@ def train(source, seed: int, step: int, wanted: int, max_pixels: int) -> Drawn:
   return Drawn(tasks, drawn.skipped)
 
 
-def held_out(source, wanted: int, max_pixels: int) -> Drawn:
-  """The first tasks of a held-out split that decode, `wanted` of them or as many as there are."""
-  return _good(source, range(len(source)), wanted, max_pixels, "the evaluation source")
+def held_out(source, wanted: int, max_pixels: int, seed: int = 0) -> Drawn:
+  """Tasks of a held-out split that decode, drawn from all of it: files are often sorted by where records are from.
+
+  Args:
+    source: has `len` and `task(index)`.
+    wanted: how many; all if there are no more.
+    max_pixels: see `images.decode`.
+    seed: draws them.
+  """
+  drawn = np.random.default_rng(seed).permutation(len(source))
+  # In the source's order, as it would be if all were wanted; stand-ins for what does not decode come after.
+  indices = itertools.chain(np.sort(drawn[:wanted]), drawn[wanted:])
+  return _good(source, indices, wanted, max_pixels, "the evaluation source")
 
 
 class Feed:
@@ -99,7 +112,7 @@ class Feed:
     return self._draw(step, attempt).result().tasks
 
   def _draw(self, step: int, attempt: int = 0) -> concurrent.futures.Future:
-    return self._pool.submit(train, self._source, self._seed + attempt * 2 ** 32, step, self._wanted, self._max_pixels)
+    return self._pool.submit(train, self._source, self._seed, step, self._wanted, self._max_pixels, attempt)
 
   def close(self) -> None:
     """Nothing more is wanted."""

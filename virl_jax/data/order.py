@@ -1,21 +1,25 @@
-"""The order in which training walks through its tasks, as a pure function of (seed, step)."""
+"""The order in which training walks through its tasks, as a pure function of (seed, step), or of a further try of it."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def batch_indices(seed: int, step: int, n_items: int, batch: int) -> np.ndarray:
+_WORD = 2 ** 32  # a seed sequence takes larger numbers apart, so that (2^32, 0) would be (0, 1)
+
+
+def batch_indices(seed: int, step: int, n_items: int, batch: int, attempt: int = 0) -> np.ndarray:
   """Which items step number `step` takes.
 
   Every epoch is a fresh permutation of all items, walked in order; a batch that reaches the end of
   one goes on in the next.  So each item is seen once an epoch, and a resumed run needs no state.
 
   Args:
-    seed: of the run, 0 or more.
+    seed: of the run, 0 to 2^32 - 1.
     step: 0 or more.
     n_items: how many items there are, 1 or more.
     batch: how many are taken a step, 1 or more; may exceed n_items.
+    attempt: 0 for the step's own items; each further try of a step walks through all items in an order of its own.
 
   Returns:
     int64[batch], each in [0, n_items).
@@ -25,14 +29,17 @@ def batch_indices(seed: int, step: int, n_items: int, batch: int) -> np.ndarray:
 
   Source: ours.
   """
-  arguments = (("seed", seed, 0), ("step", step, 0), ("n_items", n_items, 1), ("batch", batch, 1))
+  arguments = (("seed", seed, 0), ("step", step, 0), ("n_items", n_items, 1), ("batch", batch, 1),
+               ("attempt", attempt, 0))
   for name, value, least in arguments:
     if value < least:
       raise ValueError(f"{name} must be at least {least}. Received: {value}")
+  if seed >= _WORD:
+    raise ValueError(f"seed must be below 2^32. Received: {seed}")
   first, last = step * batch, (step + 1) * batch  # half-open, counted from the start of training
   pieces = []
   for epoch in range(first // n_items, (last - 1) // n_items + 1):
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, attempt])))
     start = epoch * n_items
     pieces.append(rng.permutation(n_items)[max(first - start, 0):last - start])
   return np.concatenate(pieces).astype(np.int64)

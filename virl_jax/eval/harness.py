@@ -37,7 +37,7 @@ class Judged:
     t = self.trajectory
     return outcome.Outcome(
         uid=t.task.uid, correct=t.correct, ious=self.ious,
-        invalid_actions=sum(turn.error is not None for turn in t.turns), has_boxes=bool(t.task.boxes),
+        invalid_actions=t.refused, has_boxes=bool(t.task.boxes),
         overlong=t.stop == types.StopReason.OVERLONG, kind=t.task.kind, answerable=bool(t.task.answers),
         answer=t.answer)
 

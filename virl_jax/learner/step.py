@@ -398,9 +398,13 @@ def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tu
 def _update_metrics(found: dict, trained_BT: jax.Array) -> pooled.Metrics:
   """What the losses say of an update: means over trained tokens are pooled, a loss is the update's own."""
   tokens = trained_BT.sum()
-  token_means = ("loss/kl", "loss/entropy", "ppo/clip_frac", "ppo/kl_old", "critic/loss", "critic/clip_frac")
-  return {name: pooled.Weighted(value, tokens) if name in token_means else
-          pooled.Max(value) if name == "ppo/ratio_max" else pooled.Mean(value) for name, value in found.items()}
+  token_means = ("loss/kl", "loss/entropy", "ppo/clip_frac", "ppo/kl_old", "critic/loss", "critic/clip_frac",
+                 "critic/return_var")
+  pools = {name: pooled.Weighted(value, tokens) if name in token_means else
+           pooled.Max(value) if name == "ppo/ratio_max" else pooled.Mean(value) for name, value in found.items()}
+  if "critic/explained" in found:  # a share of the variance there is
+    pools["critic/explained"] = pooled.Weighted(found["critic/explained"], tokens * found["critic/return_var"])
+  return pools
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")

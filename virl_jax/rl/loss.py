@@ -275,8 +275,8 @@ def value_loss(value_BT: jax.Array, value_old_BT: jax.Array, return_BT: jax.Arra
     cfg: the clip.
 
   Returns:
-    float32 scalar, mean over tokens, and metrics: `critic/loss`, `critic/clip_frac`, `critic/explained` (share of
-    the returns' variance that the values explain; 0 if they have none).
+    float32 scalar, mean over tokens, and metrics: `critic/loss`, `critic/clip_frac`, `critic/return_var` (the returns'
+    variance), `critic/explained` (the share of it that the values explain; 0 if there is none).
 
   Source: PPO's reference implementation; the share explained is the usual diagnostic.
   """
@@ -291,6 +291,7 @@ def value_loss(value_BT: jax.Array, value_old_BT: jax.Array, return_BT: jax.Arra
   spread = lambda x: masked_mean(jnp.square(x - masked_mean(x, mask_BT)), mask_BT)
   total, rest = spread(return_BT), spread(return_BT - value_BT)
   return value, {"critic/loss": value, "critic/clip_frac": masked_mean(clipped_BT.astype(jnp.float32), mask_BT),
+                 "critic/return_var": total,
                  "critic/explained": jnp.where(total > 0, 1.0 - rest / jnp.where(total > 0, total, 1.0), 0.0)}
 
 

@@ -167,6 +167,7 @@ def read(policy: Policy, row: row_lib.Row) -> row_lib.Reply | None:
     traj.stop, traj.answer = types.StopReason.ANSWERED, parsed.text
     return None
   failed = isinstance(parsed, prompt.ParseFailure)
+  said.called = not failed or parsed.is_call
   if failed and not parsed.is_call:
     said.error, traj.stop = parsed.message, types.StopReason.MALFORMED
     return None

@@ -100,8 +100,9 @@ def stops(trajectories: Sequence[types.Trajectory]) -> dict[str, float]:
   """Share of trajectories by stop reason, and of tool calls that were refused."""
   n = len(trajectories)
   reasons = {f"stop/{r.value}": sum(t.stop == r for t in trajectories) / n for r in types.StopReason}
-  errors = sum(turn.error is not None for t in trajectories for turn in t.turns)
-  return reasons | {"invalid_action_rate": errors / max(1, errors + sum(len(t.regions) for t in trajectories))}
+  refused = sum(t.refused for t in trajectories)
+  taken = sum(turn.action is not None for t in trajectories for turn in t.turns)
+  return reasons | {"invalid_action_rate": refused / max(1, refused + taken)}
 
 
 def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch) -> list[dict]:

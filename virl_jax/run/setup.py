@@ -84,12 +84,12 @@ def sections(c: config_lib.ConfigDict) -> Sections:
     ValueError: names the key, what was wanted and what came.
   """
   share, count, some = checks.real(0, 1, wanted="a share in [0, 1]"), checks.whole(1), checks.whole(0)
-  # Further tries of a step draw by seeds that are 2^32 apart, see `batches.Feed`.
-  checks.section(c, "", seed=checks.whole(0, 2 ** 32 - 1), steps=some)
+  word = checks.whole(0, 2 ** 32 - 1)  # see `order.batch_indices`
+  checks.section(c, "", seed=word, steps=some)
   dtype = (lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
   checks.section(c.model, "model", path=checks.text, dtype=dtype, compute_dtype=dtype, remat=checks.flag)
   checks.section(c.data, "data", path=checks.text, source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
-                 eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"))
+                 eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"), split_seed=word)
   checks.need(c.data.source != "jsonl" or c.data.path, "data.path",
               "the path of a records file when config.data.source is 'jsonl'", c.data.path)
   r = c.rollout
@@ -204,4 +204,4 @@ def source(c: config_lib.ConfigDict, split: str):
   """The tasks of "train" or "test"."""
   if c.data.source == "needle":
     return tiny_source.load(c.data.path, split, needle.Config(**c.data.needle))
-  return jsonl.load(c.data.path, split, c.data.eval_fraction, c.seed)
+  return jsonl.load(c.data.path, split, c.data.eval_fraction, c.data.split_seed)

@@ -21,7 +21,7 @@ from virl_jax import config as config_lib
 # What no run can change and still be that run, and why; a section stands for all its keys.
 _FIXED = {"model.path": "the checkpoints are of that model",
           "model.dtype": "the checkpoints hold parameters of that type",
-          "seed": "it orders the data and draws what is held out",
+          "seed": "it orders the data",
           "data": "evaluations before and after must be about the same tasks",
           "eval": "evaluations before and after must be made in the same way"}
 

@@ -69,7 +69,7 @@ class Config:
     pair = lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(type(n) is int for n in v)
     checks.section(vars(self), "data.needle", families=checks.some_of(FAMILIES, 1),
                    objects=(pair, "the fewest and the most objects, two whole numbers"), side_px=checks.whole(84),
-                   train_size=checks.whole(1), test_size=checks.whole(1), seed=checks.whole(0),
+                   train_size=checks.whole(1), test_size=checks.whole(1), seed=checks.whole(0, 2 ** 32 - 1),
                    guessable=checks.real(0, 1, wanted="a share in [0, 1]"))
     object.__setattr__(self, "families", tuple(self.families))
     object.__setattr__(self, "objects", tuple(self.objects))
