@@ -28,7 +28,7 @@ from virl_jax.rl import judge
 from virl_jax.rl import reward
 from virl_jax.run import memory
 
-REWARD, CREDIT = reward.Config(), credit.Config()
+REWARD, CREDIT, ADVANTAGE = reward.Config(), credit.Config(), advantage.Config()
 
 
 def draw(rows: int, actions: int, targets: int, tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -54,12 +54,12 @@ def draw(rows: int, actions: int, targets: int, tokens: int, seed: int = 0) -> d
 
 @functools.partial(jax.jit, static_argnames="group")
 def ours(d: dict, group: int):
-  """This project's kernels, as `learner.step.score_step` has them put together."""
-  cfg = judge.Config(group, REWARD, CREDIT, advantage.Config())
+  """This project's kernels, as `learner.step.score` has them put together."""
+  cfg = judge.Config(group, REWARD, CREDIT, ADVANTAGE)
   looks = judge.looks((d["box"], d["box_mask"], d["gt"], d["gt_mask"]), REWARD)
   total = judge.rewards(looks, d["answer"], jnp.ones_like(d["answer"]), REWARD)
-  rows = jnp.ones(total.shape, bool)
-  return total, judge.credits(looks, total, d["action"], d["sampled"], rows, None, cfg).advantage_BT
+  tokens = d["action"], d["sampled"], jnp.ones(total.shape, bool), cfg
+  return total, judge.credits(looks, judge.returns(looks, total, *tokens), *tokens).advantage_BT
 
 
 def _iou(a, b):
@@ -74,18 +74,18 @@ def loops(d: dict, group: int):
   rows, actions = d["box_mask"].shape
   total, classes = np.zeros(rows), np.full((rows, actions), credit.NONE)
   for b in range(rows):
-    best, earned = {}, []
+    best, earned = [-1.0] * len(d["gt"][b]), []
     for k in range(actions):
       if not d["box_mask"][b, k]:
         continue
       ious = [_iou(d["box"][b, k].tolist(), g.tolist()) if ok else -1.0 for g, ok in zip(d["gt"][b], d["gt_mask"][b])]
       j = int(np.argmax(ious))
-      value, before = ious[j], best.get(j)
-      correct = value >= REWARD.h0
-      again = correct and before is not None and before >= REWARD.h0 and value <= before
-      earned.append((1 if correct else -1) + REWARD.lam * max(0.0, value - (before or 0.0)) - REWARD.rho * again)
-      classes[b, k] = credit.REDUNDANT if again else credit.CORRECT if correct else credit.ERRONEOUS
-      best[j] = max(value, before or 0.0)
+      value = ious[j]
+      hits = [i for i, v in enumerate(ious) if v >= REWARD.h0]
+      again = bool(hits) and all(best[i] >= REWARD.h0 and ious[i] <= best[i] + REWARD.refine_margin for i in hits)
+      earned.append((1 if hits else -1) + REWARD.lam * max(0.0, value - max(best[j], 0.0)) - REWARD.rho * again)
+      classes[b, k] = credit.REDUNDANT if again else credit.CORRECT if hits else credit.ERRONEOUS
+      best = list(map(max, best, ious))
     mean = np.mean(earned) if earned else REWARD.no_action
     total[b] = REWARD.w_answer * d["answer"][b] + REWARD.w_format + REWARD.w_fidelity * mean
   table = {1: (CREDIT.h_good, CREDIT.h_redundant, CREDIT.h_bad),
@@ -94,7 +94,7 @@ def loops(d: dict, group: int):
   for start in range(0, rows, group):
     mine = total[start:start + group]
     for b in range(start, start + group):
-      adv = (total[b] - mine.mean()) / np.sqrt(mine.var() + 1e-12)
+      adv = (total[b] - mine.mean()) / np.sqrt(max(mine.var(), ADVANTAGE.std_floor ** 2) + 1e-12)
       out[b] = adv
       for k in range(actions):
         if classes[b, k] != credit.NONE and adv:
@@ -129,20 +129,22 @@ class Torch:
       for k in range(actions):
         value, j = iou[:, k].max(-1, keepdim=True)
         before, judged = best.gather(1, j), d["box_mask"][:, k, None]
-        correct = judged & (value >= REWARD.h0)
-        again = correct & (before >= REWARD.h0) & (value <= before)
+        correct, score = judged & (value >= REWARD.h0), iou[:, k]
+        stale = (best >= REWARD.h0) & (score <= best + REWARD.refine_margin)
+        again = correct & ((score < REWARD.h0) | stale).all(-1, keepdim=True)
         r = (torch.where(correct, 1.0, -1.0) + REWARD.lam * (value - before.clamp(min=0)).clamp(min=0)
              - REWARD.rho * again.float())
         earned += torch.where(judged, r, 0.0)[:, 0]
         kind = torch.where(again, 1, torch.where(correct, 0, 2))
         classes[:, k] = torch.where(judged, kind, 3)[:, 0]
-        best = torch.where(judged, best.scatter_reduce(1, j, value, "amax"), best)
+        best = torch.where(judged, torch.maximum(best, score), best)
       count = d["box_mask"].sum(-1)
       mean = torch.where(count > 0, earned / count.clamp(min=1), REWARD.no_action)
       total = REWARD.w_answer * d["answer"] + REWARD.w_format + REWARD.w_fidelity * mean
       grouped = total.reshape(-1, self.group)
       centred = grouped - grouped.mean(-1, keepdim=True)
-      adv = (centred / (centred.square().mean(-1, keepdim=True) + 1e-12).sqrt()).reshape(-1)
+      var = centred.square().mean(-1, keepdim=True).clamp(min=ADVANTAGE.std_floor ** 2)
+      adv = (centred / (var + 1e-12).sqrt()).reshape(-1)
       praise = torch.tensor([CREDIT.h_good, CREDIT.h_redundant, CREDIT.h_bad, 1.0])
       blame = torch.tensor([CREDIT.h_bad, 2 - CREDIT.h_redundant, CREDIT.h_good, 1.0])
       m = torch.where(adv[:, None] > 0, praise[classes], torch.where(adv[:, None] < 0, blame[classes], 1.0))

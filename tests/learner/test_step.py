@@ -305,7 +305,8 @@ def test_a_single_update_computes_the_old_log_probabilities_itself(small, batch,
 def test_scoring_keeps_log_probabilities_where_it_needs_them(small, batch):
   run = lambda state, **kwargs: jax.eval_shape(
       lambda s, b: step_lib.score_step(s, None, b, make_config(small, single_update=True, **kwargs)), state, batch)[0]
-  assert run(held(small.params), loss=loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1")).logp_old_BT is not None
+  o = loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1")
+  assert run(held(small.params), loss=o).logp_old_BT is not None
   critic = {"w": jnp.zeros(small.cfg.text.hidden), "b": jnp.zeros(1)}
   s = run(held(small.params).replace(critic=critic), advantage=advantage.Config(kind="gae"))
   assert s.logp_old_BT is not None and s.value_old_BT is not None
@@ -439,12 +440,13 @@ def test_a_small_spread_is_not_blown_up(batch, score):
       box_BR4=boxes, box_mask_BR=np.tile([True, False], (8, 1)), answer_B=np.ones(8, np.float32),
       format_B=np.ones(8, np.float32), gt_BJ4=np.tile(np.array([[0, 0, 40, 40]], np.float32), (8, 1, 1)),
       gt_mask_BJ=np.ones((8, 1), bool))
-  size = lambda **kwargs: float(np.abs(score(batches=[rows], advantage=advantage.Config(**kwargs))[0][0].advantage_B).mean())
+  run = lambda **kwargs: score(batches=[rows], advantage=advantage.Config(**kwargs))[0]
+  size = lambda **kwargs: float(np.abs(run(**kwargs)[0].advantage_B).mean())
   assert size(std_floor=0.0) > 0.8
   assert size() < 0.03
-  (s, metrics), = score(batches=[rows], advantage=advantage.Config(drop_equal=True))
+  s, metrics = run(drop_equal=True)
   assert not np.asarray(s.batch.row_mask_B).any() and pooled.merge([metrics])["advantage/informative_share"] == 0.0
-  (_, metrics), = score(batches=[rows], advantage=advantage.Config(least_spread=0.0))
+  _, metrics = run(least_spread=0.0)
   assert pooled.merge([metrics])["advantage/informative_share"] == 1.0
 
 
@@ -558,7 +560,8 @@ def test_a_value_s_step_is_clipped_about_what_it_was(small, batch):
   want, old = (np.asarray(x)[batch.sampled_BT] for x in (s.return_BT, s.value_old_BT))
   held_back = np.square(old + np.clip(value - old, -0.01, 0.01) - want)
   _, second = update_step(state, s, cfg)
-  np.testing.assert_allclose(second["critic/loss"], 0.5 * np.maximum(held_back, np.square(value - want)).mean(), rtol=1e-3)
+  worse = np.maximum(held_back, np.square(value - want))
+  np.testing.assert_allclose(second["critic/loss"], 0.5 * worse.mean(), rtol=1e-3)
   assert second["critic/clip_frac"] == pytest.approx((held_back > np.square(value - want)).mean()) and (
       second["critic/clip_frac"] > 0.2)
 

@@ -180,8 +180,8 @@ CASES = {
     **{f"relative {name}": Case(functools.partial(lambda cfg, r, m: advantage.relative(r, G, cfg, m), cfg),
                                 functools.partial(lambda cfg, r, m: oracles.relative(r, G, cfg, m), cfg),
                                 "reward row_mask", advantage.relative)
-       for name, cfg in {"group": A(), "no floor": A(std_floor=0.0), "high floor": A(std_floor=1.0), "Dr. GRPO": A(normalize_std=False), "rloo": A(kind="rloo"),
-                         "batch": A(kind="batch")}.items()},
+       for name, cfg in {"group": A(), "no floor": A(std_floor=0.0), "high floor": A(std_floor=1.0),
+                         "Dr. GRPO": A(normalize_std=False), "rloo": A(kind="rloo"), "batch": A(kind="batch")}.items()},
     **{f"steps, floor={f}": with_cfg(advantage.steps, oracles.steps, "earned box_mask", (G, f)) for f in (0.0, 0.8)},
     **{f"informative, least={v}": Case(functools.partial(lambda v, r, m: advantage.informative(r, G, m, v), v),
                                        functools.partial(lambda v, r, m: np.array(oracles.informative(r, G, m, v)), v),

@@ -1,9 +1,8 @@
-"""The order in which training walks through its tasks, as a pure function of (seed, step), or of a further try of it."""
+"""The order in which training walks through its tasks, as a pure function of (seed, step, try)."""
 
 from __future__ import annotations
 
 import numpy as np
-
 
 _WORD = 2 ** 32  # a seed sequence takes larger numbers apart, so that (2^32, 0) would be (0, 1)
 

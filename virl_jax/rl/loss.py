@@ -77,8 +77,8 @@ class Config:
                    sampler_cap=some, kl_coef=some, kl_estimator=checks.one_of(ESTIMATORS), kl_in_reward=checks.flag,
                    kl_target=some, kl_horizon=checks.real(above=0), entropy_coef=some, value_coef=some, value_clip=some)
     checks.need(self.kl_estimator == "k1" or not self.kl_in_reward, "loss.kl_estimator",
-                "'k1' with loss.kl_in_reward: there the gradient of k2 and k3 is not the divergence's, and following it "
-                "the divergence grows", self.kl_estimator)
+                "'k1' with loss.kl_in_reward: there the gradient of k2 and k3 is not the divergence's, and following "
+                "it the divergence grows", self.kl_estimator)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,0 +1,128 @@
+"""What train.py hands to whom: the pieces are stand-ins that write down what they get."""
+
+import types as std_types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from virl_jax import config as config_lib
+from virl_jax import train
+from virl_jax import types
+from virl_jax.eval import harness
+from virl_jax.learner import pooled
+from virl_jax.run import setup
+
+STEPS, EPOCHS, MINIBATCHES, PROMPTS, G = 4, 2, 2, 8, 4
+
+
+def data(key):
+  return tuple(jax.random.key_data(key).ravel().tolist())
+
+
+def uids(tasks):
+  return tuple(t.uid for t in tasks)
+
+
+def finished(task, index=0):
+  ids = np.arange(3, dtype=np.int32)
+  return types.Trajectory(task, index, ids, [types.Turn("assistant", ids, np.zeros(3, np.float32))],
+                          stop=types.StopReason.ANSWERED, answer="", correct=False)
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+  """A run of four steps in which no model is used; what each piece was given, in order."""
+  c = config_lib.default()
+  c.model.path, c.steps, c.seed = "@tiny", STEPS, 3
+  c.image.max_pixels = 84 * 84
+  c.data.needle.train_size, c.data.needle.test_size, c.eval.tasks = 64, 12, 8
+  c.rollout.prompts, c.rollout.group_size, c.rollout.resample = PROMPTS, G, 2
+  c.ppo.epochs, c.ppo.minibatches, c.loss.kl_coef = EPOCHS, MINIBATCHES, 0.1
+  c.reward.h0, c.reward.h0_start, c.reward.h0_steps = 0.4, 0.2, 2
+  c.checkpoint.every, c.log.gallery, c.log.gallery_every, c.log.tensorboard = 2, 0, 0, False
+  c.eval.bootstrap = 10
+  seen = std_types.SimpleNamespace(c=c, evaluated=[], rolled=[], further={}, informative=[], scored=[], updates=[])
+
+  def rolls(policy, params, tasks, draw, key, group_size, tries, informative):
+    step = len(seen.rolled)
+    seen.rolled.append((float(params["marker"]), uids(tasks), data(key), group_size, tries))
+    seen.further[step] = [uids(draw(attempt)) for attempt in (1, 2)]
+    found = [finished(task, i * G + g) for i, task in enumerate(tasks) for g in range(G)]
+    informative(found)
+    return found, {"time/rollout_s": 0.0}
+
+  def informative(boxes, answer_B, format_B, answerable_B, row_mask_B, cfg, h0):
+    seen.informative.append(float(h0))
+    return np.ones(len(answer_B), bool)
+
+  def scores(state, ref_params, batches, cfg, h0):
+    seen.scored.append((float(state.params["marker"]), float(ref_params["marker"]), tuple(batches), float(h0)))
+    return [(std_types.SimpleNamespace(batch=batch), {"reward/total": pooled.Mean(jnp.float32(0))}) for batch in batches]
+
+  def update(state, minibatch, cfg):
+    seen.updates.append(minibatch.batch)
+    params = {"marker": state.params["marker"] + 1}
+    return state.replace(params=params, update=state.update + 1), {"loss/total": pooled.Mean(jnp.float32(0))}
+
+  def evaluate(policy, params, tasks, key, slots, temperature, cfg):
+    seen.evaluated.append((float(params["marker"]), uids(tasks), data(key)))
+    return [harness.Judged(finished(task), (), ()) for task in tasks]
+
+  base = {"marker": jnp.float32(100.0)}
+  monkeypatch.setattr(train.load, "base", lambda *a, **k: std_types.SimpleNamespace(params=base))
+  monkeypatch.setattr(train.dynamic, "run", rolls)
+  monkeypatch.setattr(train.step_lib, "informative", informative)
+  monkeypatch.setattr(train.step_lib, "score", scores)
+  monkeypatch.setattr(train.step_lib, "update_step", update)
+  monkeypatch.setattr(train.harness, "run", evaluate)
+  monkeypatch.setattr(train.hosts, "place", lambda batch, mesh: batch)
+  monkeypatch.setattr(train.pack, "pack", lambda part, cfg: tuple((t.task.uid, t.index) for t in part))
+  monkeypatch.setattr(train.html, "write", lambda workdir: "report")
+  train.train(c, str(tmp_path / "run"))
+  return seen
+
+
+def test_everything_gets_what_it_should(played):
+  c = played.c
+  names = {split: {t.uid for t in map(setup.source(c, split).task, range(len(setup.source(c, split))))}
+           for split in ("train", "test")}
+  assert not names["train"] & names["test"]
+
+  # The base before, what training made of it after, on the same tasks with the same luck; of the test split.
+  (before, asked, key), (after, again, key_again) = played.evaluated
+  assert before == 100.0 and after == 100.0 + STEPS * EPOCHS * MINIBATCHES
+  assert asked == again and key == key_again and len(asked) == 8 and set(asked) <= names["test"]
+
+  # Each step rolls out with the policy as it is, on training tasks of its own, with a key of its own.
+  assert [p for p, *_ in played.rolled] == [100.0 + s * EPOCHS * MINIBATCHES for s in range(STEPS)]
+  assert all(set(tasks) <= names["train"] and len(tasks) == PROMPTS for _, tasks, *_ in played.rolled)
+  assert len({tasks for _, tasks, *_ in played.rolled}) == STEPS
+  root = jax.random.key(c.seed)
+  assert [k for *_, k, _, _ in played.rolled] == [data(jax.random.fold_in(root, s)) for s in range(STEPS)]
+  assert key not in {k for *_, k, _, _ in played.rolled}
+  assert {(g, tries) for *_, g, tries in played.rolled} == {(G, 2)}
+
+  # Further tries are other tasks, and others in each step.
+  drawn = [tasks for tries in played.further.values() for tasks in tries] + [tasks for _, tasks, *_ in played.rolled]
+  assert len(set(drawn)) == 3 * STEPS and all(set(tasks) <= names["train"] for tasks in drawn)
+
+  # The threshold is the step's, where groups are judged and where they are scored.
+  np.testing.assert_allclose(played.informative, [0.2, 0.3, 0.4, 0.4], rtol=1e-6)
+  np.testing.assert_allclose([h0 for *_, h0 in played.scored], [0.2, 0.3, 0.4, 0.4], rtol=1e-6)
+
+  # Scored once a step, all minibatches together, with the policy that rolled out and the base as reference.
+  assert [(p, ref) for p, ref, *_ in played.scored] == [(p, 100.0) for p, *_ in played.rolled]
+  for step, (_, _, batches, _) in enumerate(played.scored):
+    rows = [row for batch in batches for row in batch]
+    assert len(batches) == MINIBATCHES
+    assert sorted(rows) == sorted((uid, i * G + g) for i, uid in enumerate(played.rolled[step][1]) for g in range(G))
+    each = EPOCHS * MINIBATCHES
+    assert played.updates[step * each:(step + 1) * each] == EPOCHS * list(batches), "every minibatch, every epoch"
+
+
+def test_what_is_left_of_it(played, tmp_path):
+  saved = sorted(int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir() if f.name.isdigit())
+  assert saved == [2, 4]
+  assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1 + STEPS
