@@ -59,7 +59,8 @@ def played(tmp_path, monkeypatch):
 
   def scores(state, ref_params, batches, cfg, h0):
     seen.scored.append((float(state.params["marker"]), float(ref_params["marker"]), tuple(batches), float(h0)))
-    return [(std_types.SimpleNamespace(batch=batch), {"reward/total": pooled.Mean(jnp.float32(0))}) for batch in batches]
+    metrics = {"reward/total": pooled.Mean(jnp.float32(0))}
+    return [(std_types.SimpleNamespace(batch=batch), metrics) for batch in batches]
 
   def update(state, minibatch, cfg):
     seen.updates.append(minibatch.batch)

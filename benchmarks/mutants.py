@@ -1,0 +1,303 @@
+"""Plants bugs of one line each, and says which of them the tests notice.
+
+    python benchmarks/mutants.py                    # all, two at a time: about half an hour on two cores
+    python benchmarks/mutants.py --only=rl/reward   # those of one file
+
+Each bug is planted by itself on a copy of the repository; then the tests that mirror the file are run, and stop at the
+first that fails.  A bug that no test notices has survived: it wants a test, or the line is not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import timing  # of this folder
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# The tests that mirror a file, where that is not tests/FOLDER/test_FILE.py alone.
+MIRRORS = {
+    "train.py": "test_wiring.py",
+    "rl/reward.py": "rl/test_reward.py rl/test_reward_modes.py",
+    "rl/judge.py": "learner/test_step.py rollout/test_dynamic.py",
+    "rollout/row.py": "rollout/test_scripted.py",
+    "rollout/chunks.py": "rollout/test_scripted.py",
+    "rollout/engine.py": "rollout/test_scripted.py rollout/test_engine.py",
+    "rollout/actions/zoom.py": "rollout/test_turns.py data/test_prompt.py",
+    "model/head.py": "rollout/test_sample.py learner/test_step.py",
+    "model/layers.py": "model/test_qwen.py model/test_parity.py",
+    "model/qwen2_5/text.py": "model/test_qwen.py model/test_parity.py",
+    "model/qwen2_5/vision.py": "model/test_qwen.py model/test_parity.py",
+    "data/sources/jsonl.py": "data/test_jsonl.py",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+  """One bug.
+
+  Attributes:
+    file: below virl_jax/.
+    old: what stands there, once.
+    new: what is put in its place.
+    what: the bug, in words.
+  """
+
+  file: str
+  old: str
+  new: str
+  what: str
+
+  @property
+  def tests(self) -> list[str]:
+    """What mirrors the file."""
+    folder, _, name = self.file.rpartition("/")
+    return [f"tests/{t}" for t in MIRRORS.get(self.file, f"{folder}/test_{name}").split()]
+
+
+MUTANTS = [Mutant(*m) for m in (
+    # --- the reward ---------------------------------------------------------------------------------------------
+    ("rl/reward.py", "correct = judged & (value >= h0)", "correct = judged & (value > h0)", "h0 itself is a miss"),
+    ("rl/reward.py", "& (score_J <= best_J + cfg.refine_margin)", "& (score_J <= best_J)", "no margin"),
+    ("rl/reward.py", "(~hit_J | stale_J).all()", "(hit_J & stale_J).any()", "redundant if any target was hit before"),
+    ("rl/reward.py", "jnp.where(judged, jnp.maximum(best_J, score_J), best_J)",
+     "best_J.at[target].max(jnp.where(judged, value, -1.0))", "a score counts for the action's own target only"),
+    ("rl/reward.py", "value - jnp.maximum(best, 0.0)", "value", "no running best: each look is a refinement"),
+    ("rl/reward.py", "- jnp.where(redundant, cfg.rho, 0.0)", "- jnp.where(correct, cfg.rho, 0.0)",
+     "every hit pays for redundancy"),
+    ("rl/reward.py", "mean = jnp.where(judged_R.any(), found, cfg.no_action)", "mean = found",
+     "never zooming costs nothing"),
+    ("rl/reward.py", "jnp.minimum(_ratio(shared_NM, area_N1 + area_1M - shared_NM), 1.0)",
+     "jnp.minimum(_ratio(shared_NM, area_N1 + area_1M), 1.0)", "IoU over the sum of the areas"),
+    ("rl/reward.py", "mine_RT, order_T[None], 0).max(-1)", "mine_RT, order_T[None], 10 ** 6).min(-1)",
+     "an action's reward on its first token"),
+    ("rl/reward.py", "min(1.0, step / cfg.h0_steps)", "step / cfg.h0_steps", "h0 runs past its end"),
+    # --- credit, advantages -------------------------------------------------------------------------------------
+    ("rl/credit.py", "class_R = jnp.where(redundant_R, REDUNDANT, jnp.where(correct_R, CORRECT, ERRONEOUS))",
+     "class_R = jnp.where(correct_R, CORRECT, jnp.where(redundant_R, REDUNDANT, ERRONEOUS))",
+     "a redundant hit is a correct one"),
+    ("rl/credit.py", "blame_R if cfg.mirror else praise_R", "praise_R", "no mirror"),
+    ("rl/credit.py", "return jnp.where(class_R == NONE, 1.0, m_R)", "return m_R",
+     "actions that can't be judged are modulated"),
+    ("rl/credit.py", "return jnp.where(sampled_T, value_T, 0.0)", "return value_T", "tool results are trained on"),
+    ("rl/advantage.py", "jnp.maximum(of.square / jnp.maximum(of.count, 1), floor ** 2)",
+     "of.square / jnp.maximum(of.count, 1)", "the deviation has no floor"),
+    ("rl/advantage.py", "* (count / jnp.maximum(count - 1, 1))", "", "RLOO with the row itself in its baseline"),
+    ("rl/advantage.py", "start, (reward_T, value_T, mask_T), reverse=True)", "start, (reward_T, value_T, mask_T))",
+     "GAE looks back"),
+    ("rl/advantage.py", "jnp.where(real, value, next_value)", "value", "GAE bootstraps from tool results"),
+    ("rl/advantage.py", "base + (count_N * (mean_N - base)).sum() / jnp.maximum(count, 1)", "mean_N.mean()",
+     "parts count alike, however large"),
+    ("rl/judge.py", "looks.judged_BR & row_mask_B[:, None]", "looks.judged_BR", "masked rows in additive credit"),
+    ("rl/judge.py", "advantage.standardize(returns.raw_BT, trained_BT, True, cfg.advantage.std_floor, of)",
+     "advantage.standardize(returns.raw_BT, jnp.ones_like(trained_BT), True, cfg.advantage.std_floor)",
+     "masked tokens are whitened in"),
+    ("rl/judge.py", "returns.moments if of is None else of", "returns.moments",
+     "statistics of a minibatch, not of the batch"),
+    ("rl/judge.py", "reward_BT = reward_BT - kl_BT", "reward_BT = reward_BT.at[:, -1].add(-kl_BT.sum(-1))",
+     "all of a trajectory's KL at its end"),
+    ("rl/judge.py", "fidelity = jax.vmap(lambda *a: reward.fidelity(*a, cfg, h0))(*boxes)",
+     "fidelity = jax.vmap(lambda *a: reward.fidelity(*a, cfg))(*boxes)", "the scheduled threshold is not used"),
+    ("rl/judge.py", "row_mask_B, cfg.advantage.least_spread)", "None, cfg.advantage.least_spread)",
+     "masked rows make a group informative"),
+    # --- the loss -----------------------------------------------------------------------------------------------
+    ("rl/loss.py", "-jax.lax.stop_gradient(kept_BT) * advantage_BT * logp_BT", "-kept_BT * advantage_BT * logp_BT",
+     "CISPO without its stop-gradient"),
+    ("rl/loss.py", "gain_BT, clipped_BT = jnp.minimum(free_BT, held_BT)", "gain_BT, clipped_BT = jnp.maximum(free_BT, held_BT)",
+     "the optimistic side of the clip"),
+    ("rl/loss.py", "jnp.clip(ratio_BT, 1.0 - cfg.clip_low, 1.0 + cfg.clip_high)",
+     "jnp.clip(ratio_BT, 1.0 - cfg.clip_low, 1.0 + cfg.clip_low)", "clip_high is not used"),
+    ("rl/loss.py", "return jnp.minimum(jnp.exp(gap_BT) - gap_BT - 1.0, _MAX_K3)",
+     "return jnp.exp(gap_BT) - gap_BT - 1.0", "k3 without its cap"),
+    ("rl/loss.py", 'checks.need(self.kl_estimator == "k1" or not self.kl_in_reward', "checks.need(True",
+     "k3 in the reward"),
+    ("rl/loss.py", "jnp.maximum(error_BT, near_error_BT)", "error_BT", "the value clip is off"),
+    ("rl/loss.py", "0.0 if cfg.kl_in_reward else cfg.kl_coef if kl_coef is None else kl_coef",
+     "0.0 if cfg.kl_in_reward else cfg.kl_coef", "the coefficient that adapts is not used"),
+    ("rl/loss.py", "per = jnp.maximum(count_B, 1) if", "per = jnp.maximum(x_BT.shape[-1], 1) if",
+     "a sequence's mean over its padding"),
+    ("rl/loss.py", "- cfg.entropy_coef * entropy", "+ cfg.entropy_coef * entropy", "an entropy penalty"),
+    # --- the learner --------------------------------------------------------------------------------------------
+    ("learner/step.py", "jnp.pad(a[:, :-1], ((0, 0), (1, 0)))", "a", "log-probabilities one token early"),
+    ("learner/step.py", "return batch.sampled_BT & batch.row_mask_B[:, None]", "return batch.sampled_BT",
+     "masked rows are trained on"),
+    ("learner/step.py", "jax.lax.stop_gradient(logp) if first", "logp if first", "a ratio that is always 1"),
+    ("learner/step.py", "kl_BT = state.kl_coef * jnp", "kl_BT = cfg.loss.kl_coef * jnp",
+     "the coefficient that adapts is not used in the reward"),
+    ("learner/step.py", "return state.replace(kl_coef=kl_coef), metrics", "return state, metrics",
+     "the coefficient does not adapt"),
+    ("learner/step.py", "loss.value_loss(value, scored.value_old_BT,", "loss.value_loss(value, value,",
+     "a value is clipped about itself"),
+    ("learner/step.py", "not (path[-1].key.startswith(\"norm\") or path[-1].key.endswith(\"_b\"))", "True",
+     "norms and biases decay"),
+    ("learner/step.py", "looks, total_B, batch.action_BT, mask(batch), batch.row_mask_B, cfg.judge, value, kl_BT)",
+     "looks, total_B, batch.action_BT, mask(batch), batch.row_mask_B, cfg.judge, value)", "no KL in the reward"),
+    ("learner/step.py", "pooled.mean_of(batch.answer_B, batch.answerable_B)", "_each_row(batch.answer_B)",
+     "tasks without answers are wrong ones"),
+    ("learner/step.py", "whole = None if moments[0] is None else advantage.pooled(moments)", "whole = None",
+     "statistics of a minibatch, not of the batch"),
+    ("learner/pooled.py", "top, bottom = values.sum(0)", "top, bottom = values.mean(0); bottom = max(bottom, 1.0)",
+     "small denominators are rounded up"),
+    # --- rollouts -----------------------------------------------------------------------------------------------
+    ("rollout/sample.py", "jax.random.categorical(jax.random.fold_in(k, t), row)", "jax.random.categorical(k, row)",
+     "the same noise for each token of a turn"),
+    ("rollout/sample.py", "jax.random.fold_in(jax.random.fold_in(key, index), turn)", "jax.random.fold_in(key, index)",
+     "the same noise for each turn"),
+    ("rollout/sample.py", "pick(hidden_AD, writers.said_A + count)", "pick(hidden_AD, count)",
+     "each segment of a turn has the first one's noise"),
+    ("rollout/sample.py", "return t + 1, cache, pos_A + feed, hidden_AD", "return t + 1, cache, pos_A + 1, hidden_AD",
+     "a row that has ended moves on"),
+    ("rollout/turns.py", "if row.turn == policy.rollout.max_rounds:", "if row.turn > policy.rollout.max_rounds:",
+     "a round too many"),
+    ("rollout/turns.py", "said.called = not failed or parsed.is_call", "said.called = True",
+     "every malformed turn is a refused call"),
+    ("rollout/turns.py", "heard = np.concatenate([said.ids[-1:], heard]) if ended else heard", "heard = heard",
+     "the end of a turn is never fed"),
+    ("rollout/actions/zoom.py", "found = _BOX.search(text, *chars)", "found = _BOX.search(text)",
+     "the box is looked for in the whole text"),
+    ("rollout/pack.py", "b.pos_BXT[r, :, :n], _ = rope.positions(row, cfg.image_token, grids)",
+     "b.pos_BXT[r, :, :n] = np.arange(n)", "plain positions"),
+    ("rollout/pack.py", "(crops if i else shown)[id(im)] = im", "(shown if i else crops)[id(im)] = im",
+     "shown images in the crops' bucket"),
+    ("rollout/pack.py", "np.array([t.stop not in mask_stops for t in trajectories])",
+     "np.ones(len(trajectories), bool)", "no row is masked"),
+    ("rollout/dynamic.py", "draw(attempt) if attempt else tasks", "tasks", "further tries redraw the step's own batch"),
+    ("rollout/dynamic.py", "of_try = jax.random.fold_in(key, _FURTHER + attempt) if attempt else key", "of_try = key",
+     "further tries have the first one's luck"),
+    ("rollout/chunks.py", "chunk.next_pos_A[a] = e.slot, r.start, n, r.next_pos",
+     "chunk.next_pos_A[a] = e.slot, r.start, n, r.start + n", "positions count an image's tokens"),
+    ("rollout/engine.py", "row.filled, row.next_pos = reply.start + len(reply.ids), reply.next_pos",
+     "row.filled, row.next_pos = reply.start + len(reply.ids), row.next_pos", "positions stand still after a crop"),
+    # --- the model ----------------------------------------------------------------------------------------------
+    ("model/attention.py", "mask = mask & (group_BT[:, None, :, None] == group_BT[:, None, None, :])", "pass",
+     "joined trajectories see each other"),
+    ("model/attention.py", "at_Q = i * QUERY_BLOCK + jnp.arange(QUERY_BLOCK)", "at_Q = jnp.arange(QUERY_BLOCK)",
+     "each block of queries is the first"),
+    ("model/cache.py", "seen_AQS = (slot_11S <= slot_AQ1) & (slot_11S >= i * width)", "seen_AQS = slot_11S >= i * width",
+     "a token sees what comes after it"),
+    ("model/cache.py", "total * keep + weight.sum(-1)", "total + weight.sum(-1)", "a softmax that forgets its rescaling"),
+    ("model/head.py", "family.of(cfg).logits(params, cfg, hidden_BTD) / temperature",
+     "family.of(cfg).logits(params, cfg, hidden_BTD)", "no temperature in the policy"),
+    ("model/qwen2_5/text.py", "return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v",
+     "return rope.rotate(q, cos, sin), k, v", "keys are not rotated"),
+    ("model/qwen2_5/vision.py", "windows = images_.window_IWQ[:, 0] if W == 1 and not full else None",
+     "windows = None", "small images have no windows"),
+    ("model/qwen2_5/vision.py", "jax.nn.gelu(x, approximate=False)", "jax.nn.gelu(x)", "the other GELU"),
+    ("model/params.py", "np.ascontiguousarray(array.transpose(np.argsort(spec.perm)))",
+     "np.ascontiguousarray(array.transpose(spec.perm))", "exported the wrong way round"),
+    # --- data ---------------------------------------------------------------------------------------------------
+    ("data/order.py", "SeedSequence([seed, epoch, attempt])", "SeedSequence([seed + attempt * 2 ** 32, epoch])",
+     "a further try is a later epoch"),
+    ("data/order.py", "SeedSequence([seed, epoch, attempt])", "SeedSequence([seed, 0, attempt])",
+     "every epoch in the same order"),
+    ("data/batches.py", "drawn = np.random.default_rng(seed).permutation(len(source))", "drawn = np.arange(len(source))",
+     "the first of the file are held out"),
+    ("data/images.py", "math.floor(region.x1)), max(0, math.floor(region.y1))", "round(region.x1)), max(0, round(region.y1))",
+     "a crop begins inside its box"),
+    # --- train.py -----------------------------------------------------------------------------------------------
+    ("train.py", 'setup.source(c, "test")', 'setup.source(c, "train")', "evaluation on the training split"),
+    ("train.py", "key = jax.random.fold_in(root_key, step)", "key = jax.random.fold_in(root_key, 0)",
+     "one sampling key for all steps"),
+    ("train.py", "c.ppo.epochs * minibatches", "minibatches", "epochs are ignored"),
+    ("train.py", "functools.partial(feed.further, step)", "lambda attempt: tasks", "further tries redraw the same batch"),
+    ("train.py", "functools.partial(feed.further, step)", "functools.partial(feed.further, 0)",
+     "further tries of every step are the first one's"),
+    ("train.py", "functools.partial(_informative, p, step)", "functools.partial(_informative, p, 0)",
+     "groups are judged by the first step's threshold"),
+)]
+
+
+def plant(mutant: Mutant, tree: pathlib.Path) -> None:
+  """Puts a bug into a copy of the repository.
+
+  Raises:
+    ValueError: the line is not there, or not once.
+  """
+  file = tree / "virl_jax" / mutant.file
+  text = file.read_text()
+  if text.count(mutant.old) != 1:
+    raise ValueError(f"{mutant.file} must hold {mutant.old!r} once. Received: {text.count(mutant.old)} times")
+  file.write_text(text.replace(mutant.old, mutant.new))
+
+
+def copy(to: pathlib.Path) -> None:
+  """All that git knows of or does not ignore."""
+  names = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True,
+                         capture_output=True, text=True).stdout.splitlines()
+  for name in names:
+    if (ROOT / name).is_file():
+      (to / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(ROOT / name, to / name)
+
+
+def run(tests: list[str], tree: pathlib.Path, programs: str, timeout_s: float) -> tuple[int | None, str]:
+  """The exit status of pytest (None if it ran out of time), and the first test that failed, if any."""
+  env = dict(os.environ, PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1", JAX_COMPILATION_CACHE_DIR=programs,
+             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+  try:
+    done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no",
+                           *tests], cwd=tree, env=env, capture_output=True, text=True, timeout=timeout_s)
+  except subprocess.TimeoutExpired:
+    return None, f"more than {timeout_s:.0f} s"
+  failed = [line.split(" - ")[0].split("::", 1)[-1] for line in done.stdout.splitlines()
+            if line.startswith(("FAILED", "ERROR"))]
+  return done.returncode, failed[0] if failed else ""
+
+
+def main():
+  p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  p.add_argument("--only", default="", help="bugs of the files whose name holds this")
+  p.add_argument("--jobs", type=int, default=2)
+  p.add_argument("--timeout-s", type=float, default=900.0, help="a bug whose tests take longer is caught: they hang")
+  args = p.parse_args()
+  chosen = [m for m in MUTANTS if args.only in m.file]
+  began, rows, caught, survived = time.perf_counter(), {}, 0, []
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    programs = str(folder / "programs")
+
+    def one(number: int, mutant: Mutant | None, tests: list[str]):
+      tree = folder / str(number)
+      copy(tree)
+      if mutant is not None:
+        plant(mutant, tree)
+      try:
+        return run(tests, tree, programs, args.timeout_s)
+      finally:
+        shutil.rmtree(tree)
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+      # Tests that fail without a bug would catch all; this also compiles what the others then find compiled.
+      whole = sorted({t for m in chosen for t in m.tests})
+      for test, (status, failed) in zip(whole, pool.map(lambda t: one(10 ** 6 + whole.index(t), None, [t]), whole)):
+        if status:
+          sys.exit(f"{test} fails without any bug: {failed}")
+      print(f"{len(whole)} test files pass as they are; {time.perf_counter() - began:.0f} s", flush=True)
+      jobs = {pool.submit(one, i, m, m.tests): i for i, m in enumerate(chosen)}
+      for done, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
+        i, (status, failed) = jobs[job], job.result()
+        noticed = status is None or status == 1
+        caught += noticed
+        if status not in (None, 0, 1):
+          sys.exit(f"pytest ended with {status} on {chosen[i]}")
+        if not noticed:
+          survived.append(f"{chosen[i].file}: {chosen[i].what}")
+        rows[i] = [chosen[i].file, chosen[i].what, "caught" if noticed else "SURVIVED", failed]
+        left = (time.perf_counter() - began) / done * (len(jobs) - done)
+        print(f"{done} of {len(jobs)}, about {left / 60:.0f} min left: {' | '.join(rows[i])}", flush=True)
+  print("\n" + timing.table(["file", "bug", "", "by"], [rows[i] for i in range(len(chosen))]) + "\n")
+  print(f"{caught} of {len(chosen)} caught in {(time.perf_counter() - began) / 60:.0f} minutes\n")
+  print(timing.last_line(vars(args) | {"planted": len(chosen), "caught": caught, "survived": survived}, ()))
+
+
+if __name__ == "__main__":
+  main()
