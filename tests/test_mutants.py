@@ -1,4 +1,4 @@
-"""The bugs of benchmarks/mutants.py can be planted: their lines are still there, and so are the tests that mirror them."""
+"""The bugs of benchmarks/mutants.py can be planted: their lines are still there, and so are the tests that mirror."""
 
 import pathlib
 import runpy
