@@ -155,18 +155,23 @@ def parse(text: str, actions: Mapping[str, Any] = table.ACTIONS) -> Any | Answer
   """
   calls, answers = text.count("<tool_call>"), text.count("<answer>")
   if calls and answers:
-    return ParseFailure("zoom or answer, not both in one turn", True)
+    return ParseFailure("a tool call or an answer, not both in one turn", True)
   if calls == 1:
     asked = _parse_call(text, actions)
     return ParseFailure(asked, True) if isinstance(asked, str) else asked
   if calls > 1:
     return ParseFailure("one tool call a turn", True)
+  if answers > 1:
+    return ParseFailure("one answer a turn", False)
   if answers == 1:
     start = text.index("<answer>") + len("<answer>")
     end = text.find("</answer>", start)
     if end < 0:
       return ParseFailure("the answer tag is not closed", False)
     return Answer(text[start:end].strip())
+  for tag in ("tool_call", "answer"):
+    if f"</{tag}>" in text:
+      return ParseFailure(f"the {tag} tag is closed but not opened", False)
   return ParseFailure("a turn must hold a tool call or an answer", False)
 
 
