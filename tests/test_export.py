@@ -54,7 +54,7 @@ def test_the_command_writes_what_transformers_loads(run, tmp_path):
   assert (report["step"], report["dtype"], report["bytes"]) == (20, "bfloat16", sum(
       f.stat().st_size for f in out.iterdir()))
   assert transformers.AutoConfig.from_pretrained(out).text_config.hidden_size == weights.read_config(out).text.hidden
-  assert transformers.AutoTokenizer.from_pretrained(out).encode("<|im_end|>") == [weights.read_config(out).eos]
+  assert transformers.AutoTokenizer.from_pretrained(out).encode("<|im_end|>") == list(weights.read_config(out).eos)
   torch = pytest.importorskip("torch")
   model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
   want = np.asarray(run[1][20]["text"]["embed"]).astype("bfloat16").astype(np.float32)

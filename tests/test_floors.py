@@ -8,8 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
-    "checks config shapes types data.order eval.outcome learner.checkpoint learner.pooled model.cache model.layers "
-    "model.params model.rope report.curves report.trajectory run.caches run.compiles run.log",
+    "checks config shapes types data.order eval.outcome learner.checkpoint learner.pooled model.cache model.hf "
+    "model.layers model.params model.rope report.curves report.trajectory run.caches run.compiles run.log",
     "data.answers eval.monitors model.patches model.sharding report.gallery rl.advantage rl.credit "
     "rl.loss rl.reward rollout.slots run.workdir tiny.needle",
     "data.images model.attention run.hosts report.html rl.judge rollout.pack tiny.store",

@@ -91,8 +91,9 @@ def _warm_start(c, base: str | None, out: str, workdir: pathlib.Path, command: s
   folder, cfg, params = begin(c, base, workdir)
   cfg = dataclasses.replace(cfg, platform=sharding.platform(jax.devices()[0]))
   course = curriculum.Course(
-      tokenizer_dir=folder, image_token=cfg.image_token, eos=cfg.eos, prompt=prompt.Config(**c.prompt),
-      image=images.Config(**c.image), grid=cfg.vision.grid, seed=c.seed, steps=u.steps, pictures=u.pictures,
+      tokenizer_dir=folder, image_token=cfg.image_token, eos=cfg.eos, vocab=cfg.text.vocab,
+      prompt=prompt.Config(**c.prompt), image=images.Config(**c.image), grid=cfg.vision.grid, seed=c.seed,
+      steps=u.steps, pictures=u.pictures,
       marks=tuple(u.marks), most_objects=c.data.needle.objects[1], side_px=c.data.needle.side_px,
       stages=curriculum.last(tuple(c.data.needle.objects)) if base else curriculum.STAGES, p_direct=u.p_direct,
       p_clumsy=u.p_clumsy, p_count=u.p_count)

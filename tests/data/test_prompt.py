@@ -234,7 +234,7 @@ def test_defaults_are_the_configuration_s():
 
 @pytest.fixture(scope="module")
 def codec(tiny):
-  return prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos)
+  return prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos, tiny.cfg.text.vocab)
 
 
 def test_a_question_cannot_fake_an_image_or_a_turn(codec, tiny):
@@ -276,9 +276,13 @@ def test_what_is_no_utf8_is_marked(codec):
 
 def test_a_codec_needs_the_model_s_tokenizer(tiny):
   with pytest.raises(ValueError, match=r"map <\|image_pad\|> to 151655.*Received: \d+"):
-    prompt.Codec(tiny.tokenizer, 151655, tiny.cfg.eos)
-  with pytest.raises(ValueError, match=r"map <\|im_end\|> to 7"):
-    prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, 7)
+    prompt.Codec(tiny.tokenizer, 151655, tiny.cfg.eos, tiny.cfg.text.vocab)
+  with pytest.raises(ValueError, match=r"map <\|im_end\|> to one of the ids that end a turn, 7, 8 .*Received: \d+"):
+    prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, (7, 8), tiny.cfg.text.vocab)
+  last = max(tiny.tokenizer.get_vocab().values())
+  prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos, last + 1)
+  with pytest.raises(ValueError, match=f"no id beyond the model's embedding, which has {last} rows.*with id {last};"):
+    prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos, last)
 
 
 def test_the_tiny_tokenizer_spends_little_on_the_protocol(codec, tiny):

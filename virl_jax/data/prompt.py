@@ -199,18 +199,26 @@ class Codec:
   Args:
     tokenizer: a transformers tokenizer.
     image_token: id of <|image_pad|>.
-    eos: id of <|im_end|>.
+    eos: ids each of which ends a turn; <|im_end|>, which `end` is the id of, is one of them.
+    vocab: rows of the model's embedding.
 
   Raises:
-    ValueError: if the tokenizer lacks the special tokens that the protocol needs.
+    ValueError: if the tokenizer lacks the special tokens that the protocol needs, or has ids that the model has not.
   """
 
-  def __init__(self, tokenizer, image_token: int, eos: int):
-    for name, wanted in (("<|image_pad|>", image_token), (END, eos)):
-      found = tokenizer.convert_tokens_to_ids(name)
-      if found != wanted:
-        raise ValueError(f"tokenizer must map {name} to {wanted}, as config.json does. Received: {found}")
-    self.tokenizer, self.image_token, self.eos = tokenizer, image_token, eos
+  def __init__(self, tokenizer, image_token: int, eos: tuple[int, ...], vocab: int):
+    found, end = (tokenizer.convert_tokens_to_ids(name) for name in ("<|image_pad|>", END))
+    if found != image_token:
+      raise ValueError(f"tokenizer must map <|image_pad|> to {image_token}, as config.json does. Received: {found}")
+    if end not in eos:
+      raise ValueError(f"tokenizer must map {END} to one of the ids that end a turn, {', '.join(map(str, eos))} "
+                       f"(eos_token_id of generation_config.json or else of config.json). Received: {end}")
+    last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if last[1] >= vocab:
+      raise ValueError(f"tokenizer must have no id beyond the model's embedding, which has {vocab} rows. "
+                       f"Received: {last[0]!r} with id {last[1]}; it is another model's, or the embedding was not "
+                       "resized with it")
+    self.tokenizer, self.image_token, self.eos, self.end = tokenizer, image_token, tuple(eos), end
     # A fast tokenizer refuses a second thread while it sets its padding, which each call does.
     self._one_at_a_time = threading.Lock()
 

@@ -171,7 +171,8 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
   model = dataclasses.replace(weights.read_config(hf_dir), compute_dtype=c.model.compute_dtype, remat=c.model.remat,
                               platform=sharding.platform(mesh.devices.flat[0]))
   import transformers  # seconds to import
-  codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(hf_dir), model.image_token, model.eos)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+  codec = prompt.Codec(tokenizer, model.image_token, model.eos, model.text.vocab)
   rows = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
   shards = sharding.row_shards(mesh)
   if rows % shards:
