@@ -46,6 +46,7 @@ def test_the_policy_comes_out_bit_for_bit(run, step, tmp_path):
 
 def test_the_command_writes_what_transformers_loads(run, tmp_path):
   import transformers
+  from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
   out = tmp_path / "hf"
   done = subprocess.run([sys.executable, "-m", "virl_jax.export", f"--workdir={run[0]}", f"--out={out}"], cwd=ROOT,
                         capture_output=True, text=True)
@@ -55,6 +56,11 @@ def test_the_command_writes_what_transformers_loads(run, tmp_path):
       f.stat().st_size for f in out.iterdir()))
   assert transformers.AutoConfig.from_pretrained(out).text_config.hidden_size == weights.read_config(out).text.hidden
   assert transformers.AutoTokenizer.from_pretrained(out).encode("<|im_end|>") == list(weights.read_config(out).eos)
+  # The base's limits are 3136 to 7056 pixels, the run's the defaults.
+  processor = image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil.from_pretrained(out)
+  assert processor.size["longest_edge"] == config_lib.default().image.max_pixels
+  generation = transformers.GenerationConfig.from_pretrained(out)
+  assert generation.eos_token_id == weights.read_config(out).eos[0] and generation.top_k == 0
   torch = pytest.importorskip("torch")
   model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
   want = np.asarray(run[1][20]["text"]["embed"]).astype("bfloat16").astype(np.float32)

@@ -18,7 +18,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.prompt model.qwen2_5.model",
     "model.family model.qwen tiny.demos tiny.tokenizer",
     "model.head model.weights rollout.row run.memory tiny.curriculum",
-    "learner.step rollout.sample run.load",
+    "learner.step rollout.sample run.load run.serving",
     "rollout.turns",
     "rollout.chunks run.setup",
     "export warmstart rollout.engine",
