@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 import pytest
 import transformers
-from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 
 from virl_jax import config as config_lib
 from virl_jax.data import images
@@ -51,6 +50,7 @@ def test_an_image_is_shown_as_in_training(base, low, high, tmp_path):
   c = config_lib.default()
   c.image.min_pixels, c.image.max_pixels = low, high
   found, model = written(tmp_path, BASES[base], c), weights.read_config(load.model_dir("@tiny"))
+  reference = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
   processor = reference.Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
   rng = np.random.default_rng(0)
   for w, h in ((400, 224), (30, 30), (90, 300), (1500, 1200), (28, 29)):

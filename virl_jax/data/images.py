@@ -71,9 +71,9 @@ def decode(image: bytes | str | Image.Image, max_pixels: int = Config.decode_max
   name = image if isinstance(image, str) else f"{len(image)} bytes"
   try:
     with _opened(image) as im:
-      (width, height), turn = _upright(im)
-      if width * height > max_pixels:
-        raise ValueError(f"at most {max_pixels} pixels are decoded, it has {width} x {height}")
+      if im.width * im.height > max_pixels:
+        raise ValueError(f"at most {max_pixels} pixels are decoded, it has {im.width} x {im.height}")
+      _, turn = _upright(im)
       im.load()
       turned = im.format == "TIFF"  # Pillow turns these as it loads them
       im = _shallow(im)
