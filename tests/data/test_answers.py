@@ -108,6 +108,15 @@ def test_options_that_normal_forms_confuse_are_told_apart(options):
         assert answers.matches(f" {text} ", (accepted,), options) == (i == j), (accepted, text)
 
 
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(st.lists(st.text("aAbB1,.#%'-\u2019 \u00b2*($", min_size=1, max_size=4).filter(str.strip), min_size=1,
+                           max_size=5))
+def test_each_option_s_own_text_names_it_and_no_other(options):
+  for i, text in enumerate(options):
+    found = answers.right((text,), tuple(options))
+    assert i in found and {" ".join(options[j].split()) for j in found} == {" ".join(text.split())}
+
+
 def test_a_text_that_several_options_may_be_is_none_of_them():
   assert answers.right(("CAT",), ("cat", "Cat")) == answers.right(("cat.",), ("Cat", "CAT")) == set()
   assert not answers.matches("CAT", ("cat",), ("cat", "Cat"))

@@ -8,7 +8,7 @@ import zlib
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 import pytest
 
 from virl_jax import config
@@ -111,6 +111,14 @@ def test_size_and_turn_are_told_as_pillow_tells_them_of_the_loaded_image(orienta
     np.testing.assert_array_equal(images.decode(file), want, err_msg=name)
     swapped.append(want.size == (40, 80))
   assert sum(swapped) == (len(swapped) - 2 if 5 <= orientation <= 8 else 0)
+
+
+def test_what_is_too_large_is_refused_before_its_pixels_are_looked_behind(monkeypatch):
+  file = png_with(chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\0\0\0\0\0"), True, noise(20, 30))
+  assert images.decode(file).size == (30, 20)
+  monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("its pixels were read"))
+  with pytest.raises(ValueError, match="at most 599 pixels are decoded, it has 30 x 20"):
+    images.decode(file, max_pixels=599)
 
 
 def test_the_size_is_read_without_the_pixels(tmp_path):

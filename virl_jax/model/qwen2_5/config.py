@@ -292,7 +292,7 @@ def to_hf(cfg: Config, dtype: str) -> dict:
       "rope_scaling": {"type": "mrope", "mrope_section": list(t.mrope_section)},
       "tie_word_embeddings": t.tied, "use_sliding_window": False, "attention_dropout": 0.0,
       "max_position_embeddings": 128000, "initializer_range": 0.02, "use_cache": True,
-      "eos_token_id": cfg.eos[0] if len(cfg.eos) == 1 else list(cfg.eos),
+      "eos_token_id": cfg.eos[0] if len(cfg.eos) == 1 else list(cfg.eos) or None,
       "bos_token_id": None,  # no text begins with it; left out, readers assume the released vocabulary's
       **{theirs: getattr(cfg, ours) for ours, theirs in _IDS.items()},
       "vision_config": {
