@@ -38,7 +38,9 @@ def test_normalize(text, expected):
     ("\uff11,\uff10\uff10\uff10 km", ("1000 km",)),
     ("$5.00", ("$5",)), ("-$5", ("$-5.0",)), ("50 %", ("50%",)), ("50.0%", ("50\uff05",)), ("c#", ("C#",)),
     ("20 \u2103", ("20\u00b0C",)), ("5\u00bd", ("5 1/2",)), ("6\u2032", ("6'",)), ("5\u2033", ("5''",)),
-    ("'6'", ("6",)), ("*cat*", ("cat",)), ("## Cat", ("cat",)), ("- cat", ("cat",)), ("\u2014cat\u2014", ("cat",))])
+    ("'6'", ("6",)), ("*cat*", ("cat",)), ("***cat***", ("cat",)),
+    ("__cat__", ("cat",)), ("a **red** car", ("a red car",)), ("* cat", ("cat",)), ("2*3*4", ("2*3*4",)),
+    ("## Cat", ("cat",)), ("- cat", ("cat",)), ("\u2014cat\u2014", ("cat",))])
 def test_free_answers_that_match(answer, accepted):
   assert answers.matches(answer, accepted)
 
@@ -49,9 +51,10 @@ def test_free_answers_that_match(answer, accepted):
     ("3", ("-3",)), (".5", ("5",)), ("31", ("3.1",)), ("10", ("1,0",)), ("1,00", ("100",)),
     ("1e3", ("1000",)), ("inf", ("infinity",)), ("thirteen", ("13",)), ("3 4", ("34",)),
     ("C#", ("C",)), ("C", ("C#",)), ("50%", ("50",)), ("50", ("50%",)), ("50%", ("$50",)), ("\u20135", ("5",)),
-    ("5", ("\u20105",)), ("#1", ("1",)), ("O-", ("O",)), ("O", ("O\u2212",)), ("A*", ("A",)), ("6'", ("6",)),
-    ("6'", ('6"',)),     ("10\u00b2", ("102",)), ("5\u00bd", ("51/2",)), ("-x", ("x",)), ("3.10 beta", ("3.1 beta",)),
-    ("1,00 km", ("100 km",)),     ("12,3456 km", ("123456 km",)), ("\u2030", ("%",)),
+    ("5", ("\u20105",)), ("#1", ("1",)), ("O-", ("O",)), ("O", ("O\u2212",)), ("A*", ("A",)),
+    ("2*3*4", ("234",)), ("a_b_c", ("abc",)), ("*B", ("B",)), ("6'", ("6",)),
+    ("6'", ('6"',)), ("10\u00b2", ("102",)), ("5\u00bd", ("51/2",)), ("-x", ("x",)), ("3.10 beta", ("3.1 beta",)),
+    ("1,00 km", ("100 km",)), ("12,3456 km", ("123456 km",)), ("\u2030", ("%",)),
     ("5" * 100, ("5" * 99 + "6",)), ("10", ("10" + "0" * 30,))])
 def test_free_answers_that_do_not_match(answer, accepted):
   assert not answers.matches(answer, accepted)
@@ -59,6 +62,7 @@ def test_free_answers_that_do_not_match(answer, accepted):
 
 @pytest.mark.parametrize("accepted", [("cat",), ("B",), ("(b)",), ("horse", "a Cat.")])
 @pytest.mark.parametrize("answer", [
+    "**B)** cat", "**B.** The cat", "**B**: cat", "*B) cat*", "B) **cat**", "- B", "## B", "__B__",
     "B", "(B)", "B.", "b", "[B]", "**B**", "B)", " B:\n", "\uff22", "B) cat", "(B) The cat.", "B. cat",
     "b: CAT", "cat", "A cat"])
 def test_answers_that_name_the_right_option(answer, accepted):
@@ -95,7 +99,7 @@ def test_equal_options_are_equally_right():
 @pytest.mark.parametrize("options", [
     ("C", "C#", "F"), ("cat", "Cat", "CAT"), ("mW", "MW", "kW"), ("5", "-5", "5.0"), ("50", "50%", "50.0"),
     ("a dog", "the dog", "dog."), ("O", "O-", "O+"), ("6", "6'", '6"'), ("3", "three", "3.0"),
-    ("10\u00b2", "102", "10"),     ("don't", "don\u2019t", "do"), ("x", "-x", "\u2212x"), ("$5", "5", "$5.00")])
+    ("10\u00b2", "102", "10"), ("don't", "don\u2019t", "do"), ("x", "-x", "\u2212x"), ("$5", "5", "$5.00")])
 def test_options_that_normal_forms_confuse_are_told_apart(options):
   """The accepted text is one option, and only that option's letter, text, or both are right."""
   for i, accepted in enumerate(options):

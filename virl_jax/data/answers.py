@@ -33,9 +33,10 @@ _VULGAR = re.compile("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])")
 # Punctuation, separators, control and format characters; symbols such as $ and + mean something.
 _DROPPABLE = frozenset(("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Zs", "Zl", "Zp", "Cc", "Cf"))
 # And so do these, though Unicode calls them punctuation: "C#" is not "C", nor "50%" "50".
-_MEANT = frozenset("#%\u2030@&/\\\u00a7\u2020\u2021")
-_PAIRED = frozenset("*_")  # dropped where they stand on both sides: **bold**, but "C*"
-_HEADING = re.compile(r"\A#+ ")  # in Markdown
+_MEANT = frozenset("#%\u2030@&/\\*_\u00a7\u2020\u2021")
+# Markdown: a heading or an item of a list, and what is emphasised, as in "**B.** cat".
+_ITEM = re.compile(r"\A(?:#+|\*) ")
+_EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3})(?=[^\s*_])([^*_]{1,200})(?<=\S)\1(?!\w)")
 _LETTER_AND_TEXT = re.compile(r"([a-z])[).:\]]\s*(.+)", re.DOTALL | re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
 _UNIT_GAP = re.compile("(?<=[0-9]) (?=[%\u2030\u00b0])|(?<=[$\u00a3\u20ac\u00a5]) (?=[-+.]?[0-9])")
@@ -144,7 +145,7 @@ def _uniquely(text, options):
 
 def _by_letter(text, options):
   """The option whose letter this is, alone or before the option's own text."""
-  text = _strip(_plain(text.translate(_FULL_WIDTH)))
+  text = _strip(_unmarked(_plain(text.translate(_FULL_WIDTH))))
   lettered = _LETTER_AND_TEXT.fullmatch(text)
   letter, rest = lettered.groups() if lettered else (text, None)
   letter = letter.lower()
@@ -184,11 +185,16 @@ def _plain(text):
   return " ".join(text.split())
 
 
+def _unmarked(text):
+  """A text without Markdown's marks."""
+  return _EMPHASIS.sub(r"\2", _ITEM.sub("", text))
+
+
 def _tidy(text):
   text = text.translate(_ALIKE)
   if len(text) <= _COMPOSE_MAX_CHARS:
     text = unicodedata.normalize("NFKC", _VULGAR.sub(" ", _RAISED.sub(r"^\1", text))).translate(_ALIKE)
-  text = _strip(_HEADING.sub("", " ".join(text.casefold().split()).replace("''", '"')))
+  text = _strip(_unmarked(" ".join(text.casefold().split()).replace("''", '"')))
   return _UNIT_GAP.sub("", _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text))
 
 
@@ -202,17 +208,13 @@ def _strip(text):
   if start == end:
     return text
   head, tail = text[:start], text[end:]
-  if tail[:1] in _PAIRED and tail[:1] not in head:
-    end += len(tail) - len(tail.lstrip(tail[0]))
-  elif tail[:1] in ("'", '"') and text[end - 1].isdecimal() and tail[0] not in head:
+  if tail[:1] in ("'", '"') and text[end - 1].isdecimal() and tail[0] not in head:
     end += 1  # feet, inches, minutes
   elif tail[:1] == "-" and "-" not in head:
     end += 1  # "O-", "A-"
   if text[start].isdecimal():
     number_head = _NUMBER_HEAD.search(text[max(0, start - 3):start])
     start -= len(number_head[0]) if number_head else 0
-  elif head[-1:] in _PAIRED and head[-1] not in tail:
-    start -= len(head) - len(head.rstrip(head[-1]))
   elif head[-1:] == "-" and head[-2:-1] != "-" and "-" not in tail:
     start -= 1  # "-x", but "- cat" is an item of a list
   return text[start:end]
