@@ -25,7 +25,7 @@ def written(folder, base, c, model=None):
     (folder / "base" / name).write_text(json.dumps(content))
   model = model or weights.read_config(load.model_dir("@tiny"))
   found = serving.files(str(folder / "base"), model, c)
-  for name, content in found.items():
+  for name, content in (base | found).items():  # as `weights.save_hf` does
     (folder / name).write_text(json.dumps(content))
   return found
 
@@ -59,6 +59,9 @@ def test_an_image_is_shown_as_in_training(base, low, high, tmp_path):
     ours = images.prepare(image, None, low, high, model.vision.grid)
     assert theirs["image_grid_thw"].tolist() == [[1, *ours.grid_hw]], (w, h)
     np.testing.assert_allclose(theirs["pixel_values"], ours.patches_PC, atol=1e-5)
+  alone = found["preprocessor_config.json"]  # readers differ in which of these they go by
+  assert alone["size"] == {"shortest_edge": low, "longest_edge": high}
+  assert (alone["min_pixels"], alone["max_pixels"]) == (low, high)
   whole = found.get("processor_config.json")
   assert whole is None or whole["video_processor"] == {"max_pixels": 7} and "processor_class" in whole
 
