@@ -90,6 +90,7 @@ def test_uids_are_unique(tmp_path):
     ({**GOOD, "answers": [], "boxes": []}, "neither answers nor boxes"),
     ({**GOOD, "answers": [], "boxes": None}, "neither answers nor boxes"),
     ({"image": "a.png", "question": "What?", "answers": []}, "neither answers nor boxes"),
+    ({**GOOD, "options": ["cat", *(f"{i} dogs" for i in range(26))]}, "more than 26 options"),
     ({**GOOD, "options": ["dog", "cow"]}, "no answer among the options"),
     ({**GOOD, "options": ["Cat.", "CAT"]}, "no answer among the options"),
     ({**GOOD, "answers": ["C", "3"], "options": ["dog", "cow"]}, "no answer among the options"),

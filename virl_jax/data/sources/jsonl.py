@@ -37,6 +37,7 @@ from virl_jax.data import answers as answers_lib
 from virl_jax.data import images
 
 SPLITS = ("train", "test", "all")
+_MOST_OPTIONS = 26  # as many as there are letters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +177,8 @@ def _record(line):
       raise _Unusable(f"bad {field}")
   if not record["answers"] and not record.get("boxes"):
     raise _Unusable("neither answers nor boxes")
+  if len(record.get("options") or ()) > _MOST_OPTIONS:
+    raise _Unusable(f"more than {_MOST_OPTIONS} options")
   if record["answers"] and record.get("options") and not answers_lib.right(record["answers"], record["options"]):
     raise _Unusable("no answer among the options")
   return record
