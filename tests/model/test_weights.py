@@ -373,6 +373,18 @@ def test_folders_that_are_not_this_model(saved, tmp_path):
     weights.load_hf(saved)
 
 
+def test_weights_that_stand_elsewhere_are_not_overlooked(saved):
+  """transformers would read other files, or put an adapter on top."""
+  edit_config(saved, lambda c: c | {"transformers_weights": "other.safetensors"})
+  with pytest.raises(ValueError, match="transformers_weights must not name another file.*Received: 'other.safetensors'"):
+    weights.load_hf(saved)
+  edit_config(saved, lambda c: c | {"transformers_weights": None})
+  weights.load_hf(saved)
+  (saved / "adapter_config.json").write_text("{}")
+  with pytest.raises(ValueError, match="must hold a whole model, but has an adapter.*Merge it"):
+    weights.load_hf(saved)
+
+
 def test_a_folder_without_weights_says_what_it_holds(saved):
   (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
   with pytest.raises(ValueError, match=re.escape(str(saved)) + r".*must hold model\.safetensors.*pytorch_model\.bin"):

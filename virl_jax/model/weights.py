@@ -63,8 +63,8 @@ def read_config(hf_dir: str) -> family.Config:
   generation_config.json, if that names any, and a stored head that differs from the embedding is not tied to it.
 
   Raises:
-    ValueError: if the folder or its config.json is missing, unreadable or another architecture's, or a file of weights
-      that must be looked into is damaged.
+    ValueError: if the folder or its config.json is missing, unreadable or another architecture's, if an adapter waits
+      to be merged, or if a file of weights that must be looked into is damaged.
   """
   folder = pathlib.Path(hf_dir)
   path = folder / "config.json"
@@ -73,6 +73,12 @@ def read_config(hf_dir: str) -> family.Config:
   except FileNotFoundError as e:
     raise ValueError(f"hf_dir must be a folder with a config.json. Received: {hf_dir}") from e
   cfg = config_from_hf(config, str(path))
+  if config.get("transformers_weights") is not None:
+    raise ValueError(f"{path}: transformers_weights must not name another file: model.safetensors or its index is read. "
+                     f"Received: {config['transformers_weights']!r}")
+  if (folder / "adapter_config.json").exists():
+    raise ValueError(f"{folder} must hold a whole model, but has an adapter beside it (adapter_config.json). Merge it "
+                     "first, with peft's merge_and_unload")
   generation = folder / "generation_config.json"
   if generation.is_file():
     cfg = dataclasses.replace(cfg, eos=hf.ids(hf.read(generation), "eos_token_id", str(generation), cfg.eos))
