@@ -376,7 +376,7 @@ def test_folders_that_are_not_this_model(saved, tmp_path):
 def test_weights_that_stand_elsewhere_are_not_overlooked(saved):
   """transformers would read other files, or put an adapter on top."""
   edit_config(saved, lambda c: c | {"transformers_weights": "other.safetensors"})
-  with pytest.raises(ValueError, match="transformers_weights must not name another file.*Received: 'other.safetensors'"):
+  with pytest.raises(ValueError, match="transformers_weights must not name another.*Received: 'other.safetensors'"):
     weights.load_hf(saved)
   edit_config(saved, lambda c: c | {"transformers_weights": None})
   weights.load_hf(saved)

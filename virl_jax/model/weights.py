@@ -74,7 +74,7 @@ def read_config(hf_dir: str) -> family.Config:
     raise ValueError(f"hf_dir must be a folder with a config.json. Received: {hf_dir}") from e
   cfg = config_from_hf(config, str(path))
   if config.get("transformers_weights") is not None:
-    raise ValueError(f"{path}: transformers_weights must not name another file: model.safetensors or its index is read. "
+    raise ValueError(f"{path}: transformers_weights must not name another file than is read by default. "
                      f"Received: {config['transformers_weights']!r}")
   if (folder / "adapter_config.json").exists():
     raise ValueError(f"{folder} must hold a whole model, but has an adapter beside it (adapter_config.json). Merge it "
