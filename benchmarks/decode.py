@@ -56,7 +56,7 @@ def main():
   memory.keep_when_on_cpu()
   cfg = policy_bench.BENCH if args.size == "bench" else qwen.SIZES[args.size]
   here = sharding.platform(jax.devices()[0])
-  cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, eos=-1, platform=here)  # nothing ends a turn
+  cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, eos=(), platform=here)  # nothing ends a turn
   params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.dtype(args.dtype)))(jax.random.key(0))
   t, size = cfg.text, jnp.dtype(args.dtype).itemsize
   weights = params_lib.count(qwen.specs(cfg)["text"]) - (0 if t.tied else t.vocab * t.hidden)  # rows look few tokens up

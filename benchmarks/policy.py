@@ -38,7 +38,7 @@ BENCH = qwen.Config(
     text=qwen.Text(vocab=8192, hidden=512, layers=12, heads=8, kv_heads=2, head_size=64, intermediate=1408,
                      mrope_section=(8, 12, 12), tied=False),
     vision=qwen.Vision(depth=8, hidden=256, heads=4, intermediate=688, out=512, full_blocks=(3, 7)),
-    image_token=8000, video_token=8001, vision_start=8002, vision_end=8003, vision_pad=8004, eos=8005)
+    image_token=8000, video_token=8001, vision_start=8002, vision_end=8003, vision_pad=8004, eos=(8005,))
 
 
 def inputs(cfg: qwen.Config, batch: int, tokens: int, image_px: int) -> list[types.Trajectory]:
@@ -64,7 +64,7 @@ class Ours:
 
   def __init__(self, cfg, params, rows, new_tokens):
     self.params, self.new_tokens, self.tokens_BT = params, new_tokens, np.stack([r.ids for r in rows])
-    self.cfg = dataclasses.replace(cfg, eos=-1)  # generation goes on to its limit
+    self.cfg = dataclasses.replace(cfg, eos=())  # generation goes on to its limit
     self.batch = jax.device_put(pack.pack(rows, pack.Config(cfg.vision.grid, cfg.image_token, 1, 1, 1)))
     self.step = step_lib.Config(cfg, 1, optim=step_lib.OptimConfig(learning_rate=1e-5))
     b = self.batch
@@ -134,7 +134,7 @@ class Transformers:
     cfg = self.cfg
     with self.torch.no_grad():
       out = self.model.generate(**self.inputs, max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens,
-                                do_sample=False, suppress_tokens=list(cfg.banned), eos_token_id=cfg.eos,
+                                do_sample=False, suppress_tokens=list(cfg.banned), eos_token_id=list(cfg.eos),
                                 pad_token_id=0)
     self.out = out[:, self.inputs["input_ids"].shape[1]:].numpy()
 

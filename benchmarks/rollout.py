@@ -37,7 +37,7 @@ from virl_jax.rollout import slots as slots_lib
 from virl_jax.rollout import turns
 from virl_jax.run import memory
 
-CFG = dataclasses.replace(policy_bench.BENCH, eos=-1)  # nothing the model writes ends a turn
+CFG = dataclasses.replace(policy_bench.BENCH, eos=())  # nothing the model writes ends a turn
 WORDS_IN_PROMPT, WORDS_IN_REPLY = 30, 14
 
 

@@ -107,7 +107,7 @@ def small() -> Model:
       text=qwen.Text(vocab=64, hidden=24, layers=2, heads=4, kv_heads=2, head_size=8, intermediate=40,
                      mrope_section=(1, 1, 2), tied=False),
       vision=qwen.Vision(depth=2, hidden=16, heads=2, intermediate=24, out=24, full_blocks=(1,)),
-      image_token=5, video_token=6, vision_start=7, vision_end=8, vision_pad=9, eos=3)
+      image_token=5, video_token=6, vision_start=7, vision_end=8, vision_pad=9, eos=(3,))
   return Model(cfg, _draw(cfg, 0.2))
 
 

@@ -54,7 +54,12 @@ def test_the_command_writes_what_transformers_loads(run, tmp_path):
   assert (report["step"], report["dtype"], report["bytes"]) == (20, "bfloat16", sum(
       f.stat().st_size for f in out.iterdir()))
   assert transformers.AutoConfig.from_pretrained(out).text_config.hidden_size == weights.read_config(out).text.hidden
-  assert transformers.AutoTokenizer.from_pretrained(out).encode("<|im_end|>") == [weights.read_config(out).eos]
+  assert transformers.AutoTokenizer.from_pretrained(out).encode("<|im_end|>") == list(weights.read_config(out).eos)
+  # The base's limits are 3136 to 7056 pixels, the run's the defaults.
+  limits = json.loads((out / "preprocessor_config.json").read_text())["size"]
+  assert limits == {"shortest_edge": 3136, "longest_edge": config_lib.default().image.max_pixels}
+  generation = transformers.GenerationConfig.from_pretrained(out)
+  assert generation.eos_token_id == weights.read_config(out).eos[0] and generation.top_k == 0
   torch = pytest.importorskip("torch")
   model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
   want = np.asarray(run[1][20]["text"]["embed"]).astype("bfloat16").astype(np.float32)

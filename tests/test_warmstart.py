@@ -21,9 +21,9 @@ from virl_jax.tiny import curriculum
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def plan(steps, folder="nowhere", image_token=1, eos=2, **more):
-  return curriculum.Course(folder, image_token, eos, prompt.Config(), images.Config(), patches.Grid(), 0, steps, 4,
-                        ("pattern",), 5, 252, **more)
+def plan(steps, folder="nowhere", image_token=1, eos=(2,), vocab=3, **more):
+  return curriculum.Course(folder, image_token, eos, vocab, prompt.Config(), images.Config(), patches.Grid(), 0, steps,
+                           4, ("pattern",), 5, 252, **more)
 
 
 def test_stages_follow_each_other_and_the_last_is_clumsy():
@@ -40,7 +40,7 @@ def test_counts_look_at_every_object_in_joined_rows():
   folder = load.model_dir("@tiny")
   cfg = weights.read_config(folder)
   of = lambda **more: curriculum.draw_batch(
-      plan(10, folder, cfg.image_token, cfg.eos, stages=curriculum.last((3, 5)), **more), 3)
+      plan(10, folder, cfg.image_token, cfg.eos, cfg.text.vocab, stages=curriculum.last((3, 5)), **more), 3)
   plain, counting = of(), of(p_count=1.0)
   assert plain.joined_UT is None and plain.gt_mask_BJ.sum(1).max() == 2
   assert (counting.joined_UT >= 0).sum() == counting.valid_BT.sum()

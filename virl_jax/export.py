@@ -3,7 +3,9 @@
     python -m virl_jax.export --workdir=runs/tiny --out=HF_DIR
     python -m virl_jax.export --workdir=runs/tiny --out=HF_DIR --step=40 --dtype=float32
 
-Only the parameters are read.  The tokenizer, chat template and processor files come from the base.
+Only the parameters are read.  The tokenizer and chat template come from the base.  preprocessor_config.json has the
+run's pixel limits, and generation_config.json what ends a turn and how the run's evaluation samples: a server shows the
+policy what it was trained on.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from absl import flags
 
 from virl_jax.model import weights
 from virl_jax.run import load
+from virl_jax.run import serving
 from virl_jax.run import setup
 
 
@@ -36,7 +39,8 @@ def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat
     ValueError: if the workdir holds no run or no such checkpoint, or its base is gone.
   """
   policy = load.trained(workdir, step)
-  weights.save_hf(out, policy.model, policy.params, dtype, like=policy.hf_dir)
+  weights.save_hf(out, policy.model, policy.params, dtype, like=policy.hf_dir,
+                  beside=serving.files(policy.hf_dir, policy.model, policy.config))
   return policy.step
 
 

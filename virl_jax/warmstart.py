@@ -39,6 +39,7 @@ from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.run import load
+from virl_jax.run import serving
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 from virl_jax.tiny import curriculum
@@ -91,8 +92,9 @@ def _warm_start(c, base: str | None, out: str, workdir: pathlib.Path, command: s
   folder, cfg, params = begin(c, base, workdir)
   cfg = dataclasses.replace(cfg, platform=sharding.platform(jax.devices()[0]))
   course = curriculum.Course(
-      tokenizer_dir=folder, image_token=cfg.image_token, eos=cfg.eos, prompt=prompt.Config(**c.prompt),
-      image=images.Config(**c.image), grid=cfg.vision.grid, seed=c.seed, steps=u.steps, pictures=u.pictures,
+      tokenizer_dir=folder, image_token=cfg.image_token, eos=cfg.eos, vocab=cfg.text.vocab,
+      prompt=prompt.Config(**c.prompt), image=images.Config(**c.image), grid=cfg.vision.grid, seed=c.seed,
+      steps=u.steps, pictures=u.pictures,
       marks=tuple(u.marks), most_objects=c.data.needle.objects[1], side_px=c.data.needle.side_px,
       stages=curriculum.last(tuple(c.data.needle.objects)) if base else curriculum.STAGES, p_direct=u.p_direct,
       p_clumsy=u.p_clumsy, p_count=u.p_count)
@@ -123,7 +125,7 @@ def _warm_start(c, base: str | None, out: str, workdir: pathlib.Path, command: s
   saves.close()
   if platforms is None:
     os.environ.pop("JAX_PLATFORMS", None)
-  weights.save_hf(out, cfg, state.params, "bfloat16", like=folder)
+  weights.save_hf(out, cfg, state.params, "bfloat16", like=folder, beside=serving.files(folder, cfg, c))
   (pathlib.Path(out) / "RECIPE.json").write_text(json.dumps({
       "command": command, "seed": c.seed, "device": str(jax.devices()[0].device_kind), "jax": jax.__version__,
       "warmstart": json.loads(u.to_json()), "final_nll_nats": nll}, indent=1) + "\n")

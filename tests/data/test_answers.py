@@ -1,5 +1,7 @@
 """What counts as the same answer, what must not, and input that is out to hurt."""
 
+import json
+import pathlib
 import time
 
 import hypothesis
@@ -10,6 +12,7 @@ import pytest
 from virl_jax import types
 from virl_jax.data import answers
 
+REAL = pathlib.Path(__file__).parents[2].parent / "shared" / "realdata" / "native"
 OPTIONS = ("dog", "cat", "parking meter")
 
 
@@ -28,7 +31,16 @@ def test_normalize(text, expected):
     ("bird", ("bird",)), ("A Bird.", ("cow", "bird")), ("3", ("3.0",)), ("1000", ("1,000",)),
     ("three", ("3",)), ("12", ("Twelve",)), ("zero", ("0",)), ("-3", ("\u22123.0",)), (".5", ("0.50",)),
     ("+4", ("4",)), ("007", ("7",)), ("1,234,567.50", ("1234567.5",)), ("Yes.", ("yes",)), ("nan", ("NaN",)),
-    ("?", ("?",))])
+    ("?", ("?",)), ("don\u2019t know", ("don't know",)), ("\u2018cat\u2019", ("cat",)),
+    ("well\u2010known", ("well-known",)),
+    ("well\u2011known", ("well\u2013known",)), ("$1,000", ("$1000",)), ("1,000 km", ("1000 km",)),
+    ("about 1,234,567 people", ("about 1234567 people",)), ("\uff11\uff10", ("10",)),
+    ("\uff11,\uff10\uff10\uff10 km", ("1000 km",)),
+    ("$5.00", ("$5",)), ("-$5", ("$-5.0",)), ("50 %", ("50%",)), ("50.0%", ("50\uff05",)), ("c#", ("C#",)),
+    ("20 \u2103", ("20\u00b0C",)), ("5\u00bd", ("5 1/2",)), ("6\u2032", ("6'",)), ("5\u2033", ("5''",)),
+    ("'6'", ("6",)), ("*cat*", ("cat",)), ("***cat***", ("cat",)),
+    ("__cat__", ("cat",)), ("a **red** car", ("a red car",)), ("* cat", ("cat",)), ("2*3*4", ("2*3*4",)),
+    ("## Cat", ("cat",)), ("- cat", ("cat",)), ("\u2014cat\u2014", ("cat",))])
 def test_free_answers_that_match(answer, accepted):
   assert answers.matches(answer, accepted)
 
@@ -38,6 +50,11 @@ def test_free_answers_that_match(answer, accepted):
     ("cat and dog", ("cat",)), ("the answer is cat", ("cat",)), ("a b", ("b",)), ("?", ("!",)), ("$", ("5",)),
     ("3", ("-3",)), (".5", ("5",)), ("31", ("3.1",)), ("10", ("1,0",)), ("1,00", ("100",)),
     ("1e3", ("1000",)), ("inf", ("infinity",)), ("thirteen", ("13",)), ("3 4", ("34",)),
+    ("C#", ("C",)), ("C", ("C#",)), ("50%", ("50",)), ("50", ("50%",)), ("50%", ("$50",)), ("\u20135", ("5",)),
+    ("5", ("\u20105",)), ("#1", ("1",)), ("O-", ("O",)), ("O", ("O\u2212",)), ("A*", ("A",)),
+    ("2*3*4", ("234",)), ("a_b_c", ("abc",)), ("*B", ("B",)), ("6'", ("6",)),
+    ("6'", ('6"',)), ("10\u00b2", ("102",)), ("5\u00bd", ("51/2",)), ("-x", ("x",)), ("3.10 beta", ("3.1 beta",)),
+    ("1,00 km", ("100 km",)), ("12,3456 km", ("123456 km",)), ("\u2030", ("%",)),
     ("5" * 100, ("5" * 99 + "6",)), ("10", ("10" + "0" * 30,))])
 def test_free_answers_that_do_not_match(answer, accepted):
   assert not answers.matches(answer, accepted)
@@ -45,6 +62,7 @@ def test_free_answers_that_do_not_match(answer, accepted):
 
 @pytest.mark.parametrize("accepted", [("cat",), ("B",), ("(b)",), ("horse", "a Cat.")])
 @pytest.mark.parametrize("answer", [
+    "**B)** cat", "**B.** The cat", "**B**: cat", "*B) cat*", "B) **cat**", "- B", "## B", "__B__",
     "B", "(B)", "B.", "b", "[B]", "**B**", "B)", " B:\n", "\uff22", "B) cat", "(B) The cat.", "B. cat",
     "b: CAT", "cat", "A cat"])
 def test_answers_that_name_the_right_option(answer, accepted):
@@ -75,7 +93,42 @@ def test_options_that_are_letters_themselves():
 
 
 def test_equal_options_are_equally_right():
-  assert all(answers.matches(letter, ("cat",), ("cat", "dog", "Cat")) for letter in "AC")
+  assert [answers.matches(letter, ("cat",), ("cat", "dog", "cat")) for letter in "ABC"] == [True, False, True]
+
+
+@pytest.mark.parametrize("options", [
+    ("C", "C#", "F"), ("cat", "Cat", "CAT"), ("mW", "MW", "kW"), ("5", "-5", "5.0"), ("50", "50%", "50.0"),
+    ("a dog", "the dog", "dog."), ("O", "O-", "O+"), ("6", "6'", '6"'), ("3", "three", "3.0"),
+    ("10\u00b2", "102", "10"), ("don't", "don\u2019t", "do"), ("x", "-x", "\u2212x"), ("$5", "5", "$5.00")])
+def test_options_that_normal_forms_confuse_are_told_apart(options):
+  """The accepted text is one option, and only that option's letter, text, or both are right."""
+  for i, accepted in enumerate(options):
+    assert answers.right((accepted,), options) == {i}
+    for j, text in enumerate(options):
+      letter = "ABC"[j]
+      assert answers.matches(letter, (accepted,), options) == (i == j), (accepted, letter)
+      assert answers.matches(f"{letter}) {text}", (accepted,), options) == (i == j), (accepted, letter, text)
+      if text.lower() not in "abc":  # a letter means the option that has it
+        assert answers.matches(f" {text} ", (accepted,), options) == (i == j), (accepted, text)
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(st.lists(st.text("aAbB1,.#%'-\u2019 \u00b2*($", min_size=1, max_size=4).filter(str.strip), min_size=1,
+                           max_size=5))
+def test_each_option_s_own_text_names_it_and_no_other(options):
+  for i, text in enumerate(options):
+    found = answers.right((text,), tuple(options))
+    assert i in found and {" ".join(options[j].split()) for j in found} == {" ".join(text.split())}
+
+
+def test_a_text_that_several_options_may_be_is_none_of_them():
+  assert answers.right(("CAT",), ("cat", "Cat")) == answers.right(("cat.",), ("Cat", "CAT")) == set()
+  assert not answers.matches("CAT", ("cat",), ("cat", "Cat"))
+  assert answers.matches("A) CAT", ("cat",), ("cat", "Cat")), "the letter says which"
+  assert not answers.matches("A) Cat", ("cat",), ("cat", "Cat")), "letter and text disagree"
+  assert answers.right(("CAT",), ("cat", "dog")) == {0}
+  assert answers.right(("B", "horse"), ("cat", "dog")) == {1}
+  assert answers.right(("C",), ("cat", "dog")) == answers.right((), ("cat", "dog")) == set()
 
 
 def test_an_answer_that_is_no_option_is_never_right():
@@ -114,3 +167,13 @@ def test_trajectories_are_graded_by_the_rule_that_their_task_names(monkeypatch):
   assert [t.correct for t in found] == [True, False, False, True, True, False]
   with pytest.raises(ValueError, match="task t: match must be one of exact, shouted. Received: 'anls'"):
     answers.grade([played("x", match="anls")])
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"no real records at {REAL}")
+def test_options_of_real_records_are_told_apart():
+  """V* records name the right option by its text, first in the list; each option is itself and no other."""
+  records = json.loads((REAL / "vstar" / "annotation_vstar.json").read_text())
+  assert len(records) == 96
+  for record in records:
+    options = tuple(record["options"])
+    assert [answers.right((text,), options) for text in options] == [{i} for i in range(len(options))], options

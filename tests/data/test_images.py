@@ -8,7 +8,7 @@ import zlib
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 import pytest
 
 from virl_jax import config
@@ -55,6 +55,81 @@ def test_photographs_are_turned_upright():
     assert found.size == size and found.getpixel(red) == (255, 0, 0), orientation
 
 
+def chunk(kind, data):
+  return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(chunks, behind, image):
+  """A PNG with more chunks, before its pixels or behind them."""
+  file = file_of(image)
+  at = file.rindex(b"IEND") - 4 if behind else file.index(b"IDAT") - 4
+  return file[:at] + chunks + file[at:]
+
+
+def turned_files(orientation):
+  """One picture, in every way that a file can say how it is turned."""
+  image, exif = noise(20, 40).resize((80, 40)), Image.Exif()
+  exif[ExifTags.Base.Orientation] = orientation
+  block = exif.tobytes()
+  xmp = (b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>' % orientation)
+  hidden = xmp.replace(b'="%d"/>' % orientation, b">%d</rdf:Description>" % orientation).replace(
+      b"<rdf:Description tiff:Orientation>", b"<rdf:Description><tiff:Orientation>")
+  raw = b"\nexif\n%8d\n%s\n" % (len(block), block.hex().encode())
+  two = io.BytesIO()
+  image.save(two, "MPO", save_all=True, append_images=[image], exif=exif)
+  for fmt in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF"):
+    yield f"EXIF in {fmt}", file_of(image, fmt, exif=exif)
+  for how in ("tiff_lzw", "tiff_adobe_deflate", "packbits") if orientation in range(1, 9) else ():  # libtiff refuses
+    yield f"tag in {how}", file_of(image, "TIFF", tiffinfo={274: orientation}, compression=how)
+  yield "MPO", two.getvalue()
+  for fmt in ("JPEG", "WEBP", "AVIF"):
+    yield f"XMP in {fmt}", file_of(image, fmt, xmp=xmp)
+  yield "XMP in TIFF", file_of(image, "TIFF", tiffinfo={700: xmp})
+  for behind in (False, True):
+    where = "behind" if behind else "before"
+    yield f"eXIf {where}", png_with(chunk(b"eXIf", block.removeprefix(b"Exif\0\0")), behind, image)
+    for name, text in (("attribute", xmp), ("element", hidden)):
+      itxt = b"XML:com.adobe.xmp\0\0\0\0\0" + text
+      yield f"XMP {name} in iTXt {where}", png_with(chunk(b"iTXt", itxt), behind, image)
+    for kind, body in ((b"tEXt", raw), (b"zTXt", b"\0" + zlib.compress(raw))):
+      data = b"Raw profile type exif\0" + body
+      chunks = chunk(b"tEXt", b"date:create\0x") + chunk(kind, data)
+      yield f"raw profile in {kind} {where}", png_with(chunks, behind, image)
+  yield "no word of it", file_of(image)
+  yield "no word of it behind", png_with(chunk(b"tEXt", b"date:create\0x"), True, image)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_size_and_turn_are_told_as_pillow_tells_them_of_the_loaded_image(orientation, tmp_path):
+  path, swapped = tmp_path / "image", []
+  for name, file in turned_files(orientation):
+    with Image.open(io.BytesIO(file)) as im:
+      im.load()
+      want = ImageOps.exif_transpose(im).convert("RGB")
+    path.write_bytes(file)
+    assert images.upright_size(str(path)) == want.size, name
+    np.testing.assert_array_equal(images.decode(file), want, err_msg=name)
+    swapped.append(want.size == (40, 80))
+  assert sum(swapped) == (len(swapped) - 2 if 5 <= orientation <= 8 else 0)
+
+
+def test_what_is_too_large_is_refused_before_its_pixels_are_looked_behind(monkeypatch):
+  file = png_with(chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\0\0\0\0\0"), True, noise(20, 30))
+  assert images.decode(file).size == (30, 20)
+  monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("its pixels were read"))
+  with pytest.raises(ValueError, match="at most 599 pixels are decoded, it has 30 x 20"):
+    images.decode(file, max_pixels=599)
+
+
+def test_the_size_is_read_without_the_pixels(tmp_path):
+  (tmp_path / "cut.png").write_bytes(file_of(noise(300, 400))[:500])
+  assert images.upright_size(str(tmp_path / "cut.png")) == (400, 300)
+  for bad in ("absent.png", "cut.txt"):
+    (tmp_path / "cut.txt").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=f"image must be a readable file. Received: .*{bad}"):
+      images.upright_size(str(tmp_path / bad))
+
+
 WHITE, RED, PINK = (255, 255, 255), (200, 0, 0), (227, 127, 127)  # pink: red at half opacity on white
 
 
@@ -99,6 +174,73 @@ def test_other_modes():
   cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))  # red ink
   found = np.asarray(images.decode(file_of(cmyk, "JPEG")))[2, 2]
   assert found[0] > 200 and found[1] < 60 and found[2] < 60
+
+
+DEEP = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+SHALLOW = [0, 0, 1, 128, 255]
+
+
+def tiff_of(samples, bits, photometric=1, sample_format=1):
+  """A little-endian TIFF of one strip; `samples` as stored."""
+  h, w = samples.shape
+  data = samples.tobytes() if bits > 12 else bytes.fromhex("".join(f"{v:03x}" for v in samples.ravel()))
+  tags = [(256, w), (257, h), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, h),
+          (279, len(data)), (339, sample_format)]
+  entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+  return (b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+def deep_cases():
+  pgm = lambda most, values, kind=b"P5": kind + b" 5 1 %d\n" % most + values
+  keyed = file_of(Image.fromarray(DEEP))
+  at = keyed.index(b"IDAT") - 4
+  return {
+      "PNG": (file_of(Image.fromarray(DEEP)), SHALLOW),
+      "PNG with a transparent grey": (keyed[:at] + chunk(b"tRNS", b"\x80\x00") + keyed[at:], [0, 0, 1, 255, 255]),
+      "PGM": (pgm(65535, DEEP.astype(">u2").tobytes()), SHALLOW),
+      "PGM of 10 bits": (pgm(1023, np.array([0, 3, 4, 512, 1023], ">u2").tobytes()), [0, 0, 1, 128, 255]),
+      "PGM in words": (pgm(65535, b"0 255 256 32768 65535\n", b"P2"), SHALLOW),
+      "TIFF": (tiff_of(DEEP.astype("<u2"), 16), SHALLOW),
+      "TIFF of Pillow's": (file_of(Image.fromarray(DEEP), "TIFF"), SHALLOW),
+      "TIFF, big-endian": (file_of(Image.frombytes("I;16B", (5, 1), DEEP.astype(">u2").tobytes()), "TIFF"), SHALLOW),
+      "TIFF, deflated": (file_of(Image.fromarray(DEEP), "TIFF", compression="tiff_adobe_deflate"), SHALLOW),
+      "TIFF where 0 is white": (tiff_of(DEEP.astype("<u2"), 16, photometric=0), [255 - v for v in SHALLOW]),
+      "TIFF of 12 bits": (tiff_of(np.array([[0, 15, 16, 2048, 4095, 0]]), 12), [0, 0, 1, 128, 255, 0]),
+      "JPEG 2000": (file_of(Image.fromarray(DEEP), "JPEG2000"), SHALLOW),
+  }
+
+
+@pytest.mark.parametrize("kind", deep_cases())
+def test_deep_grey_is_scaled(kind):
+  file, want = deep_cases()[kind]
+  found = images.decode(file)
+  assert found.mode == "RGB"
+  np.testing.assert_array_equal(np.asarray(found), np.repeat(np.array(want)[None, :, None], 3, -1))
+
+
+@pytest.mark.parametrize("kind", ["int32", "uint32", "int16", "float32", "PFM"])
+def test_deep_grey_whose_white_nobody_knows_is_refused(kind, tmp_path):
+  ramp = np.array([[0, 1, 200, 255, 256, 70000]])
+  file = {"int32": lambda: tiff_of(ramp.astype("<i4"), 32, sample_format=2),
+          "uint32": lambda: tiff_of(ramp.astype("<u4"), 32),
+          "int16": lambda: tiff_of(ramp.astype("<i2"), 16, sample_format=2),
+          "float32": lambda: tiff_of(ramp.astype("<f4"), 32, sample_format=3),
+          "PFM": lambda: b"Pf 6 1 -1.0\n" + ramp.astype("<f4").tobytes()}[kind]()
+  with Image.open(io.BytesIO(file)) as im:
+    assert im.mode in ("I", "F") and im.size == (6, 1)
+  with pytest.raises(ValueError, match="has no known white in (TIFF|PPM); store it in 8 or 16 bits"):
+    images.decode(file)
+  (tmp_path / "grey").write_bytes(file)
+  with pytest.raises(ValueError, match="has no known white"):
+    images.upright_size(str(tmp_path / "grey"))
+
+
+def test_deep_grey_is_turned_too():
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = 6
+  for fmt in ("PNG", "TIFF"):
+    found = images.decode(file_of(Image.fromarray(DEEP), fmt, exif=exif))
+    assert found.size == (1, 5) and [found.getpixel((0, y))[0] for y in range(5)] == SHALLOW, fmt
 
 
 def test_the_first_frame_of_an_animation_counts():

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 
 from virl_jax import types
+from virl_jax.data import images
 from virl_jax.data.sources import jsonl
 
 REAL = pathlib.Path(__file__).parents[2].parent / "shared" / "realdata"
@@ -61,12 +62,14 @@ def test_unusual_but_usable_records(tmp_path):
       b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), b"", b"  \r",
       {**GOOD, "image": str(tmp_path / "elsewhere" / "b.png"), "id": 0},
       {**GOOD, "answers": [], "options": []},
-      {**GOOD, "boxes": []})
+      {**GOOD, "boxes": []}, {**GOOD, "boxes": None}, {k: v for k, v in GOOD.items() if k != "boxes"},
+      {**GOOD, "answers": ["B", "cow"], "options": ["dog", "cat"], "id": None, "task": None})
   assert not source.skipped
-  assert [task.uid for task in source.tasks] == ["line 1", "0", "line 5", "line 6"]
+  assert [task.uid for task in source.tasks] == ["line 1", "0", *(f"line {n}" for n in range(5, 10))]
   assert source.task(1).image == str(tmp_path / "elsewhere" / "b.png")
   assert source.task(2).answers == () and source.task(2).options is None
-  assert source.task(3).boxes == ()
+  assert source.task(3).boxes == source.task(4).boxes == source.task(5).boxes == ()
+  assert source.task(6).answers == ("B", "cow") and source.task(6).kind == "jsonl"
 
 
 def test_uids_are_unique(tmp_path):
@@ -77,13 +80,20 @@ def test_uids_are_unique(tmp_path):
 @pytest.mark.parametrize("record, reason", [
     (b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[" * 100_000, "not JSON"),
     (b"[1]", "not a JSON object"),
-    *(({k: v for k, v in GOOD.items() if k != field}, f"no {field}") for field in GOOD),
-    *(({**GOOD, field: None}, f"bad {field}") for field in GOOD),
+    *(({k: v for k, v in GOOD.items() if k != field}, f"no {field}") for field in ("image", "question", "answers")),
+    *(({**GOOD, field: None}, f"bad {field}") for field in ("image", "question", "answers")),
+    ({**GOOD, "boxes": "1, 2, 3, 4"}, "bad boxes"), ({**GOOD, "boxes": {}}, "bad boxes"),
     ({**GOOD, "question": "\ud800"}, "bad question"), ({**GOOD, "question": " "}, "bad question"),
     ({**GOOD, "answers": "cat"}, "bad answers"), ({**GOOD, "answers": [3]}, "bad answers"),
     ({**GOOD, "options": "AB"}, "bad options"), ({**GOOD, "task": 3}, "bad task"),
     ({**GOOD, "id": []}, "bad id"),
     ({**GOOD, "answers": [], "boxes": []}, "neither answers nor boxes"),
+    ({**GOOD, "answers": [], "boxes": None}, "neither answers nor boxes"),
+    ({"image": "a.png", "question": "What?", "answers": []}, "neither answers nor boxes"),
+    ({**GOOD, "options": ["cat", *(f"{i} dogs" for i in range(26))]}, "more than 26 options"),
+    ({**GOOD, "options": ["dog", "cow"]}, "no answer among the options"),
+    ({**GOOD, "options": ["Cat.", "CAT"]}, "no answer among the options"),
+    ({**GOOD, "answers": ["C", "3"], "options": ["dog", "cow"]}, "no answer among the options"),
     ({**GOOD, "image": "b.png"}, "no image file"), ({**GOOD, "image": "."}, "no image file"),
     ({**GOOD, "image": "x" * 5000}, "no image file"), ({**GOOD, "image": "a\0.png"}, "bad image"),
     ({**GOOD, "image": "records.jsonl"}, "no readable image"),
@@ -119,18 +129,21 @@ def test_boxes_are_clipped_to_the_image_whatever_the_record_says(tmp_path):
   source = read(tmp_path, {**GOOD, "boxes": boxes, "width": 4000, "height": 3000})
   assert source.task(0).boxes == ((0.0, 10.5, 40.0, 30.0), (0.0, 0.0, 40.0, 30.0))
   assert source.describe().endswith("; 1 state another size than their image")
-  assert read(tmp_path, {**GOOD, "width": 40, "height": 30}).n_other_size == 0
+  for stated, other in (((40, 30), 0), (("40", "30"), 0), ((" 40.0", 30.0), 0), ((None, "30"), 0), (("41", "30"), 1),
+                        (("wide", 30), 1), (([40], 30), 1)):
+    assert read(tmp_path, {**GOOD, **dict(zip(("width", "height"), stated))}).n_other_size == other, stated
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_the_frame_is_the_upright_image(tmp_path, suffix):
   exif = PIL.Image.Exif()
-  exif[PIL.ExifTags.Base.Orientation] = 6  # stored 40 x 30, shown 30 x 40
-  write_image(tmp_path / f"b.{suffix}", exif=exif)
-  record = {**GOOD, "image": f"b.{suffix}", "boxes": [[0, 0, 99, 99]], "width": 30, "height": 40}
-  source = read(tmp_path, record)
-  assert source.task(0).boxes == ((0.0, 0.0, 30.0, 40.0),)
+  exif[PIL.ExifTags.Base.Orientation] = 6  # shown 200 x 400
+  write_image(tmp_path / f"b.{suffix}", (400, 200), exif=exif)
+  boxes = [[0, 200, 200, 400], [0, 0, 999, 999]]
+  source = read(tmp_path, {**GOOD, "image": f"b.{suffix}", "boxes": boxes, "width": 200, "height": 400})
+  assert source.task(0).boxes == ((0.0, 200.0, 200.0, 400.0), (0.0, 0.0, 200.0, 400.0))
   assert source.n_other_size == 0
+  assert images.decode(source.task(0).image).size == (200, 400)
 
 
 def test_the_split_is_by_image_and_complete(many):

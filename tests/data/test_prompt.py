@@ -47,8 +47,12 @@ def test_answers(text, answer):
 @pytest.mark.parametrize("text, message, is_call", [
     ("", "must hold a tool call or an answer", False),
     ("the answer is red", "must hold a tool call or an answer", False),
-    ("</answer></tool_call>", "must hold a tool call or an answer", False),
-    ("<answer>a</answer><answer>b</answer>", "must hold a tool call or an answer", False),
+    ("red</answer>", "answer tag is closed but not opened", False),
+    (call(BOX).removeprefix("<tool_call>"), "tool_call tag is closed but not opened", False),
+    ("</answer></tool_call>", "tool_call tag is closed but not opened", False),
+    ("<answer>a</answer><answer>b</answer>", "one answer a turn", False),
+    ("<answer>a<answer>b</answer>", "one answer a turn", False),
+    ("<answer>a</answer><answer>b", "one answer a turn", False),
     ("<answer>red", "answer tag is not closed", False),
     ("</answer><answer>red", "answer tag is not closed", False),
     (call(BOX) + "<answer>red</answer>", "not both", True),
@@ -230,7 +234,7 @@ def test_defaults_are_the_configuration_s():
 
 @pytest.fixture(scope="module")
 def codec(tiny):
-  return prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos)
+  return prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos, tiny.cfg.text.vocab)
 
 
 def test_a_question_cannot_fake_an_image_or_a_turn(codec, tiny):
@@ -272,9 +276,13 @@ def test_what_is_no_utf8_is_marked(codec):
 
 def test_a_codec_needs_the_model_s_tokenizer(tiny):
   with pytest.raises(ValueError, match=r"map <\|image_pad\|> to 151655.*Received: \d+"):
-    prompt.Codec(tiny.tokenizer, 151655, tiny.cfg.eos)
-  with pytest.raises(ValueError, match=r"map <\|im_end\|> to 7"):
-    prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, 7)
+    prompt.Codec(tiny.tokenizer, 151655, tiny.cfg.eos, tiny.cfg.text.vocab)
+  with pytest.raises(ValueError, match=r"map <\|im_end\|> to one of the ids that end a turn, 7, 8 .*Received: \d+"):
+    prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, (7, 8), tiny.cfg.text.vocab)
+  last = max(tiny.tokenizer.get_vocab().values())
+  prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos, last + 1)
+  with pytest.raises(ValueError, match=f"no id beyond the model's embedding, which has {last} rows.*with id {last};"):
+    prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos, last)
 
 
 def test_the_tiny_tokenizer_spends_little_on_the_protocol(codec, tiny):

@@ -32,7 +32,7 @@ from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.model.qwen2_5 import text
 from virl_jax.rollout import sample
 
-IDS = {"image_token": 5, "video_token": 6, "vision_start": 7, "vision_end": 8, "vision_pad": 9, "eos": 3}
+IDS = {"image_token": 5, "video_token": 6, "vision_start": 7, "vision_end": 8, "vision_pad": 9, "eos": (3, 11)}
 LIMITS = {"positions": 0, "deltas": 0, "vision": 1e-4, "hidden": 1e-4, "logits": 2e-4, "nll": 1e-5, "gradients": 1e-3,
           "tokens": 0}
 MARGIN = 1e-3   # where the reference's two best logits are closer than this, either may be sampled
@@ -182,7 +182,7 @@ def _reference_turn(model, cfg, row: Part) -> tuple[list[int], list[float]]:
   ids, out, margins = row.ids, [], []
   pixels = torch.tensor(np.concatenate(row.pixels)) if row.pixels else None
   grids = torch.tensor([(1, *hw) for hw in row.grids]) if row.grids else None
-  while len(out) < MAX_NEW and (not out or out[-1] != cfg.eos):
+  while len(out) < MAX_NEW and (not out or out[-1] not in cfg.eos):
     now = torch.tensor(np.concatenate([ids, out]).astype(np.int64))[None]
     with torch.no_grad():
       logits = model(input_ids=now, attention_mask=torch.ones_like(now), pixel_values=pixels, image_grid_thw=grids,

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from tests.model import agreement
 from virl_jax.model import params as params_lib
@@ -78,3 +81,45 @@ def test_configs_are_read_as_the_reference_reads_them():
     assert weights.config_from_hf(hf.to_dict()) == cfg
     assert (hf.text_config.hidden_size, hf.vision_config.out_hidden_size) == (cfg.text.hidden, cfg.text.hidden)
     assert list(hf.text_config.rope_parameters["mrope_section"]) == [16, 24, 24]
+
+
+def _logits(folder, ids):
+  """The reference's in float64 and ours in float32, of words without images."""
+  reference = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float64).eval()
+  with torch.no_grad():
+    theirs = reference(input_ids=torch.tensor(ids), attention_mask=torch.ones_like(torch.tensor(ids))).logits.numpy()
+  cfg, params = weights.load_hf(folder)
+  return theirs, np.asarray(qwen.logits_from_hf_inputs(params, cfg, ids, np.ones_like(ids)))
+
+
+@pytest.mark.parametrize("stored", ["another head", "the same head", "the head alone", "the embedding alone"])
+def test_a_head_is_tied_where_the_reference_ties_it(stored, tmp_path):
+  """The config says tied; what is stored decides, as there."""
+  folder = tmp_path / "hf"
+  params = agreement.draw_params(UNTIED, np.random.default_rng(5))
+  weights.save_hf(folder, UNTIED, params, "float32")
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+  tensors = safetensors_numpy.load_file(folder / "model.safetensors")
+  if stored != "another head":
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  if stored.endswith("alone"):
+    del tensors["lm_head.weight" if "embedding" in stored else "model.embed_tokens.weight"]
+  safetensors_numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+  theirs, ours = _logits(folder, np.arange(10, 30)[None])
+  np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+  assert weights.read_config(folder).text.tied == (stored != "another head")
+
+
+def test_a_whole_file_goes_before_a_stale_index_as_in_the_reference(tmp_path):
+  """transformers leaves the index and shards of an earlier save behind when the model fits in one file."""
+  rng = np.random.default_rng(6)
+  old, new = (agreement.draw_params(UNTIED, rng) for _ in range(2))
+  with mock.patch.object(weights, "SHARD_BYTES", 20_000):
+    weights.save_hf(tmp_path / "old", UNTIED, old, "float32")
+  weights.save_hf(tmp_path / "new", UNTIED, new, "float32")
+  shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path / "old")
+  ids = np.arange(10, 30)[None]
+  theirs, ours = _logits(tmp_path / "old", ids)
+  np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+  np.testing.assert_array_equal(ours, _logits(tmp_path / "new", ids)[1])

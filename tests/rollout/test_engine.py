@@ -39,7 +39,7 @@ def load(mesh, **how):
   cfg = weights.read_config(folder)
   _, params = weights.load_hf(folder, "float32", sharding.param_shardings(qwen.specs(cfg), mesh))
   import transformers
-  codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(folder), cfg.image_token, cfg.eos)
+  codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(folder), cfg.image_token, cfg.eos, cfg.text.vocab)
   image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
   wording = prompt.Config(c.prompt.system, False, False, last_notice="")
   return turns.Policy(cfg, codec, wording, image, turns.Config(3, 32, 256, 1.0), mesh,

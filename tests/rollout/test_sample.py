@@ -1,5 +1,7 @@
 """Prefill, restart and decode: what is sampled, from what, and in which rows."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,11 +56,27 @@ def test_segments_are_one_turn(small):
   """Two segments of three give what one of six gives."""
   _, want, want_logp, n = decode(small, prefilled(small), turns([5, 6, 7]))
   state, a, a_logp, na = decode(small, prefilled(small), turns([5, 6, 7]), steps=3)
-  going = (na == 3) & (a[:, -1] != small.cfg.eos)
+  going = (na == 3) & ~np.isin(a[:, -1], small.cfg.eos)
   _, b, b_logp, nb = decode(small, state, turns([5, 6, 7], said=3, left=3 * going), steps=3)
   np.testing.assert_array_equal(np.concatenate([a, b], 1), want)
   np.testing.assert_allclose(np.concatenate([a_logp, b_logp], 1), want_logp, atol=1e-6)
   np.testing.assert_array_equal(na + nb, n)
+
+
+def test_any_of_the_ids_that_end_a_turn_ends_it(small):
+  """What is sampled is the same, up to the first of them."""
+  free = dataclasses.replace(small, cfg=dataclasses.replace(small.cfg, eos=()))
+  _, want, _, n = decode(free, prefilled(free), turns([5, 6, 7]))
+  assert n.tolist() == [6, 6, 6], "nothing ends a turn"
+  eos = (int(want[0, 1]), int(want[1, 3]))
+  both = dataclasses.replace(small, cfg=dataclasses.replace(small.cfg, eos=eos))
+  state, out, _, n = decode(both, prefilled(both), turns([5, 6, 7]))
+  ends = [next((t + 1 for t, token in enumerate(row) if token in eos), 6) for row in want.tolist()]
+  assert n.tolist() == ends and len(set(ends)) > 1
+  for row in range(3):
+    np.testing.assert_array_equal(out[row, :n[row]], want[row, :n[row]])
+  fed = np.asarray(state.cache.len_B) - [len(p) for p in PROMPTS]
+  assert fed.tolist() == [m - (m < 6 or want[b, 5] in eos) for b, m in enumerate(ends)], "the last is not fed"
 
 
 def test_some_rows_write_and_the_others_stay(small):

@@ -64,7 +64,7 @@ class Script:
     return row_lib.reply(policy.model, heard, image, row.filled + len(ids), row.next_pos + len(ids))
 
   def run(self, cfg, params, mesh=None, temperature=0.0, **how):
-    cfg = dataclasses.replace(cfg, eos=-1)
+    cfg = dataclasses.replace(cfg, eos=())
     how = {"pad_tokens": 32, "segment_tokens": 4} | how
     mesh = mesh or sharding.make(devices=jax.devices()[:1])
     policy = turns.Policy(cfg, None, None, None, turns.Config(max_total_tokens=128), mesh, slots_lib.Config(**how))

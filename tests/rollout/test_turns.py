@@ -21,7 +21,7 @@ TASK = types.Task("t", Image.new("RGB", (252, 252), "grey"), "Which pattern?", (
 
 @pytest.fixture(scope="module")
 def policy(tiny):
-  codec = prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos)
+  codec = prompt.Codec(tiny.tokenizer, tiny.cfg.image_token, tiny.cfg.eos, tiny.cfg.text.vocab)
   image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
   return turns.Policy(tiny.cfg, codec, prompt.Config("You help.", False, False), image,
                       turns.Config(3, 32, 256, 1.0), sharding.make(devices=jax.devices()[:1]))
@@ -59,7 +59,7 @@ def test_a_zoom_brings_a_crop(policy):
   before = row.filled
   reply = say(policy, row, CALL)
   said = row.traj.turns[0].ids
-  assert row.traj.stop is None and row.turn == 1 and reply.ids[0] == policy.codec.eos
+  assert row.traj.stop is None and row.turn == 1 and reply.ids[0] == policy.codec.end
   assert reply.start == before + len(said) - 1, "all but the end of turn is in the cache"
   assert reply.pos_XT[:, 0].tolist() == [before + len(said) - 1] * 3
   assert row.traj.regions == [types.Box(30, 36, 120, 144)], "shown at a third of the size"
@@ -172,6 +172,29 @@ def test_the_last_permitted_turn_is_told(policy):
   assert told(max_vision_tokens=spent + 1) == [True]
 
 
+def test_any_of_the_configured_ids_ends_a_turn(policy):
+  """One that is not the chat template's stays, as it was sampled, and the template's own comes behind it."""
+  codec, other = policy.codec, "<|endoftext|>"
+  assert not turns.hear(policy, begin(policy), codec.encode(CALL + other), np.zeros(99, np.float32)), "not one of them"
+  both = (codec.tokenizer.convert_tokens_to_ids(other), codec.end)
+  more = prompt.Codec(codec.tokenizer, codec.image_token, both, policy.model.text.vocab)
+  p = dataclasses.replace(policy, codec=more)
+  replies = {}
+  for end in (other, prompt.END):
+    row = begin(p)
+    before, reply = row.filled, say(p, row, CALL, end)
+    said, told = row.traj.turns
+    assert row.traj.stop is None and len(row.traj.regions) == 1
+    assert said.text.endswith(end) and len(said.logp) == len(said.ids)
+    assert reply.ids[0] == said.ids[-1] and reply.start == before + len(said.ids) - 1
+    np.testing.assert_array_equal(reply.ids[1:], told.ids)
+    replies[end] = reply.ids
+    row = begin(p)
+    assert say(p, row, prompt.answer_text("rows"), end) is None
+    assert row.traj.stop == types.StopReason.ANSWERED and row.traj.answer == "rows"
+  np.testing.assert_array_equal(replies[other][1:], replies[prompt.END])
+
+
 def test_stop_strings_end_a_turn_and_drop_what_follows(policy):
   p = change(policy, rollout={"stop_strings": ("</tool_call>", "</answer>")})
   row = begin(p)
@@ -184,8 +207,8 @@ def test_stop_strings_end_a_turn_and_drop_what_follows(policy):
   said = row.traj.turns[0]
   assert said.text == CALL and len(said.logp) == len(said.ids)
   assert reply.start == before + len(said.ids), "all of it is in the cache"
-  assert reply.ids[0] == p.codec.eos, "the end of turn that the policy did not write"
-  assert row.traj.turns[1].ids[0] == p.codec.eos and row.traj.turns[1].logp is None, "carries no loss"
+  assert reply.ids[0] == p.codec.end, "the end of turn that the policy did not write"
+  assert row.traj.turns[1].ids[0] == p.codec.end and row.traj.turns[1].logp is None, "carries no loss"
   row = begin(p)
   assert say(p, row, prompt.answer_text("rows") + "x", end="") is None
   assert row.traj.stop == types.StopReason.ANSWERED

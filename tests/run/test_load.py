@@ -1,5 +1,10 @@
 """A policy out of an HF folder, or out of a run."""
 
+import dataclasses
+import pathlib
+import re
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -36,6 +41,22 @@ def test_one_way_in(run):
     assert a.sharding == b.sharding and len(a.sharding.device_set) == jax.device_count()
     np.testing.assert_array_equal(2 * np.asarray(a), b)
     np.testing.assert_array_equal(b, d)
+
+
+def test_a_tokenizer_that_is_damaged_or_another_model_s_is_named(tmp_path):
+  folder = pathlib.Path(load.model_dir("@tiny"))
+  model = weights.read_config(folder)
+  assert load.codec(str(folder), model).end in model.eos
+  fewer = dataclasses.replace(model, text=dataclasses.replace(model.text, vocab=300))
+  with pytest.raises(ValueError, match="no id beyond the model's embedding, which has 300 rows"):
+    load.codec(str(folder), fewer)
+  for name, content in (("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("tokenizer_config.json", "[]"),
+                        ("tokenizer.json", None)):
+    hf_dir = tmp_path / f"{name}-{content}"
+    shutil.copytree(folder, hf_dir)
+    (hf_dir / name).unlink() if content is None else (hf_dir / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(hf_dir))} must hold a tokenizer that transformers reads"):
+      load.codec(str(hf_dir), model)
 
 
 def test_what_is_no_policy_is_named(run, tmp_path):

@@ -19,7 +19,7 @@ from virl_jax.tiny import needle
 def voice():
   folder = load.model_dir("@tiny")
   cfg = weights.read_config(folder)
-  codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(folder), cfg.image_token, cfg.eos)
+  codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(folder), cfg.image_token, cfg.eos, cfg.text.vocab)
   return demos.Voice(codec, prompt.Config(describe_tool=False, last_notice="", image_first=False),
                      images.Config(max_pixels=84 * 84, crop_min_pixels=5 * 784, crop_max_pixels=7840), cfg.vision.grid)
 

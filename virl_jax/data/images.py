@@ -7,17 +7,27 @@ and writes boxes in pixels of the image that it was shown (resized so that its s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import io
 import math
+import struct
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from virl_jax import checks
 from virl_jax import types
 from virl_jax.model import patches
+
+# How an image is turned upright, by its EXIF orientation.  From 5 on, width and height change places.
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
+_PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts that may hold one
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC = 256, 257, 258, 262  # TIFF tags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,27 +64,113 @@ def decode(image: bytes | str | Image.Image, max_pixels: int = Config.decode_max
     A PIL image of mode RGB.
 
   Raises:
-    ValueError: if the file is absent, is no image, is cut off, or is too large.
+    ValueError: if the file is absent, is no image, is cut off, is too large, or is of deep grey without a known white.
   """
   if isinstance(image, Image.Image):
     return image
   name = image if isinstance(image, str) else f"{len(image)} bytes"
   try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-      with Image.open(image if isinstance(image, str) else io.BytesIO(image)) as im:
-        if im.width * im.height > max_pixels:
-          raise ValueError(f"at most {max_pixels} pixels are decoded, it has {im.width} x {im.height}")
-        im.load()
-        im = ImageOps.exif_transpose(im)
-        if im.mode.startswith("I;16"):
-          im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
-        if "A" in im.getbands() or "transparency" in im.info:
-          im = im.convert("RGBA")
-          im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        return im.convert("RGB")
+    with _opened(image) as im:
+      if im.width * im.height > max_pixels:
+        raise ValueError(f"at most {max_pixels} pixels are decoded, it has {im.width} x {im.height}")
+      _, turn = _upright(im)
+      im.load()
+      turned = im.format == "TIFF"  # Pillow turns these as it loads them
+      im = _shallow(im)
+      im = im if turn is None or turned else im.transpose(turn)
+      if "A" in im.getbands() or "transparency" in im.info:
+        im = im.convert("RGBA")
+        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+      return im.convert("RGB")
   except Exception as e:  # a decoder may raise anything on a damaged file: AVIF's raises RuntimeError
     raise ValueError(f"image must be a decodable file. Received: {name} ({e})") from e
+
+
+def upright_size(path: str) -> tuple[int, int]:
+  """Width and height, pixels, of what `decode` makes of a file, from the file's header.
+
+  Args:
+    path: of the image file.
+
+  Raises:
+    ValueError: if the file is absent, is no image, is too large for Pillow to open, or of deep grey without a known
+      white.
+  """
+  try:
+    with _opened(path) as im:
+      _grey_bits(im)
+      return _upright(im)[0]
+  except Exception as e:
+    raise ValueError(f"image must be a readable file. Received: {path} ({e})") from e
+
+
+@contextlib.contextmanager
+def _opened(image: bytes | str) -> Iterator[Image.Image]:
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with Image.open(image if isinstance(image, str) else io.BytesIO(image)) as im:
+      yield im
+
+
+def _upright(im: Image.Image) -> tuple[tuple[int, int], Image.Transpose | None]:
+  """Width and height of the upright image of a file that was just opened, and how its pixels are turned to it.
+
+  Pillow's `ImageOps.exif_transpose` asks the same of an image that is loaded.
+  """
+  if im.format == "PNG" and _behind_pixels(im):
+    im.load()
+  # PNG's own method would load it always.
+  orientation = Image.Image.getexif(im).get(ExifTags.Base.Orientation)
+  turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+  # A TIFF's size is upright already if a tag, but not if XMP says how it is turned.
+  size = (im.tag_v2[_WIDTH], im.tag_v2[_HEIGHT]) if im.format == "TIFF" else im.size
+  return size[::-1] if turn is not None and orientation >= 5 else size, turn
+
+
+def _behind_pixels(im: Image.Image) -> bool:
+  """Whether a PNG has an orientation, or what may hold one, behind its pixels, where Pillow sees it late."""
+  file, before, pixels, found = im.fp, im.fp.tell(), False, False
+  file.seek(8)
+  while len(head := file.read(8)) == 8:
+    at, (length, kind) = file.tell(), struct.unpack(">I4s", head)
+    if kind == b"IEND" or pixels and kind == b"fcTL" and im.is_animated:
+      break
+    pixels |= kind == b"IDAT"
+    if pixels and (kind == b"eXIf" or kind in (b"tEXt", b"zTXt", b"iTXt") and length and
+                   file.read(min(length, 80)).startswith(_PNG_ORIENTATION)):
+      found = True
+      break
+    file.seek(at + length + 4)
+  file.seek(before)
+  return found
+
+
+def _grey_bits(im: Image.Image) -> int | None:
+  """How many bits the white of a deep grey image has; None for any other image.
+
+  Raises:
+    ValueError: nobody knows which of its numbers is white.
+  """
+  if im.mode not in ("I", "F") and not im.mode.startswith("I;"):
+    return None
+  if im.mode == "F" or im.format not in ("PNG", "PPM", "TIFF", "JPEG2000") or im.format == "TIFF" and im.mode == "I":
+    raise ValueError(f"grey of mode {im.mode} has no known white in {im.format}; store it in 8 or 16 bits")
+  return im.tag_v2[_BITS][0] if im.format == "TIFF" else 16
+
+
+def _shallow(im: Image.Image) -> Image.Image:
+  """A loaded image of deep grey in 8 bits; any other as it is."""
+  bits = _grey_bits(im)
+  if bits is None:
+    return im
+  grey = np.asarray(im)
+  pixels = (grey >> (bits - 8)).astype(np.uint8)
+  if im.format == "TIFF" and im.tag_v2.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow sees to for 8 bits only
+    pixels = 255 - pixels
+  out = Image.fromarray(pixels)
+  if "transparency" in im.info:
+    out.putalpha(Image.fromarray(np.where(grey == im.info["transparency"], 0, 255).astype(np.uint8)))
+  return out
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -155,18 +155,23 @@ def parse(text: str, actions: Mapping[str, Any] = table.ACTIONS) -> Any | Answer
   """
   calls, answers = text.count("<tool_call>"), text.count("<answer>")
   if calls and answers:
-    return ParseFailure("zoom or answer, not both in one turn", True)
+    return ParseFailure("a tool call or an answer, not both in one turn", True)
   if calls == 1:
     asked = _parse_call(text, actions)
     return ParseFailure(asked, True) if isinstance(asked, str) else asked
   if calls > 1:
     return ParseFailure("one tool call a turn", True)
+  if answers > 1:
+    return ParseFailure("one answer a turn", False)
   if answers == 1:
     start = text.index("<answer>") + len("<answer>")
     end = text.find("</answer>", start)
     if end < 0:
       return ParseFailure("the answer tag is not closed", False)
     return Answer(text[start:end].strip())
+  for tag in ("tool_call", "answer"):
+    if f"</{tag}>" in text:
+      return ParseFailure(f"the {tag} tag is closed but not opened", False)
   return ParseFailure("a turn must hold a tool call or an answer", False)
 
 
@@ -194,18 +199,26 @@ class Codec:
   Args:
     tokenizer: a transformers tokenizer.
     image_token: id of <|image_pad|>.
-    eos: id of <|im_end|>.
+    eos: ids each of which ends a turn; <|im_end|>, which `end` is the id of, is one of them.
+    vocab: rows of the model's embedding.
 
   Raises:
-    ValueError: if the tokenizer lacks the special tokens that the protocol needs.
+    ValueError: if the tokenizer lacks the special tokens that the protocol needs, or has ids that the model has not.
   """
 
-  def __init__(self, tokenizer, image_token: int, eos: int):
-    for name, wanted in (("<|image_pad|>", image_token), (END, eos)):
-      found = tokenizer.convert_tokens_to_ids(name)
-      if found != wanted:
-        raise ValueError(f"tokenizer must map {name} to {wanted}, as config.json does. Received: {found}")
-    self.tokenizer, self.image_token, self.eos = tokenizer, image_token, eos
+  def __init__(self, tokenizer, image_token: int, eos: tuple[int, ...], vocab: int):
+    found, end = (tokenizer.convert_tokens_to_ids(name) for name in ("<|image_pad|>", END))
+    if found != image_token:
+      raise ValueError(f"tokenizer must map <|image_pad|> to {image_token}, as config.json does. Received: {found}")
+    if end not in eos:
+      raise ValueError(f"tokenizer must map {END} to one of the ids that end a turn, {', '.join(map(str, eos))} "
+                       f"(eos_token_id of generation_config.json or else of config.json). Received: {end}")
+    last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if last[1] >= vocab:
+      raise ValueError(f"tokenizer must have no id beyond the model's embedding, which has {vocab} rows. "
+                       f"Received: {last[0]!r} with id {last[1]}; it is another model's, or the embedding was not "
+                       "resized with it")
+    self.tokenizer, self.image_token, self.eos, self.end = tokenizer, image_token, tuple(eos), end
     # A fast tokenizer refuses a second thread while it sets its padding, which each call does.
     self._one_at_a_time = threading.Lock()
 

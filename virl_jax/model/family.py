@@ -40,7 +40,7 @@ def config_from_hf(config: dict, where: str = "config.json") -> Config:
     ValueError: if it is of no family that is known, or lacks a key.
   """
   model_type = config.get("model_type")
-  if model_type not in FAMILIES:
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
     known = " or ".join(map(repr, sorted(FAMILIES)))
     raise ValueError(f"{where}: model_type must be {known}. Received: {model_type!r}")
   return FAMILIES[model_type].config_from_hf(config, where)

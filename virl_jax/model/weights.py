@@ -6,7 +6,8 @@ is the family's to know.  Written is the released layout, which transformers and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 import gc
 import json
@@ -23,6 +24,7 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from virl_jax.model import family
+from virl_jax.model import hf
 from virl_jax.model import params as params_lib
 
 SHARD_BYTES = 5 * 1024 ** 3
@@ -33,6 +35,12 @@ SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
               "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
               "generation_config.json")
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"  # in the released layout
+_FLOATS = ("BF16", "F16", "F32", "F64")
+_NO_PARAMETERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # old versions stored what config.json says
+_QUANTISED = ("qweight", "qzeros", "g_idx", "weight_scale", "weight_scale_inv", "absmax", "quant_map", "weight_packed")
+_LOOKS_QUANTISED = (" It looks quantised, which can't be trained from. Take the checkpoint in bfloat16 or float32 "
+                    "that it was made from")
 
 
 config_from_hf = family.config_from_hf
@@ -51,46 +59,86 @@ def _listing(names) -> str:
 def read_config(hf_dir: str) -> family.Config:
   """The model configuration of an HF folder.
 
+  Two things that its config.json says are not the last word, there as in transformers: a turn ends with the ids of
+  generation_config.json, if that names any, and a stored head that differs from the embedding is not tied to it.
+
   Raises:
-    ValueError: if the folder or its config.json is missing, unreadable or another architecture's.
+    ValueError: if the folder or its config.json is missing, unreadable or another architecture's, if an adapter waits
+      to be merged, or if a file of weights that must be looked into is damaged.
   """
-  path = pathlib.Path(hf_dir) / "config.json"
+  folder = pathlib.Path(hf_dir)
+  path = folder / "config.json"
   try:
-    config = json.loads(path.read_text())
+    config = hf.read(path)
   except FileNotFoundError as e:
     raise ValueError(f"hf_dir must be a folder with a config.json. Received: {hf_dir}") from e
-  except (OSError, ValueError) as e:
-    raise ValueError(f"{path} must be JSON ({e})") from e
-  if not isinstance(config, dict):
-    raise ValueError(f"{path} must hold a JSON object. Received: {type(config).__name__}")
-  return config_from_hf(config, str(path))
+  cfg = config_from_hf(config, str(path))
+  if config.get("transformers_weights") is not None:
+    raise ValueError(f"{path}: transformers_weights must not name another file than is read by default. "
+                     f"Received: {config['transformers_weights']!r}")
+  if (folder / "adapter_config.json").exists():
+    raise ValueError(f"{folder} must hold a whole model, but has an adapter beside it (adapter_config.json). Merge it "
+                     "first, with peft's merge_and_unload")
+  generation = folder / "generation_config.json"
+  if generation.is_file():
+    cfg = dataclasses.replace(cfg, eos=hf.ids(hf.read(generation), "eos_token_id", str(generation), cfg.eos))
+  if cfg.text.tied and _files(folder) and not _is_tied(_open_tensors(folder, family.of(cfg).released_name)):
+    cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tied=False))
+  return cfg
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+  """The files of weights in a folder, which transformers would read too; none if it has none that can be read here.
+
+  A whole model.safetensors goes before an index, which may have been left behind when the model was saved again.
+  """
+  index = folder / "model.safetensors.index.json"
+  if (folder / "model.safetensors").is_file():
+    return ["model.safetensors"]
+  if not index.is_file():
+    return []
+  of_tensors = hf.section(hf.read(index), "weight_map", str(index))
+  if not of_tensors or not all(isinstance(name, str) for name in of_tensors.values()):
+    raise ValueError(f"{index} must be a safetensors index: a weight_map from tensors to file names")
+  files = sorted(set(of_tensors.values()))
+  absent = [f for f in files if not (folder / f).is_file()]
+  if absent:
+    raise ValueError(f"{index} names files that are not there: {_listing(absent)}. Download the folder again")
+  return files
 
 
 def _open_tensors(folder: pathlib.Path, released_name: Callable[[str], str]) -> dict:
-  """Released name -> (open file, name in the file), for every tensor of the folder."""
-  index = folder / "model.safetensors.index.json"
-  if index.exists():
-    try:
-      files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as e:
-      raise ValueError(f"{index} must be a safetensors index with a weight_map ({e})") from e
-    absent = [f for f in files if not (folder / f).is_file()]
-    if absent:
-      raise ValueError(f"{index} names files that are not there: {_listing(absent)}. Download the folder again")
-  elif (folder / "model.safetensors").is_file():
-    files = ["model.safetensors"]
-  else:
+  """Released name -> (open file, name in the file), for every parameter of the folder."""
+  files = _files(folder)
+  if not files:
     raise ValueError(f"{folder} must hold model.safetensors or model.safetensors.index.json. Received: "
                      f"{_listing(p.name for p in folder.iterdir())}")
-  tensors = {}
+  tensors, stands = {}, {}
   for name in files:
     try:
       file = safetensors.safe_open(folder / name, framework="np")
     except (safetensors.SafetensorError, OSError, struct.error) as e:
       raise ValueError(f"{folder / name} is truncated or corrupt ({e}). Download it again") from e
-    for key in file.keys():
-      tensors[released_name(key)] = (file, key)
+    for key in (key for key in file.keys() if not key.endswith(_NO_PARAMETERS)):
+      released = released_name(key)
+      if released in tensors:
+        raise ValueError(f"{folder} must hold each parameter once. Received: {released} as {stands[released]} and as "
+                         f"{key} of {name}")
+      tensors[released], stands[released] = (file, key), f"{key} of {name}"
   return tensors
+
+
+def _is_tied(tensors: dict) -> bool:
+  """Whether the head, as far as it is stored, is the embedding."""
+  if _HEAD not in tensors or _EMBED not in tensors:
+    return True
+  head, embed = (file.get_slice(key) for file, key in (tensors[_HEAD], tensors[_EMBED]))
+  shape = head.get_shape()
+  if shape != embed.get_shape() or len(shape) != 2 or {head.get_dtype(), embed.get_dtype()} - set(_FLOATS):
+    return False
+  rows = max(1, STRIP_BYTES // (4 * max(1, shape[1])))
+  return all(np.array_equal(*(piece[i:min(i + rows, shape[0])].astype(np.float32) for piece in (head, embed)))
+             for i in range(0, shape[0], rows))
 
 
 def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) -> tuple[family.Config, dict]:
@@ -111,22 +159,26 @@ def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) 
   cfg = read_config(hf_dir)
   specs = family.of(cfg).specs(cfg)
   tensors = _open_tensors(folder, family.of(cfg).released_name)
-  if cfg.text.tied:
-    tensors.pop("lm_head.weight", None)
+  if cfg.text.tied and _HEAD in tensors:  # the two are equal, or only one is there
+    head = tensors.pop(_HEAD)
+    tensors.setdefault(_EMBED, head)
   wanted = {name: spec for _, spec in params_lib.leaves(specs) for name in spec.hf_names()}
   missing, extra = set(wanted) - set(tensors), set(tensors) - set(wanted)
   if missing or extra:
     raise ValueError(f"{folder} does not fit its config.json."
                      + (f" Missing: {_listing(missing)}." if missing else "")
-                     + (f" Not expected: {_listing(extra)}." if extra else ""))
-  wrong = []
+                     + (f" Not expected: {_listing(extra)}." if extra else "")
+                     + (_LOOKS_QUANTISED if any(name.endswith(_QUANTISED) for name in extra) else ""))
+  wrong, no_floats = [], False
   for name, spec in wanted.items():
     file, key = tensors[name]
     piece = file.get_slice(key)
-    if tuple(piece.get_shape()) != spec.hf_shape or piece.get_dtype() not in ("BF16", "F16", "F32", "F64"):
+    if tuple(piece.get_shape()) != spec.hf_shape or piece.get_dtype() not in _FLOATS:
       wrong.append(f"{name} (wanted float{list(spec.hf_shape)}, found {piece.get_dtype()}{piece.get_shape()})")
+      no_floats |= piece.get_dtype() not in _FLOATS
   if wrong:
-    raise ValueError(f"{folder} has misshapen or wrongly typed tensors: {_listing(wrong)}")
+    raise ValueError(f"{folder} has misshapen or wrongly typed tensors: {_listing(wrong)}"
+                     + ("." + _LOOKS_QUANTISED if no_floats else ""))
   np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
   def put(array, sharding):
@@ -189,7 +241,8 @@ def _files_of(specs: dict, itemsize: int) -> tuple[list[dict], int]:
   return shards, total
 
 
-def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat16", like: str | None = None) -> None:
+def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat16", like: str | None = None,
+            beside: Mapping[str, dict] | None = None) -> None:
   """Writes an HF folder that transformers loads, all of it or nothing.
 
   Args:
@@ -198,6 +251,7 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
     params: its parameters.
     dtype: of the stored tensors.
     like: a folder whose tokenizer, chat template and processor files come along.
+    beside: JSON files, by name, that are written instead of those of `like`.
   """
   folder = pathlib.Path(hf_dir)
   tmp = folder.with_name(folder.name + ".tmp")
@@ -207,7 +261,8 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
     for name in SIDE_FILES:
       if (pathlib.Path(like) / name).is_file():
         shutil.copyfile(pathlib.Path(like) / name, tmp / name)
-  (tmp / "config.json").write_text(json.dumps(config_to_hf(cfg, dtype), indent=2) + "\n")
+  for name, content in {**(beside or {}), "config.json": config_to_hf(cfg, dtype)}.items():
+    (tmp / name).write_text(json.dumps(content, indent=2) + "\n")
   np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
   shards, total = _files_of(family.of(cfg).specs(cfg), np_dtype.itemsize)
   names = (["model.safetensors"] if len(shards) == 1 else

@@ -214,7 +214,7 @@ def decode(params: dict, cfg: family.Config, state: State, writers: Writers, key
 
   Returns:
     The state, tokens int32[A, steps], their log-probabilities float32[A, steps] in nats, and int32[A] how
-    many each row sampled.  A row that ended its turn has `cfg.eos` last.  Log-probabilities are those of the
+    many each row sampled.  A row that ended its turn has one of `cfg.eos` last.  Log-probabilities are those of the
     policy that the loss is about, temperature in and placeholders out, before `keep` takes anything away
     (at temperature 1 if greedy).
   """
@@ -238,7 +238,7 @@ def decode(params: dict, cfg: family.Config, state: State, writers: Writers, key
     out = out.at[:, t].set(jnp.where(writes, token, 0))
     logps = logps.at[:, t].set(jnp.where(writes, logp, 0.0))
     count = count + writes
-    feed = writes & (token != cfg.eos)
+    feed = writes & ~jnp.isin(token, jnp.array(cfg.eos, jnp.int32))
     x = model.embed(params, cfg, token[:, None], jnp.full((A, 1), -1), ())
     pos_AXT = jnp.broadcast_to(pos_A[:, None, None], (A, 3, 1))
     h, cache = model.extend(params, cfg, x, pos_AXT, feed.astype(jnp.int32), cache, writers.row_A, shards)

@@ -113,7 +113,7 @@ def hear(policy: Policy, row: row_lib.Row, ids: np.ndarray, logp: np.ndarray) ->
     Whether the turn is over.
   """
   row.hear(ids, logp)
-  over = len(ids) and ids[-1] == policy.codec.eos or left(policy, row) <= 0
+  over = len(ids) and ids[-1] in policy.codec.eos or left(policy, row) <= 0
   if policy.rollout.stop_strings:
     said = np.concatenate(row.ids)
     n = stops_at(policy.codec, said, policy.rollout.stop_strings)
@@ -158,7 +158,7 @@ def read(policy: Policy, row: row_lib.Row) -> row_lib.Reply | None:
   ids, logp = row.take()
   said = types.Turn("assistant", ids, logp, codec.decode(ids))
   traj.turns.append(said)
-  ended = len(ids) > 0 and ids[-1] == codec.eos
+  ended = len(ids) > 0 and ids[-1] in codec.eos
   if not ended and not any(stop in said.text for stop in policy.rollout.stop_strings):
     traj.stop = types.StopReason.OVERLONG
     return None
@@ -188,7 +188,8 @@ def _answer_call(policy: Policy, row: row_lib.Row, said: types.Turn, action: str
     said: the turn that called.
     action: the name of what it called, if that was clear.
     seen: what the action came to, or what was wrong.
-    ended: whether the turn has its end-of-turn token, which was sampled but never fed.
+    ended: whether the turn has an end-of-turn token, which was sampled but never fed.  Where it is not the chat
+      template's own, that follows it.
   """
   traj, codec, cfg, grid = row.traj, policy.codec, policy.rollout, policy.model.vision.grid
   error = seen if isinstance(seen, str) else None
@@ -201,7 +202,8 @@ def _answer_call(policy: Policy, row: row_lib.Row, said: types.Turn, action: str
   last = (row.turn + 1 == cfg.max_rounds or len(vision) == cfg.max_images
           or cfg.max_vision_tokens and sum(vision) + smallest > cfg.max_vision_tokens)
   words = prompt.tool_turn(error, policy.prompt.last_notice if last else "", seen.image is not None, seen.text)
-  heard = codec.encode(words if ended else prompt.END + words, tuple(vision[len(traj.images):]))
+  closed = ended and said.ids[-1] == codec.end
+  heard = codec.encode(words if closed else prompt.END + words, tuple(vision[len(traj.images):]))
   kept = row.filled + len(said.ids) - ended
   if kept + ended + len(heard) >= cfg.max_total_tokens:
     traj.stop = types.StopReason.OVERLONG

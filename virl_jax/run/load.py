@@ -11,6 +11,7 @@ import pathlib
 import jax
 
 from virl_jax import config as config_lib
+from virl_jax.data import prompt
 from virl_jax.learner import checkpoint
 from virl_jax.model import family
 from virl_jax.model import sharding
@@ -88,6 +89,21 @@ def base(hf_dir: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = N
   model, params = weights.load_hf(hf_dir, dtype, where)
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   return Loaded(dataclasses.replace(model, platform=sharding.platform(device)), params, hf_dir)
+
+
+def codec(hf_dir: str, model: family.Config) -> prompt.Codec:
+  """An HF folder's tokenizer, for a model.
+
+  Raises:
+    ValueError: its files are missing or damaged, or it is another model's.
+  """
+  import transformers  # seconds to import
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+  except Exception as e:  # its readers raise anything, bare exceptions of Rust's included
+    why = (str(e).splitlines() or [type(e).__name__])[0]
+    raise ValueError(f"{hf_dir} must hold a tokenizer that transformers reads ({why}). Download it again") from e
+  return prompt.Codec(tokenizer, model.image_token, model.eos, model.text.vocab)
 
 
 def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Loaded:

@@ -172,8 +172,7 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
   mesh = sharding.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
   model = dataclasses.replace(weights.read_config(hf_dir), compute_dtype=c.model.compute_dtype, remat=c.model.remat,
                               platform=sharding.platform(mesh.devices.flat[0]))
-  import transformers  # seconds to import
-  codec = prompt.Codec(transformers.AutoTokenizer.from_pretrained(hf_dir), model.image_token, model.eos)
+  codec = load.codec(hf_dir, model)
   rows = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
   shards = sharding.row_shards(mesh)
   if rows % shards:

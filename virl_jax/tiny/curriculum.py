@@ -60,7 +60,8 @@ class Course:
 
   tokenizer_dir: str
   image_token: int
-  eos: int
+  eos: tuple[int, ...]
+  vocab: int
   prompt: prompt.Config
   image: images.Config
   grid: patches.Grid
@@ -80,7 +81,7 @@ class Course:
 def _voice(course: Course) -> demos.Voice:
   import transformers
   tokenizer = transformers.AutoTokenizer.from_pretrained(course.tokenizer_dir)
-  codec = prompt.Codec(tokenizer, course.image_token, course.eos)
+  codec = prompt.Codec(tokenizer, course.image_token, course.eos, course.vocab)
   return demos.Voice(codec, course.prompt, course.image, course.grid)
 
 

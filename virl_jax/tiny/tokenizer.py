@@ -120,8 +120,9 @@ def build(folder: str | pathlib.Path, system: str, vocab: int = 1024):
   return transformers.AutoTokenizer.from_pretrained(str(folder))
 
 
-def token_ids(tokenizer) -> dict[str, int]:
+def token_ids(tokenizer) -> dict:
   """The ids that `qwen.Config` wants, by its field names."""
   names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start": "<|vision_start|>",
-           "vision_end": "<|vision_end|>", "vision_pad": "<|vision_pad|>", "eos": "<|im_end|>"}
-  return {field: tokenizer.convert_tokens_to_ids(token) for field, token in names.items()}
+           "vision_end": "<|vision_end|>", "vision_pad": "<|vision_pad|>"}
+  ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in names.items()}
+  return {**ids, "eos": (tokenizer.convert_tokens_to_ids("<|im_end|>"),)}

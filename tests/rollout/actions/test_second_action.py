@@ -71,7 +71,7 @@ class Dialect(prompt.Codec):
 def played():
   """A policy with both actions, its parameters, and what it did on questions about two objects."""
   policy, params = test_engine.load(sharding.make(devices=jax.devices()[:1]))
-  codec = Dialect(policy.codec.tokenizer, policy.codec.image_token, policy.codec.eos)
+  codec = Dialect(policy.codec.tokenizer, policy.codec.image_token, policy.codec.eos, 10 ** 6)
   policy = dataclasses.replace(policy, codec=codec, actions={**table.ACTIONS, NAME: sys.modules[__name__]})
   found = engine.rollout(policy, params, test_engine.draw_tasks(4, "pair_pattern"), jax.random.key(3), group_size=4)
   answers.grade(found)

@@ -5,17 +5,19 @@ One object a line:
     image     path of the image, relative to the records file, or absolute
     question  text
     answers   list of accepted answers; empty if the task is only to find the box
-    boxes     list of [x1, y1, x2, y2], pixels of the upright image (as viewers show it: turned by
+    boxes     optional list of [x1, y1, x2, y2], pixels of the upright image (as viewers show it: turned by
               its EXIF orientation, if it has one); may be empty
-    options   optional list of the texts of options A, B, C ...
+    options   optional list of the texts of options A, B, C ...; one of the answers must be among them, by its text
+              or its letter
     id, task  optional: the record's name, and the family that metrics are split by
 
-    width, height  optional; only compared with the image's own size, which counts
+    width, height  optional, numbers or their digits; only compared with the image's own size, which counts
 
-Other fields are ignored.  Boxes that reach over the edge are clipped to the image.  A record that
-can't be used is skipped and counted by reason; the counts are part of `describe()`, and so is the
-number of records that state another size than their image has, because their boxes may be in
-another frame.  Images are not decoded here, only their headers are read.
+What is optional may also be null.  Other fields are ignored.  Boxes that reach over the edge are
+clipped to the image.  A record that can't be used, or whose answers nobody can give, is skipped and
+counted by reason; the counts are part of `describe()`, and so is the number of records that state
+another size than their image has, because their boxes may be in another frame.  Images are not
+decoded here, only their headers are read.
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ import hashlib
 import json
 import math
 import os
-import warnings
 
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
 
 from virl_jax import types
+from virl_jax.data import answers as answers_lib
+from virl_jax.data import images
 
 SPLITS = ("train", "test", "all")
+_MOST_OPTIONS = 26  # as many as there are letters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _read(path):
       image = os.path.realpath(os.path.join(os.path.dirname(path), record["image"]))
       if image not in sizes:
         sizes[image] = _size_px(image)
-      boxes = tuple(_box(value, sizes[image]) for value in record["boxes"])
+      boxes = tuple(_box(value, sizes[image]) for value in record.get("boxes") or ())
     except _Unusable as reason:
       skipped[str(reason)] += 1
       continue
@@ -139,7 +142,7 @@ def _read(path):
     while uid in uids:  # a task's uid promises to be unique; a file's ids don't
       uid = f"{uid} (line {number})"
     uids.add(uid)
-    stated = tuple(record.get(side) or own for side, own in zip(("width", "height"), sizes[image]))
+    stated = tuple(_number(record.get(side)) or own for side, own in zip(("width", "height"), sizes[image]))
     n_other_size += stated != sizes[image]
     tasks.append(types.Task(
         uid=uid, image=image, question=record["question"], answers=tuple(record["answers"]), boxes=boxes,
@@ -166,14 +169,18 @@ def _record(line):
     raise _Unusable("not JSON") from error
   if not isinstance(record, dict):
     raise _Unusable("not a JSON object")
-  for field in ("image", "question", "answers", "boxes"):
+  for field in ("image", "question", "answers"):
     if field not in record:
       raise _Unusable(f"no {field}")
   for field, check in _CHECKS.items():
     if not check(record.get(field)):
       raise _Unusable(f"bad {field}")
-  if not record["answers"] and not record["boxes"]:
+  if not record["answers"] and not record.get("boxes"):
     raise _Unusable("neither answers nor boxes")
+  if len(record.get("options") or ()) > _MOST_OPTIONS:
+    raise _Unusable(f"more than {_MOST_OPTIONS} options")
+  if record["answers"] and record.get("options") and not answers_lib.right(record["answers"], record["options"]):
+    raise _Unusable("no answer among the options")
   return record
 
 
@@ -182,17 +189,10 @@ def _size_px(path):
   if not os.path.isfile(path):  # also keeps away from pipes, which would block
     raise _Unusable("no image file")
   try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # decoding has its own limit
-      with PIL.Image.open(path) as image:
-        # Without this, Pillow decodes the whole of a PNG to look for EXIF behind the pixels.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        turned = has_exif and image.getexif().get(PIL.ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
-  except PIL.Image.DecompressionBombError as error:
-    raise _Unusable("image too large") from error
-  except (OSError, ValueError, SyntaxError) as error:
-    raise _Unusable("no readable image") from error
+    return images.upright_size(path)
+  except ValueError as error:
+    too_large = isinstance(error.__cause__, PIL.Image.DecompressionBombError)
+    raise _Unusable("image too large" if too_large else "no readable image") from error
 
 
 def _box(value, size_px):
@@ -258,7 +258,7 @@ _CHECKS = {
     "image": _is_text,
     "question": _is_text,
     "answers": _is_texts,
-    "boxes": _is_list,
+    "boxes": lambda value: value is None or _is_list(value),
     "options": lambda value: value is None or _is_texts(value),
     "task": lambda value: value is None or _is_text(value),
     "id": lambda value: value is None or isinstance(value, int) or _is_text(value),
@@ -272,6 +272,14 @@ def _is_finite(value):
     return math.isfinite(value)
   except OverflowError:  # an integer that no float can hold
     return False
+
+
+def _number(value):
+  """A number that may be written in digits, as tables do; what it is not comes back as it is."""
+  try:
+    return float(value) if isinstance(value, str) else value
+  except ValueError:
+    return value
 
 
 def _counts(skipped):

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from virl_jax.model import attention
+from virl_jax.model import hf
 from virl_jax.model import patches
 
 _PREFIXES = (("model.language_model.lm_head.", "lm_head."), ("model.language_model.", "model."),
@@ -13,6 +14,7 @@ _PREFIXES = (("model.language_model.lm_head.", "lm_head."), ("model.language_mod
              ("language_model.model.", "model."), ("language_model.", "model."))
 _IDS = {"image_token": "image_token_id", "video_token": "video_token_id", "vision_start": "vision_start_token_id",
         "vision_end": "vision_end_token_id", "vision_pad": "vision_token_id"}
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "mrope_section", "partial_rotary_factor"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Config:
     text: the decoder's shapes.
     vision: the tower's shapes.
     image_token, video_token, vision_start, vision_end, vision_pad: placeholder ids, never sampled.
-    eos: id that ends a turn.
+    eos: ids each of which ends a turn.
     compute_dtype: of matrix products; norms, rotary and softmax stay float32 where the reference has them.
     remat: recompute layers in the backward pass.
     platform: what the model is compiled for, one of `attention.PLATFORMS`.  It picks kernels, and model code asks
@@ -108,7 +110,7 @@ class Config:
   vision_start: int = 151652
   vision_end: int = 151653
   vision_pad: int = 151654
-  eos: int = 151645
+  eos: tuple[int, ...] = (151645,)
   compute_dtype: str = "float32"
   remat: bool = False
   platform: str = "cpu"
@@ -139,7 +141,7 @@ SIZES = {
 }
 
 
-def tiny(vocab: int, ids: dict[str, int]) -> Config:
+def tiny(vocab: int, ids: dict) -> Config:
   """A Qwen2.5-VL of about two million parameters, for the needle task.
 
   Its rotary sections take turns (time, height, width, time, ...).  In three blocks, as released, the width
@@ -171,36 +173,112 @@ def released_name(name: str) -> str:
 def from_hf(config: dict, where: str = "config.json") -> Config:
   """Reads a parsed config.json, flat or nested.
 
+  What is left out is as transformers' classes have it, where they have something that fits any model.
+
   Args:
     config: the parsed file.
     where: named in errors.
 
   Raises:
-    ValueError: if it lacks a key, or its parts don't fit each other.
+    ValueError: a key is missing or of another type, asks for what is not implemented here, or does not fit another.
   """
-  t, v = config.get("text_config") or config, config.get("vision_config") or {}
-  try:
-    rope = t.get("rope_parameters") or {"rope_theta": t["rope_theta"], **(t.get("rope_scaling") or {})}
-    tied = config.get("tie_word_embeddings", t.get("tie_word_embeddings", False))
-    txt = Text(
-        vocab=t["vocab_size"], hidden=t["hidden_size"], layers=t["num_hidden_layers"],
-        heads=t["num_attention_heads"], kv_heads=t["num_key_value_heads"],
-        head_size=t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"],
-        intermediate=t["intermediate_size"], mrope_section=tuple(rope["mrope_section"]),
-        theta=float(rope["rope_theta"]), eps=t.get("rms_norm_eps", 1e-5), tied=bool(tied))
-    vis = Vision(
-        depth=v.get("depth", 32), hidden=v.get("hidden_size", 3584), heads=v.get("num_heads", 16),
-        intermediate=v.get("intermediate_size", 3420), out=v.get("out_hidden_size", 3584),
-        full_blocks=tuple(v.get("fullatt_block_indexes", (7, 15, 23, 31))), patch=v.get("patch_size", 14),
-        temporal=v.get("temporal_patch_size", 2), merge=v.get("spatial_merge_size", 2),
-        window_px=v.get("window_size", 112))
-    ids = {ours: config.get(theirs, t.get(theirs, getattr(Config, ours))) for ours, theirs in _IDS.items()}
-    eos = config.get("eos_token_id", t.get("eos_token_id", Config.eos))
-  except KeyError as e:
-    raise ValueError(f"{where}: key {e} is missing for a {Config.model_type} model") from e
-  if vis.out != txt.hidden:
-    raise ValueError(f"{where}: vision out_hidden_size must be hidden_size = {txt.hidden}. Received: {vis.out}")
-  return Config(text=txt, vision=vis, eos=eos[0] if isinstance(eos, list) else eos, **ids)
+  t = hf.section(config, "text_config", where) or config
+  v = hf.section(config, "vision_config", where)
+  of_text, of_vision = where if t is config else f"{where}: text_config", f"{where}: vision_config"
+  _refuse_quantised(where, config, t, v)
+  rope = _rope(config, t, where, of_text)
+  _refuse_other_numbers(t, of_text, v, of_vision)
+  hidden, heads = (hf.whole(t, key, of_text) for key in ("hidden_size", "num_attention_heads"))
+  txt = Text(
+      vocab=hf.whole(t, "vocab_size", of_text), hidden=hidden, layers=hf.whole(t, "num_hidden_layers", of_text),
+      heads=heads, kv_heads=hf.whole(t, "num_key_value_heads", of_text, heads if "num_key_value_heads" in t else None),
+      head_size=hf.whole(t, "head_dim", of_text, hidden // heads if hidden % heads == 0 else None),
+      intermediate=hf.whole(t, "intermediate_size", of_text),
+      mrope_section=hf.wholes(rope, "mrope_section", of_text, Text.mrope_section),
+      theta=hf.real(rope, "rope_theta", of_text, hf.real(t, "rope_theta", of_text, Text.theta)),
+      eps=hf.real(t, "rms_norm_eps", of_text, 1e-5),
+      tied=hf.flag(config, "tie_word_embeddings", where) or hf.flag(t, "tie_word_embeddings", of_text))
+  whole = lambda key, default: hf.whole(v, key, of_vision, default)
+  vis = Vision(
+      depth=whole("depth", 32), hidden=whole("hidden_size", 3584), heads=whole("num_heads", 16),
+      intermediate=whole("intermediate_size", 3420), out=whole("out_hidden_size", 3584),
+      full_blocks=hf.wholes(v, "fullatt_block_indexes", of_vision, Vision.full_blocks), patch=whole("patch_size", 14),
+      temporal=whole("temporal_patch_size", 2), merge=whole("spatial_merge_size", 2),
+      window_px=whole("window_size", 112))
+  _refuse_misfits(txt, vis, where)
+  ids = {ours: hf.whole(config, theirs, where, hf.whole(t, theirs, of_text, getattr(Config, ours), 0), 0)
+         for ours, theirs in _IDS.items()}
+  eos = hf.ids(config, "eos_token_id", where, hf.ids(t, "eos_token_id", of_text, Config.eos))
+  return Config(text=txt, vision=vis, eos=eos, **ids)
+
+
+def _refuse_quantised(where: str, *sections: dict) -> None:
+  for section in sections:
+    found = section.get("quantization_config") or section.get("compression_config")
+    if found:
+      found = found if isinstance(found, dict) else {"quant_method": found}
+      method = found.get("quant_method") or ("bitsandbytes" if any("bit" in key for key in found) else "unknown method")
+      raise ValueError(f"{where} is of a quantised checkpoint ({method}), which can't be trained from. Take the one in "
+                       "bfloat16 or float32 that it was made from")
+
+
+def _rope(config: dict, t: dict, where: str, of_text: str) -> dict:
+  """The rotary embedding's keys; those of another kind than the plain one are refused, wherever they stand."""
+  found = {}
+  for section, place in ((config, where), (t, of_text)):
+    for key in ("rope_parameters", "rope_scaling"):  # the second counts if both are there
+      rope = hf.section(section, key, place)
+      kinds = [rope[k] for k in ("rope_type", "type") if rope.get(k) is not None]
+      more = sorted(k for k in rope if k not in _ROPE_KEYS and rope[k] not in (None, False))
+      if more or not all(kind in ("default", "mrope") for kind in kinds):
+        raise ValueError(f"{place}: {key} must be of type 'default' or 'mrope', with no other keys than "
+                         f"{', '.join(sorted(_ROPE_KEYS))}: nothing else is implemented. Received: {rope}")
+      _refuse_unless(rope.get("partial_rotary_factor", 1.0) in (None, 1.0), place, f"{key}.partial_rotary_factor", 1.0,
+                     rope.get("partial_rotary_factor"))
+      found = rope if rope and section is t else found
+  return found
+
+
+def _refuse_other_numbers(t: dict, of_text: str, v: dict, of_vision: str) -> None:
+  """Refuses keys that ask for other numbers than the forward pass computes.
+
+  These are the keys that transformers reads.  All else is harmless: biases are told by the tensors, dropout is
+  training's, and `max_position_embeddings` bounds nothing for this kind of rotary embedding.
+  """
+  for section, where in ((t, of_text), (v, of_vision)):
+    act = section.get("hidden_act")
+    _refuse_unless(act in (None, "silu", "swish"), where, "hidden_act", "silu", act)
+  factor = t.get("partial_rotary_factor")
+  _refuse_unless(factor in (None, 1), of_text, "partial_rotary_factor", 1.0, factor)
+  slides = hf.flag(t, "use_sliding_window", of_text) and t.get("sliding_window", 4096) is not None
+  layers = hf.whole(t, "num_hidden_layers", of_text)
+  if t.get("layer_types") is not None:
+    slides = t["layer_types"] != ["full_attention"] * layers
+  else:
+    slides = slides and hf.whole(t, "max_window_layers", of_text, 80, 0) < layers
+  _refuse_unless(not slides, of_text, "use_sliding_window", "false, or max_window_layers as many as there are layers",
+                 t.get("layer_types") or True)
+  channels = v.get("in_channels", v.get("in_chans"))
+  _refuse_unless(channels in (None, 3), of_vision, "in_channels", 3, channels)
+  rope = hf.section(v, "rope_parameters", of_vision)
+  plain = rope.get("rope_type", "axial") in ("axial", "default") and rope.get("rope_theta", 1e4) == 1e4
+  _refuse_unless(plain, of_vision, "rope_parameters", "of type 'axial', with rope_theta 10000", rope)
+
+
+def _refuse_misfits(t: Text, v: Vision, where: str) -> None:
+  need = lambda ok, key, wanted, got: _refuse_unless(ok, where, key, wanted, got)
+  need(t.heads % t.kv_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads = {t.heads}", t.kv_heads)
+  need(t.head_size % 2 == 0 and sum(t.mrope_section) == t.head_size // 2, "mrope_section",
+       f"numbers that add up to half of head_dim = {t.head_size}", list(t.mrope_section))
+  need(v.hidden % (4 * v.heads) == 0, "vision hidden_size", f"a multiple of 4 x num_heads = {4 * v.heads}", v.hidden)
+  need(v.window_px >= v.merge * v.patch, "vision window_size",
+       f"at least spatial_merge_size x patch_size = {v.merge * v.patch}", v.window_px)
+  need(v.out == t.hidden, "vision out_hidden_size", f"hidden_size = {t.hidden}", v.out)
+
+
+def _refuse_unless(ok: bool, where: str, key: str, wanted, got) -> None:
+  if not ok:
+    raise ValueError(f"{where}: {key} must be {wanted}. Received: {got!r}"[:400])
 
 
 def to_hf(cfg: Config, dtype: str) -> dict:
@@ -213,7 +291,8 @@ def to_hf(cfg: Config, dtype: str) -> dict:
       "intermediate_size": t.intermediate, "hidden_act": "silu", "rms_norm_eps": t.eps, "rope_theta": t.theta,
       "rope_scaling": {"type": "mrope", "mrope_section": list(t.mrope_section)},
       "tie_word_embeddings": t.tied, "use_sliding_window": False, "attention_dropout": 0.0,
-      "max_position_embeddings": 128000, "initializer_range": 0.02, "use_cache": True, "eos_token_id": cfg.eos,
+      "max_position_embeddings": 128000, "initializer_range": 0.02, "use_cache": True,
+      "eos_token_id": cfg.eos[0] if len(cfg.eos) == 1 else list(cfg.eos) or None,
       "bos_token_id": None,  # no text begins with it; left out, readers assume the released vocabulary's
       **{theirs: getattr(cfg, ours) for ours, theirs in _IDS.items()},
       "vision_config": {
