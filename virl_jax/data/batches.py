@@ -1,7 +1,8 @@
-"""Tasks of a step, with their pictures decoded; what does not decode is counted and passed over."""
+"""Tasks of a step, with their pictures decoded; what can't be used is counted and passed over."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import concurrent.futures
 import dataclasses
 import itertools
@@ -24,24 +25,30 @@ class Drawn:
   skipped: list[str]
 
 
-def _good(source, indices, wanted: int, max_pixels: int, what: str) -> Drawn:
-  """The first `wanted` tasks of `indices` that decode, or all that do."""
+# Whether a task, its picture decoded, can be asked: raises ValueError if not.  See `turns.check`.
+Fits = Callable[[types.Task], None]
+
+
+def _good(source, indices, wanted: int, max_pixels: int, what: str, fits: Fits) -> Drawn:
+  """The first `wanted` tasks of `indices` that can be used, or all that can."""
   tasks, skipped = [], []
   for index in indices:
     if len(tasks) == wanted:
       break
     task = source.task(int(index))
     try:
-      tasks.append(dataclasses.replace(task, image=images.decode(task.image, max_pixels)))
+      task = dataclasses.replace(task, image=images.decode(task.image, max_pixels))
+      fits(task)
+      tasks.append(task)
     except ValueError as e:
       skipped.append(f"{task.uid}: {e}")
   if not tasks:
-    raise ValueError(f"{what} must have tasks whose pictures decode. Received: "
-                     + (f"{len(skipped)} that don't, first {skipped[0]}" if skipped else "no tasks"))
+    raise ValueError(f"{what} must have tasks that can be used. Received: "
+                     + (f"{len(skipped)} that can't, first {skipped[0]}" if skipped else "no tasks"))
   return Drawn(tasks, skipped)
 
 
-def train(source, seed: int, step: int, wanted: int, max_pixels: int) -> Drawn:
+def train(source, seed: int, step: int, wanted: int, max_pixels: int, fits: Fits = lambda task: None) -> Drawn:
   """The prompts of one training step: a pure function of (source, seed, step).
 
   Args:
@@ -50,39 +57,40 @@ def train(source, seed: int, step: int, wanted: int, max_pixels: int) -> Drawn:
     step: which.
     wanted: how many prompts.
     max_pixels: see `images.decode`.
+    fits: see `Fits`.
 
   Raises:
-    ValueError: if the source is empty, or a whole epoch of it does not decode.
+    ValueError: if the source is empty, or a whole epoch of it can't be used.
   """
   n = len(source)
   if not n:
     raise ValueError("the training source must not be empty")
   due = order.batch_indices(seed, step, n, wanted)
-  # Stand-ins for pictures that don't decode: the rest of the set, from the far side, in a fixed order.
+  # Stand-ins for tasks that can't be used: the rest of the set, from the far side, in a fixed order.
   spare = ((int(due[-1]) + n // 2 + i) % n for i in range(n))
-  drawn = _good(source, itertools.chain(due, spare), wanted, max_pixels, "the training source")
+  drawn = _good(source, itertools.chain(due, spare), wanted, max_pixels, "the training source", fits)
   # Fewer good tasks than prompts: they come round again, so that the batch keeps its shape.
   tasks = list(itertools.islice(itertools.cycle(drawn.tasks), wanted))
   return Drawn(tasks, drawn.skipped)
 
 
-def held_out(source, wanted: int, max_pixels: int) -> Drawn:
-  """The first tasks of a held-out split that decode, `wanted` of them or as many as there are."""
-  return _good(source, range(len(source)), wanted, max_pixels, "the evaluation source")
+def held_out(source, wanted: int, max_pixels: int, fits: Fits = lambda task: None) -> Drawn:
+  """The first tasks of a held-out split that can be used, `wanted` of them or as many as there are."""
+  return _good(source, range(len(source)), wanted, max_pixels, "the evaluation source", fits)
 
 
 class Feed:
   """The prompts of each training step; those of the next are decoded while one trains.
 
   Args:
-    source, seed, wanted, max_pixels: see `train`.
+    source, seed, wanted, max_pixels, fits: see `train`.
 
   Attributes:
     skipped: how many tasks have been passed over so far.
   """
 
-  def __init__(self, source, seed: int, wanted: int, max_pixels: int):
-    self._source, self._seed, self._wanted, self._max_pixels = source, seed, wanted, max_pixels
+  def __init__(self, source, seed: int, wanted: int, max_pixels: int, fits: Fits = lambda task: None):
+    self._source, self._seed, self._wanted, self._max_pixels, self._fits = source, seed, wanted, max_pixels, fits
     self._pool = concurrent.futures.ThreadPoolExecutor(1)
     self._ahead: dict[int, concurrent.futures.Future] = {}
     self.skipped = 0
@@ -96,10 +104,13 @@ class Feed:
 
   def further(self, step: int, attempt: int) -> list[types.Task]:
     """Prompts for a further try of a step: each try walks through the data in an order of its own."""
-    return self._draw(step, attempt).result().tasks
+    drawn = self._draw(step, attempt).result()
+    self.skipped += report(drawn)
+    return drawn.tasks
 
   def _draw(self, step: int, attempt: int = 0) -> concurrent.futures.Future:
-    return self._pool.submit(train, self._source, self._seed + attempt * 2 ** 32, step, self._wanted, self._max_pixels)
+    return self._pool.submit(train, self._source, self._seed + attempt * 2 ** 32, step, self._wanted, self._max_pixels,
+                             self._fits)
 
   def close(self) -> None:
     """Nothing more is wanted."""

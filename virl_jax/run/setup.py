@@ -30,6 +30,7 @@ from virl_jax.rollout import turns
 from virl_jax.run import caches
 from virl_jax.run import load
 from virl_jax.run import memory
+from virl_jax.run import signals
 from virl_jax.tiny import needle
 from virl_jax.tiny import source as tiny_source
 
@@ -46,17 +47,22 @@ def begin() -> None:
 
 @contextlib.contextmanager
 def told():
-  """Ends the program with a ValueError's message alone, or with all of it if VIRL_JAX_DEBUG is set.
+  """Ends the program with an error's message alone, in a line, or with all of it if VIRL_JAX_DEBUG is set.
 
   Raises:
-    SystemExit: in place of the ValueError.
+    SystemExit: in place of any other exception.
   """
   try:
     yield
-  except ValueError as e:
+  except Exception as e:
+    signals.wait()
     if os.environ.get("VIRL_JAX_DEBUG"):
       raise
-    raise SystemExit(f"error: {e}\n(VIRL_JAX_DEBUG=1 shows where)") from e
+    # Our own words are for users; of others', what they are comes first, and the first line of pages is enough.
+    said = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+    raise SystemExit(f"error: {said} (VIRL_JAX_DEBUG=1 shows where)") from e
+  finally:
+    signals.wait()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +104,13 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c.ppo, "ppo", minibatches=count, epochs=count)
   axis = (lambda v: checks.whole(-1)[0](v) and v != 0, "at least 1, or -1 for what is left")
   checks.section(c.mesh, "mesh", data=axis, fsdp=axis, tensor=axis)
-  checks.section(c.checkpoint, "checkpoint", every=count, keep=count)
+  checks.section(c.checkpoint, "checkpoint", every=some, keep=count)
   checks.section(c.eval, "eval", tasks=some, temperature=checks.real(0, wanted="0 (greedy) or positive"),
                  bootstrap=count)
   checks.section(c.log, "log", gallery=some, gallery_every=some, tensorboard=checks.flag)
   checks.section(c.warmstart, "warmstart", base=checks.text, p_direct=share, p_clumsy=share, p_count=share,
                  steps=count, pictures=count, marks=checks.some_of(needle.MARKS, 1), learning_rate=checks.real(0),
-                 clumsy_learning_rate=checks.real(0), workers=count, save_every=count)
+                 clumsy_learning_rate=checks.real(0), workers=count, save_every=some)
   found = Sections(
       needle=needle.Config(**c.data.needle), image=images.Config(**c.image), prompt=prompt.Config(**c.prompt),
       rollout=turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),
