@@ -23,7 +23,7 @@ import threading
 _CODES = {signal.SIGINT: 130, signal.SIGTERM: 0}
 _PATIENCE_S = 3.0  # then it is said that the process is still closing
 
-_heard = threading.Event()
+_heard, _turn = threading.Event(), threading.Lock()
 _closing: list[Callable[[], str | None]] = []
 
 
@@ -39,6 +39,7 @@ def install() -> None:
   signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
   for number in numbers:
     signal.signal(number, lambda *_: None)
+  os.register_at_fork(after_in_child=lambda: _forget(numbers))
   threading.Thread(target=_listen, args=(hears, tells), name="signals", daemon=True).start()
 
 
@@ -53,7 +54,9 @@ def closing(close: Callable[[], str | None]):
   try:
     yield
   finally:
-    _closing.remove(close)
+    with _turn:
+      if not _heard.is_set():
+        _closing.remove(close)
     wait()
 
 
@@ -75,14 +78,22 @@ def _listen(hears: socket.socket, _: socket.socket) -> None:
       continue
     if _heard.is_set():
       _end(128 + number)
-    _heard.set()
+    with _turn:
+      _heard.set()
     threading.Thread(target=_close, args=(number,), name="closing", daemon=True).start()
     hears.settimeout(_PATIENCE_S)
 
 
+def _forget(numbers: list[int]) -> None:
+  """What a forked child hears is not for this process."""
+  signal.set_wakeup_fd(-1)
+  for number in numbers:
+    signal.signal(number, signal.SIG_DFL)
+
+
 def _close(number: int) -> None:
   code, said = _CODES[number], []
-  for close in reversed(_closing[:]):
+  for close in reversed(_closing):
     try:
       said.append(close())
     except BaseException as e:
