@@ -8,7 +8,13 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-BEGIN = "import os, sys, time\nfrom virl_jax.run import signals\nsignals.install()\n"
+# A shell's `&` has its children ignore Ctrl-C, and so might these.
+BEGIN = """
+import os, signal, sys, time
+from virl_jax.run import signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signals.install()
+"""
 DO = """
 def close():
   print("closing", flush=True)
@@ -31,11 +37,9 @@ child.start()
 """
 
 
-def start(text, **kwargs):
-  # A shell's `&` has its children ignore Ctrl-C, and what is ignored here would be ignored there.
+def start(text):
   process = subprocess.Popen([sys.executable, "-c", text], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True, preexec_fn=kwargs.get("before", lambda: signal.signal(
-                                 signal.SIGINT, signal.default_int_handler)))
+                             text=True)
   while "ready" not in (line := process.stdout.readline()):
     assert line, process.wait()
   return process
@@ -52,7 +56,7 @@ def end(process, *numbers):
 @pytest.mark.parametrize("body", [
     "time.sleep(60)",
     "signals._heard.wait(); raise OSError('it was closed under its hands')",
-    "__import__('ctypes').PyDLL(None).usleep(2_000_000)"])  # holds the interpreter, as nothing long should
+    "__import__('ctypes').PyDLL(None).usleep(500_000); time.sleep(60)"])  # holds on to the interpreter
 def test_it_closes_says_so_and_ends(number, status, body):
   got = end(start(BEGIN + DO.format(close="", body=body)), number)
   assert got == (status, ["closing", f"stopped by {number.name}; all is saved"])
@@ -95,9 +99,9 @@ def test_what_a_child_hears_is_not_for_its_parent():
 
 
 def test_what_it_was_told_to_ignore_is_ignored():
-  process = start(BEGIN + "print('ready', flush=True)\ntime.sleep(1)\nprint('went on')",
-                  before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-  assert end(process, signal.SIGINT) == (0, ["went on"])
+  text = BEGIN.replace("signal.default_int_handler", "signal.SIG_IGN")
+  text += "print('ready', flush=True)\ntime.sleep(1)\nprint('went on')"
+  assert end(start(text), signal.SIGINT) == (0, ["went on"])
 
 
 def test_without_install_ctrl_c_is_python_s():

@@ -57,6 +57,7 @@ class Kept:
   @contextlib.contextmanager
   def changing(self):
     """Within it, the state is that of no step until `finished` says so."""
+    signals.wait()  # or this thread might get the lock back before the one that wants to close
     with self._changing:
       self._held = None
       yield

@@ -124,6 +124,9 @@ def sections(c: config_lib.ConfigDict) -> Sections:
 def _combinations(c: config_lib.ConfigDict) -> None:
   """Refuses values that make no sense together, with the reason."""
   need, k, a, o = checks.need, c.credit, c.advantage, c.loss
+  need(c.rollout.max_turn_tokens < c.rollout.max_total_tokens, "rollout.max_turn_tokens",
+       f"below config.rollout.max_total_tokens = {c.rollout.max_total_tokens}: the prompt comes first",
+       c.rollout.max_turn_tokens)
   need(c.rollout.prompts % c.ppo.minibatches == 0, "ppo.minibatches",
        f"a divisor of config.rollout.prompts = {c.rollout.prompts}", c.ppo.minibatches)
   need(c.rollout.group_size > 1 or a.kind in ("batch", "gae") or a.kind == "group" and not a.normalize_std,
