@@ -1,5 +1,6 @@
 """All commands can be imported in one process, and each takes its own flags."""
 
+import ast
 import importlib
 import pathlib
 import subprocess
@@ -19,6 +20,18 @@ COMMANDS = {
 def test_the_commands_are_these():
   mains = {p.stem for p in (ROOT / "virl_jax").glob("*.py") if 'if __name__ == "__main__"' in p.read_text()}
   assert mains == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_is_heard_before_the_slow_imports(name):
+  """First of all, and not where another program imports the command."""
+  first, *_ = [node for node in ast.parse((ROOT / "virl_jax" / f"{name}.py").read_text()).body
+               if not isinstance(node, ast.Expr) and ast.unparse(node) != "from __future__ import annotations"]
+  assert ast.unparse(first) == "\n    ".join((
+      "if __name__ == '__main__':", "from virl_jax.run import signals", "signals.install()"))
+  code = ("import sys\nfrom virl_jax.run import signals\n"
+          "assert not {'jax', 'absl', 'numpy'} & set(sys.modules), 'it is quick to import'")
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_importing_them_defines_no_flag():

@@ -68,11 +68,19 @@ def test_where_nothing_is_open_it_just_ends(number, status):
   assert got == (status, [f"stopped by {number.name}"])
 
 
-def test_a_second_one_ends_it_at_once():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_another_ctrl_c_ends_it_at_once(first):
   process = start(BEGIN + DO.format(close="time.sleep(60)", body="time.sleep(60)"))
-  process.send_signal(signal.SIGINT)
+  process.send_signal(first)
   assert process.stdout.readline() == "closing\n"
   assert end(process, signal.SIGINT) == (130, [])
+
+
+def test_another_sigterm_does_not():
+  process = start(BEGIN + DO.format(close="time.sleep(1)", body="time.sleep(60)"))
+  process.send_signal(signal.SIGTERM)
+  assert process.stdout.readline() == "closing\n"
+  assert end(process, signal.SIGTERM) == (0, ["stopped by SIGTERM; all is saved"])
 
 
 def test_it_says_that_it_takes_time():

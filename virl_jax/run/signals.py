@@ -3,8 +3,8 @@
 The main thread may be compiling, or waiting for a device, for minutes in which no Python runs in it; and raised in the
 middle of a save or of an update, an exception does harm.  So it is not asked: a thread hears of a signal, has closed
 what is to be closed, and ends the process, with 0 for SIGTERM and 130 for Ctrl-C.  What the main thread was doing
-ends as if the process had been killed, which everything here survives; what a `closing` does comes first.  A second
-signal ends the process at once.
+ends as if the process had been killed, which everything here survives; what a `closing` does comes first.  Ctrl-C
+after either ends the process at once; SIGTERM does not, for schedulers send it several times.
 
 Signals belong to the whole process, hence the state of this module.  Without `install` it does nothing: where a
 notebook or another program calls, Ctrl-C is Python's `KeyboardInterrupt`, and who called decides.
@@ -77,7 +77,9 @@ def _listen(hears: socket.socket, _: socket.socket) -> None:
     if number not in _CODES:  # of another handler of this process
       continue
     if _heard.is_set():
-      _end(128 + number)
+      if number == signal.SIGINT:
+        _end(130)
+      continue
     with _turn:
       _heard.set()
     threading.Thread(target=_close, args=(number,), name="closing", daemon=True).start()
