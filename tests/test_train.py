@@ -303,6 +303,15 @@ def test_what_does_not_fit_is_asked_neither_in_training_nor_before(tmp_path, mon
   said = capsys.readouterr().out
   for i in (3, 4):
     assert f"skipped photo {i}: its prompt must leave room for a turn: at most 224 tokens" in said
+  # A process that goes on counts on.
+  feeds, feed = [], train.batches.Feed
+  monkeypatch.setattr(train.batches, "Feed", lambda *args: feeds.append(feed(*args)) or feeds[-1])
+  monkeypatch.setattr(train.checkpoint.Checkpoints, "resume", lambda self, state: (1, state))
+  with open(tmp_path / "w" / "metrics.jsonl", "a") as log:
+    log.write('{"step": 0, "data/skipped": 70}\n')
+  with pytest.raises(KeyboardInterrupt):
+    train.train(c, str(tmp_path / "w"))
+  assert 70 < feeds[0].skipped < 140
 
 
 def test_an_evaluation_that_was_cut_short_is_named(tmp_path):

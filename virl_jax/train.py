@@ -99,6 +99,7 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
                           memory.free_bytes()), flush=True)
   record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed))
   feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels, fits)
+  feed.skipped = record.last.get("data/skipped", 0)  # what an earlier process passed over
 
   # --- the loop ----------------------------------------------------------------------------------------
   with contextlib.closing(feed), ending.Kept(checkpoints, start, state, record.close) as kept:

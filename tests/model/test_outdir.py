@@ -49,7 +49,7 @@ def places(tmp_path, earlier, monkeypatch):
     ("{}/link_to_earlier", "it is a symbolic link"), ("{}/dangling", "it is a symbolic link"),
     ("{}/file", "it is a file"), (".", "this process is in it"), ("..", "this process is in it"),
     ("{}/here", "this process is in it"), ("/", "this process is in it"), ("{}/home", "the home folder is in it"),
-    ("{}/home/me", "the home folder is in it")])
+    ("{}/home/me", "the home folder is in it"), ("{}/file/hf", "nothing can be made in")])
 def test_nothing_else_is(places, small, out, why):
   before = content(places)
   for refused in (lambda path: outdir.check(path), lambda path: weights.save_hf(path, small.cfg, small.params)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import pathlib
 
 _MARKER = "virl_jax.json"  # in each HF folder that is written here
@@ -24,6 +25,8 @@ def check(out: str | pathlib.Path, keep: tuple[str | pathlib.Path, ...] = ()) ->
   whole = folder.resolve()
   need(not folder.is_symlink(), "it is a symbolic link")
   need(not folder.exists() or folder.is_dir(), "it is a file")
+  above = next((p for p in whole.parents if p.exists()), whole)
+  need(above.is_dir() and os.access(above, os.W_OK), f"nothing can be made in {above}")
   for path, what in [(pathlib.Path.cwd(), "this process is"), (pathlib.Path.home(), "the home folder is"),
                      *((pathlib.Path(path), f"{path} is") for path in keep)]:
     need(not path.resolve().is_relative_to(whole), f"{what} in it")
