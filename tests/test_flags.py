@@ -56,6 +56,20 @@ def test_each_takes_its_flags(name, monkeypatch):
     assert (values.step, values.dtype) == (4, "float32")
 
 
+@pytest.mark.parametrize("options, said", [
+    ((), "error: --config must be a configuration's file, such as configs/tiny.py. Received: nothing "),
+    (("--config=configs/nope.py",), "such as configs/tiny.py. Received: configs/nope.py "),
+    (("--config=configs/tiny.py", "--config.optim.learning_rat=1"),
+     "error: --config has no such knob: 'learning_rat' Did you mean \"learning_rate\" instead of")])
+@pytest.mark.parametrize("name", ["train", "warmstart"])
+def test_a_slip_of_the_pen_is_a_line(name, options, said, tmp_path):
+  more = (f"--out={tmp_path / 'out'}",) if name == "warmstart" else ()
+  done = subprocess.run([sys.executable, "-m", f"virl_jax.{name}", f"--workdir={tmp_path / 'w'}", *options, *more],
+                        cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_command_says_what_it_takes():
   done = subprocess.run([sys.executable, "-m", "virl_jax.train", "--helpshort"], cwd=ROOT, capture_output=True,
                         text=True)

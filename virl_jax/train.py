@@ -208,11 +208,11 @@ def main(argv):
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   args = flags.FLAGS
   setup.begin()
-  name = pathlib.Path(config_flags.get_config_filename(args["config"])).stem
   with setup.told():
+    name = pathlib.Path(setup.config_file(args)).stem
     train(args.config, args.workdir or os.path.join("runs", name), args["resume-with-changes"].value)
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=setup.parse)

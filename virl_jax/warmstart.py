@@ -45,6 +45,7 @@ from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.run import ending
 from virl_jax.run import load
+from virl_jax.run import log as log_lib
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 from virl_jax.tiny import curriculum
@@ -112,8 +113,8 @@ def _warm_start(c, base: str | None, out: str, workdir: pathlib.Path, command: s
   start, state = saves.resume(state)
   if start:
     print(f"going on from step {start}", flush=True)
-  began, log, nll = time.time(), open(workdir / "metrics.jsonl", "a"), None
-  with ending.Kept(saves, start, state, log.close) as kept:
+  began, log, nll = time.time(), log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start), None
+  with ending.Kept(saves, start, state) as kept:
     for step, batch in enumerate(curriculum.batches(course, start, u.workers), start):
       with kept.changing():
         if step == turn:  # a new optimiser: the careful stage's schedule has run out
@@ -127,8 +128,7 @@ def _warm_start(c, base: str | None, out: str, workdir: pathlib.Path, command: s
                              "learning_rate or clumsy_learning_rate, and another --workdir")
           left = (time.time() - began) / (step - start + 1) * (u.steps - step - 1)
           print(f"step {step:5d}/{u.steps}  nll {nll:.4f} nats a token  left {left / 60:.1f} min", flush=True)
-          log.write(json.dumps({"step": step, "loss/total": nll}) + "\n")
-          log.flush()
+          log.write(step, {"loss/total": nll})
         kept.finished(step + 1, state, last)
   if platforms is None:
     os.environ.pop("JAX_PLATFORMS", None)
@@ -157,9 +157,10 @@ def main(argv):
   given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # where it went is of no matter to a recipe
   command = shlex.join(["python", "-m", "virl_jax.warmstart", *(given.get(arg, arg) for arg in sys.argv[1:])])
   with setup.told():
+    setup.config_file(args)
     warm_start(args.config, out, args.workdir or out.rstrip("/") + ".work", command)
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=setup.parse)

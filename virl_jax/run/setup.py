@@ -7,7 +7,10 @@ import dataclasses
 import logging
 import os
 
+from absl import app
+from absl import flags
 import jax
+from ml_collections import config_flags
 
 from virl_jax import checks
 from virl_jax import config as config_lib
@@ -43,6 +46,34 @@ def begin() -> None:
     logging.getLogger(chatty).setLevel(logging.WARNING)
   memory.keep_when_on_cpu()
   caches.keep_programs()
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Reads the command line, for `app.run`; a knob that there is not is said in a line.
+
+  Raises:
+    SystemExit: in place of its error.
+  """
+  try:
+    return app.parse_flags_with_usage(argv)
+  except AttributeError as e:  # from inside the configuration, with a suggestion
+    said: object = e
+    while isinstance(said, Exception) and said.args:  # an error about an error
+      said = said.args[0]
+    raise SystemExit(f"error: --config has no such knob: {' '.join(str(said).split())}") from e
+
+
+def config_file(values: flags.FlagValues) -> str:
+  """The path that --config gives.
+
+  Raises:
+    ValueError: there is no such file.
+  """
+  flag = values["config"]
+  path = config_flags.get_config_filename(flag) if flag.present else ""
+  if not os.path.isfile(path):
+    raise ValueError(f"--config must be a configuration's file, such as configs/tiny.py. Received: {path or 'nothing'}")
+  return path
 
 
 @contextlib.contextmanager

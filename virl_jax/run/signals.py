@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -106,6 +107,8 @@ def _close(number: int) -> None:
 
 
 def _end(code: int) -> None:
-  for child in multiprocessing.active_children():  # they would wait for this process for ever
-    child.terminate()
+  if children := multiprocessing.active_children():  # they would wait for this process for ever
+    for child in children:
+      child.terminate()
+    multiprocessing.util._run_finalizers(0)  # gives back what they shared, or its tracker warns of a leak
   os._exit(code)
