@@ -5,8 +5,8 @@
 
 A workdir holds config.json, data.json, metrics.jsonl, checkpoints/, rollouts/, eval_before.json, eval_after.json and
 report.html.  Stop it at any time and give the same command again: it goes on from the last checkpoint, and
-ends as if it had not been stopped.  Ctrl-C and SIGTERM save the last finished step first.  With --resume-with-changes
-it goes on with another learning rate, say.
+ends as if it had not been stopped.  Ctrl-C and SIGTERM save the last finished step first, and end it with
+status 130 and 0.  With --resume-with-changes it goes on with another learning rate, say.
 """
 
 from __future__ import annotations

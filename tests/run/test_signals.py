@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a command: what is open is closed, one line, no traceback, the agreed status."""
+"""What signals do to a command: what is open is closed, one line, no traceback, the agreed status."""
 
 import pathlib
 import signal
@@ -13,6 +13,7 @@ BEGIN = """
 import os, signal, sys, time
 from virl_jax.run import signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signals.install()
 """
 DO = """
@@ -52,7 +53,7 @@ def end(process, *numbers):
   return process.returncode, out.splitlines()
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("body", [
     "time.sleep(60)",
     "signals._heard.wait(); raise OSError('it was closed under its hands')",
@@ -88,6 +89,14 @@ def test_it_says_that_it_takes_time():
   code, lines = end(start(text), signal.SIGTERM)
   assert (code, lines[1:]) == (0, ["finishing what can't be cut off; another Ctrl-C ends it at once",
                                    "stopped by SIGTERM; all is saved"])
+
+
+def test_it_ends_though_nobody_listens():
+  text = "with signals.closing(lambda: time.sleep(0.5)):\n  print('ready', flush=True)\n  time.sleep(60)"
+  process = start(BEGIN + text)
+  process.stdout.close()
+  process.send_signal(signal.SIGHUP)
+  assert process.wait(30) == 129
 
 
 def test_what_can_not_be_closed_is_an_error():

@@ -1,10 +1,11 @@
-"""What Ctrl-C and SIGTERM do to a command: it closes what it has open, says so in a line, and ends.
+"""What Ctrl-C, SIGTERM and a terminal that goes away do to a command: it closes what is open, says so, and ends.
 
 The main thread may be compiling, or waiting for a device, for minutes in which no Python runs in it; and raised in the
 middle of a save or of an update, an exception does harm.  So it is not asked: a thread hears of a signal, has closed
-what is to be closed, and ends the process, with 0 for SIGTERM and 130 for Ctrl-C.  What the main thread was doing
-ends as if the process had been killed, which everything here survives; what a `closing` does comes first.  Ctrl-C
-after either ends the process at once; SIGTERM does not, for schedulers send it several times.
+what is to be closed, and ends the process: with 130 for Ctrl-C, 129 for a lost terminal, and 0 for SIGTERM, with which
+schedulers take back a machine.  What the main thread was doing ends as if the process had been killed, which everything
+here survives; what a `closing` does comes first.  Another Ctrl-C ends the process at once; another SIGTERM does not,
+for schedulers send several.
 
 Signals belong to the whole process, hence the state of this module.  Without `install` it does nothing: where a
 notebook or another program calls, Ctrl-C is Python's `KeyboardInterrupt`, and who called decides.
@@ -21,7 +22,7 @@ import signal
 import socket
 import threading
 
-_CODES = {signal.SIGINT: 130, signal.SIGTERM: 0}
+_CODES = {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGHUP: 129}
 _PATIENCE_S = 3.0  # then it is said that the process is still closing
 
 _heard, _turn = threading.Event(), threading.Lock()
@@ -29,7 +30,7 @@ _closing: list[Callable[[], str | None]] = []
 
 
 def install() -> None:
-  """Has Ctrl-C and SIGTERM end this process as above; a command's first act, before imports that take seconds.
+  """Has these signals end this process as above; a command's first act, before imports that take seconds.
 
   What this process was started to ignore, as `nohup` and a shell's `&` have it, is ignored still.
   """
@@ -51,6 +52,7 @@ def closing(close: Callable[[], str | None]):
   Args:
     close: called in another thread, while this one goes on; what it returns is said in the line.
   """
+  wait()
   _closing.append(close)
   try:
     yield
@@ -72,7 +74,7 @@ def _listen(hears: socket.socket, _: socket.socket) -> None:
     try:
       number = hears.recv(1)[0]
     except TimeoutError:
-      print("finishing what can't be cut off; another Ctrl-C ends it at once", flush=True)
+      _say("finishing what can't be cut off; another Ctrl-C ends it at once")
       hears.settimeout(None)
       continue
     if number not in _CODES:  # of another handler of this process
@@ -102,13 +104,18 @@ def _close(number: int) -> None:
     except BaseException as e:
       code = 1
       said.append(f"error: {type(e).__name__}: {str(e).partition(chr(10))[0]}")
-  print("; ".join([f"stopped by {signal.Signals(number).name}", *filter(None, said)]), flush=True)
+  _say("; ".join([f"stopped by {signal.Signals(number).name}", *filter(None, said)]))
   _end(code)
+
+
+def _say(line: str) -> None:
+  with contextlib.suppress(OSError, ValueError):  # whoever listened may be gone
+    print(line, flush=True)
 
 
 def _end(code: int) -> None:
   if children := multiprocessing.active_children():  # they would wait for this process for ever
     for child in children:
-      child.terminate()
+      child.kill()
     multiprocessing.util._run_finalizers(0)  # gives back what they shared, or its tracker warns of a leak
   os._exit(code)
