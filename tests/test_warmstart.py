@@ -118,8 +118,9 @@ def test_a_signal_saves_what_is_learned(tmp_path, number, status):
   assert saves.steps() == [step]
 
 
-def test_what_would_be_overwritten_is_said_before_it_begins(tmp_path):
+def test_what_would_be_overwritten_is_said_before_it_begins(tmp_path, monkeypatch):
   c = config_lib.default()
+  monkeypatch.setattr(warmstart, "_warm_start", lambda *_: pytest.fail("it has begun"))
   (tmp_path / "thesis").mkdir()
   (tmp_path / "thesis" / "chapter_1.tex").write_text("")
   for out, workdir in ((tmp_path / "thesis", tmp_path / "work"), (tmp_path / "new", tmp_path / "new"),
