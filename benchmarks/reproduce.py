@@ -31,11 +31,39 @@ import time
 
 import results  # of this folder
 
+from virl_jax.run import signals
+
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "ablations" / "arms.py"
 QUICK_ARMS = ("full", "fidelity", "outcome_only")
 # The clumsy base needs some steps to show anything; an answer about the method this is not.
 QUICK = ("--config.steps=6", "--config.eval.tasks=64", "--config.rollout.prompts=8", "--config.log.tensorboard=False")
+
+_RUNNING: set[subprocess.Popen] = set()  # for `end_all`, which signals call
+
+
+def call(command: list[str], log_path: pathlib.Path, cores: set[int] | None = None) -> int:
+  """Runs a command, which writes to the end of a file; returns its status.  Ctrl-C reaches it through `end_all`."""
+  signals.wait()
+  with open(log_path, "a") as log:
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+  _RUNNING.add(process)
+  if cores:  # long before JAX counts them
+    os.sched_setaffinity(process.pid, cores)
+  code = process.wait()
+  _RUNNING.discard(process)
+  return code
+
+
+def end_all() -> str:
+  """Has the runs save what they have; the same command goes on with them."""
+  while running := list(_RUNNING):
+    for process in running:
+      process.terminate()
+    for process in running:
+      process.wait()
+    _RUNNING.difference_update(running)
+  return "give the same command again to go on"
 
 
 def settings() -> tuple[dict[str, dict], dict[str, tuple[str, ...]]]:
@@ -50,10 +78,9 @@ def make_base(folder: pathlib.Path, how: tuple[str, ...]) -> None:
     print(f"a base, in {folder}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log_path = folder.with_suffix(".log")
-    with open(log_path, "a") as log:
-      code = subprocess.run([sys.executable, "-m", "virl_jax.warmstart", "--config=configs/tiny.py", *how,
-                             f"--out={folder}"], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
-    if code:
+    code = call([sys.executable, "-m", "virl_jax.warmstart", "--config=configs/tiny.py", *how, f"--out={folder}"],
+                log_path)
+    if code or not (folder / "RECIPE.json").exists():  # ended by SIGTERM, it says 0
       raise SystemExit(f"error: the base was not made, see {log_path}; give the same command again to go on")
 
 
@@ -118,14 +145,10 @@ def run(arm: str, seed: int, out: pathlib.Path, more: tuple[str, ...], progress:
   command = [sys.executable, "-m", "virl_jax.train", f"--config={CONFIG}:{arm}", f"--config.seed={seed}",
              f"--workdir={workdir}", *more]
   cores = shares.get()
-  with open(workdir / "train.log", "a") as log:
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-    if cores:  # long before JAX counts them
-      os.sched_setaffinity(process.pid, cores)
-    code = process.wait()
+  ok = call(command, workdir / "train.log", cores) == 0 and (workdir / "eval_after.json").exists()
   shares.put(cores)
-  progress.end(f"{arm}, seed {seed}", time.perf_counter() - began, False, code == 0)
-  return code == 0
+  progress.end(f"{arm}, seed {seed}", time.perf_counter() - began, False, ok)
+  return ok
 
 
 def main():
@@ -189,4 +212,6 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  signals.install()
+  with signals.closing(end_all):
+    main()

@@ -5,7 +5,10 @@ import functools
 import importlib.util
 import json
 import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -189,6 +192,45 @@ def test_a_base_is_a_configuration_and_made_once(name, tmp_path):
   reproduce.make_base(tmp_path / "base", arms.BASES[name])
   with pytest.raises(SystemExit, match="not made, see .*other.log"):
     reproduce.make_base(tmp_path / "other", ("--config.warmstart.nothing=1",))
+
+
+CALLS = """
+import pathlib, signal, sys
+sys.path.insert(0, "benchmarks")
+import reproduce
+from virl_jax.run import signals
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+signals.install()
+child = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved', flush=True)));"
+child += "print('up', flush=True); time.sleep(60)"
+with signals.closing(reproduce.end_all):
+  while True:
+    reproduce.call([sys.executable, "-c", child], pathlib.Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_runs_end_with_it_and_no_other_begins(tmp_path, number, status):
+  log = tmp_path / "log"
+  process = subprocess.Popen([sys.executable, "-c", CALLS, log], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True)
+  while not log.exists() or log.read_text() != "up\n":
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.send_signal(number)
+  out, _ = process.communicate(timeout=60)
+  assert (process.returncode, out) == (status, f"stopped by {number.name}; give the same command again to go on\n")
+  assert log.read_text() == "up\nsaved\n"
+
+
+def test_a_run_that_was_stopped_has_not_ended(tmp_path, monkeypatch):
+  """A run that SIGTERM ended says 0, and has no evaluation."""
+  monkeypatch.setattr(reproduce, "call", lambda *_: 0)
+  shares = reproduce.share_cores(1)
+  assert not reproduce.run("full", 0, tmp_path, (), reproduce.Progress(1, 1), shares)
+  with pytest.raises(SystemExit, match="the base was not made"):
+    reproduce.make_base(tmp_path / "base", ())
 
 
 def test_minutes_add_up_over_calls(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -76,3 +77,33 @@ def test_what_is_missing_is_named(run, tmp_path):
   with pytest.raises(ValueError, match="must hold a checkpoint. Received: none"):
     export.export(str(tmp_path), str(tmp_path / "hf"))
   assert not (tmp_path / "hf").exists()
+
+
+def test_nothing_is_written_over_a_run_or_its_base(run, tmp_path):
+  workdir, _ = run
+  before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+  for out in (workdir, workdir.parent, workdir / "checkpoints"):
+    with pytest.raises(ValueError, match="nothing else is replaced"):
+      export.export(str(workdir), str(out))
+  assert before == {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+  base = tmp_path / "base"
+  export.export(str(workdir), str(base))
+  c = config_lib.default()
+  c.model.path = str(base)
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "config.json").write_text(config_lib.to_json(c))
+  shutil.copytree(workdir / "checkpoints", tmp_path / "run" / "checkpoints")
+  with pytest.raises(ValueError, match="base is in it"):
+    export.export(str(tmp_path / "run"), str(base))
+  assert (base / "model.safetensors").is_file()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_exported(run, tmp_path, capsys):
+  workdir = tmp_path / "run"
+  shutil.copytree(run[0], workdir)
+  largest = max((p for p in (workdir / "checkpoints" / "20").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:-1] + b"x")
+  assert export.export(str(workdir), str(tmp_path / "hf"), None, "float32") == 10
+  assert "checkpoint 20 in" in (said := capsys.readouterr().out) and "checkpoint 10, the one before, is used" in said
+  with pytest.raises(ValueError, match="^checkpoint 20 in .* is damaged"):
+    export.export(str(workdir), str(tmp_path / "hf"), 20)

@@ -1,5 +1,6 @@
 """All commands can be imported in one process, and each takes its own flags."""
 
+import ast
 import importlib
 import pathlib
 import subprocess
@@ -19,6 +20,18 @@ COMMANDS = {
 def test_the_commands_are_these():
   mains = {p.stem for p in (ROOT / "virl_jax").glob("*.py") if 'if __name__ == "__main__"' in p.read_text()}
   assert mains == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_is_heard_before_the_slow_imports(name):
+  """First of all, and not where another program imports the command."""
+  first, *_ = [node for node in ast.parse((ROOT / "virl_jax" / f"{name}.py").read_text()).body
+               if not isinstance(node, ast.Expr) and ast.unparse(node) != "from __future__ import annotations"]
+  assert ast.unparse(first) == "\n    ".join((
+      "if __name__ == '__main__':", "from virl_jax.run import signals", "signals.install()"))
+  code = ("import sys\nfrom virl_jax.run import signals\n"
+          "assert not {'jax', 'absl', 'numpy'} & set(sys.modules), 'it is quick to import'")
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_importing_them_defines_no_flag():
@@ -41,6 +54,20 @@ def test_each_takes_its_flags(name, monkeypatch):
     assert values.config.warmstart.steps == 3 and values.out == "o"
   if name == "export":
     assert (values.step, values.dtype) == (4, "float32")
+
+
+@pytest.mark.parametrize("options, said", [
+    ((), "error: --config must be a configuration's file, such as configs/tiny.py. Received: nothing "),
+    (("--config=configs/nope.py",), "such as configs/tiny.py. Received: configs/nope.py "),
+    (("--config=configs/tiny.py", "--config.optim.learning_rat=1"),
+     "error: --config has no such knob: 'learning_rat' Did you mean \"learning_rate\" instead of")])
+@pytest.mark.parametrize("name", ["train", "warmstart"])
+def test_a_slip_of_the_pen_is_a_line(name, options, said, tmp_path):
+  more = (f"--out={tmp_path / 'out'}",) if name == "warmstart" else ()
+  done = subprocess.run([sys.executable, "-m", f"virl_jax.{name}", f"--workdir={tmp_path / 'w'}", *options, *more],
+                        cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_command_says_what_it_takes():

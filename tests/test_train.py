@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import time
 
+import PIL.Image
 import pytest
 
 from virl_jax import config as config_lib
@@ -103,6 +105,52 @@ def test_killed_and_started_again_ends_the_same(places, six_steps):
   assert _timeless(_lines(workdir)) == _timeless(_lines(six_steps[0])), f"killed after step {at}"
   ours, theirs = (json.loads((w / "eval_after.json").read_text()) for w in (workdir, six_steps[0]))
   assert ours == theirs, f"killed after step {at}"
+
+
+FAULTY = """
+import sys
+from virl_jax.run import signals
+signals.install()
+from absl import app
+from virl_jax import train
+from virl_jax.rollout import dynamic
+
+run, calls = dynamic.run, []
+
+def fails(*args):
+  calls.append(args)
+  if len(calls) == 3:
+    raise OSError("the disk is on fire\\nand so on, for pages")
+  return run(*args)
+
+dynamic.run = fails
+train.define_flags()
+app.run(train.main)
+"""
+
+
+def test_whatever_ends_it_the_finished_steps_are_saved(places, six_steps):
+  """An error in the loop, then SIGTERM, with no checkpoint due: the run ends as if nothing had been."""
+  workdir = places[0] / "ended"
+  options = [*(o for o in SMALL if "checkpoint" not in o), "--config.checkpoint.every=0", "--config.steps=6"]
+  run = subprocess.run([sys.executable, "-c", FAULTY, "--config=configs/tiny.py", f"--workdir={workdir}", *options],
+                       cwd=ROOT, env=places[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  assert run.returncode == 1 and "Traceback" not in run.stdout, run.stdout
+  assert run.stdout.splitlines()[-1] == "error: OSError: the disk is on fire (VIRL_JAX_DEBUG=1 shows where)"
+  assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["2"]
+  run = _start(places, workdir, *options)
+  lines = []
+  for line in run.stdout:
+    lines.append(line)
+    if line.startswith("step 4/6"):
+      run.send_signal(signal.SIGTERM)
+  assert run.wait(60) == 0 and "going on from step 2\n" in lines
+  step = int(lines[-1].removeprefix("stopped by SIGTERM; step ").removesuffix(
+      " is saved, the same command goes on from there\n"))
+  assert step >= 4 and len(_steps(workdir)) == step, "what was written down is saved"
+  out, _ = _start(places, workdir, *options).communicate(timeout=600)
+  assert f"going on from step {step}\n" in out
+  assert _timeless(_steps(workdir)) == _timeless(_steps(six_steps[0]))
 
 
 @pytest.mark.slow
@@ -224,6 +272,57 @@ def test_an_empty_data_set_is_named(tmp_path):
   c.model.path, c.data.source, c.data.path = "@tiny", "jsonl", str(tmp_path / "none.jsonl")
   with pytest.raises(ValueError, match="at least one usable record"):
     train.train(c, str(tmp_path / "w"))
+
+
+def _photos(folder, long=()):
+  """Twelve records of a grey picture each, of which some ask at length."""
+  lines = []
+  for i in range(12):
+    PIL.Image.new("RGB", (120, 90), (20 * i, 90, 90)).save(folder / f"{i}.png")
+    lines.append({"image": f"{i}.png", "question": "What is it? " * (200 if f"photo {i}" in long else 1),
+                  "answers": ["a wall"], "boxes": [], "id": f"photo {i}"})
+  (folder / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  return str(folder / "records.jsonl")
+
+
+def test_what_does_not_fit_is_asked_neither_in_training_nor_before(tmp_path, monkeypatch, capsys):
+  c = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]()
+  c.data.source, c.data.path, c.data.eval_fraction = "jsonl", _photos(tmp_path), 0.5
+  c.rollout.prompts, c.rollout.group_size, c.eval.tasks = 8, 2, 6
+  sides = [{t.uid for t in setup.source(c, split).tasks} for split in ("test", "train")]
+  long = {min(side) for side in sides}  # one on each side; what is asked moves no picture to the other
+  _photos(tmp_path, long)
+  asked = []
+
+  def stop(policy, params, tasks, *_):
+    asked.append({t.uid for t in tasks})
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(train, "_evaluate", lambda c, p, params, tasks, *_: asked.append({t.uid for t in tasks}))
+  monkeypatch.setattr(train.dynamic, "run", stop)
+  with pytest.raises(KeyboardInterrupt):
+    train.train(c, str(tmp_path / "w"))
+  assert asked == [side - long for side in sides]
+  said = capsys.readouterr().out
+  for uid in long:
+    assert f"skipped {uid}: its prompt must leave room for a turn: at most 224 tokens" in said
+  # A process that goes on counts on.
+  feeds, feed = [], train.batches.Feed
+  monkeypatch.setattr(train.batches, "Feed", lambda *args: feeds.append(feed(*args)) or feeds[-1])
+  monkeypatch.setattr(train.checkpoint.Checkpoints, "resume", lambda self, state: (1, state))
+  with open(tmp_path / "w" / "metrics.jsonl", "a") as log:
+    log.write('{"step": 0, "data/skipped": 70}\n')
+  with pytest.raises(KeyboardInterrupt):
+    train.train(c, str(tmp_path / "w"))
+  assert 70 < feeds[0].skipped < 140
+
+
+def test_an_evaluation_that_was_cut_short_is_named(tmp_path):
+  file = tmp_path / "eval_before.json"
+  for text in ('{"outcomes": [{"uid": ', "[]", '{"outcomes": [{"uid": "a"}]}', '{"n": 3}'):
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"^{file} must be an evaluation as a run writes it.*delete it, and the base"):
+      train._of_these(file, [])
 
 
 def test_truncated_weights_are_named(tmp_path):

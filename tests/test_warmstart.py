@@ -1,7 +1,9 @@
 """The warm start: which stage a step belongs to, and going on from a base."""
 
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from virl_jax import config as config_lib
 from virl_jax import warmstart
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.learner import checkpoint
 from virl_jax.model import patches
 from virl_jax.model import weights
 from virl_jax.run import load
@@ -49,10 +52,13 @@ def test_counts_look_at_every_object_in_joined_rows():
   np.testing.assert_array_equal(of(p_count=1.0).tokens_BT, counting.tokens_BT)
 
 
+def command(out, *more):
+  return [sys.executable, "-m", "virl_jax.warmstart", "--config=configs/tiny.py", f"--out={out}",
+          "--config.warmstart.base=@tiny", "--config.warmstart.workers=1", "--config.warmstart.pictures=4", *more]
+
+
 def run(out, *more):
-  return subprocess.run([sys.executable, "-m", "virl_jax.warmstart", "--config=configs/tiny.py", f"--out={out}",
-                         "--config.warmstart.base=@tiny", "--config.warmstart.workers=1",
-                         "--config.warmstart.pictures=4", *more], cwd=ROOT, capture_output=True, text=True)
+  return subprocess.run(command(out, *more), cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -89,3 +95,36 @@ def test_what_cannot_be_is_said(tmp_path, key, value, said):
     warmstart.warm_start(c, str(tmp_path / "base"), str(tmp_path / "base.work"), "the command")
   assert str(refused.value).startswith("error: ") and said in str(refused.value)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_saves_what_is_learned(tmp_path, number, status):
+  """To the whole group, as a terminal's Ctrl-C: the workers, which have the pipe too, end with it and say nothing."""
+  options = ("--config.warmstart.steps=60", "--config.warmstart.save_every=0")
+  process = subprocess.Popen(command(tmp_path / "base", *options), cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True, start_new_session=True)
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if line.startswith("step     0/60"):
+      os.killpg(process.pid, number)
+  assert process.wait(60) == status, "".join(lines)
+  said = next(line for line in lines if line.startswith("stopped by"))
+  assert not any(word in line for line in lines for word in ("Traceback", "Error", "leaked")), "".join(lines)
+  step = int(said.removeprefix(f"stopped by {number.name}; step ").split()[0])
+  assert 1 <= step < 60
+  saves = checkpoint.Checkpoints(tmp_path / "base.work" / "checkpoints", 0, 2)
+  assert saves.steps() == [step]
+
+
+def test_what_would_be_overwritten_is_said_before_it_begins(tmp_path, monkeypatch):
+  c = config_lib.default()
+  monkeypatch.setattr(warmstart, "_warm_start", lambda *_: pytest.fail("it has begun"))
+  (tmp_path / "thesis").mkdir()
+  (tmp_path / "thesis" / "chapter_1.tex").write_text("")
+  for out, workdir in ((tmp_path / "thesis", tmp_path / "work"), (tmp_path / "new", tmp_path / "new"),
+                       (tmp_path / "new", tmp_path / "new" / "work")):
+    with pytest.raises(ValueError, match="nothing else is replaced"):
+      warmstart.warm_start(c, str(out), str(workdir), "the command")
+  assert [p.name for p in tmp_path.iterdir()] == ["thesis"]

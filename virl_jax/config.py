@@ -217,7 +217,7 @@ def _knobs() -> ConfigDict:
   h.tensor = 1                     # heads and widths are split
 
   c.checkpoint = s = ConfigDict()
-  s.every = free(50)               # steps; the last step is always saved
+  s.every = free(50)               # steps; 0 for none but the last, which is always saved
   s.keep = free(2)                 # newest kept
 
   c.eval = e = ConfigDict()
@@ -238,7 +238,7 @@ def _knobs() -> ConfigDict:
   u.learning_rate = free(1.2e-3)   # peak, until the clumsy stage
   u.clumsy_learning_rate = free(3e-4)  # peak of the clumsy stage
   u.workers = free(2)              # processes that draw
-  u.save_every = free(100)         # updates
+  u.save_every = free(100)         # updates; 0 for none but the last
 
   c.log = g = ConfigDict()
   g.gallery = free(8)              # trajectories kept for the report each time; 0 for none

@@ -10,6 +10,10 @@ policy what it was trained on.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+  from virl_jax.run import signals
+  signals.install()
+
 import json
 import logging
 import pathlib
@@ -17,6 +21,7 @@ import pathlib
 from absl import app
 from absl import flags
 
+from virl_jax.model import outdir
 from virl_jax.model import weights
 from virl_jax.run import load
 from virl_jax.run import serving
@@ -28,7 +33,7 @@ def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat
 
   Args:
     workdir: of a run.
-    out: the HF folder to write, all of it or nothing.
+    out: the HF folder to write, all of it or nothing; see `outdir.check`.
     step: which checkpoint; None for the newest.
     dtype: of the stored tensors.
 
@@ -36,9 +41,11 @@ def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat
     The step that was exported.
 
   Raises:
-    ValueError: if the workdir holds no run or no such checkpoint, or its base is gone.
+    ValueError: if the workdir holds no run or no such checkpoint, its base is gone, or `out` is not to be replaced.
   """
+  outdir.check(out, (workdir,))
   policy = load.trained(workdir, step)
+  outdir.check(out, (policy.hf_dir,))
   weights.save_hf(out, policy.model, policy.params, dtype, like=policy.hf_dir,
                   beside=serving.files(policy.hf_dir, policy.model, policy.config))
   return policy.step
@@ -47,8 +54,8 @@ def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines what the command line takes; not on import, for other commands have flags of the same names."""
   flags.DEFINE_string("workdir", None, "The run.", required=True, flag_values=values)
-  flags.DEFINE_string("out", None, "HF folder to write; replaced whole if it exists.", required=True,
-                      flag_values=values)
+  flags.DEFINE_string("out", None, "HF folder to write: absent, empty, or an earlier export, which is replaced.",
+                      required=True, flag_values=values)
   flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.", flag_values=values)
   flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the stored tensors.", flag_values=values)
 

@@ -5,11 +5,17 @@
 
 A workdir holds config.json, data.json, metrics.jsonl, checkpoints/, rollouts/, eval_before.json, eval_after.json and
 report.html.  Stop it at any time and give the same command again: it goes on from the last checkpoint, and
-ends as if it had not been stopped.  With --resume-with-changes it goes on with another learning rate, say.
+ends as if it had not been stopped.  Ctrl-C and SIGTERM save the last finished step first, and end it with
+status 130 and 0.  With --resume-with-changes it goes on with another learning rate, say.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+  from virl_jax.run import signals
+  signals.install()
+
+import contextlib
 import functools
 import json
 import os
@@ -33,6 +39,8 @@ from virl_jax.report import html
 from virl_jax.rl import reward
 from virl_jax.rollout import dynamic
 from virl_jax.rollout import pack
+from virl_jax.rollout import turns
+from virl_jax.run import ending
 from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import memory
@@ -75,48 +83,48 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   ref_params = jax.tree.map(lambda a: a.copy(), base_params) if c.loss.kl_coef else None
 
   # --- how good is the base? ---------------------------------------------------------------------------
-  held_out = _held_out(c) if c.eval.tasks else None
+  fits = functools.partial(turns.check, p.policy)
+  held_out = _held_out(c, fits) if c.eval.tasks else None
   before = _evaluate(c, p, base_params, held_out, root_key, workdir, "before")
 
   # --- where are we? -----------------------------------------------------------------------------------
   state = step_lib.init_state(base_params, p.step.optim, c.loss.kl_coef,
                               p.policy.model.text.hidden if c.advantage.kind == "gae" else 0)
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep)
-  start = checkpoints.latest() or 0
+  start, state = checkpoints.resume(state)
   if start:
-    state = checkpoints.restore(start, state)
     print(f"going on from step {start}", flush=True)
   rows = c.rollout.prompts * c.rollout.group_size
   print(memory.cache_size(p.policy.model, c.rollout.max_total_tokens, c.engine.slots, rows, p.mesh,
                           memory.free_bytes()), flush=True)
   record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed))
-  feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels)
+  feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels, fits)
+  feed.skipped = record.last.get("data/skipped", 0)  # what an earlier process passed over
 
   # --- the loop ----------------------------------------------------------------------------------------
-  for step in range(start, c.steps):
-    if record.stopping:  # perhaps in an earlier process
-      break
-    record.begin()
-    key = jax.random.fold_in(root_key, step)  # so that resuming needs no RNG state
-    tasks = feed.batch(step)                  # pure in (seed, step)
-    trajectories, rolled_out = dynamic.run(   # G of each task, and which answers are right
-        p.policy, state.params, tasks, functools.partial(feed.further, step), key, c.rollout.group_size,
-        c.rollout.resample, functools.partial(_informative, p, step))
-    record.lap("rollout")
-    parts = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches, (c.seed, step))
-    minibatches, scores = zip(*step_lib.score(
-        state, ref_params, [hosts.place(pack.pack(part, p.pack), p.mesh) for part in parts], p.step,
-        _threshold(p, step)))
-    updates = []
-    for minibatch in c.ppo.epochs * minibatches:
-      state, metrics = step_lib.update_step(state, minibatch, p.step)
-      updates.append(metrics)
-    record.step(step, parts, minibatches[0], (scores, updates), rolled_out | {"data/skipped": feed.skipped})
-    # After the log, which it never runs ahead of.
-    checkpoints.maybe_save(step + 1, state, last=step + 1 == c.steps or bool(record.stopping))
-  feed.close()
-  checkpoints.close()
-  record.close()
+  with contextlib.closing(feed), ending.Kept(checkpoints, start, state, record.close) as kept:
+    for step in range(start, c.steps):
+      if record.stopping:  # perhaps in an earlier process
+        break
+      record.begin()
+      key = jax.random.fold_in(root_key, step)  # so that resuming needs no RNG state
+      tasks = feed.batch(step)                  # pure in (seed, step)
+      trajectories, rolled_out = dynamic.run(   # G of each task, and which answers are right
+          p.policy, state.params, tasks, functools.partial(feed.further, step), key, c.rollout.group_size,
+          c.rollout.resample, functools.partial(_informative, p, step))
+      record.lap("rollout")
+      parts = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches, (c.seed, step))
+      minibatches, scores = zip(*step_lib.score(
+          state, ref_params, [hosts.place(pack.pack(part, p.pack), p.mesh) for part in parts], p.step,
+          _threshold(p, step)))
+      with kept.changing():  # until the step is finished, there is no state that could be saved
+        updates = []
+        for minibatch in c.ppo.epochs * minibatches:
+          state, metrics = step_lib.update_step(state, minibatch, p.step)
+          updates.append(metrics)
+        record.step(step, parts, minibatches[0], (scores, updates), rolled_out | {"data/skipped": feed.skipped})
+        # After the log, which it never runs ahead of.
+        kept.finished(step + 1, state, last=step + 1 == c.steps or bool(record.stopping))
 
   # --- what came of it ---------------------------------------------------------------------------------
   if stopped := record.stopping:
@@ -129,9 +137,9 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   return record.last
 
 
-def _held_out(c) -> list:
+def _held_out(c, fits) -> list:
   """The tasks that are asked before and after."""
-  drawn = batches.held_out(setup.source(c, "test"), c.eval.tasks, c.image.decode_max_pixels, c.data.split_seed)
+  drawn = batches.held_out(setup.source(c, "test"), c.eval.tasks, c.image.decode_max_pixels, c.data.split_seed, fits)
   batches.report(drawn)
   return drawn.tasks
 
@@ -143,7 +151,7 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
   if tasks is None:
     return None
   if when == "before" and file.exists():
-    return _of_these(json.loads(file.read_text()), tasks, file)
+    return _of_these(file, tasks)
   print(f"evaluating {when} training: {len(tasks)} held-out tasks", flush=True)
   began = time.perf_counter()
   judged = harness.run(p.policy, params, tasks, jax.random.fold_in(root_key, _EVAL_STREAM),
@@ -158,13 +166,18 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
   return result
 
 
-def _of_these(result: dict, tasks, file: pathlib.Path) -> dict:
+def _of_these(file: pathlib.Path, tasks) -> dict:
   """A kept evaluation, if it is about the tasks that there are now."""
-  kept = {o.uid for o in harness.outcomes(result, tasks)}
+  try:
+    result = json.loads(file.read_text())
+    kept = {o.uid for o in harness.outcomes(result, tasks)}
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise ValueError(f"{file} must be an evaluation as a run writes it ({type(e).__name__}: {e}); delete it, and the "
+                     "base is evaluated again") from e
   if len(result["outcomes"]) != len(tasks) or kept != {t.uid for t in tasks}:
     raise ValueError(f"{file} must be about the {len(tasks)} held-out tasks there are now. Received: "
-                     f"{len(result['outcomes'])} tasks, {len(kept - {t.uid for t in tasks})} of them others; the data "
-                     "has changed, use another --workdir")
+                     f"{len(result['outcomes'])} tasks, {len(kept - {t.uid for t in tasks})} of them others; the data, "
+                     "or how they are drawn, has changed: use another --workdir")
   return result
 
 
@@ -191,11 +204,11 @@ def main(argv):
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   args = flags.FLAGS
   setup.begin()
-  name = pathlib.Path(config_flags.get_config_filename(args["config"])).stem
   with setup.told():
+    name = pathlib.Path(setup.config_file(args)).stem
     train(args.config, args.workdir or os.path.join("runs", name), args["resume-with-changes"].value)
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=setup.parse)

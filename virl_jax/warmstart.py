@@ -14,6 +14,10 @@ goes on from a base, in the clumsy stage alone: here, until it answers three que
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+  from virl_jax.run import signals
+  signals.install()
+
 import dataclasses
 import json
 import os
@@ -34,11 +38,14 @@ from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.learner import checkpoint
 from virl_jax.learner import step as step_lib
+from virl_jax.model import outdir
 from virl_jax.model import params as params_lib
 from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
+from virl_jax.run import ending
 from virl_jax.run import load
+from virl_jax.run import log as log_lib
 from virl_jax.run import serving
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
@@ -72,15 +79,16 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
 
   Args:
     c: the configuration.
-    out: HF folder to write.
+    out: HF folder to write; see `outdir.check`.
     workdir: where checkpoints and the log go.
     command: how this was asked for, for RECIPE.json.
 
   Raises:
-    ValueError: if the configuration, the base or the workdir won't do.
+    ValueError: if the configuration, the base, the workdir or `out` won't do.
   """
   setup.sections(c)
   base = load.model_dir(c.warmstart.base, "warmstart.base") if c.warmstart.base else None  # before anything is written
+  outdir.check(out, (workdir, base) if base else (workdir,))
   with workdir_lib.claim(workdir, c, free=_FREE) as claimed:
     _warm_start(c, base, out, claimed.folder, command)
 
@@ -104,25 +112,26 @@ def _warm_start(c, base: str | None, out: str, workdir: pathlib.Path, command: s
   print(f"{params_lib.count(qwen.specs(cfg)):,} parameters, {jax.devices()[0]}", flush=True)
 
   saves = checkpoint.Checkpoints(workdir / "checkpoints", u.save_every, 2)
-  start = saves.latest() or 0
+  start, state = saves.resume(state)
   if start:
-    state = saves.restore(start, state)
     print(f"going on from step {start}", flush=True)
-  began, log, nll = time.time(), open(workdir / "metrics.jsonl", "a"), None
-  for step, batch in enumerate(curriculum.batches(course, start, u.workers), start):
-    if step == turn:  # a new optimiser: the careful stage's schedule has run out
-      state = step_lib.init_state(state.params, clumsy.optim)
-    state, metrics = step_lib.imitate_step(state, batch, careful if step < turn else clumsy)
-    if step % 25 == 0 or step + 1 == u.steps:
-      nll = float(metrics["loss/total"].value)
-      if not np.isfinite(nll):
-        raise SystemExit(f"step {step}: the loss is {nll}; try a lower config.warmstart.learning_rate")
-      left = (time.time() - began) / (step - start + 1) * (u.steps - step - 1)
-      print(f"step {step:5d}/{u.steps}  nll {nll:.4f} nats a token  left {left / 60:.1f} min", flush=True)
-      log.write(json.dumps({"step": step, "loss/total": nll}) + "\n")
-      log.flush()
-    saves.maybe_save(step + 1, state, last=step + 1 == u.steps)
-  saves.close()
+  began, log, nll = time.time(), log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start), None
+  with ending.Kept(saves, start, state) as kept:
+    for step, batch in enumerate(curriculum.batches(course, start, u.workers), start):
+      with kept.changing():
+        if step == turn:  # a new optimiser: the careful stage's schedule has run out
+          state = step_lib.init_state(state.params, clumsy.optim)
+        state, metrics = step_lib.imitate_step(state, batch, careful if step < turn else clumsy)
+        last = step + 1 == u.steps
+        if step % 25 == 0 or last or saves.due(step + 1):
+          nll = float(metrics["loss/total"].value)
+          if not np.isfinite(nll):
+            raise SystemExit(f"error: step {step}: the loss is {nll}. Begin again with a lower config.warmstart."
+                             "learning_rate or clumsy_learning_rate, and another --workdir")
+          left = (time.time() - began) / (step - start + 1) * (u.steps - step - 1)
+          print(f"step {step:5d}/{u.steps}  nll {nll:.4f} nats a token  left {left / 60:.1f} min", flush=True)
+          log.write(step, {"loss/total": nll})
+        kept.finished(step + 1, state, last)
   if platforms is None:
     os.environ.pop("JAX_PLATFORMS", None)
   weights.save_hf(out, cfg, state.params, "bfloat16", like=folder, beside=serving.files(folder, cfg, c))
@@ -150,9 +159,10 @@ def main(argv):
   given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # where it went is of no matter to a recipe
   command = shlex.join(["python", "-m", "virl_jax.warmstart", *(given.get(arg, arg) for arg in sys.argv[1:])])
   with setup.told():
+    setup.config_file(args)
     warm_start(args.config, out, args.workdir or out.rstrip("/") + ".work", command)
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=setup.parse)

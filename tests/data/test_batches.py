@@ -87,5 +87,23 @@ def test_what_does_not_decode_is_named_and_counted(feed, capsys):
   assert capsys.readouterr().out.count("skipped 2: image must be a decodable file") == times[0]
   one.batch(1)
   assert one.skipped == sum(times), "an epoch later it is passed over again"
-  with pytest.raises(ValueError, match="must have tasks whose pictures decode"):
+  with pytest.raises(ValueError, match="must have tasks that can be used. Received: 6 that can't, first .: image"):
     feed(Source(2, bad=(0, 1))).batch(0)
+
+
+def too_long(task):
+  if task.uid in "12":
+    raise ValueError("its prompt must leave room")
+
+
+def test_what_does_not_fit_is_passed_over_like_what_does_not_decode(capsys):
+  one = batches.Feed(Source(4), 3, 4, 10 ** 6, too_long)
+  assert set(names(one.batch(0))) == {"0", "3"} and one.skipped >= 2
+  said = capsys.readouterr().out
+  assert "skipped 1: its prompt must leave room" in said and "skipped 2: its prompt must leave room" in said
+  before = one.skipped
+  assert set(names(one.further(0, 1))) == {"0", "3"} and one.skipped > before, "further tries count theirs"
+  assert "skipped 1: " in capsys.readouterr().out
+  one.close()
+  drawn = batches.held_out(Source(4), 4, 10 ** 6, fits=too_long)
+  assert names(drawn.tasks) == ["0", "3"] and [why[:4] for why in drawn.skipped] == ["1: i", "2: i"]

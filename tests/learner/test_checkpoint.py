@@ -1,6 +1,7 @@
 """Checkpoints: bit for bit, only when due, the newest few, and a clear word about damaged ones."""
 
 import gc
+import json
 import logging
 import shutil
 import sys
@@ -98,26 +99,92 @@ def damage(kind, folder):
   elif kind == "emptied":
     for p in files:
       p.write_bytes(b"")
-  else:  # cut: the largest file loses its second half
+  else:
     largest = max(files, key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:largest.stat().st_size // 2])
+    content = largest.read_bytes()
+    half = len(content) // 2
+    largest.write_bytes(content[:half] + (bytes(255 - b for b in content[half:half + 64]) + content[half + 64:]
+                                          if kind == "inverted" else b""))
 
 
-@pytest.mark.parametrize("kind", ["gone", "emptied", "cut"])
-def test_a_damaged_checkpoint_is_named(tmp_path, kind):
-  saves = checkpoint.Checkpoints(tmp_path, 1, 2)
-  for step in (1, 2):
-    saves.maybe_save(step, make_state(seed=step))
+def two(folder, **kwargs):
+  """A folder with two checkpoints, and of each the state."""
+  saves, states = checkpoint.Checkpoints(folder, 1, 2), {step: make_state(seed=step) for step in (1, 2)}
+  for step, state in states.items():
+    saves.maybe_save(step, state)
   saves.close()
-  damage(kind, tmp_path / "2")
-  saves = checkpoint.Checkpoints(tmp_path, 1, 2)
+  return states
+
+
+@pytest.mark.parametrize("kind", ["gone", "emptied", "cut", "inverted"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, kind, capsys):
+  folder = tmp_path / "checkpoints"
+  states = two(folder)
+  damage(kind, folder / "2")
+  saves = checkpoint.Checkpoints(folder, 1, 2)
   assert saves.latest() == 2
-  with pytest.raises(ValueError, match=f"(?s)checkpoint 2 in {tmp_path} does not fit.*damaged.*Delete that step"):
+  with pytest.raises(checkpoint.Damaged, match=f"^checkpoint 2 in {folder} is damaged: "):
     saves.restore(2, make_state())
+  with pytest.raises(checkpoint.Damaged, match=f"^checkpoint 2 in {folder} is damaged: "):
+    saves.restore_params(2, make_state().params)
+  assert saves.newest(lambda step: saves.restore(step, make_state()))[0] == 1
+  assert saves.steps() == [1, 2], "it only reads"
+  capsys.readouterr()
+  step, state = saves.resume(make_state())
+  assert step == 1
+  same(state, states[1])
+  said = capsys.readouterr().out.splitlines()
+  assert said[0].startswith(f"WARNING: checkpoint 2 in {folder} is damaged: ")
+  assert said[1:] == ["WARNING: checkpoint 1, the one before, is used instead", f"put aside: {folder}_damaged/2"]
+  # The step is done again, and saved again.
+  assert (tmp_path / "checkpoints_damaged" / "2").is_dir() and saves.steps() == [1] and saves.latest() == 1
+  assert saves.maybe_save(2, states[2])
+  saves.wait()
+  step, state = saves.resume(make_state())
+  assert step == 2
+  same(state, states[2])
   saves.close()
-  shutil.rmtree(tmp_path / "2")  # as it says
+
+
+def test_if_all_are_damaged_nothing_is_made_up(tmp_path):
+  two(tmp_path)
+  for step in "12":
+    damage("inverted", tmp_path / step)
   saves = checkpoint.Checkpoints(tmp_path, 1, 2)
-  same(saves.restore(saves.latest(), make_state()), make_state(seed=1))
+  with pytest.raises(ValueError, match=f"none of the checkpoints can be used: checkpoint 2 in .* is damaged.*another "
+                                       f"--workdir, or delete {tmp_path} to begin again"):
+    saves.resume(make_state())
+  assert saves.steps() == [1, 2], "and nothing is put aside"
+  saves.close()
+
+
+def test_every_checkpoint_has_its_checksums_before_it_has_its_name(tmp_path, monkeypatch):
+  named, seal = [], checkpoint.Checkpoints._seal
+  monkeypatch.setattr(checkpoint.Checkpoints, "_seal",
+                      lambda self: (named.append((tmp_path / str(self._saving)).exists()), seal(self)))
+  two(tmp_path)
+  assert named == [False, False]
+  sums = json.loads((tmp_path / "1" / "checksums.json").read_text())
+  assert sums.keys() == {p.relative_to(tmp_path / "1").as_posix() for p in (tmp_path / "1" / "default").rglob("*")
+                         if p.is_file()}
+
+
+def test_a_checkpoint_of_before_the_checksums_is_taken_at_its_word(tmp_path, capsys):
+  states = two(tmp_path)
+  (tmp_path / "2" / "checksums.json").unlink()
+  saves = checkpoint.Checkpoints(tmp_path, 1, 2)
+  step, state = saves.resume(make_state())
+  assert step == 2 and "without checksums: whether it is whole is not known" in capsys.readouterr().out
+  same(state, states[2])
+  damage("cut", tmp_path / "2")  # Orbax sees that
+  step, state = saves.resume(make_state())
+  assert step == 1 and "does not fit this model and optimiser, or is damaged" in capsys.readouterr().out
+  saves.close()
+
+
+def test_without_a_rhythm_only_the_last_is_saved(tmp_path):
+  saves = checkpoint.Checkpoints(tmp_path, 0, 2)
+  assert not any(saves.maybe_save(step, make_state()) for step in range(5)) and saves.maybe_save(5, make_state(), True)
   saves.close()
 
 

@@ -156,6 +156,41 @@ def test_image_budgets(policy):
     turns.begin(change(policy, rollout={"max_vision_tokens": shown - 1}), TASK)
 
 
+def pictured(size, **task):
+  return dataclasses.replace(TASK, image=Image.new("RGB", size, "grey"), **task)
+
+
+@pytest.mark.parametrize("task, said", [
+    (TASK, None), (pictured((3000, 5)), None), (pictured((1, 1)), None), (pictured((1, 20000)), None),
+    (pictured((500, 400), question="Which one? " * 100), "its prompt must leave room for a turn: at most 224 tokens"),
+    (pictured((84, 84), options=("a", "b " * 400)), "its prompt must leave room for a turn")])
+def test_what_can_not_be_asked_is_known_before(policy, task, said):
+  """`check` refuses exactly what `begin` refuses, with the same tokens, but without the pixels."""
+  asked = []
+  for found in (turns.check, turns.begin):
+    try:
+      found(policy, task)
+      asked.append(None)
+    except ValueError as e:
+      asked.append(str(e).removeprefix("task t: "))
+  assert asked[0] == asked[1] and (asked[0] is None if said is None else asked[0].startswith(said))
+  exact = len(turns.begin(change(policy, rollout={"max_total_tokens": 4096}), task).reply.ids)
+  for tokens, fits in ((exact, True), (exact - 1, False)):
+    tight = change(policy, rollout={"max_total_tokens": tokens + 32})
+    try:
+      turns.check(tight, task)
+      assert fits
+    except ValueError:
+      assert not fits
+
+
+def test_an_image_beyond_its_budget_is_known_before(policy):
+  shown = patches.vision_tokens(begin(policy).traj.images[0], policy.model.vision.grid)
+  turns.check(change(policy, rollout={"max_vision_tokens": shown}), TASK)
+  with pytest.raises(ValueError, match=f"^its image must fit rollout.max_vision_tokens = {shown - 1}; lower image.max"):
+    turns.check(change(policy, rollout={"max_vision_tokens": shown - 1}), TASK)
+
+
 def test_the_last_permitted_turn_is_told(policy):
   def told(**rollout):
     p = change(policy, prompt={"last_notice": "Answer now."}, rollout=rollout)

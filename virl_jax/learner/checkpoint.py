@@ -1,11 +1,26 @@
-"""Orbax checkpoints of a TrainState: written in the background, restored bit for bit."""
+"""Orbax checkpoints of a TrainState: written in the background, sealed with checksums, restored bit for bit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import concurrent.futures
+import hashlib
+import json
 import pathlib
+import shutil
+from typing import TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+
+_SUMS = "checksums.json"  # in a checkpoint's folder: file in the folders below it -> BLAKE2b of its bytes
+_THREADS = 8  # that read files to sum them up
+
+T = TypeVar("T")
+
+
+class Damaged(ValueError):
+  """A checkpoint is not what was written."""
 
 
 class Checkpoints:
@@ -13,15 +28,16 @@ class Checkpoints:
 
   Args:
     folder: where; created if absent.
-    every: steps between saves.
+    every: steps between saves; 0 for none but the last.
     keep: how many of the newest to keep.
   """
 
   def __init__(self, folder: str | pathlib.Path, every: int, keep: int):
     self.folder, self.every = pathlib.Path(folder).absolute(), every
+    self._saving: int | None = None
     # Orbax writes to a temporary name and renames: a killed save leaves the older checkpoints whole.
-    self._manager = ocp.CheckpointManager(
-        self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+    self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)))
 
   def latest(self) -> int | None:
     """The newest saved step, or None."""
@@ -31,26 +47,80 @@ class Checkpoints:
     """Every saved step, oldest first."""
     return sorted(self._manager.all_steps())
 
+  def due(self, step: int) -> bool:
+    """Whether a save is due after so many steps."""
+    return self.every > 0 and step % self.every == 0
+
   def maybe_save(self, step: int, state, last: bool = False) -> bool:
     """Saves after `step` steps if it is due or `last`.
 
     Returns:
       Whether a save was started; it goes on in the background.
     """
-    if (step % self.every and not last) or self._manager.latest_step() == step:
+    if not (last or self.due(step)) or self._manager.latest_step() == step:
       return False
+    self._manager.wait_until_finished()
+    self._saving = step
     self._manager.save(step, args=ocp.args.StandardSave(state))
     return True
+
+  def resume(self, state) -> tuple[int, object]:
+    """Where a run goes on: the newest step whose checkpoint is whole, and its state; 0 and `state` if nothing is saved.
+
+    Damaged checkpoints after that step are said to be so, and put aside, into a folder beside this one.
+
+    Args:
+      state: see `restore`.
+
+    Raises:
+      ValueError: no checkpoint can be used.
+    """
+    step, found = self.newest(lambda step: self.restore(step, state)) or (0, state)
+    for later in self.steps():
+      if later > step and jax.process_count() == 1:
+        aside = self.folder.with_name(f"{self.folder.name}_damaged") / str(later)
+        shutil.rmtree(aside, ignore_errors=True)  # of the same step, damaged before
+        aside.parent.mkdir(exist_ok=True)
+        (self.folder / str(later)).rename(aside)
+        print(f"put aside: {aside}", flush=True)
+    self._manager.reload()
+    return step, found
+
+  def newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
+    """The newest step whose checkpoint is whole, and what `read` makes of it; None if nothing is saved.
+
+    Args:
+      read: of a step, such as `restore` or `restore_params`.
+
+    Raises:
+      ValueError: no checkpoint can be used.
+    """
+    refused = []
+    for step in reversed(self.steps()):
+      try:
+        found = read(step)
+      except Damaged as e:
+        refused.append(e)
+        print(f"WARNING: {e}", flush=True)
+        continue
+      if refused:
+        print(f"WARNING: checkpoint {step}, the one before, is used instead", flush=True)
+      return step, found
+    if refused:
+      raise ValueError(f"none of the checkpoints can be used: {refused[0]}. Use another --workdir, or delete "
+                       f"{self.folder} to begin again at the first step") from refused[0]
+    return None
 
   def restore(self, step: int, state):
     """The state saved at `step`, placed like `state`.
 
     Args:
-      step: one that `latest` gave.
+      step: one of `steps`.
       state: a state of the same shapes, dtypes and shardings; only these are read.
 
     Raises:
-      ValueError: if the checkpoint does not fit.
+      Damaged: the checkpoint is not what was written.
+      ValueError: there is none, or it does not fit.
     """
     return self._restore(step, ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
 
@@ -58,11 +128,12 @@ class Checkpoints:
     """Only the parameters saved at `step`: a third of what a state takes.
 
     Args:
-      step: one that `latest` gave.
+      step: one of `steps`.
       params: `jax.ShapeDtypeStruct`s with shardings, or arrays to be placed like.
 
     Raises:
-      ValueError: if the checkpoint does not fit.
+      Damaged: the checkpoint is not what was written.
+      ValueError: there is none, or it does not fit.
     """
     item = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
     found = self._restore(step, ocp.args.PyTreeRestore(
@@ -70,11 +141,47 @@ class Checkpoints:
     return found["params"]
 
   def _restore(self, step: int, args):
+    self.wait()  # a checkpoint that is being written has no folder yet
+    name = f"checkpoint {step} in {self.folder}"
+    if not (self.folder / str(step)).is_dir():
+      raise ValueError(f"{name} must be one of those there are. Received: {self.steps()}")
+    sealed = self._verify(step, name)
     try:
       return self._manager.restore(step, args=args)
-    except (ValueError, KeyError, TypeError, FileNotFoundError, OSError) as e:
-      raise ValueError(f"checkpoint {step} in {self.folder} does not fit this model and optimiser, or is "
-                       f"damaged: {e}. Delete that step's folder to go on from the one before") from e
+    except Exception as e:  # Orbax raises that, and nearly everything else
+      told = str(e).partition("\n")[0][:200]  # of pages
+      if sealed:
+        raise ValueError(f"{name} does not fit this model and optimiser: {told}") from e
+      raise Damaged(f"{name} does not fit this model and optimiser, or is damaged: {told}") from e
+
+  def _seal(self) -> None:
+    """Writes the checksums.  Orbax calls this in its thread when all files are written, before their folder gets its
+    name, so that no checkpoint is without them."""
+    for folder in self.folder.glob(f"{self._saving}*"):
+      if folder.name.partition(".")[0] == str(self._saving):
+        (folder / _SUMS).unlink(missing_ok=True)
+        (folder / _SUMS).write_text(json.dumps(_sums(folder), indent=1) + "\n")
+
+  def _verify(self, step: int, name: str) -> bool:
+    """Whether a checkpoint has checksums, as all have but those of older versions.
+
+    Raises:
+      Damaged: it is not what they are of.
+    """
+    folder = self.folder / str(step)
+    if not (folder / _SUMS).exists():
+      print(f"{name} is of an older version, without checksums: whether it is whole is not known", flush=True)
+      return False
+    try:
+      wanted = json.loads((folder / _SUMS).read_text())
+      found = _sums(folder, wanted)
+    except (OSError, ValueError, TypeError) as e:
+      raise Damaged(f"{name} is damaged: {e}") from e
+    changed = [file for file in wanted if wanted[file] != found[file]]
+    if changed:
+      more = f" and {len(changed) - 1} more files are" if len(changed) > 1 else " is"
+      raise Damaged(f"{name} is damaged: {changed[0]}{more} not what was written")
+    return True
 
   def wait(self) -> None:
     """Returns when every save is on disk."""
@@ -84,3 +191,18 @@ class Checkpoints:
     """Waits and releases the manager."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _sums(folder: pathlib.Path, files=None) -> dict[str, str]:
+  """The checksum of each file in the folders below a folder, by its path there, or of these files.
+
+  What lies in the folder itself says when it was written, and is written last of all."""
+  if files is None:
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*/**/*") if p.is_file())
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    return dict(zip(files, pool.map(lambda file: _sum(folder / file), files)))
+
+
+def _sum(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -25,6 +25,7 @@ from safetensors import numpy as safetensors_numpy
 
 from virl_jax.model import family
 from virl_jax.model import hf
+from virl_jax.model import outdir
 from virl_jax.model import params as params_lib
 
 SHARD_BYTES = 5 * 1024 ** 3
@@ -246,15 +247,20 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
   """Writes an HF folder that transformers loads, all of it or nothing.
 
   Args:
-    hf_dir: where; replaced whole if it exists.
+    hf_dir: where; replaced whole if it is empty or was written by this function.
     cfg: the model.
     params: its parameters.
     dtype: of the stored tensors.
     like: a folder whose tokenizer, chat template and processor files come along.
     beside: JSON files, by name, that are written instead of those of `like`.
+
+  Raises:
+    ValueError: something else is there; see `outdir.check`.
   """
+  outdir.check(hf_dir)
   folder = pathlib.Path(hf_dir)
-  tmp = folder.with_name(folder.name + ".tmp")
+  # Names that nobody else gives: what lies there is of a save that was cut off.
+  tmp, old = (folder.with_name(f".{folder.name}.virl_jax_{state}") for state in ("new", "old"))
   shutil.rmtree(tmp, ignore_errors=True)
   tmp.mkdir(parents=True)
   if like is not None:
@@ -278,7 +284,7 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
     index = {"metadata": {"total_size": total},
              "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
     (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-  old = folder.with_name(folder.name + ".old")
+  outdir.mark(tmp)
   shutil.rmtree(old, ignore_errors=True)
   if folder.exists():
     folder.rename(old)

@@ -72,26 +72,49 @@ class Policy:
   actions: Mapping[str, Any] = dataclasses.field(default_factory=lambda: table.ACTIONS)
 
 
+def check(policy: Policy, task: types.Task) -> None:
+  """Whether a task, its picture decoded, can be asked within the budgets.
+
+  Raises:
+    ValueError: names what it is beyond.
+  """
+  grid, cfg = policy.model.vision.grid, policy.image
+  h, w = images.smart_resize(task.image.height, task.image.width, grid.factor, cfg.min_pixels, cfg.max_pixels)
+  _prompt(policy, task, h // grid.factor * (w // grid.factor))
+
+
 def begin(policy: Policy, task: types.Task) -> row_lib.Prompt:
   """The task as the policy is shown it.
 
   Raises:
-    ValueError: if the image can't be decoded, or the prompt leaves no room to answer.
+    ValueError: if the image can't be decoded, or what `check` says.
   """
-  picture = images.decode(task.image, policy.image.decode_max_pixels)
   grid = policy.model.vision.grid
-  shown = images.prepare(picture, None, policy.image.min_pixels, policy.image.max_pixels, grid)
-  words = prompt.render(task.question, task.options, policy.prompt, policy.actions)
-  ids = policy.codec.encode(words, (patches.vision_tokens(shown, grid),))
+  try:
+    picture = images.decode(task.image, policy.image.decode_max_pixels)
+    shown = images.prepare(picture, None, policy.image.min_pixels, policy.image.max_pixels, grid)
+    ids = _prompt(policy, task, patches.vision_tokens(shown, grid))
+  except ValueError as e:
+    raise ValueError(f"task {task.uid}: {e}") from e
+  return row_lib.prompt(policy.model, task, picture, ids, shown)
+
+
+def _prompt(policy: Policy, task: types.Task, vision_tokens: int) -> np.ndarray:
+  """int32[T], the prompt of a task whose image is shown as so many tokens.
+
+  Raises:
+    ValueError: it is beyond a budget.
+  """
   cfg = policy.rollout
+  if cfg.max_vision_tokens and vision_tokens > cfg.max_vision_tokens:
+    raise ValueError(f"its image must fit rollout.max_vision_tokens = {cfg.max_vision_tokens}; lower image.max_pixels. "
+                     f"Received: {vision_tokens} vision tokens")
+  ids = policy.codec.encode(prompt.render(task.question, task.options, policy.prompt, policy.actions), (vision_tokens,))
   room = cfg.max_total_tokens - cfg.max_turn_tokens
   if len(ids) > room:
-    raise ValueError(f"task {task.uid}: the prompt must leave room for a turn: at most {room} tokens "
-                     f"(rollout.max_total_tokens - rollout.max_turn_tokens). Received: {len(ids)}")
-  if cfg.max_vision_tokens and patches.vision_tokens(shown, grid) > cfg.max_vision_tokens:
-    raise ValueError(f"task {task.uid}: its image must fit rollout.max_vision_tokens = {cfg.max_vision_tokens}; lower "
-                     f"image.max_pixels. Received: {patches.vision_tokens(shown, grid)} vision tokens")
-  return row_lib.prompt(policy.model, task, picture, ids, shown)
+    raise ValueError(f"its prompt must leave room for a turn: at most {room} tokens (rollout.max_total_tokens - "
+                     f"rollout.max_turn_tokens). Received: {len(ids)}")
+  return ids
 
 
 def left(policy: Policy, row: row_lib.Row) -> int:

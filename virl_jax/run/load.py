@@ -111,7 +111,7 @@ def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | Non
 
   Args:
     workdir: of the run.
-    step: which checkpoint; None for the newest.
+    step: which checkpoint; None for the newest that is whole.
     mesh: where the parameters go; None for all devices, each with a part.
 
   Raises:
@@ -123,8 +123,7 @@ def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | Non
   folder = pathlib.Path(workdir) / "checkpoints"
   saves = checkpoint.Checkpoints(folder, c.checkpoint.every, c.checkpoint.keep) if folder.is_dir() else None
   steps = saves.steps() if saves else []
-  step = steps[-1] if step is None and steps else step
-  if step not in steps:
+  if not steps or step is not None and step not in steps:
     raise ValueError(f"{folder} must hold {'a checkpoint' if step is None else f'step {step}'}. Received: "
                      f"{f'steps {steps}' if steps else 'none'}")
   mesh = mesh or sharding.make(fsdp=-1, data=1)
@@ -132,7 +131,8 @@ def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | Non
   shardings = sharding.param_shardings(family.of(model).specs(model), mesh)
   wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
                         family.abstract_params(model, c.model.dtype), shardings)
-  params = saves.restore_params(step, wanted)
+  read = lambda step: saves.restore_params(step, wanted)
+  step, params = saves.newest(read) if step is None else (step, read(step))
   saves.close()
   return Loaded(model, params, hf_dir, c, step)
 

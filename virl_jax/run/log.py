@@ -220,7 +220,8 @@ def _parse(path: str, content: bytes) -> list[tuple[bytes, dict]]:
     if line is not None:
       parsed.append((raw, line))
     elif number < len(lines):  # only what follows the last newline can be a line cut off in writing
-      raise ValueError(f"{path}, line {number}, must be a JSON object. Received: {raw[:80]!r}")
+      raise ValueError(f"{path}, line {number}, must be a JSON object. Received: {raw[:80]!r}; if it "
+                       "can't be mended, delete the line")
   return parsed
 
 

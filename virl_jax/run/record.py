@@ -31,6 +31,7 @@ class Recorder:
 
   def __init__(self, workdir: pathlib.Path, c, start: int, header: dict):
     self._workdir, self._cfg, self._watch = workdir, c.log, monitors.Config(**c.monitor)
+    self._rate = c.optim.learning_rate
     self._compiled = compiles.Counter()
     self._log = log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start, header)
     self._history = log_lib.read(str(workdir / "metrics.jsonl"))
@@ -80,7 +81,7 @@ class Recorder:
     self._progress.line(step, line)
     if self._tensorboard is not None:
       self._tensorboard.write(step, line)
-    _check_finite(line, self._workdir)
+    _check_finite(line, self._workdir, self._rate)
     self._history.append(line)
     begun = monitors.begun(self._history, self._watch)
     for alarm in begun:
@@ -123,9 +124,11 @@ def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch)
   return found
 
 
-def _check_finite(line: dict, workdir: pathlib.Path) -> None:
+def _check_finite(line: dict, workdir: pathlib.Path, rate: float) -> None:
   bad = sorted(k for k, v in line.items() if not np.isfinite(v))
   if bad:
-    raise SystemExit(f"step {line['step']}: {', '.join(bad)} not finite. Look at optim/grad_norm and ppo/ratio_max in "
-                     f"the last lines of {workdir}/metrics.jsonl: if they grew, lower config.optim.learning_rate. "
-                     "Earlier checkpoints are whole")
+    raise SystemExit(
+        f"error: step {line['step']}: {', '.join(bad)} not finite. Look at optim/grad_norm and ppo/ratio_max in the "
+        f"last lines of {workdir}/metrics.jsonl: if they grew, give the same command with --config.optim.learning_rate="
+        f"{rate / 2:g} --resume-with-changes. It goes on from the last checkpoint, which is from before this step, or "
+        "begins anew where there is none. As it stands, the command would come to this step again")

@@ -7,7 +7,10 @@ import dataclasses
 import logging
 import os
 
+from absl import app
+from absl import flags
 import jax
+from ml_collections import config_flags
 
 from virl_jax import checks
 from virl_jax import config as config_lib
@@ -31,6 +34,7 @@ from virl_jax.rollout import turns
 from virl_jax.run import caches
 from virl_jax.run import load
 from virl_jax.run import memory
+from virl_jax.run import signals
 from virl_jax.tiny import needle
 from virl_jax.tiny import source as tiny_source
 
@@ -45,19 +49,52 @@ def begin() -> None:
   caches.keep_programs()
 
 
-@contextlib.contextmanager
-def told():
-  """Ends the program with a ValueError's message alone, or with all of it if VIRL_JAX_DEBUG is set.
+def parse(argv: list[str]) -> list[str]:
+  """Reads the command line, for `app.run`; a knob that there is not is said in a line.
 
   Raises:
-    SystemExit: in place of the ValueError.
+    SystemExit: in place of its error.
+  """
+  try:
+    return app.parse_flags_with_usage(argv)
+  except AttributeError as e:  # from inside the configuration, with a suggestion
+    said: object = e
+    while isinstance(said, Exception) and said.args:  # an error about an error
+      said = said.args[0]
+    raise SystemExit(f"error: --config has no such knob: {' '.join(str(said).split())}") from e
+
+
+def config_file(values: flags.FlagValues) -> str:
+  """The path that --config gives.
+
+  Raises:
+    ValueError: there is no such file.
+  """
+  flag = values["config"]
+  path = config_flags.get_config_filename(flag) if flag.present else ""
+  if not os.path.isfile(path):
+    raise ValueError(f"--config must be a configuration's file, such as configs/tiny.py. Received: {path or 'nothing'}")
+  return path
+
+
+@contextlib.contextmanager
+def told():
+  """Ends the program with an error's message alone, in a line, or with all of it if VIRL_JAX_DEBUG is set.
+
+  Raises:
+    SystemExit: in place of any other exception.
   """
   try:
     yield
-  except ValueError as e:
+  except Exception as e:
+    signals.wait()
     if os.environ.get("VIRL_JAX_DEBUG"):
       raise
-    raise SystemExit(f"error: {e}\n(VIRL_JAX_DEBUG=1 shows where)") from e
+    # Our own words are for users; of others', what they are comes first, and the first line of pages is enough.
+    said = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+    raise SystemExit(f"error: {said} (VIRL_JAX_DEBUG=1 shows where)") from e
+  finally:
+    signals.wait()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +137,13 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c.ppo, "ppo", minibatches=count, epochs=count)
   axis = (lambda v: checks.whole(-1)[0](v) and v != 0, "at least 1, or -1 for what is left")
   checks.section(c.mesh, "mesh", data=axis, fsdp=axis, tensor=axis)
-  checks.section(c.checkpoint, "checkpoint", every=count, keep=count)
+  checks.section(c.checkpoint, "checkpoint", every=some, keep=count)
   checks.section(c.eval, "eval", tasks=some, temperature=checks.real(0, wanted="0 (greedy) or positive"),
                  bootstrap=count)
   checks.section(c.log, "log", gallery=some, gallery_every=some, tensorboard=checks.flag)
   checks.section(c.warmstart, "warmstart", base=checks.text, p_direct=share, p_clumsy=share, p_count=share,
                  steps=count, pictures=count, marks=checks.some_of(needle.MARKS, 1), learning_rate=checks.real(0),
-                 clumsy_learning_rate=checks.real(0), workers=count, save_every=count)
+                 clumsy_learning_rate=checks.real(0), workers=count, save_every=some)
   found = Sections(
       needle=needle.Config(**c.data.needle), image=images.Config(**c.image), prompt=prompt.Config(**c.prompt),
       rollout=turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),
@@ -120,6 +157,9 @@ def sections(c: config_lib.ConfigDict) -> Sections:
 def _combinations(c: config_lib.ConfigDict) -> None:
   """Refuses values that make no sense together, with the reason."""
   need, k, a, o = checks.need, c.credit, c.advantage, c.loss
+  need(c.rollout.max_turn_tokens < c.rollout.max_total_tokens, "rollout.max_turn_tokens",
+       f"below config.rollout.max_total_tokens = {c.rollout.max_total_tokens}: the prompt comes first",
+       c.rollout.max_turn_tokens)
   need(c.rollout.prompts % c.ppo.minibatches == 0, "ppo.minibatches",
        f"a divisor of config.rollout.prompts = {c.rollout.prompts}", c.ppo.minibatches)
   need(c.rollout.group_size > 1 or a.kind in ("batch", "gae") or a.kind == "group" and not a.normalize_std,

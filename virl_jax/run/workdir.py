@@ -118,7 +118,10 @@ def header(c: config_lib.ConfigDict, changed: dict[str, list] | None = None) -> 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a file whole or not at all."""
   tmp = path.with_name(path.name + ".tmp")
-  tmp.write_text(text)
+  with open(tmp, "w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())  # else the new name may outlive a power cut, and the content not
   os.replace(tmp, path)
 
 

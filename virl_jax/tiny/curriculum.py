@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import signal
 
 import numpy as np
 
@@ -135,7 +136,9 @@ def batches(course: Course, start: int, workers: int):
   # Fresh interpreters: a fork of a process that has started JAX can hang.  They draw, they don't compute.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+  # Ctrl-C reaches them too; they end with this process, which has something to save.
+  ignore = (signal.SIGINT, signal.SIG_IGN)
+  with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
     ahead = collections.deque()
     try:
       for step in range(start, course.steps):

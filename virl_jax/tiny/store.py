@@ -6,11 +6,13 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 
 os.environ.setdefault("TFDS_DISABLE_PROGRESS_BAR", "1")
 import tensorflow_datasets as tfds  # noqa: E402
 
+from virl_jax.run import signals  # noqa: E402
 from virl_jax.tiny import needle  # noqa: E402
 
 
@@ -62,7 +64,8 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
   if not kept.exists():
     # Elsewhere first, then all at once: of runs that start together each draws, and what the first has drawn is kept.
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as elsewhere:
+    with (tempfile.TemporaryDirectory(dir=folder) as elsewhere,
+          signals.closing(lambda: shutil.rmtree(elsewhere, ignore_errors=True))):
       drawn = Needle(cfg, elsewhere)
       drawn.download_and_prepare()
       try:

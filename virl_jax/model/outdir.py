@@ -1,0 +1,52 @@
+"""Which folders an HF folder may be written to: what is there is replaced whole, so that it must be one of ours."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+
+_MARKER = "virl_jax.json"  # in each HF folder that is written here
+
+
+def check(out: str | pathlib.Path, keep: tuple[str | pathlib.Path, ...] = ()) -> None:
+  """Whether a folder may be replaced; before anything slow, and again when it is written.
+
+  Args:
+    out: the folder that is asked for.
+    keep: paths that must not be replaced with it, such as the run that it is made from.
+
+  Raises:
+    ValueError: it is neither absent, nor empty, nor an earlier one of ours, or something lies in it that is to stay.
+  """
+  folder = pathlib.Path(out)
+  need = lambda ok, why: _need(ok, folder, why)
+  whole = folder.resolve()
+  need(not folder.is_symlink(), "it is a symbolic link")
+  need(not folder.exists() or folder.is_dir(), "it is a file")
+  above = next((p for p in whole.parents if p.exists()), whole)
+  need(above.is_dir() and os.access(above, os.W_OK), f"nothing can be made in {above}")
+  for path, what in [(pathlib.Path.cwd(), "this process is"), (pathlib.Path.home(), "the home folder is"),
+                     *((pathlib.Path(path), f"{path} is") for path in keep)]:
+    need(not path.resolve().is_relative_to(whole), f"{what} in it")
+  if folder.is_dir():
+    there = sorted(folder.iterdir())
+    need(not there or (folder / _MARKER).is_file(), f"it holds {there[0].name if there else ''}, and no {_MARKER}")
+    strange = [p.name for p in there if p.is_dir()]
+    need(not strange, f"it holds a folder, {strange[0] if strange else ''}, which was not written with it")
+
+
+def mark(folder: pathlib.Path) -> None:
+  """Says that a folder may be replaced."""
+  try:
+    version = importlib.metadata.version("virl_jax")
+  except importlib.metadata.PackageNotFoundError:  # run from its folder
+    version = "not installed"
+  (folder / _MARKER).write_text(json.dumps({"written_by": "virl_jax", "version": version}) + "\n")
+
+
+def _need(ok: bool, folder: pathlib.Path, why: str) -> None:
+  if not ok:
+    raise ValueError(f"an HF folder must be written to an absent or empty folder, or over one that this program wrote: "
+                     f"nothing else is replaced. Received: {folder} ({why})")

@@ -1,0 +1,84 @@
+"""How a loop of steps ends: whatever ends it, the last finished step is saved and everything is closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import contextlib
+import threading
+
+import jax
+
+from virl_jax.learner import checkpoint
+from virl_jax.run import signals
+
+
+class Kept:
+  """The state after the last finished step.  Leaving the context saves it, unless it is saved, and closes.
+
+      with ending.Kept(checkpoints, start, state) as kept:
+        for step in range(start, steps):
+          ...                      # a signal, or an exception, saves `state` as it was when the step began
+          with kept.changing():    # a signal waits until the step is finished; an exception saves nothing more
+            state = update(state)
+            kept.finished(step + 1, state)
+
+  An update donates the state that it is given, so that between the first of a step and the last there is none to save.
+  With several processes nothing is saved beside what the loop saved: they would have to agree on it.
+
+  Args:
+    checkpoints: where it is saved, if due or at the end; closed with this.
+    step: how many steps are finished.
+    state: after these.
+    close: what else to close at the end, last.
+  """
+
+  def __init__(self, checkpoints: checkpoint.Checkpoints, step: int, state, close: Callable[[], None] = lambda: None):
+    self._checkpoints, self._also = checkpoints, close
+    self._held, self._closed = (step, state), False
+    self._changing = threading.Lock()
+    self._signals = signals.closing(self._stop)
+
+  def __enter__(self) -> Kept:
+    self._signals.__enter__()
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    try:
+      with self._changing:
+        self._close()
+    except Exception as e:
+      if kind is None:
+        raise
+      signals.wait()
+      print(f"nothing more was saved: {type(e).__name__}: {e}", flush=True)  # what ended the loop matters more
+    finally:
+      self._signals.__exit__(None, None, None)
+
+  @contextlib.contextmanager
+  def changing(self):
+    """Within it, the state is that of no step until `finished` says so."""
+    signals.wait()  # or this thread might get the lock back before the one that wants to close
+    with self._changing:
+      self._held = None
+      yield
+
+  def finished(self, step: int, state, last: bool = False) -> None:
+    """So many steps are finished, with this state; saves it if that is due, or `last`."""
+    self._checkpoints.maybe_save(step, state, last)
+    self._held = (step, state)
+
+  def _close(self) -> None:
+    if self._closed:
+      return
+    self._closed = True
+    if self._held and self._held[0] and jax.process_count() == 1:
+      self._checkpoints.maybe_save(*self._held, last=True)
+    self._checkpoints.close()
+    self._also()
+
+  def _stop(self) -> str:
+    """What a signal does; the lock is never given back, so that no other step begins."""
+    self._changing.acquire()
+    self._close()
+    saved = self._checkpoints.latest()
+    return f"step {saved} is saved, the same command goes on from there" if saved else "no step was finished yet"
