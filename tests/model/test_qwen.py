@@ -53,7 +53,9 @@ def case(small):
     tokens[b, :len(row)], valid[b, :len(row)] = row, True
     pos[b, :, :len(row)], _ = rope.positions(row, cfg.image_token, grids[b])
     vision[b, :len(row)][np.array(row) == cfg.image_token] = index[b]
-  return types.Batch(tokens, valid, None, pos, vision, *[None] * 9, images=(batch,)), [len(p) for p in first]
+  fields = dict.fromkeys(field.name for field in dataclasses.fields(types.Batch)) | {
+      "tokens_BT": tokens, "valid_BT": valid, "pos_BXT": pos, "vision_BT": vision, "images": (batch,)}
+  return types.Batch(**fields), [len(p) for p in first]
 
 
 def run(model, b, cfg=None):
