@@ -149,7 +149,7 @@ def _knobs() -> ConfigDict:
   w.w_sign = 1.0                   # weight of signed correctness [ours]
   w.lam = 0.5                      # weight of progressive refinement [ours]
   w.rho = 0.5                      # redundancy penalty [ours]
-  w.refine_margin = 0.1            # more IoU than this is a refinement, and not redundant; 0: any more [ours]
+  w.refine_margin = 0.05           # more IoU than this is a refinement, and not redundant; 0: any more [ours]
   w.average = "mean"               # of the actions' rewards: mean | sum | discounted | best [published: mean]
   w.discount = 0.9                 # of each further action, if discounted [ours]
   w.w_cover = 0.0                  # weight of the share of a task's boxes that were hit [ours]
@@ -173,12 +173,12 @@ def _knobs() -> ConfigDict:
   c.advantage = a = ConfigDict()
   a.kind = "group"                 # group (GRPO) | rloo | batch (REINFORCE++) | gae (with a critic)
   a.normalize_std = True           # group: divide by the group's standard deviation [GRPO]; False is Dr. GRPO
-  a.std_floor = 0.01               # least deviation that is divided by, in units of the reward; 0 for none [ours]
+  a.std_floor = 0.005              # least deviation that is divided by, in units of the reward; 0 for none [ours]
   a.gamma = 1.0                    # gae: discount a token [verl]
   a.lam = 1.0                      # gae: lambda, from one step (0) to the whole return (1) [verl]
   # A group is informative if its rollouts differ by more than least_spread in what spread_of names.
   a.spread_of = "total"            # total | answer | fidelity [DAPO: answer; ours: total]
-  a.least_spread = 0.02            # in units of what is looked at [ours]
+  a.least_spread = 0.01            # in units of what is looked at [ours]
   a.drop_equal = False             # leave groups that are not informative out of the loss's means [DAPO]
 
   c.loss = o = ConfigDict()

@@ -443,7 +443,7 @@ def test_a_small_spread_is_not_blown_up(batch, score):
   run = lambda **kwargs: score(batches=[rows], advantage=advantage.Config(**kwargs))[0]
   size = lambda **kwargs: float(np.abs(run(**kwargs)[0].advantage_B).mean())
   assert size(std_floor=0.0) > 0.8
-  assert size() < 0.3
+  assert size() < 0.6
   assert size(std_floor=0.1) < 0.03
   s, metrics = run(drop_equal=True)
   assert not np.asarray(s.batch.row_mask_B).any() and pooled.merge([metrics])["advantage/informative_share"] == 0.0

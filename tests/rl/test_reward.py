@@ -172,7 +172,6 @@ def test_a_refinement_is_more_than_a_margin():
   assert redundant(0.0) == [False, False, False, False]
   assert redundant(0.05) == [False, True, True, False]  # each against the best so far
   assert redundant(0.15) == [False, True, True, True]
-  assert reward.Config().refine_margin == 0.1
 
 
 def test_looks_that_jitter_about_one_spot_are_redundant():
@@ -182,7 +181,7 @@ def test_looks_that_jitter_about_one_spot_are_redundant():
   args = looks_BR4.astype(np.float32), np.ones((200, 6), bool), target_B4[:, None], np.ones((200, 1), bool)
   share = lambda margin: float(jax.vmap(functools.partial(
       reward.fidelity, cfg=reward.Config(refine_margin=margin)))(*args).redundant_R[:, 1:].mean())
-  assert share(0.0) < 0.8 < 0.95 < share(reward.Config().refine_margin)
+  assert share(0.0) < 0.8 < 0.9 < share(reward.Config().refine_margin)
 
 
 def test_a_miss_is_never_redundant_and_a_near_miss_still_raises_the_bar():

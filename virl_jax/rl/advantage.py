@@ -49,11 +49,11 @@ class Config:
 
   kind: str = "group"
   normalize_std: bool = True
-  std_floor: float = 0.01
+  std_floor: float = 0.005
   gamma: float = 1.0
   lam: float = 1.0
   spread_of: str = "total"
-  least_spread: float = 0.02
+  least_spread: float = 0.01
   drop_equal: bool = False
 
   def __post_init__(self):

@@ -69,7 +69,7 @@ class Config:
   w_sign: float = 1.0
   lam: float = 0.5
   rho: float = 0.5
-  refine_margin: float = 0.1
+  refine_margin: float = 0.05
   average: str = "mean"
   discount: float = 0.9
   w_cover: float = 0.0
