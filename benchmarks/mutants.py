@@ -285,7 +285,7 @@ def main():
         if status:
           sys.exit(f"{test} fails without any bug: {failed}")
       print(f"{len(whole)} test files pass as they are; {time.perf_counter() - began:.0f} s", flush=True)
-      jobs = {pool.submit(one, i, m, m.tests): i for i, m in enumerate(chosen)}
+      jobs, planting = {pool.submit(one, i, m, m.tests): i for i, m in enumerate(chosen)}, time.perf_counter()
       for done, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
         i, (status, failed) = jobs[job], job.result()
         noticed = status is None or status == 1
@@ -295,7 +295,7 @@ def main():
         if not noticed:
           survived.append(f"{chosen[i].file}: {chosen[i].what}")
         rows[i] = [chosen[i].file, chosen[i].what, "caught" if noticed else "SURVIVED", failed]
-        left = (time.perf_counter() - began) / done * (len(jobs) - done)
+        left = (time.perf_counter() - planting) / done * (len(jobs) - done)
         print(f"{done} of {len(jobs)}, about {left / 60:.0f} min left: {' | '.join(rows[i])}", flush=True)
   print("\n" + timing.table(["file", "bug", "", "by"], [rows[i] for i in range(len(chosen))]) + "\n")
   print(f"{caught} of {len(chosen)} caught in {(time.perf_counter() - began) / 60:.0f} minutes\n")

@@ -21,6 +21,8 @@ def test_nothing_counted_is_nothing():
   """A minibatch without zooms does not pull the share of right zooms down."""
   none, some = {"r": pooled.Ratio(0.0, 0.0)}, {"r": pooled.Ratio(2.0, 4.0)}
   assert pooled.merge([none]) == {"r": 0.0} and pooled.merge([none, some]) == {"r": 0.5}
+  one = {"r": pooled.Ratio(1.0, 1.0)}  # the only zoom of three minibatches
+  assert pooled.merge([none, one, none]) == {"r": 1.0}
   assert pooled.merge([{"w": pooled.Weighted(0.0, 0.0)}]) == {"w": 0.0}
 
 

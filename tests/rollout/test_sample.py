@@ -109,6 +109,26 @@ def test_logps_are_those_of_the_whole_sequence(small):
       assert abs(float(want[out[b, t]]) - logp[b, t]) < 1e-4
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_policy_is_the_model_at_its_temperature(small, temperature):
+  """What is sampled from, what is said of it, and what the learner computes again: logits / temperature."""
+  _, out, logp, n = decode(small, prefilled(small), turns([5, 6, 7]), temperature=temperature)
+  for b, ids in enumerate(PROMPTS):
+    row = jnp.asarray([ids + out[b, :n[b]].tolist()])
+    T = row.shape[1]
+    pos = jnp.broadcast_to(jnp.arange(T)[None, None], (1, 3, T))
+    h = qwen.hidden(small.params, small.cfg, row, pos, jnp.ones((1, T), bool), jnp.full((1, T), -1), ())
+    x = np.asarray(qwen.logits(small.params, small.cfg, h)[0], np.float64) / temperature
+    x[:, list(small.cfg.banned)] = -np.inf
+    want = x - np.log(np.exp(x).sum(-1, keepdims=True))
+    at, next_T = np.arange(len(ids) - 1, T - 1), np.asarray(row[0])[len(ids):]
+    np.testing.assert_allclose(logp[b, :n[b]], want[at, next_T], atol=1e-4)
+    learned, entropy = head.token_logp(small.params, small.cfg, h, jnp.roll(row, -1, 1), temperature)
+    np.testing.assert_allclose(np.asarray(learned)[0, at], want[at, next_T], atol=1e-4)
+    surprise = -np.exp(want) * np.where(np.isfinite(want), want, 0.0)
+    np.testing.assert_allclose(np.asarray(entropy)[0], surprise.sum(-1), atol=1e-4)
+
+
 def test_restart_brings_a_prompt_back(small):
   """From another row, and from the row itself after it has gone on."""
   state, want, _, _ = decode(small, prefilled(small), turns([5, 6, 7]))
