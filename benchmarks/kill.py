@@ -67,7 +67,7 @@ def whole(workdir: pathlib.Path, args, env: dict[str, str]) -> float:
 
 def one(workdir: pathlib.Path, number: signal.Signals, moment_s: float, wanted, args, env: dict[str, str]
         ) -> dict | None:
-  """A run that is ended at a moment and started again; None if it had ended before."""
+  """A run that is ended at a moment and started again; None if it had ended before, or was about to."""
   process = start(workdir, args.steps, args.every, env)
   try:
     process.wait(moment_s)
@@ -77,6 +77,8 @@ def one(workdir: pathlib.Path, number: signal.Signals, moment_s: float, wanted, 
   began = time.perf_counter()
   status = process.wait()
   closing_s, said, steps = time.perf_counter() - began, log_of(workdir), written(workdir)
+  if not status and said.rstrip().rpartition("\n")[2].startswith("report: "):
+    return None
   again = start(workdir, args.steps, args.every, env).wait()
   after = log_of(workdir)[len(said):]
   resumed = re.search(r"going on from step (\d+)", after)

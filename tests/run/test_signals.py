@@ -127,3 +127,18 @@ def test_without_install_ctrl_c_is_python_s():
   code, lines = end(start(text), signal.SIGINT)
   assert code in (1, 130, -signal.SIGINT) and "closing" not in lines
   assert lines[0] == "the main thread went on" and lines[-1] == "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_has_ended_has_ended(number):
+  """Python takes its handlers down before it takes modules apart: a signal then once killed a run that was finished."""
+  process = start(BEGIN + f"""
+class Late:
+  def __del__(self, kill=os.kill, me=os.getpid(), number={int(number)}, sleep=time.sleep, write=os.write):
+    write(1, b"late\\n")
+    kill(me, number)
+    sleep(0.2)
+late = Late()
+print("ready", flush=True)
+""")
+  assert end(process) == (0, ["late"])

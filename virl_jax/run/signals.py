@@ -13,6 +13,7 @@ notebook or another program calls, Ctrl-C is Python's `KeyboardInterrupt`, and w
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 import contextlib
 import multiprocessing
@@ -42,6 +43,7 @@ def install() -> None:
   for number in numbers:
     signal.signal(number, lambda *_: None)
   os.register_at_fork(after_in_child=lambda: _forget(numbers))
+  atexit.register(_leave, numbers)
   threading.Thread(target=_listen, args=(hears, tells), name="signals", daemon=True).start()
 
 
@@ -87,6 +89,14 @@ def _listen(hears: socket.socket, _: socket.socket) -> None:
       _heard.set()
     threading.Thread(target=_close, args=(number,), name="closing", daemon=True).start()
     hears.settimeout(_PATIENCE_S)
+
+
+def _leave(numbers: list[int]) -> None:
+  """The command has ended by itself.  What was heard before goes first; what comes from now on changes nothing, where it
+  would kill: Python gives up its handlers some time before the process is gone."""
+  for number in numbers:
+    signal.signal(number, signal.SIG_IGN)
+  wait()
 
 
 def _forget(numbers: list[int]) -> None:
