@@ -92,8 +92,8 @@ def _listen(hears: socket.socket, _: socket.socket) -> None:
 
 
 def _leave(numbers: list[int]) -> None:
-  """The command has ended by itself.  What was heard before goes first; what comes from now on changes nothing, where it
-  would kill: Python gives up its handlers some time before the process is gone."""
+  """The command has ended by itself.  What was heard before goes first; what comes from now on is ignored: Python gives
+  up its handlers some time before the process is gone, and then it would kill."""
   for number in numbers:
     signal.signal(number, signal.SIG_IGN)
   wait()
