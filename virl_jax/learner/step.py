@@ -233,8 +233,7 @@ def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Ba
   batches = [batch.replace(row_mask_B=read.row_mask_B) for batch, (read, _) in zip(batches, found)]
   moments = [read.returns.moments for read, _ in found]
   whole = None if moments[0] is None else advantage.pooled(moments)
-  shared = [_share(read, batch.action_BT, batch.sampled_BT, cfg, h0, whole)
-            for batch, (read, _) in zip(batches, found)]
+  shared = [_share(read, batch.action_BT, mask(batch), cfg, h0, whole) for batch, (read, _) in zip(batches, found)]
   spread_BTs = [credits.advantage_BT for credits, _ in shared]
   if cfg.credit.keep_scale:
     sizes_2 = sum(credits.sizes_2 for credits, _ in shared)
@@ -275,8 +274,7 @@ def _read(state, ref_params, batch, cfg, h0) -> tuple[_Read, pooled.Metrics]:
   # Not of what the KL leaves: that is noise, different for each of a group's equal trajectories.
   informative_B = judge.informative(looks, boxes(batch), batch.answer_B, batch.format_B, batch.answerable_B,
                                     batch.row_mask_B, cfg.judge)
-  metrics = _score_metrics(batch, looks, total_B, cfg) | {
-      "advantage/informative_share": _each_row(informative_B)}
+  metrics = _score_metrics(batch, looks, total_B, cfg) | {"advantage/informative_share": _each_row(informative_B)}
   if logp is not None:
     metrics |= _sampler_gap(logp, batch)
   if cfg.advantage.drop_equal:
@@ -288,14 +286,10 @@ def _read(state, ref_params, batch, cfg, h0) -> tuple[_Read, pooled.Metrics]:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _share(read, action_BT, sampled_BT, cfg, h0, whole) -> tuple[judge.Credits, pooled.Metrics]:
+def _share(read, action_BT, trained_BT, cfg, h0, whole) -> tuple[judge.Credits, pooled.Metrics]:
   """The rest of it, which may want statistics of the whole batch."""
-  trained_BT = sampled_BT & read.row_mask_B[:, None]
   credits = judge.credits(read.looks, read.returns, action_BT, trained_BT, read.row_mask_B, cfg.judge, h0, whole)
-  return credits, {
-      "credit/redundant_share": pooled.mean_of((read.looks.class_BR == credit.REDUNDANT).astype(jnp.float32),
-                                               read.looks.judged_BR),
-      "advantage/abs_mean": _each_row(jnp.abs(credits.advantage_B))}
+  return credits, {"advantage/abs_mean": _each_row(jnp.abs(credits.advantage_B))}
 
 
 def boxes(batch: types.Batch) -> judge.Boxes:
@@ -327,6 +321,7 @@ def _score_metrics(batch: types.Batch, looks: judge.Looks, total_B: jax.Array, c
       "hit_rate": pooled.mean_of(hit_BR.any(-1).astype(jnp.float32), has_gt_B),
       "coverage": pooled.mean_of(fid.covered, has_gt_B),
       "mean_iou": pooled.mean_of(fid.iou_R, judged_BR),
+      "credit/redundant_share": pooled.mean_of((looks.class_BR == credit.REDUNDANT).astype(jnp.float32), judged_BR),
       "data/no_boxes_share": _each_row(~has_gt_B), "data/no_answers_share": _each_row(~batch.answerable_B),
       "box/log_area_ratio": pooled.mean_of(_log_area_ratio(batch.box_BR4, batch.gt_BJ4, fid.target_R), judged_BR),
       "tokens/generated": pooled.Sum(batch.sampled_BT.sum().astype(jnp.float32)),

@@ -194,18 +194,20 @@ def credits(looks: Looks, returns: Returns, action_BT: jax.Array, trained_BT: ja
   if cfg.advantage.kind == "gae":  # each token has a sign of its own
     plain_BT = advantage.standardize(returns.raw_BT, trained_BT, True, cfg.advantage.std_floor, of)
     advantage_B = plain_BT.sum(-1) / jnp.maximum(trained_BT.sum(-1), 1)
+    modulator_BR = modulator_of(advantage_B)
     advantage_BT = sum(_spread(jnp.where(plain_BT * sign > 0, plain_BT, 0.0),
                                modulator_of(jnp.full_like(advantage_B, sign)), action_BT, trained_BT)
                        for sign in (1.0, -1.0))
   else:
     advantage_B = advantage.relative(returns.total_B, cfg.group_size, cfg.advantage, row_mask_B, of)
+    modulator_BR = modulator_of(advantage_B)
     plain_BT, step_BR = jnp.where(trained_BT, advantage_B[:, None], 0.0), None
     if cfg.credit.kind == "additive":
       step_BR = cfg.credit.step_weight * advantage.steps(
           looks.fidelity.reward_R, looks.judged_BR & row_mask_B[:, None], cfg.group_size, cfg.advantage.std_floor)
-    advantage_BT = _spread(advantage_B, modulator_of(advantage_B), action_BT, trained_BT, step_BR)
+    advantage_BT = _spread(advantage_B, modulator_BR, action_BT, trained_BT, step_BR)
   sizes_2 = credit.sizes(advantage_BT, plain_BT, trained_BT) if cfg.credit.keep_scale else None
-  return Credits(advantage_BT, advantage_B, modulator_of(advantage_B), sizes_2)
+  return Credits(advantage_BT, advantage_B, modulator_BR, sizes_2)
 
 
 def _spread(advantage_BX, modulator_BR, action_BT, trained_BT, step_BR=None):
