@@ -39,9 +39,10 @@ child.start()
 
 
 def start(text):
+  # Unbuffered: what a buffer holds after a `readline`, `communicate` does not see.
   process = subprocess.Popen([sys.executable, "-c", text], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True)
-  while "ready" not in (line := process.stdout.readline()):
+                             bufsize=0)
+  while b"ready" not in (line := process.stdout.readline()):
     assert line, process.wait()
   return process
 
@@ -50,7 +51,7 @@ def end(process, *numbers):
   for number in numbers:
     process.send_signal(number)
   out, _ = process.communicate(timeout=30)
-  return process.returncode, out.splitlines()
+  return process.returncode, out.decode().splitlines()
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 129)])
@@ -73,14 +74,14 @@ def test_where_nothing_is_open_it_just_ends(number, status):
 def test_another_ctrl_c_ends_it_at_once(first):
   process = start(BEGIN + DO.format(close="time.sleep(60)", body="time.sleep(60)"))
   process.send_signal(first)
-  assert process.stdout.readline() == "closing\n"
+  assert process.stdout.readline() == b"closing\n"
   assert end(process, signal.SIGINT) == (130, [])
 
 
 def test_another_sigterm_does_not():
   process = start(BEGIN + DO.format(close="time.sleep(1)", body="time.sleep(60)"))
   process.send_signal(signal.SIGTERM)
-  assert process.stdout.readline() == "closing\n"
+  assert process.stdout.readline() == b"closing\n"
   assert end(process, signal.SIGTERM) == (0, ["stopped by SIGTERM; all is saved"])
 
 
