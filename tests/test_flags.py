@@ -9,6 +9,8 @@ import sys
 from absl import flags
 import pytest
 
+from virl_jax.run import setup
+
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = {
     "train": ["--config=configs/ablations/arms.py:rho_1.0", "--config.steps=3", "--workdir=w", "--resume-with-changes"],
@@ -50,6 +52,7 @@ def test_each_takes_its_flags(name, monkeypatch):
   assert values.workdir == "w"
   if name == "train":
     assert (values.config.steps, values.config.reward.rho, values["resume-with-changes"].value) == (3, 1.0, True)
+    assert setup.config_file(values) == "configs/ablations/arms.py"
   if name == "warmstart":
     assert values.config.warmstart.steps == 3 and values.out == "o"
   if name == "export":

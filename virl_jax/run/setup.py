@@ -65,13 +65,13 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def config_file(values: flags.FlagValues) -> str:
-  """The path that --config gives.
+  """The path that --config gives; what may follow it behind a colon is for the file's own `get_config`.
 
   Raises:
     ValueError: there is no such file.
   """
   flag = values["config"]
-  path = config_flags.get_config_filename(flag) if flag.present else ""
+  path = config_flags.get_config_filename(flag).partition(":")[0] if flag.present else ""
   if not os.path.isfile(path):
     raise ValueError(f"--config must be a configuration's file, such as configs/tiny.py. Received: {path or 'nothing'}")
   return path
