@@ -36,7 +36,7 @@ class Side:
 
   def __init__(self, p, params, batch, h0: float):
     # A copy: an update donates its state.
-    self.p, self.h0, self.batch = p, np.float32(h0), hosts.place(batch, p.mesh)
+    self.p, self.h0, self.batch = p, np.float32(h0), hosts.place_batch(batch, p.mesh)
     self.state = step_lib.init_state(jax.tree.map(lambda a: a.copy(), params), p.step.optim)
 
   def score(self):
@@ -68,7 +68,7 @@ def main():
 
   step = {n: [a + b for a, b in zip(seconds[f"{n}/score"], seconds[f"{n}/update"])] for n in sides}
   base = timing.median(step["own rows, two passes"])
-  tokens = {n: int(np.prod((b.tokens_BT if b.joined_UT is None else b.joined_UT).shape)) for n, b in packed.items()}
+  tokens = {n: b.rows.index_MUT.size for n, b in packed.items()}
   real = int(packed["joined"].valid_BT.sum())
   print(timing.table(
       ["", "score, s", "update, s", "both, s", "times as fast", "tokens in rows"],

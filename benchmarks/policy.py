@@ -69,10 +69,11 @@ class Ours:
     self.step = step_lib.Config(cfg, 1, optim=step_lib.OptimConfig(learning_rate=1e-5))
     b = self.batch
     ones = np.full(len(rows), self.tokens_BT.shape[1], np.int32)
+    images = jax.tree.map(lambda a: a[0], b.rows.images)
     self.chunk = jax.device_put(sample.Chunk(b.tokens_BT, ones, b.pos_BXT, np.asarray(b.pos_BXT).max((1, 2)) + 1,
-                                             b.vision_BT, b.images))
+                                             b.vision_BT, images))
     self._logits = jax.jit(lambda p, b: qwen.logits(p, cfg, qwen.hidden(
-        p, cfg, b.tokens_BT, b.pos_BXT, b.valid_BT, b.vision_BT, b.images, right_padded=True)))
+        p, cfg, b.tokens_BT, b.pos_BXT, b.valid_BT, b.vision_BT, images, b.rows.lengths_MUS[0])))
     self.state = None
 
   def forward(self):

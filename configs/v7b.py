@@ -52,7 +52,9 @@ def get_config():
   c.rollout.mask_overlong = True        # [ours, after Mini-o3's masking of over-turn rollouts]
   c.rollout.mask_out_of_rounds = True   # [Mini-o3: masking over-turn rollouts]
   c.engine.pad_tokens = 2048            # of prompts [ours]
-  c.pack.pad_tokens = 2048              # [ours]
+  c.pack.pad_tokens = 4096              # so that all rows are 16,384 wide, and one program serves all batches [ours]
+  c.pack.join_rows = True               # several trajectories a row [ours]
+  c.learner.microbatch_tokens = 16384   # a row a device [ours]
 
   c.reward.h0 = 0.4                     # [ours, inside the published sweep 0.2-0.5]
   c.reward.lam = 0.5                    # [ours]

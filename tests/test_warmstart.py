@@ -45,8 +45,8 @@ def test_counts_look_at_every_object_in_joined_rows():
   of = lambda **more: curriculum.draw_batch(
       plan(10, folder, cfg.image_token, cfg.eos, cfg.text.vocab, stages=curriculum.last((3, 5)), **more), 3)
   plain, counting = of(), of(p_count=1.0)
-  assert plain.joined_UT is None and plain.gt_mask_BJ.sum(1).max() == 2
-  assert (counting.joined_UT >= 0).sum() == counting.valid_BT.sum()
+  assert plain.rows.lengths_MUS.shape[2] == 1 and plain.gt_mask_BJ.sum(1).max() == 2
+  assert (counting.rows.index_MUT >= 0).sum() == counting.valid_BT.sum()
   np.testing.assert_array_equal(counting.box_mask_BR.sum(1), counting.gt_mask_BJ.sum(1))
   assert set(counting.gt_mask_BJ.sum(1)) == {3, 4, 5}
   np.testing.assert_array_equal(of(p_count=1.0).tokens_BT, counting.tokens_BT)

@@ -78,7 +78,8 @@ def played(tmp_path, monkeypatch):
   monkeypatch.setattr(train.step_lib, "score", scores)
   monkeypatch.setattr(train.step_lib, "update_step", update)
   monkeypatch.setattr(train.harness, "run", evaluate)
-  monkeypatch.setattr(train.hosts, "place", lambda batch, mesh: batch)
+  monkeypatch.setattr(train.hosts, "place_batch", lambda batch, mesh: batch)
+  monkeypatch.setattr(train.sample, "weights", lambda params, cfg, mesh: {"marker": params["marker"] + 0.5})
   monkeypatch.setattr(train.pack, "pack", lambda part, cfg: tuple((t.task.uid, t.index) for t in part))
   monkeypatch.setattr(train.html, "write", lambda workdir: "report")
   train.train(c, str(tmp_path / "run"))
@@ -93,11 +94,11 @@ def test_everything_gets_what_it_should(played):
 
   # The base before, what training made of it after, on the same tasks with the same luck; of the test split.
   (before, asked, key), (after, again, key_again) = played.evaluated
-  assert before == 100.0 and after == 100.0 + STEPS * EPOCHS * MINIBATCHES
+  assert before == 100.5 and after == 100.5 + STEPS * EPOCHS * MINIBATCHES  # in the layout of rollouts
   assert asked == again and key == key_again and len(asked) == 8 and set(asked) <= names["test"]
 
   # Each step rolls out with the policy as it is, on training tasks of its own, with a key of its own.
-  assert [p for p, *_ in played.rolled] == [100.0 + s * EPOCHS * MINIBATCHES for s in range(STEPS)]
+  assert [p for p, *_ in played.rolled] == [100.5 + s * EPOCHS * MINIBATCHES for s in range(STEPS)]
   assert all(set(tasks) <= names["train"] and len(tasks) == PROMPTS for _, tasks, *_ in played.rolled)
   assert len({tasks for _, tasks, *_ in played.rolled}) == STEPS
   root = jax.random.key(c.seed)
@@ -114,7 +115,7 @@ def test_everything_gets_what_it_should(played):
   np.testing.assert_allclose([h0 for *_, h0 in played.scored], [0.2, 0.3, 0.4, 0.4], rtol=1e-6)
 
   # Scored once a step, all minibatches together, with the policy that rolled out and the base as reference.
-  assert [(p, ref) for p, ref, *_ in played.scored] == [(p, 100.0) for p, *_ in played.rolled]
+  assert [(p, ref) for p, ref, *_ in played.scored] == [(p - 0.5, 100.0) for p, *_ in played.rolled]
   for step, (_, _, batches, _) in enumerate(played.scored):
     rows = [row for batch in batches for row in batch]
     assert len(batches) == MINIBATCHES

@@ -69,6 +69,7 @@ def _knobs() -> ConfigDict:
   m.path = ""                      # HF folder; "@tiny" is the base that ships with the package
   m.dtype = "float32"              # parameter dtype: float32 | bfloat16
   m.compute_dtype = "float32"      # matmul dtype: float32 | bfloat16
+  m.patches_together = 0            # patches of a device that the vision tower sees at a time; 0 for all of them [ours]
   m.remat = False                  # compute layers again in the backward pass instead of keeping them: less memory
 
   c.data = d = ConfigDict()
@@ -104,6 +105,7 @@ def _knobs() -> ConfigDict:
   p.last_notice = "No further zoom is possible. Answer now."  # told with the last crop; "" for nothing [ours]
 
   c.rollout = r = ConfigDict()     # what is rolled out
+  r.tensor = 1                     # devices that a copy of the weights is split over in rollouts [ours]
   r.prompts = 16                   # prompts a step [ours]
   r.group_size = 8                 # rollouts of one prompt, G [DeepEyes, Mini-o3: 8-16]
   r.max_rounds = 6                 # visual actions a trajectory [published]
@@ -136,10 +138,14 @@ def _knobs() -> ConfigDict:
 
   c.pack = l = ConfigDict()        # how the learner pads a minibatch; sizes between these are compiled once each
   l.pad_tokens = 64                # tokens of a row: multiples of this, or of four times this if rows are joined [ours]
-  # Not for GPUs: cuDNN's attention can't keep joined trajectories apart, so that it is not used then.
   l.join_rows = False              # several short trajectories share a row (sequence packing): less padding [ours]
   l.crops_share = 0.5              # crops: padded to multiples of this share of the minibatch's trajectories [ours]
   l.joined_share = 0.125           # joined rows: the same [ours]
+
+  c.learner = k = ConfigDict()     # how an update uses a device's memory; see docs/scaling.md
+  k.microbatch_tokens = 0          # of a device, whose gradients are computed together; 0 for all of a minibatch [ours]
+  k.row_shown = 4                  # places that a row of a microbatch has for images, its trajectories together [ours]
+  k.row_crops = 8                  # and for crops; at least rollout.max_rounds [ours]
 
   c.reward = w = ConfigDict()
   w.h0 = 0.4                       # IoU that makes a visual action correct [ours, within the published sweep 0.2-0.5]

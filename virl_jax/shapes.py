@@ -28,6 +28,12 @@ def row_sizes(largest: int, ratio: float) -> tuple[int, ...]:
   return tuple(sorted(sizes))
 
 
+def counts(largest: int) -> tuple[int, ...]:
+  """Buckets of how often something is done: every number up to 8, then each octave in four steps, then all of them."""
+  sizes = {*range(1, 9), *((1 << octave) * (4 + i) // 4 for octave in range(3, 24) for i in range(4))}
+  return tuple(sorted({n for n in sizes if n < largest} | {largest}))
+
+
 def token_sizes(steps: int) -> tuple[int, ...]:
   """Buckets of a tool turn's tokens, from 16 up: powers of two, each octave in `steps` steps."""
   return tuple((1 << octave) * (steps + i) // steps for octave in range(4, 24) for i in range(steps))

@@ -39,6 +39,7 @@ from virl_jax.report import html
 from virl_jax.rl import reward
 from virl_jax.rollout import dynamic
 from virl_jax.rollout import pack
+from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 from virl_jax.run import ending
 from virl_jax.run import hosts
@@ -95,7 +96,7 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   if start:
     print(f"going on from step {start}", flush=True)
   rows = c.rollout.prompts * c.rollout.group_size
-  print(memory.cache_size(p.policy.model, c.rollout.max_total_tokens, c.engine.slots, rows, p.mesh,
+  print(memory.cache_size(p.policy.model, c.rollout.max_total_tokens, c.engine.slots, rows, p.policy.mesh,
                           memory.free_bytes()), flush=True)
   record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed))
   feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels, fits)
@@ -109,20 +110,25 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
       record.begin()
       key = jax.random.fold_in(root_key, step)  # so that resuming needs no RNG state
       tasks = feed.batch(step)                  # pure in (seed, step)
+      weights = sample.weights(state.params, p.policy.model, p.policy.mesh)  # as rollouts want them
+      record.lap("weights", weights)
       trajectories, rolled_out = dynamic.run(   # G of each task, and which answers are right
-          p.policy, state.params, tasks, functools.partial(feed.further, step), key, c.rollout.group_size,
+          p.policy, weights, tasks, functools.partial(feed.further, step), key, c.rollout.group_size,
           c.rollout.resample, functools.partial(_informative, p, step))
+      gib = memory.device_gib(weights)
+      del weights                               # an update wants the room
       record.lap("rollout")
       parts = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches, (c.seed, step))
       minibatches, scores = zip(*step_lib.score(
-          state, ref_params, [hosts.place(pack.pack(part, p.pack), p.mesh) for part in parts], p.step,
+          state, ref_params, [hosts.place_batch(pack.pack(part, p.pack), p.mesh) for part in parts], p.step,
           _threshold(p, step)))
       with kept.changing():  # until the step is finished, there is no state that could be saved
         updates = []
         for minibatch in c.ppo.epochs * minibatches:
           state, metrics = step_lib.update_step(state, minibatch, p.step)
           updates.append(metrics)
-        record.step(step, parts, minibatches[0], (scores, updates), rolled_out | {"data/skipped": feed.skipped})
+        record.step(step, parts, minibatches[0], (scores, updates), rolled_out | {
+            "data/skipped": feed.skipped, "rollout/weights_gib": gib})
         # After the log, which it never runs ahead of.
         kept.finished(step + 1, state, last=step + 1 == c.steps or bool(record.stopping))
 
@@ -154,7 +160,8 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
     return _of_these(file, tasks)
   print(f"evaluating {when} training: {len(tasks)} held-out tasks", flush=True)
   began = time.perf_counter()
-  judged = harness.run(p.policy, params, tasks, jax.random.fold_in(root_key, _EVAL_STREAM),
+  weights = sample.weights(params, p.policy.model, p.policy.mesh)
+  judged = harness.run(p.policy, weights, tasks, jax.random.fold_in(root_key, _EVAL_STREAM),
                        c.engine.slots or c.rollout.prompts * c.rollout.group_size, c.eval.temperature, p.step.reward)
   result = harness.result(judged, c.reward.h0, c.eval.bootstrap)
   if before is not None:

@@ -9,7 +9,7 @@ An array's name ends in its axes, one capital letter each: `tokens_BT`, `box_BR4
     I images                   W attention windows          Q patch slots in a window
     P patches                  C values in a patch          M merged vision tokens
     J ground-truth boxes       X rotary axes (time, height, width)
-    U rows of several trajectories
+    M also microbatches          U rows of a microbatch      S also trajectories of a row
 
 Host data (`Task`, `Turn`, `Trajectory`, `ImageInput`) are plain dataclasses of numpy and Python
 values.  Device data (`ImageBatch`, `Batch`, `ScoredBatch`) are pytrees with static, padded shapes.
@@ -66,7 +66,8 @@ class ImageInput:
   """An image as the vision tower sees it, on the host.
 
   Attributes:
-    patches_PC: float32[P, C] normalised pixel values, patches in merge-block order.
+    patches_PC: patches in merge-block order: uint8[P, C] pixels of one frame (see `patches.patchify`), or float32[P, C]
+      normalised values of all frames, as transformers' processor makes them.
     grid_hw: patch rows and columns; P = rows * columns.
     region: which part of the original image this shows, in original pixels.
   """
@@ -183,7 +184,7 @@ class ImageBatch:
   """Images of one bucket, cut by attention window (W > 1), or each in one piece (W = 1).
 
   Attributes:
-    patches_IWQC: float32, zero where masked.
+    patches_IWQC: uint8 or float32, as in `ImageInput`; zero where masked.
     window_IWQ: int32, which attention window of its image the patch belongs to; -1 where there is none.
     rowcol_IWQ2: int32, the patch's row and column, for 2-D rotary embedding.
   """
@@ -199,15 +200,34 @@ class ImageBatch:
 
 
 @flax.struct.dataclass
+class Rows:
+  """A batch as the model takes it: microbatches of rows, each of which holds one trajectory or several end to end.
+
+  Under a mesh the rows of a microbatch, and its images, are split over shards as the batch's trajectories are, and
+  indices count within a shard.  Microbatches without a token only fill up.
+
+  Attributes:
+    index_MUT: int32, which token of the shard's part of the batch's [B, T], put flat, stands there; -1 on padding.
+    lengths_MUS: int32, tokens of the trajectories of each row, the longest first; 0 for none.
+    images: image buckets, each array with the microbatch in front.
+  """
+
+  index_MUT: jax.Array
+  lengths_MUS: jax.Array
+  images: tuple[ImageBatch, ...]
+
+
+@flax.struct.dataclass
 class Batch:
-  """Trajectories as the learner sees them; rows of one group are neighbours.
+  """Trajectories as the learner sees them: those of one group are neighbours, but where `order_B` says otherwise.
 
   Attributes:
     tokens_BT: int32, right-padded.
     valid_BT: bool, True on tokens.
     sampled_BT: bool, True on tokens that the policy wrote.
     pos_BXT: int32 M-RoPE positions (time, height, width).
-    vision_BT: int32 index into the merged vision tokens of all `images` put end to end; -1 on text.
+    vision_BT: int32 index into the merged vision tokens of its microbatch's (and shard's) images, all buckets put end
+      to end; -1 on text.
     logp_sampler_BT: float32 nats, as sampled; 0 elsewhere.
     action_BT: int32, the visual action that the token belongs to; -1 outside actions.
     box_BR4: float32, boxes of the actions in original pixels.
@@ -218,9 +238,9 @@ class Batch:
     format_B: float32, 1 if every turn was well formed and the last is an answer.
     answerable_B: bool, True if the task has accepted answers.
     row_mask_B: bool, False on rows that only fill the batch or are masked from the loss.
-    images: the image buckets.
-    joined_UT: int32 index into [B, T] put flat, -1 on padding: rows as the model is to take them, several short
-      trajectories in each (sequence packing).  None: each trajectory in a row of its own.
+    rows: how the model takes them.
+    order_B: int32, where the trajectories stand that would be 0, 1, 2 ... if groups were together: shards have equal
+      work only if they are dealt to them by length.  None: they are together.
   """
 
   tokens_BT: jax.Array
@@ -238,8 +258,8 @@ class Batch:
   format_B: jax.Array
   answerable_B: jax.Array
   row_mask_B: jax.Array
-  images: tuple[ImageBatch, ...]
-  joined_UT: jax.Array | None = None
+  rows: Rows
+  order_B: jax.Array | None = None
 
 
 @flax.struct.dataclass

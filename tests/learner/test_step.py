@@ -76,9 +76,14 @@ def trajectories(cfg):
           row(without, two, [AWAY], False)]
 
 
+def packed(small, rows=None, **kwargs):
+  cfg = dict(max_rounds=2, pad_tokens=8, pad_images=8) | kwargs
+  return pack.pack(rows or trajectories(small.cfg), pack.Config(small.cfg.vision.grid, small.cfg.image_token, **cfg))
+
+
 @pytest.fixture(scope="module")
 def batch(small):
-  return pack.pack(trajectories(small.cfg), pack.Config(small.cfg.vision.grid, small.cfg.image_token, 2, 8, 8))
+  return packed(small)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +121,8 @@ def test_rewards_classes_and_advantages_by_hand(batch, scored):
 def test_log_probabilities_are_about_the_token_at_their_place(small, batch, scored):
   s, metrics = scored
   hidden = jax.jit(qwen.hidden, static_argnums=1)(
-      small.params, small.cfg, batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT, batch.images)
+      small.params, small.cfg, batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT,
+      jax.tree.map(lambda a: a[0], batch.rows.images))
   logits = np.asarray(jax.jit(qwen.logits, static_argnums=1)(small.params, small.cfg, hidden), np.float64)
   logits[..., list(small.cfg.banned)] = -np.inf
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -227,18 +233,23 @@ def test_masked_rows_leave_the_others_advantages_alone(small, batch):
   assert not np.asarray(s.advantage_BT)[3].any()
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_eight_devices_compute_what_one_does(small, batch, scored, updated, sizes):
-  mesh = sharding.make(*sizes)
+@pytest.mark.parametrize("sizes, micro", [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((1, 2, 4), 2),
+                                          ((1, 2, 1), 4)])
+def test_several_devices_compute_what_one_does(small, batch, scored, updated, sizes, micro):
+  """Each sees the images of its own rows alone; any number of microbatches."""
+  mesh = sharding.make(*sizes, devices=jax.devices()[:np.prod(sizes)])
   # Through numpy copies: what is donated must not share memory with the fixture.
   params = jax.device_put(jax.tree.map(np.array, small.params), sharding.param_shardings(qwen.specs(small.cfg), mesh))
-  cfg = make_config(small, mesh=mesh)
-  got = hosts.place(jax.device_get(scored[0]), mesh)
-  if sizes == (2, 2, 2):  # the others would compile for nothing new
-    got, _ = score_step(held(params), None, hosts.place(batch, mesh), cfg)
+  cfg, shards = make_config(small, mesh=mesh), sharding.row_shards(mesh)
+  there = packed(small, shards=shards, microbatch_tokens=batch.tokens_BT.size // shards // micro)
+  assert len(there.rows.index_MUT) == micro
+  there = hosts.place_batch(there, mesh)
+  got = hosts.place(jax.device_get(scored[0]).replace(batch=None), mesh).replace(batch=there)
+  if sizes in ((2, 2, 2), (1, 2, 4)):  # the others would compile for nothing new
+    got, _ = score_step(held(params), None, there, cfg)
     np.testing.assert_allclose(got.reward_B, REWARD, atol=1e-5)
     np.testing.assert_allclose(np.asarray(got.logp_old_BT)[batch.valid_BT],
-                               np.asarray(scored[0].logp_old_BT)[batch.valid_BT], atol=1e-4)
+                               np.asarray(scored[0].logp_old_BT)[batch.valid_BT], atol=1e-5)
   state = step_lib.init_state(params, OPTIM)
   where = [a.sharding for a in jax.tree.leaves(state)]
   moments = [a.sharding for a in jax.tree.leaves(state.opt_state) if a.ndim]
@@ -251,15 +262,56 @@ def test_eight_devices_compute_what_one_does(small, batch, scored, updated, size
     np.testing.assert_allclose(update_metrics[name], value, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("loss_cfg, critic", [
+    (dict(aggregate="token", entropy_coef=0.1, kl_coef=0.1), True), (dict(aggregate="sequence"), False),
+    (dict(aggregate="constant", norm_tokens=7), False), (dict(kind="gspo", aggregate="sequence"), False)])
+def test_any_number_of_microbatches_gives_the_same_update(small, loss_cfg, critic):
+  """The mean is over the tokens of the minibatch, masked rows or not, whatever microbatch they are in."""
+  o = loss.Config(**loss_cfg)
+  a = advantage.Config(kind="gae") if critic else advantage.Config()
+  cfg = make_config(small, loss=o, advantage=a)
+  ref = jax.tree.map(lambda a: a * 0.9, small.params) if o.kl_coef else None
+  found = []
+  ways = [(1, False), (8, False)] + ([(2, False), (4, False), (2, True)] if critic else [])
+  for micro, join in ways:
+    b = packed(small, join=join, microbatch_tokens=8 // micro * 24)
+    b = b.replace(row_mask_B=np.array([True, True, False, True] * 2))
+    assert b.tokens_BT.shape[1] == (32 if join else 24)
+    state = step_lib.init_state(jax.tree.map(jnp.copy, small.params), OPTIM, o.kl_coef,
+                                small.cfg.text.hidden if critic else 0)
+    s, _ = score_step(state, ref, b, cfg)
+    moved = s.replace(logp_old_BT=s.logp_old_BT - 0.1 * jnp.cos(jnp.arange(s.logp_old_BT.shape[1]))[None])
+    state, metrics = update_step(state, moved, cfg)
+    used = (b.rows.lengths_MUS > 0).any((1, 2)).sum()
+    found.append((used, state.params, state.critic, metrics))
+  (_, want, want_critic, want_metrics), *others = found
+  assert [used for used, *_ in others] == [micro for micro, _ in ways[1:]]
+  for _, params, value, metrics in others:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), (params, value), (want, want_critic))
+    for name, value in want_metrics.items():
+      np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_microbatches_without_a_token_cost_nothing(small, batch, scored, updated):
+  """They only fill up, so that few programs serve all batches."""
+  rows = jax.tree.map(lambda a: np.concatenate([a, np.full_like(a, 0)]), batch.rows)
+  rows = rows.replace(index_MUT=np.concatenate([batch.rows.index_MUT, np.full_like(batch.rows.index_MUT, -1)]))
+  s = scored[0].replace(batch=batch.replace(rows=rows))
+  state, metrics = update_step(fresh(small), s, make_config(small))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, updated[0].params)
+  assert metrics == pytest.approx(updated[1], abs=1e-5)
+  _, said = score_step(held(small.params), None, s.batch, make_config(small))
+  assert said["tokens/padding_share"] == pytest.approx(1 - batch.valid_BT.mean())
+
+
 def joined(small):
   """The batch with several trajectories to a row."""
-  cfg = pack.Config(small.cfg.vision.grid, small.cfg.image_token, 2, 8, 8, join=True, pad_joined=1)
-  return pack.pack(trajectories(small.cfg), cfg)
+  return packed(small, join=True, pad_joined=1)
 
 
 def test_joined_rows_compute_what_rows_of_their_own_do(small, batch, scored, updated):
   together = joined(small)
-  assert len(together.joined_UT) == 4 and len(together.tokens_BT) == 8
+  assert together.rows.index_MUT.shape[:2] == (1, 4) and len(together.tokens_BT) == 8
   s, metrics = score_step(held(small.params), None, together, make_config(small))
   T = batch.tokens_BT.shape[1]
   for name in ("logp_old_BT", "advantage_BT"):
@@ -391,8 +443,7 @@ def test_a_threshold_that_moves_changes_the_reward_and_not_the_metrics(score):
 def parts_of(small, batch):
   """The batch's two groups as minibatches of their own, the first padded further."""
   one, two = trajectories(small.cfg)[:4], trajectories(small.cfg)[4:]
-  pad = lambda rows, tokens: pack.pack(rows, pack.Config(small.cfg.vision.grid, small.cfg.image_token, 2, tokens, 8))
-  return [pad(one, 32), pad(two, 8)]
+  return [packed(small, one, pad_tokens=32), packed(small, two)]
 
 
 @pytest.mark.parametrize("kwargs", [

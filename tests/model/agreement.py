@@ -119,7 +119,7 @@ def _nll(logits_BTV, tokens_BT, valid_BT, image_token):
 def _ours(params, cfg, tokens_BT, pos_BXT, valid_BT, vision_BT, batches):
   def loss(params):
     x = qwen.embed(params, cfg, tokens_BT, vision_BT, batches)
-    stream = text.every_layer(params["text"], cfg.text, x, pos_BXT, valid_BT)
+    stream = text.every_layer(params["text"], cfg.text, x, pos_BXT, jnp.where(valid_BT, 0, -1))
     logits = qwen.logits(params, cfg, stream[-1])
     return _nll(logits, tokens_BT, valid_BT, cfg.image_token), (stream, logits)
 

@@ -13,7 +13,9 @@ def test_patches_come_cell_by_cell():
   """Each pixel knows where it is; each value of a patch must say so."""
   y, x = np.mgrid[:56, :84]
   pixels = np.stack([y, x, np.full_like(y, 7)], -1).astype(np.uint8)
-  found = patches.patchify(pixels, GRID).reshape(-1, 3, 2, 14, 14)
+  cut = patches.patchify(pixels, GRID)
+  assert cut.dtype == np.uint8 and cut.shape == (24, GRID.bytes)
+  found = patches.normalised(cut, GRID).reshape(-1, 3, 2, 14, 14)
   assert len(found) == 4 * 6
   back = np.rint((found * patches.STD[:, None, None, None] + patches.MEAN[:, None, None, None]) * 255)
   np.testing.assert_array_equal(back[:, :, 0], back[:, :, 1])  # a still image, twice

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from virl_jax.model import patches
 from virl_jax.model import rope
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.model.qwen2_5 import text
+from virl_jax.model.qwen2_5 import vision
 
 ATOL = 1e-5
 
@@ -22,6 +24,17 @@ hidden = jax.jit(qwen.hidden, static_argnames="cfg")
 logits = jax.jit(qwen.logits, static_argnames="cfg")
 embed = jax.jit(qwen.embed, static_argnames="cfg")
 extend = jax.jit(text.extend, static_argnames="cfg")
+
+
+@flax.struct.dataclass
+class Inputs:
+  """What `qwen.hidden` takes."""
+
+  tokens_BT: np.ndarray
+  valid_BT: np.ndarray
+  pos_BXT: np.ndarray
+  vision_BT: np.ndarray
+  images: tuple
 
 
 def picture(rng, rows, cols, cfg):
@@ -53,14 +66,30 @@ def case(small):
     tokens[b, :len(row)], valid[b, :len(row)] = row, True
     pos[b, :, :len(row)], _ = rope.positions(row, cfg.image_token, grids[b])
     vision[b, :len(row)][np.array(row) == cfg.image_token] = index[b]
-  fields = dict.fromkeys(field.name for field in dataclasses.fields(types.Batch)) | {
-      "tokens_BT": tokens, "valid_BT": valid, "pos_BXT": pos, "vision_BT": vision, "images": (batch,)}
-  return types.Batch(**fields), [len(p) for p in first]
+  return Inputs(tokens, valid, pos, vision, (batch,)), [len(p) for p in first]
 
 
 def run(model, b, cfg=None):
   cfg = cfg or model.cfg
   return hidden(model.params, cfg, b.tokens_BT, b.pos_BXT, b.valid_BT, b.vision_BT, b.images)
+
+
+@pytest.mark.parametrize("together", [0, 1])
+def test_pixels_may_come_as_bytes(small, together):
+  """And be encoded one image after the other."""
+  rng, cfg = np.random.default_rng(0), small.cfg
+  grid = cfg.vision.grid
+  cut = [patches.patchify(rng.integers(0, 256, (h * grid.factor, w * grid.factor, 3), dtype=np.uint8), grid)
+         for h, w in ((2, 3), (5, 2), (9, 9))]
+  of = lambda made: patches.layout([types.ImageInput(p, hw, types.Box(0, 0, 1, 1)) for p, hw in zip(
+      made, ((4, 6), (10, 4), (18, 18)))], grid)
+  encode = jax.jit(vision.encode, static_argnums=(1, 3, 4, 5, 6))
+  (floats, index), (pixels, _) = of([patches.normalised(p, grid) for p in cut]), of(cut)
+  assert (floats.patches_IWQC.dtype, pixels.patches_IWQC.dtype) == (np.float32, np.uint8)
+  want = encode(small.params["vision"], cfg.vision, floats)
+  got = encode(small.params["vision"], cfg.vision, pixels, jnp.float32, True, "cpu", together)
+  at = np.concatenate(index)
+  np.testing.assert_allclose(*(a.reshape(-1, a.shape[-1])[at] for a in (got, want)), atol=ATOL)
 
 
 def test_no_token_sees_a_later_one(small, case):
@@ -71,7 +100,8 @@ def test_no_token_sees_a_later_one(small, case):
   @jax.jit
   def influence(x):
     weight_D = jnp.linspace(-1.0, 1.0, x.shape[-1])
-    out = lambda x: text.apply(small.params["text"], small.cfg.text, x, b.pos_BXT[:1], b.valid_BT[:1])[0] @ weight_D
+    segment_BT = np.where(b.valid_BT[:1], 0, -1)
+    out = lambda x: text.apply(small.params["text"], small.cfg.text, x, b.pos_BXT[:1], segment_BT)[0] @ weight_D
     return jnp.abs(jax.jacobian(out)(x)[:, 0]).sum(-1)
 
   seen_TT = np.asarray(influence(x[:1])) > 0
@@ -219,12 +249,13 @@ def test_a_cache_in_half_precision_is_as_near_as_whole_sequences_are(small, widt
   x = embed(small.params, small.cfg, ids, np.full_like(ids, -1), ())
   half, p, cfg = x.astype(jnp.bfloat16), small.params["text"], small.cfg.text
   whole = jax.jit(text.apply, static_argnums=1)
-  exact, valid = whole(p, cfg, x, pos, np.ones((1, T), bool)), np.ones((1, T), bool)
+  segment = np.zeros((1, T), np.int32)
+  exact = whole(p, cfg, x, pos, segment)
   cache, out = text.new_cache(cfg, 1, 192, jnp.bfloat16), []
   for at in range(0, T, width):
     h, cache = extend(p, cfg, half[:, at:at + width], pos[:, :, at:at + width], np.array([width], np.int32), cache)
     out.append(h)
-  got, wanted = jnp.concatenate(out, 1), whole(p, cfg, half, pos, valid)
+  got, wanted = jnp.concatenate(out, 1), whole(p, cfg, half, pos, segment)
   assert got.dtype == wanted.dtype == jnp.bfloat16
   error = lambda y: float(jnp.abs(y.astype(jnp.float32) - exact).mean())
   assert 0 < error(got) < 1.2 * error(wanted)

@@ -38,6 +38,11 @@ def rows():
                                   False)]
 
 
+def images_of(batch, micro=0):
+  """The image buckets of a microbatch."""
+  return [types.ImageBatch(*(getattr(b, f.name)[micro] for f in dataclasses.fields(b))) for b in batch.rows.images]
+
+
 def test_by_hand():
   b = pack.pack(rows(), CFG)
   #                        prompt            zoom     tool          answer  padding
@@ -54,7 +59,7 @@ def test_by_hand():
   assert b.pos_BXT[1].tolist() == [[0, 1, 1, 3, 4] + [0] * 7] * 2 + [[0, 1, 2, 3, 4] + [0] * 7]
   # Two images a bucket, one window of four cells each: the crop's bucket starts at cell 8.
   assert b.vision_BT.tolist() == [[-1, 0, 1, -1, -1, -1, -1, 8, 9, -1, -1, -1], [-1, 0, 1] + [-1] * 9]
-  shown, crops = b.images
+  shown, crops = images_of(b)
   assert shown.patches_IWQC.shape == crops.patches_IWQC.shape == (2, 1, 16, 12)
   assert shown.mask_IWQ.sum((1, 2)).tolist() == crops.mask_IWQ.sum((1, 2)).tolist() == [8, 0]  # shared, so once
   assert shown.patches_IWQC.max() == 1 and crops.patches_IWQC.max() == 2
@@ -78,44 +83,108 @@ def test_every_index_leads_to_the_right_image():
                        correct=False)
       for i, ims in enumerate(((a, b, c), (a,), (d, e, b)))]
   batch = pack.pack(trajectories, CFG)
-  flat = np.concatenate([x.patches_IWQC[..., 0].reshape(-1, 4) for x in batch.images])
+  flat = np.concatenate([x.patches_IWQC[..., 0].reshape(-1, 4) for x in images_of(batch)])
   for r, ims in enumerate(((1, 2, 3), (1,), (4, 5, 2))):
     at = batch.vision_BT[r][batch.vision_BT[r] >= 0]
     want = [n for n in ims for _ in range(size((a, b, c, d, e)[n - 1]))]
     np.testing.assert_array_equal(flat[at], np.repeat(np.array(want)[:, None], 4, 1))
     assert ((batch.tokens_BT[r] == PAD) == (batch.vision_BT[r] >= 0)).all()
   # b is a crop in two rows, and stands in the batch once.
-  assert (batch.images[1].patches_IWQC[:, 0, 0, 0] == 2).sum() == 1
+  assert (images_of(batch)[1].patches_IWQC[:, 0, 0, 0] == 2).sum() == 1
 
 
 def test_short_rows_are_joined_by_hand():
-  index = pack.joined([3, 5, 2, 4], 6, 2)
-  # The longest first, each where it fits: 5 alone, 4 with 2, 3 alone; a fourth row makes it even.
-  assert index.tolist() == [[6, 7, 8, 9, 10, -1], [18, 19, 20, 21, 12, 13], [0, 1, 2, -1, -1, -1], [-1] * 6]
-  # Never more rows than there were.
-  assert pack.joined([6, 6, 6], 6, 2).shape == (3, 6)
+  assert pack.joined([3, 5, 2, 4], [1, 3, 0, 2], 6) == [[1], [3, 2], [0]]
+  # Each where it fits first, in the order given; in a row the longest come first.
+  assert pack.joined([3, 5, 2, 4], range(4), 6) == [[0, 2], [1], [3]]
+  assert pack.joined([1] * 10, range(10), 64) == [[*range(8)], [8, 9]]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_joined_rows_hold_every_token_once_and_in_order(seed):
+def joined_rows(lengths, width=32, shards=1, **kwargs):
+  """`types.Rows` of sequences of such lengths, text alone."""
+  task = types.Task("t", b"", "?")
+  made = [types.Trajectory(task, i, np.full(n, 9, np.int32), correct=False) for i, n in enumerate(lengths)]
+  cfg = dataclasses.replace(CFG, pad_tokens=width // 4, join=True, pad_joined=4, shards=shards, **kwargs)
+  return pack.pack(made, cfg)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shards, micro", [(1, 0), (1, 64), (4, 0), (4, 32), (4, 100)])
+def test_rows_hold_every_token_once_and_in_order(seed, shards, micro):
   rng = np.random.default_rng(seed)
-  lengths = rng.integers(1, 33, 40).tolist()
-  index = pack.joined(lengths, 32, 4)
-  assert index.shape[1] == 32 and index.shape[0] % 4 == 0 and sum(lengths) <= index.size < sum(lengths) + 8 * 32
-  want = [b * 32 + t for b, n in enumerate(lengths) for t in range(n)]
-  assert sorted(index[index >= 0].tolist()) == want
-  for row in index:
+  lengths = [32, *rng.integers(1, 33, 39).tolist()]
+  batch = joined_rows(lengths, shards=shards, microbatch_tokens=micro)
+  if shards > 1:
+    assert batch.valid_BT.sum(1)[batch.order_B].tolist() == lengths
+    lengths = batch.valid_BT.sum(1).tolist()
+    loads = np.sum(np.reshape(lengths, (shards, -1)), axis=1)
+    assert loads.max() < 1.05 * loads.mean()
+  index, found = batch.rows.index_MUT, batch.rows.lengths_MUS
+  assert index.shape[2] == 32 and index.shape[1] % shards == 0 and found.shape == (*index.shape[:2], pack.MAX_JOINED)
+  if micro:
+    assert index.shape[1] // shards * 32 <= micro
+  else:
+    assert len(index) == 1 and index.shape[1] % 4 == 0
+  of_shards = index.reshape(len(index), shards, -1, 32).swapaxes(0, 1)
+  for s, part in enumerate(of_shards):
+    mine = lengths[s * 40 // shards:(s + 1) * 40 // shards]
+    assert sorted(part[part >= 0].tolist()) == [b * 32 + t for b, n in enumerate(mine) for t in range(n)]
+  for row, own in zip(index.reshape(-1, 32), found.reshape(-1, pack.MAX_JOINED)):
     at = row[row >= 0]
     assert (row[:len(at)] >= 0).all()  # padding only follows
     new = np.flatnonzero(np.diff(at, prepend=-9) != 1)
     assert (at[new] % 32 == 0).all() and len(set(at[new])) == len(new)  # each from its first token on
+    assert np.diff([*new, len(at)]).tolist() == own[own > 0].tolist() == sorted(own[own > 0], reverse=True)
+
+
+def test_few_numbers_of_microbatches_and_none_smaller_than_a_row():
+  rng = np.random.default_rng(0)
+  numbers = {len(joined_rows([32] + rng.integers(8, 33, 99).tolist(), microbatch_tokens=32).rows.index_MUT)
+             for _ in range(30)}
+  assert numbers <= {56, 64, 80, 96, 100} and len(numbers) <= 3
+  with pytest.raises(ValueError, match="microbatch_tokens must be at least a row's 32 tokens. Received: 31"):
+    joined_rows([32, 3], microbatch_tokens=31)
+
+
+@pytest.mark.parametrize("shards, groups", [(1, 64), (8, 64), (64, 256)])
+def test_little_of_a_long_tail_is_padding(shards, groups):
+  """Lengths as rollouts have them: under 15 % of what is computed, in microbatches of one row."""
+  rng = np.random.default_rng(0)
+  shares = []
+  for _ in range(3):
+    of_groups = rng.lognormal(np.log(140), 0.5, groups).repeat(8)  # a prompt's rollouts are of like length
+    lengths = np.clip(of_groups * rng.lognormal(0, 0.25, 8 * groups), 40, 512).astype(int).tolist()
+    rows = joined_rows([512, *lengths[1:]], width=512, shards=shards, microbatch_tokens=512).rows
+    used = (rows.lengths_MUS > 0).any((1, 2)).sum()
+    shares.append(1 - rows.lengths_MUS.sum() / (used * rows.index_MUT[0].size))
+  assert np.mean(shares) < 0.15
+
+
+def test_a_shard_sees_the_images_of_its_own_rows():
+  """Shared once within a microbatch and shard, and again in another."""
+  a, b = image(1, 2, 1.0), image(2, 1, 2.0)
+  task, prompt = types.Task("t", b"", "?"), np.array([9, PAD, PAD], np.int32)
+  made = [types.Trajectory(task, i, prompt, [], [im], correct=False) for i, im in enumerate((a, a, a, b))]
+  cfg = dataclasses.replace(CFG, pad_shown=1, pad_images=1, shards=2, microbatch_tokens=4)
+  batch = pack.pack(made, cfg)
+  assert batch.order_B.tolist() == [0, 2, 1, 3]  # dealt out one by one
+  batch = pack.pack([made[i] for i in (0, 2, 1, 3)], cfg)
+  assert batch.rows.index_MUT.shape == (2, 2, 4)  # microbatch 0: rows 0 and 2, 1: 1 and 3
+  first, second = images_of(batch)[0], images_of(batch, 1)[0]
+  assert first.patches_IWQC[:, 0, 0, 0].tolist() == [1, 1] and second.patches_IWQC[:, 0, 0, 0].tolist() == [1, 2]
+  assert batch.vision_BT[:, :3].tolist() == [[-1, 0, 1]] * 4
+  # With all of a shard's rows in one microbatch, rows 0 and 1 share.
+  one = images_of(pack.pack(made, dataclasses.replace(cfg, microbatch_tokens=8)))[0]
+  assert one.patches_IWQC[:, 0, 0, 0].tolist() == [1, 0, 1, 2]
 
 
 def test_rows_are_joined_only_if_asked():
-  assert pack.pack(rows(), CFG).joined_UT is None
+  b = pack.pack(rows(), CFG)
+  assert b.rows.index_MUT[0, :, :5].tolist() == [[0, 1, 2, 3, 4], [12, 13, 14, 15, 16]]
+  assert b.rows.lengths_MUS.tolist() == [[[11], [5]]]
   b = pack.pack(rows(), dataclasses.replace(CFG, join=True, pad_joined=1))
-  assert b.tokens_BT.shape == (2, 16) and b.joined_UT.dtype == np.int32
-  assert b.joined_UT.tolist() == [[*range(11), 16, 17, 18, 19, 20]]  # eleven and five: just full
+  assert b.tokens_BT.shape == (2, 16) and b.rows.index_MUT.dtype == np.int32
+  assert b.rows.index_MUT.tolist() == [[[*range(11), 16, 17, 18, 19, 20]]]  # eleven and five: just full
 
 
 @pytest.mark.parametrize("scope, own", [("turn", [0, 0, 0, 0]), ("call", [-1, 0, 0, 0]), ("box", [-1, -1, 0, -1])])
@@ -133,7 +202,7 @@ def test_shapes_grow_in_steps():
 
   def shapes(trajectories, **changes):
     b = pack.pack(trajectories, dataclasses.replace(CFG, **changes))
-    return [x.shape for x in (b.tokens_BT, b.gt_BJ4, b.images[0].mask_IWQ, b.images[1].mask_IWQ)]
+    return [x.shape for x in (b.tokens_BT, b.gt_BJ4, *(x.mask_IWQ for x in images_of(b)))]
 
   assert shapes([other]) == [(1, 8), (1, 1, 4), (2, 1, 16), (2, 1, 16)]  # no crop at all, and a bucket for it
   assert shapes([other], pad_tokens=64, pad_images=8) == [(1, 64), (1, 1, 4), (2, 1, 16), (8, 1, 16)]

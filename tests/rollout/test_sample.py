@@ -213,14 +213,14 @@ def test_rows_on_eight_devices(small):
   rows = np.array([0, 1, 1, 0, 0, 1, 1, 2], np.int32)
   order = [0, 1, 3, 2, 4, 5, 7]
   state = sample.append(params, small.cfg, state, put(chunk(8, [prompts[b] for b in order] + [[]], [0] * 8, rows)),
-                        prompt=True, shards=4)
+                        prompt=True, mesh=mesh)
   # Lane 3 copies its second row's prompt to its first.
   moves = np.array([[9, 9, 9, 0], [0, 0, 0, 1], [0, 0, 0, 3], [0, 0, 0, 3]], np.int32)
-  state = sample.restart(state, *put(tuple(moves)), width=64, shards=4)
+  state = sample.restart(state, *put(tuple(moves)), width=64, mesh=mesh)
   assert state.cache.k_LBKSH.sharding.is_equivalent_to(sharding.cache(mesh, small.cfg.text.kv_heads), 5)
   one = sample.restart(one, *(jnp.asarray([v], jnp.int32) for v in (6, 7, 3, 3)), width=64)
   _, want, want_logp, _ = decode(small, one, turns(range(8)))
-  state, out, logp, _ = decode(small, state, put(turns(range(8))), shards=4)
+  state, out, logp, _ = decode(small, state, put(turns(range(8))), mesh=mesh)
   np.testing.assert_array_equal(out, want)
   np.testing.assert_allclose(logp, want_logp, atol=1e-5)
   assert state.cache.k_LBKSH.sharding.is_equivalent_to(sharding.cache(mesh, small.cfg.text.kv_heads), 5)

@@ -237,8 +237,8 @@ print(tasks.task(1).uid, "tensorflow" in sys.modules)
 def pixels_of(image: images.types.ImageInput) -> np.ndarray:
   """float[height, width, 3]: what the vision tower gets, as levels."""
   rows, cols = patches.merged_hw(image, GRID)
-  x = image.patches_PC.reshape(rows, cols, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4)
-  return (x.reshape(28 * rows, 28 * cols, 3) * patches.STD + patches.MEAN) * 255
+  x = image.patches_PC.reshape(rows, cols, 2, 2, 3, 14, 14).transpose(0, 2, 5, 1, 3, 6, 4)
+  return x.reshape(28 * rows, 28 * cols, 3).astype(float)
 
 
 def middle_of(pixels, box):

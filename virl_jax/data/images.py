@@ -210,7 +210,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 def prepare(image: Image.Image, region: types.Box | None, min_pixels: int, max_pixels: int, grid: patches.Grid
             ) -> types.ImageInput:
-  """Crops, resizes, normalises and cuts into patches.
+  """Crops, resizes and cuts into patches.
 
   Args:
     image: the original, RGB.

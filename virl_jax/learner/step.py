@@ -160,7 +160,7 @@ def init_state(params: dict, cfg: OptimConfig, kl_coef: float = 0.0, critic_widt
 
 def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None = None
             ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """What a policy and a critic make of every token given what precedes it.
+  """What a policy and a critic make of every token given what precedes it, a microbatch at a time.
 
   Args:
     params: any policy's parameters.
@@ -172,31 +172,61 @@ def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None =
     Log-probability of each token and entropy where it was written (nats), and what the critic expected before
     it (None without one); float32[B, T] each.  Position t is about token t, position 0 holds 0.
   """
-  tokens, pos, valid, vision, targets, group = _rows(batch)
+  zeros = jnp.zeros(batch.tokens_BT.shape, jnp.float32)
+
+  def add(found, micro):
+    return jax.tree.map(jnp.add, found, _outputs(params, cfg, batch, micro, critic)[0])
+
   with sharding.context(cfg.mesh):
-    h = family.of(cfg.model).hidden(params, cfg.model, tokens, pos, valid, vision, batch.images, right_padded=True,
-                                    group_BT=group)
+    return _each_microbatch(add, batch.rows, (zeros, zeros, None if critic is None else zeros))
+
+
+def _each_microbatch(fn, rows: types.Rows, start):
+  """fn(... fn(start, first microbatch) ..., last microbatch); those without a token cost nothing."""
+  take = lambda i: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
+  if len(rows.index_MUT) == 1:
+    return fn(start, take(0))
+  count = (rows.lengths_MUS > 0).any((1, 2)).sum()
+  return jax.lax.fori_loop(0, count, lambda i, carry: fn(carry, take(i)), start)
+
+
+def _outputs(params, cfg: Config, batch: types.Batch, micro: types.Rows, critic
+             ) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], jax.Array]:
+  """`outputs` of a microbatch, 0 elsewhere, and bool[B] which trajectories are of it.
+
+  Args:
+    micro: without the leading axis.
+  """
+  valid = micro.index_MUT >= 0
+  tokens, targets, vision, *pos = _taken(batch, micro.index_MUT)
+  h = family.of(cfg.model).hidden(params, cfg.model, tokens, jnp.stack(pos, axis=1), valid, vision, micro.images,
+                                  micro.lengths_MUS)
   found = list(head.token_logp(params, cfg.model, h, targets, cfg.temperature))
   if critic is not None:
     found.append(jnp.einsum("btd,d->bt", h.astype(jnp.float32), critic["w"]) + critic["b"][None])
-  if batch.joined_UT is not None:  # what no row holds is padding, and 0
-    B, T = batch.tokens_BT.shape
-    at_UT = jnp.where(valid, batch.joined_UT, B * T)
-    found = [jnp.zeros(B * T).at[at_UT].set(a, mode="drop").reshape(B, T) for a in found]
-  logp, entropy, *value = (jnp.pad(a[:, :-1], ((0, 0), (1, 0))) for a in found)
-  return logp, entropy, value[0] if value else None
+
+  def put_back(tokens_BT, index_UT, *found):
+    B, T = tokens_BT.shape
+    at_UT = jnp.where(index_UT >= 0, index_UT, B * T)
+    flat = lambda a: jnp.zeros(B * T, a.dtype).at[at_UT].set(a, mode="drop").reshape(B, T)
+    # What is said at a token is about the next.
+    return [jnp.pad(flat(a)[:, :-1], ((0, 0), (1, 0))) for a in found] + [flat(index_UT >= 0).any(-1)]
+
+  *found, here_B = sharding.locally(put_back, [("rows",)] * (2 + len(found)), [("rows",)] * (len(found) + 1),
+                                    batch.tokens_BT, micro.index_MUT, *found)
+  logp, entropy, *value = found
+  return (logp, entropy, value[0] if value else None), here_B
 
 
-def _rows(batch: types.Batch) -> tuple[jax.Array | None, ...]:
-  """Rows as the model takes them: tokens, positions, which are tokens, vision indices, the tokens that follow, and
-  each token's trajectory (None where a row is one)."""
-  targets_BT, src_UT = jnp.roll(batch.tokens_BT, -1, axis=1), batch.joined_UT
-  if src_UT is None:
-    return batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT, targets_BT, None
-  B, T = batch.tokens_BT.shape
-  take = lambda a: a.reshape(B * T, *a.shape[2:])[jnp.maximum(src_UT, 0)]
-  pos_UXT = take(batch.pos_BXT.swapaxes(1, 2)).swapaxes(1, 2)
-  return take(batch.tokens_BT), pos_UXT, src_UT >= 0, take(batch.vision_BT), take(targets_BT), src_UT // T
+def _taken(batch: types.Batch, index_UT: jax.Array) -> list[jax.Array]:
+  """What stands in rows, int32[U, T] each: tokens, the tokens that follow, vision indices, and three positions."""
+  def take(index_UT, *arrays):
+    at = jnp.maximum(index_UT, 0)
+    return [a.reshape(-1)[at] for a in arrays]
+
+  arrays = [batch.tokens_BT, jnp.roll(batch.tokens_BT, -1, axis=1), batch.vision_BT,
+            *(batch.pos_BXT[:, x] for x in range(3))]
+  return sharding.locally(take, [("rows",)] * 7, [("rows",)] * 6, index_UT, *arrays)
 
 
 def mask(batch: types.Batch) -> jax.Array:
@@ -219,7 +249,7 @@ def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Ba
   Args:
     state: the policy and, if there is one, the critic.
     ref_params: the frozen reference for the KL term, or None.
-    batches: the minibatches that together are the batch; each of whole groups, neighbours in rows.
+    batches: the minibatches that together are the batch; each of whole groups.
     cfg: static.
     h0: the threshold of this step; None for `cfg.reward.h0`, which the metrics always use.
 
@@ -233,7 +263,7 @@ def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Ba
   batches = [batch.replace(row_mask_B=read.row_mask_B) for batch, (read, _) in zip(batches, found)]
   moments = [read.returns.moments for read, _ in found]
   whole = None if moments[0] is None else advantage.pooled(moments)
-  shared = [_share(read, batch.action_BT, mask(batch), cfg, h0, whole) for batch, (read, _) in zip(batches, found)]
+  shared = [_share(read, batch, cfg, h0, whole) for batch, (read, _) in zip(batches, found)]
   spread_BTs = [credits.advantage_BT for credits, _ in shared]
   if cfg.credit.keep_scale:
     sizes_2 = sum(credits.sizes_2 for credits, _ in shared)
@@ -273,8 +303,9 @@ def _read(state, ref_params, batch, cfg, h0) -> tuple[_Read, pooled.Metrics]:
   total_B = judge.rewards(looks, batch.answer_B, batch.format_B, cfg.reward)
   # Not of what the KL leaves: that is noise, different for each of a group's equal trajectories.
   informative_B = judge.informative(looks, boxes(batch), batch.answer_B, batch.format_B, batch.answerable_B,
-                                    batch.row_mask_B, cfg.judge)
-  metrics = _score_metrics(batch, looks, total_B, cfg) | {"advantage/informative_share": _each_row(informative_B)}
+                                    batch.row_mask_B, cfg.judge, batch.order_B)
+  metrics = _score_metrics(batch, looks, total_B, cfg) | {
+      "advantage/informative_share": _each_row(informative_B), "tokens/padding_share": _padding(batch.rows)}
   if logp is not None:
     metrics |= _sampler_gap(logp, batch)
   if cfg.advantage.drop_equal:
@@ -286,15 +317,23 @@ def _read(state, ref_params, batch, cfg, h0) -> tuple[_Read, pooled.Metrics]:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _share(read, action_BT, trained_BT, cfg, h0, whole) -> tuple[judge.Credits, pooled.Metrics]:
+def _share(read, batch, cfg, h0, whole) -> tuple[judge.Credits, pooled.Metrics]:
   """The rest of it, which may want statistics of the whole batch."""
-  credits = judge.credits(read.looks, read.returns, action_BT, trained_BT, read.row_mask_B, cfg.judge, h0, whole)
+  credits = judge.credits(read.looks, read.returns, batch.action_BT, mask(batch), read.row_mask_B, cfg.judge, h0, whole,
+                          batch.order_B)
   return credits, {"advantage/abs_mean": _each_row(jnp.abs(credits.advantage_B))}
 
 
 def boxes(batch: types.Batch) -> judge.Boxes:
   """What visual actions are judged by, as `judge.looks` takes it."""
   return batch.box_BR4, batch.box_mask_BR, batch.gt_BJ4, batch.gt_mask_BJ
+
+
+def _padding(rows: types.Rows) -> pooled.Ratio:
+  """The share of what the model computes, in microbatches with any token, that is no token."""
+  used_M = (rows.lengths_MUS > 0).any((1, 2))
+  slots = used_M.sum() * rows.index_MUT[0].size
+  return pooled.Ratio((slots - rows.lengths_MUS.sum()).astype(jnp.float32), slots.astype(jnp.float32))
 
 
 def _each_row(x_B: jax.Array) -> pooled.Ratio:
@@ -336,18 +375,55 @@ def _log_area_ratio(box_BR4, gt_BJ4, target_BR):
   return jnp.log2(jnp.maximum(area(box_BR4), 1.0) / jnp.maximum(gt_BR, 1.0))
 
 
-def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, pooled.Metrics]:
-  """One step of both optimisers on loss_fn(params, critic) -> (loss, metrics)."""
-  (_, metrics), (grads, critic_grads) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(state.params, state.critic)
+def _gradients(state: TrainState, batch: types.Batch, cfg: Config, loss_fn) -> tuple:
+  """Gradients of a minibatch's loss, added up over its microbatches, and what there was to differentiate.
+
+  Args:
+    state: the policy and the critic.
+    batch: the minibatch.
+    cfg: static.
+    loss_fn: (outputs, mask of the microbatch's trained tokens, mask of all) -> the microbatch's part of the loss.
+
+  Returns:
+    Gradients for the policy and the critic, float32, and the `outputs` of the whole minibatch.
+  """
+  trained = mask(batch)
+
+  def part(params, critic, micro):
+    found, here_B = _outputs(params, cfg, batch, micro, critic)
+    return loss_fn(found, trained & here_B[:, None], trained), found
+
+  def add(sums, micro):
+    by, found = jax.grad(part, (0, 1), has_aux=True)(state.params, state.critic, micro)
+    by, found = jax.tree.map(jnp.add, sums, (by, found))
+    return (_pinned(by[0], cfg), by[1]), found
+
+  zeros = jnp.zeros(trained.shape, jnp.float32)
+  sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (state.params, state.critic))
+  with sharding.context(cfg.mesh):
+    return _each_microbatch(add, batch.rows, ((_pinned(sums[0], cfg), sums[1]),
+                                              (zeros, zeros, None if state.critic is None else zeros)))
+
+
+def _pinned(params: dict, cfg: Config) -> dict:
+  """Parameters, or what has their shapes, kept where parameters lie."""
+  if cfg.mesh is None:
+    return params
+  shardings = sharding.param_shardings(family.of(cfg.model).specs(cfg.model), cfg.mesh)
+  return jax.tree.map(jax.lax.with_sharding_constraint, params, shardings)
+
+
+def _apply(state: TrainState, grads: dict, critic_grads: dict | None, cfg: Config
+           ) -> tuple[TrainState, pooled.Metrics]:
+  """One step of both optimisers."""
+  grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)  # as the moments are
   updates, opt_state = optimizer(cfg.optim).update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params = _pinned(optax.apply_updates(state.params, updates), cfg)
   if cfg.mesh is not None:
     shardings = sharding.param_shardings(family.of(cfg.model).specs(cfg.model), cfg.mesh)
-    pin = jax.lax.with_sharding_constraint
-    params = jax.tree.map(pin, params, shardings)
-    opt_state = optax.tree.map_params(optimizer(cfg.optim), pin, opt_state, shardings)
-  metrics = dict(metrics, **{"optim/grad_norm": pooled.Mean(optax.tree.norm(grads)),
-                             "optim/learning_rate": pooled.Mean(schedule(cfg.optim)(state.update))})
+    opt_state = optax.tree.map_params(optimizer(cfg.optim), jax.lax.with_sharding_constraint, opt_state, shardings)
+  metrics = {"optim/grad_norm": pooled.Mean(optax.tree.norm(grads)),
+             "optim/learning_rate": pooled.Mean(schedule(cfg.optim)(state.update))}
   state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
   if state.critic is not None:
     updates, critic_opt_state = critic_optimizer(cfg.optim).update(critic_grads, state.critic_opt_state)
@@ -357,7 +433,7 @@ def _apply(state: TrainState, loss_fn, cfg: Config) -> tuple[TrainState, pooled.
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
 def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tuple[TrainState, pooled.Metrics]:
-  """One PPO update.
+  """One PPO update, of any number of microbatches: it is about the minibatch, however that is cut.
 
   Args:
     state: donated.
@@ -370,22 +446,26 @@ def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tu
   Source: PPO (arXiv 1707.06347), equations 7 and 9, with the token advantages of `rl.credit`.
   """
   trained = mask(scored.batch)
+  first = scored.logp_old_BT is None  # then this is the policy that scored the batch
 
-  def loss_fn(params, critic):
-    logp, entropy, value = outputs(params, cfg, scored.batch, critic)
-    first = scored.logp_old_BT is None  # then this is the policy that scored the batch
+  def losses(found, here_BT, whole_BT=None):
+    logp, entropy, value = found
     logp_old = jax.lax.stop_gradient(logp) if first else scored.logp_old_BT
     logp_ref = logp_old if scored.logp_ref_BT is None else scored.logp_ref_BT
-    total, found = loss.policy_loss(logp, logp_old, logp_ref, entropy, scored.advantage_BT, trained, cfg.loss,
-                                    scored.batch.logp_sampler_BT, state.kl_coef)
-    if critic is not None:
-      critic_loss, more = loss.value_loss(value, scored.value_old_BT, scored.return_BT, trained, cfg.loss)
+    total, said = loss.policy_loss(logp, logp_old, logp_ref, entropy, scored.advantage_BT, here_BT, cfg.loss,
+                                   scored.batch.logp_sampler_BT, state.kl_coef, whole_BT)
+    if value is not None:
+      critic_loss, more = loss.value_loss(value, scored.value_old_BT, scored.return_BT, here_BT, cfg.loss, whole_BT)
       total = total + cfg.loss.value_coef * critic_loss
-      found = found | more | {"loss/total": total}
-    metrics = _update_metrics(found, trained)
-    return total, metrics | _sampler_gap(logp_old, scored.batch) if first else metrics
+      said = said | more | {"loss/total": total}
+    return total, said
 
-  state, metrics = _apply(state, loss_fn, cfg)
+  (grads, critic_grads), found = _gradients(state, scored.batch, cfg, lambda *args: losses(*args)[0])
+  metrics = _update_metrics(losses(found, trained)[1], trained)
+  if first:
+    metrics |= _sampler_gap(found[0], scored.batch)
+  state, more = _apply(state, grads, critic_grads, cfg)
+  metrics |= more
   kl_coef = loss.next_kl_coef(state.kl_coef, metrics["loss/kl"].mean, trained.shape[0], cfg.loss)
   return state.replace(kl_coef=kl_coef), metrics | {"loss/kl_coef": pooled.Mean(state.kl_coef)}
 
@@ -414,8 +494,7 @@ def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[Tr
   Returns:
     The next state, and metrics; "loss/total" is in nats a token.
   """
-  def loss_fn(params, _):
-    nll = -loss.masked_mean(outputs(params, cfg, batch)[0], mask(batch))
-    return nll, {"loss/total": pooled.Mean(nll)}
-
-  return _apply(state, loss_fn, cfg)
+  nll = lambda found, here_BT, whole_BT=None: -loss.masked_mean(found[0], here_BT, whole_BT)
+  (grads, critic_grads), found = _gradients(state, batch, cfg, nll)
+  state, metrics = _apply(state, grads, critic_grads, cfg)
+  return state, metrics | {"loss/total": pooled.Mean(nll(found, mask(batch)))}

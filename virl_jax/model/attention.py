@@ -1,132 +1,186 @@
 """Attention over whole sequences: one function that picks the kernel.
 
 Four ways to the same numbers:
-    plain    XLA, all scores at once                      short sequences anywhere
-    blocks   XLA, a block of queries at a time            long ones on CPU, in float32, or with holes in the mask
+    plain    XLA, all scores of some rows at once         short sequences anywhere
+    blocks   XLA, a block of queries at a time            long ones on CPU, or in float32
     cudnn    cuDNN's flash attention                      half precision on NVIDIA GPUs
     splash   the Pallas TPU kernel that comes with JAX    TPU
 
-Attention over a key/value cache is `cache.attend`: it reads only what is filled.
+Under a mesh (`sharding.context`) each device attends for its own rows and heads, whichever it is: a kernel is opaque
+to the partitioner, and a loop over rows would gather them.  Attention over a key/value cache is `cache.attend`: it
+reads only what is filled.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
+from virl_jax import shapes
 from virl_jax.model import sharding
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 KINDS = ("plain", "blocks", "cudnn", "splash")
 QUERY_BLOCK = 512    # queries whose scores exist at a time in "blocks"
-_SPLASH_TILE = 128   # the kernel's tiles are multiples of it
+SCORES = 2 ** 27     # of the XLA ways: most scores of a device that exist at a time, but for a single row's
+_TILE = 128          # splash's tiles are multiples of it, and lengths that cuDNN is given
+_WIDE_TILE = 512     # what splash is best at
 
 
-def choose(platform: str, dtype, length: int, head_size: int, causal: bool, right_padded: bool) -> str:
+def choose(platform: str, dtype, length: int, head_size: int, end_to_end: bool) -> str:
   """Which of `KINDS` to use.
 
   Args:
     platform: one of `PLATFORMS`.
     dtype: of queries, keys and values.
-    length: T, tokens.
+    length: T, tokens of a row.
     head_size: H.
-    causal: whether tokens see only what precedes them.
-    right_padded: whether padding only follows the tokens: then causal attention needs no mask.
+    end_to_end: whether a row's segments stand one after another, padding behind them, and their lengths are known.
   """
-  if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and causal and right_padded and (
+  if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and end_to_end and (
       head_size % 8 == 0 and head_size <= 128):
     return "cudnn"
-  if platform == "tpu" and causal and length % _SPLASH_TILE == 0:
+  if platform == "tpu" and length % _TILE == 0:
     return "splash"
   return "plain" if length <= 2 * QUERY_BLOCK else "blocks"
 
 
-def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, valid_BT: jax.Array, causal: bool,
-           right_padded: bool = False, kind: str | None = None, group_BT: jax.Array | None = None,
-           platform: str = "cpu") -> jax.Array:
+def segments(lengths_BS: jax.Array, length: int) -> jax.Array:
+  """int32[B, T]: 0 on the first segment of each row, 1 on the one behind it ..., -1 on what is behind all of them.
+
+  Args:
+    lengths_BS: int32, tokens of the segments of each row; 0 for none.
+    length: T.
+  """
+  end_BS = jnp.cumsum(lengths_BS, axis=1)
+  number_BT = (jnp.arange(length)[None, :, None] >= end_BS[:, None]).sum(-1, dtype=jnp.int32)
+  return jnp.where(number_BT < lengths_BS.shape[1], number_BT, -1)
+
+
+def rows_together(platform: str, length: int, rows: int) -> int:
+  """How many neighbouring rows to attend for as one row of several segments: splash wants long rows."""
+  if platform != "tpu":
+    return 1
+  return max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= max(_WIDE_TILE, length)
+              and n * length % _TILE == 0), default=1)
+
+
+def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array, causal: bool,
+           lengths_BS: jax.Array | None = None, kind: str | None = None, platform: str = "cpu") -> jax.Array:
   """Grouped-query self-attention with scale 1 / sqrt(H) and a float32 softmax.
 
   Args:
     q_BTNH: queries.
     k_BTKH: keys; K divides N.
     v_BTKH: values.
-    valid_BT: bool, False on padding.
+    segment_BT: int32; a token sees those of its row that have its own number.  Negative on padding.
     causal: whether a token sees only itself and what precedes it.
-    right_padded: promise that each row's padding follows all its tokens.
+    lengths_BS: promise that `segment_BT` is `segments` of these, and that the longest come first; some kernels need it.
     kind: one of `KINDS`; None to `choose`.
-    group_BT: int32, not negative on tokens; they see only those of their own group.  None: all of their row.
-    platform: what this is compiled for, one of `PLATFORMS`.  Elsewhere than on a TPU "splash" is interpreted.
+    platform: what this is compiled for, one of `PLATFORMS`.  Elsewhere than at home, kernels are interpreted.
 
   Returns:
     [B, T, N, H]; finite nonsense on padding.
 
   Source: GQA, arXiv 2305.13245; FlashAttention, arXiv 2205.14135, for what the kernels do.
   """
-  kind = kind or choose(platform, q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[3], causal,
-                        right_padded and group_BT is None)  # cuDNN's causal attention knows of no groups
+  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+  kind = kind or choose(platform, q_BTNH.dtype, T, H, lengths_BS is not None)
+  known = segment_BT
   if kind == "cudnn":
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
-  if kind == "splash":
-    segment_BT = valid_BT.astype(jnp.int32) if group_BT is None else jnp.where(valid_BT, group_BT + 1, 0)
-    return _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT, interpret=platform != "tpu")
-  if kind == "blocks":
-    return _blocks(q_BTNH, k_BTKH, v_BTKH, valid_BT, causal, group_BT)
-  mask = valid_BT[:, None, None, :]
-  if group_BT is not None:
-    mask = mask & (group_BT[:, None, :, None] == group_BT[:, None, None, :])
-  if causal:
-    T = q_BTNH.shape[1]
-    mask = mask & jnp.tril(jnp.ones((T, T), bool))[None, None]
-  return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask)
+    run, known = functools.partial(_cudnn, causal=causal, interpret=platform != "gpu"), lengths_BS
+  elif kind == "splash":
+    run = functools.partial(_splash, causal=causal, interpret=platform != "tpu")
+  else:
+    run = functools.partial(_xla, causal=causal, block=min(T, QUERY_BLOCK) if kind == "blocks" else T)
+  heads = ("rows", None, "tensor", None)
+  return sharding.locally(run, (heads, heads, heads, ("rows", None)), heads, q_BTNH, k_BTKH, v_BTKH, known)
 
 
-def _blocks(q_BTNH, k_BTKH, v_BTKH, valid_BT, causal, group_BT):
-  """Scores of `QUERY_BLOCK` queries at a time, forward and backward."""
+def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT, causal, block):
+  """Scores of `block` queries of some rows at a time, forward and backward."""
   B, T, N, H = q_BTNH.shape
-  n = -(-T // QUERY_BLOCK)
-  pad = lambda a: jnp.pad(a, ((0, 0), (0, n * QUERY_BLOCK - T)) + ((0, 0),) * (a.ndim - 2))
-  split = lambda a: pad(a).reshape(B, n, QUERY_BLOCK, *a.shape[2:]).swapaxes(0, 1)
+  n = -(-T // block)
+  pad = lambda a: jnp.pad(a, ((0, 0), (0, n * block - T)) + ((0, 0),) * (a.ndim - 2))
 
-  @jax.checkpoint
-  def one(args):
-    i, q_BQNH, group_BQ = args
-    mask = valid_BT[:, None, None, :]
-    if group_BQ is not None:
-      mask = mask & (group_BQ[:, None, :, None] == group_BT[:, None, None, :])
-    if causal:
-      at_Q = i * QUERY_BLOCK + jnp.arange(QUERY_BLOCK)
-      mask = mask & (jnp.arange(T)[None] <= at_Q[:, None])[None, None]
-    return jax.nn.dot_product_attention(q_BQNH, k_BTKH, v_BTKH, mask=mask)
+  def rows(args):
+    q, k, v, segment = args
+    split = lambda a: pad(a).reshape(len(a), n, block, *a.shape[2:]).swapaxes(0, 1)
 
-  out = jax.lax.map(one, (jnp.arange(n), split(q_BTNH), None if group_BT is None else split(group_BT)))
-  return out.swapaxes(0, 1).reshape(B, n * QUERY_BLOCK, N, H)[:, :T]
+    def one(args):
+      i, q_BQNH, segment_BQ = args
+      mask = (segment >= 0)[:, None, None, :] & (segment_BQ[:, None, :, None] == segment[:, None, None, :])
+      if causal:
+        mask = mask & (jnp.arange(T)[None] <= (i * block + jnp.arange(block))[:, None])[None, None]
+      return jax.nn.dot_product_attention(q_BQNH, k, v, mask=mask)
+
+    if n == 1:
+      return one((0, q, segment))
+    out = jax.lax.map(jax.checkpoint(one), (jnp.arange(n), split(q), split(segment)))
+    return out.swapaxes(0, 1).reshape(len(q), n * block, N, H)[:, :T]
+
+  together = max(1, SCORES // (N * block * T))
+  if B <= together:
+    return rows((q_BTNH, k_BTKH, v_BTKH, segment_BT))
+  parts = -(-B // together)
+  cut = lambda a: jnp.pad(a, ((0, parts * together - B),) + ((0, 0),) * (a.ndim - 1)).reshape(
+      parts, together, *a.shape[1:])
+  out = jax.lax.map(jax.checkpoint(rows), tuple(map(cut, (q_BTNH, k_BTKH, v_BTKH, segment_BT))))
+  return out.reshape(parts * together, T, N, H)[:B]
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT, interpret: bool):
-  """Causal attention within each segment of a row, padding among them, on each device's own rows and heads."""
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, lengths_BS, causal, interpret):
+  """cuDNN's, which knows of lengths and of no segments: so the segments of a row are cut apart.
+
+  The j-th longest of a row is no longer than T / j, so that all cuts together are about log S times the row.
+  """
+  attend = functools.partial(jax.nn.dot_product_attention, is_causal=causal,
+                             implementation="xla" if interpret else "cudnn")
+  T, S = q_BTNH.shape[1], lengths_BS.shape[1]
+  if S == 1 and causal:  # nothing but padding comes after, and that is seen by nobody
+    return attend(q_BTNH, k_BTKH, v_BTKH)
+  outs, places, base, start_B = [], [], 0, jnp.zeros_like(lengths_BS[:, 0])
+  for j in range(S):
+    width, length_B = min(T, shapes.up(T // (j + 1), _TILE)), lengths_BS[:, j]
+    some_B = jnp.maximum(length_B, 1)
+    parts = (_cut(a, start_B if j else None, length_B, width) for a in (q_BTNH, k_BTKH, v_BTKH))
+    outs.append(attend(*parts, query_seq_lengths=some_B, key_value_seq_lengths=some_B))
+    places.append(base + jnp.arange(T)[None] - start_B[:, None])
+    base, start_B = base + width, start_B + length_B
+  segment_BT = segments(lengths_BS, T)
+  out = outs[0]
+  if S > 1:
+    number_BT = jnp.maximum(segment_BT, 0)
+    at_BT = jnp.take_along_axis(jnp.stack(places, axis=-1), number_BT[..., None], axis=-1)[..., 0]
+    out = jnp.take_along_axis(jnp.concatenate(outs, axis=1), jnp.clip(at_BT, 0, base - 1)[..., None, None], axis=1)
+  return jnp.where((segment_BT >= 0)[..., None, None], out, 0)
+
+
+def _cut(a_BTNH, start_B, length_B, width):
+  """[B, width, N, H]: each row from its start on (None: 0), and 0 past its length; no gradient comes back from there,
+  where kernels leave what was there before."""
+  slot_1W = jnp.arange(width)[None]
+  if start_B is not None:
+    at_BW = jnp.minimum(start_B[:, None] + slot_1W, a_BTNH.shape[1] - 1)
+    a_BTNH = jnp.take_along_axis(a_BTNH, at_BW[..., None, None], axis=1)
+  return jnp.where((slot_1W < length_B[:, None])[..., None, None], a_BTNH, 0)
+
+
+def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT, causal, interpret):
+  """Pallas's; padding is a segment of its own."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
-  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-
-  def local(q, k, v, segment_BT):
-    heads = q.shape[2]
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * heads)
-    tile = next(t for t in (512, 256, _SPLASH_TILE) if T % t == 0)
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=tile, block_kv=tile, block_kv_compute=tile, block_q_dkv=tile, block_kv_dkv=tile,
-        block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile)
-    kernel = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1,
-                                                     interpret=interpret)
-    one = lambda q, k, v, s: kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(s, s))
-    heads_first = (a.swapaxes(1, 2) for a in (q * H ** -0.5, k, v))
-    return jax.vmap(one)(*heads_first, segment_BT).swapaxes(1, 2)
-
-  # A kernel is opaque to the partitioner: under a mesh each device is told to run it on what it holds.
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return local(q_BTNH, k_BTKH, v_BTKH, segment_BT)
-  tensor = "tensor" if k_BTKH.shape[2] % mesh.shape["tensor"] == 0 else None
-  heads = PartitionSpec(sharding.ROWS, None, tensor, None)
-  return jax.shard_map(local, in_specs=(heads, heads, heads, PartitionSpec(sharding.ROWS, None)), out_specs=heads,
-                       check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_BT)
+  T, N, H = q_BTNH.shape[1:]
+  mask = splash_attention_mask.CausalMask((T, T)) if causal else splash_attention_mask.FullMask((T, T))
+  tile = next(t for t in (_WIDE_TILE, 256, _TILE) if T % t == 0)
+  sizes = splash_attention_kernel.BlockSizes(
+      block_q=tile, block_kv=tile, block_kv_compute=tile, block_q_dkv=tile, block_kv_dkv=tile,
+      block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile)
+  kernel = splash_attention_kernel.make_splash_mha(
+      splash_attention_mask.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+      interpret=interpret)
+  one = lambda q, k, v, s: kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(s, s))
+  heads_first = (a.swapaxes(1, 2) for a in (q_BTNH * H ** -0.5, k_BTKH, v_BTKH))
+  return jax.vmap(one)(*heads_first, segment_BT).swapaxes(1, 2)

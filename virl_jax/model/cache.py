@@ -1,8 +1,8 @@
 """The key/value cache: what each row has seen, as a visible value, and attention over what is filled of it.
 
 Keys and values of all layers lie in one stack each, [L, B, K, S, H].  A decoder's scan over its layers carries the
-two stacks whole, and each layer writes and reads its own part: nothing is copied.  Rows may be split over devices
-(shards); then no device reads another's rows.
+two stacks whole, and each layer writes and reads its own part: nothing is copied.  Under a mesh (`sharding.context`)
+rows and heads are split over devices, and no device reads what another holds.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from virl_jax.model import sharding
+
 BLOCK = 64           # cache lengths are multiples of it
 _ROWS_TOGETHER = 16  # rows that a CPU attends for at a time
+_STACK = (None, "rows", "tensor")  # where the dimensions of a stack of keys or values lie
 
 
 @flax.struct.dataclass
@@ -41,14 +44,12 @@ class Places:
     write_AT: int32, the same, but past the last slot where a token only pads the chunk.
     filled: int32 scalar, slots that hold anything that a token may see.
     row_A: int32, the cache row of each chunk row, within its shard; None for all rows in order.
-    shards: over how many devices the cache's rows are split, and the chunk's likewise.
   """
 
   slot_AT: jax.Array
   write_AT: jax.Array
   filled: jax.Array
   row_A: jax.Array | None
-  shards: int = flax.struct.field(pytree_node=False)
 
 
 def new(layers: int, rows: int, kv_heads: int, slots: int, head_size: int, dtype=jnp.float32) -> Cache:
@@ -63,61 +64,70 @@ def new(layers: int, rows: int, kv_heads: int, slots: int, head_size: int, dtype
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows,), jnp.int32))
 
 
-def places(cache: Cache, n_new_A: jax.Array, length: int, row_A: jax.Array | None = None, shards: int = 1) -> Places:
+def places(cache: Cache, n_new_A: jax.Array, length: int, row_A: jax.Array | None = None) -> Places:
   """Where a right-padded chunk goes: behind what its rows hold.
 
   Args:
     cache: what came before.
     n_new_A: int32, how many of the chunk's tokens are real; 0 leaves a row as it is.
     length: T, tokens of the chunk.
-    row_A: int32, the cache row of each chunk row, no row twice; None for all rows in order.  Within its shard, if
-      there are several; a number past the last row is a chunk row that does nothing.
-    shards: over how many devices the cache's rows are split.
+    row_A: int32, the cache row of each chunk row, no row twice; None for all rows in order.  Within its shard, under a
+      mesh; a number past the last row is a chunk row that does nothing.
   """
-  len_A = cache.len_B if row_A is None else cache.len_B[global_rows(row_A, len(cache.len_B), shards)]
+  len_A = cache.len_B if row_A is None else cache.len_B[global_rows(row_A, len(cache.len_B))]
   token_1T = jnp.arange(length)[None]
   slot_AT = token_1T + len_A[:, None]
   write_AT = jnp.where(token_1T < n_new_A[:, None], slot_AT, cache.k_LBKSH.shape[3])
-  return Places(slot_AT, write_AT, jnp.max(jnp.where(n_new_A > 0, len_A + n_new_A, 0)), row_A, shards)
+  return Places(slot_AT, write_AT, jnp.max(jnp.where(n_new_A > 0, len_A + n_new_A, 0)), row_A)
 
 
 def lengthened(len_B: jax.Array, n_new_A: jax.Array, at: Places) -> jax.Array:
   """int32[B]: slots filled once the chunk is in."""
   if at.row_A is None:
     return len_B + n_new_A
-  return len_B.at[global_rows(at.row_A, len(len_B), at.shards)].add(n_new_A, mode="drop")
+  return len_B.at[global_rows(at.row_A, len(len_B))].add(n_new_A, mode="drop")
 
 
-def global_rows(row_A: jax.Array, rows: int, shards: int) -> jax.Array:
+def global_rows(row_A: jax.Array, rows: int) -> jax.Array:
   """Numbers among all `rows` rows of numbers within a shard; one past its shard's last row becomes `rows`."""
+  shards = sharding.shards("rows")
   each = rows // shards
   base_A = jnp.arange(shards).repeat(len(row_A) // shards, total_repeat_length=len(row_A)) * each
   return jnp.where(row_A < each, base_A + row_A, rows)
 
 
-def by_shard(fn, shards: int, out_axis: int = 0):
-  """`fn(stack, *arrays)` on each shard's own rows: no device reads another's cache.
-
-  The stack has its rows on axis 1, the arrays theirs on axis 0, the result its own on `out_axis`.
-  """
-  if shards == 1:
-    return fn
-  cut = lambda a, axis: a.reshape(*a.shape[:axis], shards, -1, *a.shape[axis + 1:])
-
-  def run(stack, *arrays):
-    out = jax.vmap(fn, (1, *(0 for _ in arrays)), out_axis)(cut(stack, 1), *(cut(a, 0) for a in arrays))
-    return out.reshape(*out.shape[:out_axis], -1, *out.shape[out_axis + 2:])
-
-  return run
-
-
 def write(stack_LBKSH: jax.Array, layer: jax.Array, new_ATKH: jax.Array, at: Places) -> jax.Array:
   """Puts a chunk's keys or values into their slots; what lies past the last slot or row is dropped."""
-  row_A = at.row_A
-  if row_A is None:
-    row_A = jnp.tile(jnp.arange(stack_LBKSH.shape[1] // at.shards), at.shards)
-  put = lambda stack, rows, slots, new: stack.at[layer, rows[:, None], :, slots].set(new, mode="drop")
-  return by_shard(put, at.shards, 1)(stack_LBKSH, row_A, at.write_AT, new_ATKH.astype(stack_LBKSH.dtype))
+  def local(stack, layer, new, slots, rows=None):
+    rows = jnp.arange(stack.shape[1]) if rows is None else rows
+    return stack.at[layer, rows[:, None], :, slots].set(new.astype(stack.dtype), mode="drop")
+
+  rows, names = _rows(at)
+  return sharding.locally(local, (_STACK, (), ("rows", None, "tensor"), ("rows",), *names), _STACK,
+                          stack_LBKSH, layer, new_ATKH, at.write_AT, *rows)
+
+
+def copy(stack_LBKSH: jax.Array, to_A: jax.Array, from_A: jax.Array, width: int) -> jax.Array:
+  """Copies the first `width` slots of rows, all layers, to other rows of the same shard; past the last: to nowhere.
+
+  One row after the other, in the order given: no more than a row is ever held twice.
+  """
+  def local(stack, to, source):
+    L, B, K, _, H = stack.shape
+
+    def one(i, stack):
+      row = jax.lax.dynamic_slice(stack, (0, source[i], 0, 0, 0), (L, 1, K, width, H))
+      return jax.lax.cond(to[i] < B, lambda: jax.lax.dynamic_update_slice(stack, row, (0, to[i], 0, 0, 0)),
+                          lambda: stack)
+
+    return jax.lax.fori_loop(0, len(to), one, stack)
+
+  return sharding.locally(local, (_STACK, ("rows",), ("rows",)), _STACK, stack_LBKSH, to_A, from_A)
+
+
+def _rows(at: Places) -> tuple[tuple, tuple]:
+  """`row_A`, if there is one, and where it lies, as arguments for `sharding.locally`."""
+  return ((), ()) if at.row_A is None else ((at.row_A,), (("rows",),))
 
 
 def _read(stack_LBKSH: jax.Array, layer: jax.Array, first: jax.Array, width: int, at: Places) -> jax.Array:
@@ -125,12 +135,8 @@ def _read(stack_LBKSH: jax.Array, layer: jax.Array, first: jax.Array, width: int
   L, B, K, S, H = stack_LBKSH.shape
   if at.row_A is None:
     return jax.lax.dynamic_slice(stack_LBKSH, (layer, 0, 0, first, 0), (1, B, K, width, H))[0]
-
-  def shard(stack, rows):
-    one = lambda r: jax.lax.dynamic_slice(stack, (layer, r, 0, first, 0), (1, 1, K, width, H))[0, 0]
-    return jax.vmap(one)(rows)
-
-  return by_shard(shard, at.shards)(stack_LBKSH, at.row_A)
+  one = lambda r: jax.lax.dynamic_slice(stack_LBKSH, (layer, r, 0, first, 0), (1, 1, K, width, H))[0, 0]
+  return jax.vmap(one)(at.row_A)
 
 
 def attend(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax.Array, at: Places,
@@ -151,10 +157,16 @@ def attend(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax
   Returns:
     [A, T, N, H].
   """
-  A, T = q_ATNH.shape[:2]
-  if platform == "cpu" and T == 1 and A > _ROWS_TOGETHER and at.shards == 1:
-    return _attend_by_length(q_ATNH, k_LBKSH, v_LBKSH, layer, at)
-  return _attend(q_ATNH, k_LBKSH, v_LBKSH, layer, at, _slots_together(T, k_LBKSH.shape[3], platform))
+  def local(q, k, v, layer, slot_AT, filled, row_A=None):
+    A, T = q.shape[:2]
+    here = Places(slot_AT, slot_AT, filled, row_A)
+    if platform == "cpu" and T == 1 and A > _ROWS_TOGETHER:
+      return _attend_by_length(q, k, v, layer, here)
+    return _attend(q, k, v, layer, here, _slots_together(T, k.shape[3], platform))
+
+  heads, (rows, names) = ("rows", None, "tensor"), _rows(at)
+  return sharding.locally(local, (heads, _STACK, _STACK, (), ("rows",), (), *names), heads,
+                          q_ATNH, k_LBKSH, v_LBKSH, layer, at.slot_AT, at.filled, *rows)
 
 
 def _slots_together(T: int, S: int, platform: str) -> int:

@@ -6,7 +6,7 @@ A family is a folder, and its `model` module is what the rest of the code calls.
                             text.vocab, text.hidden, text.tied, vision.grid, vision.merge
     config_from_hf, config_to_hf, released_name          config.json, and names of tensors
     specs                   the parameter table
-    embed, hidden, logits   the forward pass
+    embed, hidden, head     the forward pass
     new_cache, extend       the same, a chunk at a time over a `cache.Cache`
 
 as `qwen2_5.model` documents them.

@@ -38,30 +38,52 @@ class Grid:
     return 3 * self.temporal * self.patch ** 2
 
   @property
+  def bytes(self) -> int:
+    """The same of a still image, whose frames are equal: what `patchify` makes."""
+    return 3 * self.patch ** 2
+
+  @property
   def factor(self) -> int:
     """Sides of shown images are multiples of this, pixels."""
     return self.patch * self.merge
 
 
 def patchify(pixels_HW3: np.ndarray, grid: Grid) -> np.ndarray:
-  """Normalised patches in merge-block order.
+  """Patches in merge-block order, as bytes: an eighth of what the vision tower sees of them, until it does.
 
   Args:
     pixels_HW3: uint8[height, width, 3], sides multiples of `grid.factor`.
     grid: patch geometry.
 
   Returns:
-    float32[P, C] with C = 3 * temporal * patch * patch in (colour, frame, y, x) order; the merge * merge
-    patches of one merged cell are neighbours, cells run row by row.
+    uint8[P, 3 * patch * patch] in (colour, y, x) order; the merge * merge patches of one merged cell are neighbours,
+    cells run row by row.
   """
-  # Through float64, rounded to float32 before the mean goes off: the reference's order of rounding.
-  x = (pixels_HW3.astype(np.float64) * (1.0 / 255.0)).astype(np.float32)
-  x = ((x - MEAN) / STD).transpose(2, 0, 1)
   m, p = grid.merge, grid.patch
+  x = pixels_HW3.transpose(2, 0, 1)
   rows, cols = x.shape[1] // (m * p), x.shape[2] // (m * p)
   x = x.reshape(3, rows, m, p, cols, m, p).transpose(1, 4, 2, 5, 0, 3, 6)
-  x = x.reshape(rows * cols * m * m, 3, 1, p * p)
-  return np.ascontiguousarray(np.repeat(x, grid.temporal, axis=2).reshape(rows * cols * m * m, -1))
+  return np.ascontiguousarray(x.reshape(rows * cols * m * m, -1))
+
+
+def levels() -> np.ndarray:
+  """float32[256, 3]: what each byte of each colour is to the vision tower.
+
+  Source: Qwen2.5-VL's image processor, its order of rounding: float64, rounded to float32 before the mean goes off.
+  """
+  return ((np.arange(256) * (1.0 / 255.0)).astype(np.float32)[:, None] - MEAN) / STD
+
+
+def normalised(patches_PC: np.ndarray, grid: Grid) -> np.ndarray:
+  """float32[P, C], as the reference's image processor makes them: (colour, frame, y, x), a still image twice.
+
+  Args:
+    patches_PC: bytes, as `patchify` makes them.
+    grid: patch geometry.
+  """
+  x = patches_PC.reshape(len(patches_PC), 3, 1, -1)
+  x = np.take_along_axis(levels().T[None, :, None], x.astype(np.intp), axis=3)
+  return np.repeat(x, grid.temporal, axis=2).reshape(len(x), -1)
 
 
 def merged_hw(image: types.ImageInput, grid: Grid) -> tuple[int, int]:
@@ -114,8 +136,9 @@ def layout(images: list[types.ImageInput | None], grid: Grid, count: int | None 
   n_windows, n_cells = bucket(np.maximum(least, extent(images, grid)).tolist(), grid)
   per_cell = grid.merge ** 2
   shape = count, n_windows, n_cells * per_cell
+  like = next((im.patches_PC for im in images if im is not None), np.zeros((0, grid.bytes), np.uint8))
   batch = types.ImageBatch(
-      patches_IWQC=np.zeros((*shape, grid.values), np.float32),
+      patches_IWQC=np.zeros((*shape, like.shape[1]), like.dtype),
       window_IWQ=np.full(shape, -1, np.int32),
       rowcol_IWQ2=np.zeros((*shape, 2), np.int32))
   index = []
@@ -150,14 +173,17 @@ def bucket(most: tuple[int, int], grid: Grid) -> tuple[int, int]:
 
   Small images lie in one piece (windows = 1), rounded up to n^2 or n(n + 1) cells, at least 4, whatever their
   aspect; a mask keeps their windows apart.  Large ones, and small ones that fill their windows, are cut by
-  window, so that attention costs only what is in a window: a power of two of whole windows.
+  window, so that attention costs only what is in a window: a power of two of whole windows, or from 32 on, where
+  empty ones cost most, a quarter of the way to the next.
 
   Args:
     most: windows and cells, as `extent` gives them.
     grid: patch geometry.
   """
   windows, cells = most
-  cut = 1 << max(windows - 1, 1).bit_length(), grid.window ** 2
+  octave = max(windows - 1, 1).bit_length()
+  step = 1 << max(0, octave - 3) if octave > 5 else 1 << octave
+  cut = -(-windows // step) * step if windows > 1 else 2, grid.window ** 2
   if cells > ONE_PIECE_CELLS or cut[0] * cut[1] <= cells:
     return cut
   side = max(2, math.isqrt(cells - 1) + 1)

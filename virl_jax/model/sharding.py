@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import contextlib
 import math
 
@@ -16,6 +17,8 @@ AXES = ("data", "fsdp", "tensor")
 RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 # Rows of batches, and images, are split over both of these.
 ROWS = ("data", "fsdp")
+# Axes of activations, by the names that `constrain` and `locally` take.
+_PLACES = {"rows": ROWS, "fsdp": ("fsdp",), "tensor": ("tensor",)}
 
 
 def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -39,6 +42,12 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
   return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def replicas(mesh: Mesh, tensor: int) -> Mesh:
+  """The same devices in the same order, as whole models of so many devices each: for rollouts, where no weights are to
+  move between tokens."""
+  return Mesh(mesh.devices.reshape(-1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def platform(device: jax.Device) -> str:
   """What a model on this device is compiled for, in its configuration's words; "cpu" stands for what is not known."""
   return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}.get(device.platform, "cpu")
@@ -57,8 +66,59 @@ def param_shardings(specs: dict, mesh: Mesh) -> dict:
 
 
 def context(mesh: Mesh | None):
-  """A `with` block, within which kernels that the partitioner can't look into are told of the mesh."""
+  """A `with` block, within which `constrain` and `locally` know of the mesh; None: of none."""
   return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def shards(name: str) -> int:
+  """Over how many devices "rows", "fsdp" or "tensor" splits what it names, within `context`; 1 outside."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[a] for a in _PLACES[name])
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Says where an activation lies; left alone, the partitioner may put all of it on every device.
+
+  Args:
+    x: any array.
+    names: for each of its first dimensions "rows", "fsdp", "tensor", or None for whole; the rest are whole.  A
+      dimension that does not divide stays whole.
+
+  Returns:
+    x.  Outside `context`, nothing is said.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  fits = [name if name and size % shards(name) == 0 else None for name, size in zip(names, x.shape)]
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(fits)))
+
+
+def locally(fn: Callable, names: Sequence[tuple], out_names: tuple | list[tuple], *arrays: jax.Array):
+  """fn(*arrays), on each device with its own part of them: what the partitioner can't look into, or should not.
+
+  Args:
+    fn: sees local shapes.
+    names: for each of the arrays, where its dimensions lie, as `constrain` takes it.  If one array's dimension of a
+      name does not divide, that name splits nothing.
+    out_names: the same for the result, or a list of such for several.
+    arrays: its arguments.
+
+  Returns:
+    What fn returns.  Outside `context`, fn(*arrays).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return fn(*arrays)
+  odd = {name for which, a in zip(names, arrays) for name, size in zip(which, a.shape)
+         if name and size % shards(name)}
+  spec = lambda which: _spec([None if name in odd else name for name in which])
+  out_specs = list(map(spec, out_names)) if isinstance(out_names, list) else spec(out_names)
+  return jax.shard_map(fn, in_specs=tuple(map(spec, names)), out_specs=out_specs, check_vma=False)(*arrays)
+
+
+def _spec(names: Sequence[str | None]) -> PartitionSpec:
+  return PartitionSpec(*(_PLACES[name] if name else None for name in names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -71,9 +131,9 @@ def row_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[a] for a in ROWS)
 
 
-def rows(mesh: Mesh) -> NamedSharding:
-  """Leading axis split over data and fsdp."""
-  return NamedSharding(mesh, PartitionSpec(ROWS))
+def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """An axis split over data and fsdp, the leading one if not said otherwise."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
 
 def cache(mesh: Mesh, kv_heads: int) -> NamedSharding:

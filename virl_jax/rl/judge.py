@@ -121,7 +121,7 @@ def rewards(looks: Looks, answer_B: jax.Array, format_B: jax.Array, cfg: reward.
 
 
 def informative(looks: Looks, boxes: Boxes, answer_B: jax.Array, format_B: jax.Array, answerable_B: jax.Array,
-                row_mask_B: jax.Array, cfg: Config) -> jax.Array:
+                row_mask_B: jax.Array, cfg: Config, order_B: jax.Array | None = None) -> jax.Array:
   """bool[B]: whether each trajectory's group is informative, by `cfg.advantage.spread_of` and `least_spread`.
 
   Where a task has no accepted answers, or no boxes, there is no such spread to look at: the total's takes its place.
@@ -133,6 +133,7 @@ def informative(looks: Looks, boxes: Boxes, answer_B: jax.Array, format_B: jax.A
     answerable_B: bool, whether the task has accepted answers.
     row_mask_B: bool, False on rows that count for nothing.
     cfg: of the kernels.
+    order_B: int32, where the rows stand that would be 0, 1, 2 ... if groups were together; None: they are.
 
   Source: see `advantage.informative`.
   """
@@ -141,7 +142,9 @@ def informative(looks: Looks, boxes: Boxes, answer_B: jax.Array, format_B: jax.A
     seen_B = jnp.where(answerable_B, answer_B, seen_B)
   elif cfg.advantage.spread_of == "fidelity":
     seen_B = jnp.where(boxes[3].any(-1), looks.fidelity.mean, seen_B)
-  return advantage.informative(seen_B, cfg.group_size, row_mask_B, cfg.advantage.least_spread)
+  least = cfg.advantage.least_spread
+  judged = lambda seen_B, mask_B: advantage.informative(seen_B, cfg.group_size, mask_B, least)
+  return _by_group(judged, order_B, seen_B, row_mask_B)
 
 
 def returns(looks: Looks, total_B: jax.Array, action_BT: jax.Array, trained_BT: jax.Array, row_mask_B: jax.Array,
@@ -172,7 +175,8 @@ def returns(looks: Looks, total_B: jax.Array, action_BT: jax.Array, trained_BT: 
 
 
 def credits(looks: Looks, returns: Returns, action_BT: jax.Array, trained_BT: jax.Array, row_mask_B: jax.Array,
-            cfg: Config, h0: jax.Array | float | None = None, of: advantage.Moments | None = None) -> Credits:
+            cfg: Config, h0: jax.Array | float | None = None, of: advantage.Moments | None = None,
+            order_B: jax.Array | None = None) -> Credits:
   """Shares each trajectory's advantage out over its tokens.
 
   Args:
@@ -182,6 +186,7 @@ def credits(looks: Looks, returns: Returns, action_BT: jax.Array, trained_BT: ja
     cfg: of the kernels.
     h0: the threshold of this step; None for `cfg.reward.h0`.
     of: `Returns.moments` of the whole batch, pooled; None if these rows are all of it.
+    order_B: as in `informative`.
 
   Returns:
     The advantages.  `credit.keep_scale`, if it is asked for, is still to be applied: it wants the whole batch's sizes.
@@ -199,15 +204,25 @@ def credits(looks: Looks, returns: Returns, action_BT: jax.Array, trained_BT: ja
                                modulator_of(jnp.full_like(advantage_B, sign)), action_BT, trained_BT)
                        for sign in (1.0, -1.0))
   else:
-    advantage_B = advantage.relative(returns.total_B, cfg.group_size, cfg.advantage, row_mask_B, of)
+    relative = lambda total_B, mask_B: advantage.relative(total_B, cfg.group_size, cfg.advantage, mask_B, of)
+    advantage_B = _by_group(relative, order_B, returns.total_B, row_mask_B)
     modulator_BR = modulator_of(advantage_B)
     plain_BT, step_BR = jnp.where(trained_BT, advantage_B[:, None], 0.0), None
     if cfg.credit.kind == "additive":
-      step_BR = cfg.credit.step_weight * advantage.steps(
-          looks.fidelity.reward_R, looks.judged_BR & row_mask_B[:, None], cfg.group_size, cfg.advantage.std_floor)
+      steps = lambda reward_BR, mask_BR: advantage.steps(reward_BR, mask_BR, cfg.group_size, cfg.advantage.std_floor)
+      step_BR = cfg.credit.step_weight * _by_group(steps, order_B, looks.fidelity.reward_R,
+                                                   looks.judged_BR & row_mask_B[:, None])
     advantage_BT = _spread(advantage_B, modulator_BR, action_BT, trained_BT, step_BR)
   sizes_2 = credit.sizes(advantage_BT, plain_BT, trained_BT) if cfg.credit.keep_scale else None
   return Credits(advantage_BT, advantage_B, modulator_BR, sizes_2)
+
+
+def _by_group(fn, order_B, *arrays):
+  """fn of arrays whose rows of one group are neighbours, its result in the order that they came in."""
+  if order_B is None:
+    return fn(*arrays)
+  out = fn(*(a[order_B] for a in arrays))
+  return jnp.zeros_like(out).at[order_B].set(out)
 
 
 def _spread(advantage_BX, modulator_BR, action_BT, trained_BT, step_BR=None):

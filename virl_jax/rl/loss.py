@@ -81,12 +81,13 @@ class Config:
                 "it the divergence grows", self.kl_estimator)
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_mean(x: jax.Array, mask: jax.Array, whole: jax.Array | None = None) -> jax.Array:
   """The mean of what the mask shows; 0 if it shows nothing.
 
   Args:
     x: float32[...].
     mask: bool[...], of the same shape.
+    whole: bool[...], what the mask shows a part of: then that part of the whole's mean.  The parts add up to it.
 
   Returns:
     float32 scalar.
@@ -98,16 +99,18 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
   """
   if x.shape != mask.shape:
     raise ValueError(f"mask must have the shape of x, {x.shape}. Received: {mask.shape}")
-  return jnp.where(mask, x, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+  return jnp.where(mask, x, 0.0).sum() / jnp.maximum((mask if whole is None else whole).sum(), 1)
 
 
-def aggregate(x_BT: jax.Array, mask_BT: jax.Array, cfg: Config) -> jax.Array:
+def aggregate(x_BT: jax.Array, mask_BT: jax.Array, cfg: Config, whole_BT: jax.Array | None = None) -> jax.Array:
   """What a batch's tokens become one number by; 0 if the mask shows nothing.
 
   Args:
     x_BT: float32[B, T].
     mask_BT: bool[B, T]; a trajectory without trained tokens does not count.
     cfg: which of `AGGREGATES`.
+    whole_BT: bool[B, T], the mask of the whole where `mask_BT` is of some of its trajectories: a microbatch's part of
+      the whole's number.  The parts add up to it.
 
   Returns:
     float32 scalar.
@@ -119,14 +122,15 @@ def aggregate(x_BT: jax.Array, mask_BT: jax.Array, cfg: Config) -> jax.Array:
   Dr. GRPO (arXiv 2503.20783), section 3.2.
   """
   if cfg.aggregate == "token":
-    return masked_mean(x_BT, mask_BT)
+    return masked_mean(x_BT, mask_BT, whole_BT)
   if cfg.aggregate not in AGGREGATES:
     raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}. Received: {cfg.aggregate!r}")
   if x_BT.shape != mask_BT.shape:
     raise ValueError(f"mask_BT must have the shape of x_BT, {x_BT.shape}. Received: {mask_BT.shape}")
   sum_B, count_B = jnp.where(mask_BT, x_BT, 0.0).sum(-1), mask_BT.sum(-1)
   per = jnp.maximum(count_B, 1) if cfg.aggregate == "sequence" else cfg.norm_tokens
-  return (sum_B / per).sum() / jnp.maximum((count_B > 0).sum(), 1)
+  rows = (count_B > 0) if whole_BT is None else whole_BT.any(-1)
+  return (sum_B / per).sum() / jnp.maximum(rows.sum(), 1)
 
 
 def log_ratio(logp_BT: jax.Array, logp_old_BT: jax.Array, mask_BT: jax.Array, cfg: Config) -> jax.Array:
@@ -264,7 +268,7 @@ def sampler_weight(logp_old_BT: jax.Array, logp_sampler_BT: jax.Array, cfg: Conf
 
 
 def value_loss(value_BT: jax.Array, value_old_BT: jax.Array, return_BT: jax.Array, mask_BT: jax.Array,
-               cfg: Config) -> tuple[jax.Array, dict[str, jax.Array]]:
+               cfg: Config, whole_BT: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The critic's loss: half the squared error, the worse of the value's and the clipped value's.
 
   Args:
@@ -273,6 +277,7 @@ def value_loss(value_BT: jax.Array, value_old_BT: jax.Array, return_BT: jax.Arra
     return_BT: float32[B, T], the targets.
     mask_BT: bool[B, T], the trained tokens.
     cfg: the clip.
+    whole_BT: bool[B, T], see `aggregate`.
 
   Returns:
     float32 scalar, mean over tokens, and metrics: `critic/loss`, `critic/clip_frac`, `critic/return_var` (the returns'
@@ -287,7 +292,7 @@ def value_loss(value_BT: jax.Array, value_old_BT: jax.Array, return_BT: jax.Arra
     near_BT = value_old_BT + jnp.clip(value_BT - value_old_BT, -cfg.value_clip, cfg.value_clip)
     near_error_BT = jnp.square(near_BT - return_BT)
     clipped_BT, error_BT = near_error_BT > error_BT, jnp.maximum(error_BT, near_error_BT)
-  value = 0.5 * masked_mean(error_BT, mask_BT)
+  value = 0.5 * masked_mean(error_BT, mask_BT, whole_BT)
   spread = lambda x: masked_mean(jnp.square(x - masked_mean(x, mask_BT)), mask_BT)
   total, rest = spread(return_BT), spread(return_BT - value_BT)
   return value, {"critic/loss": value, "critic/clip_frac": masked_mean(clipped_BT.astype(jnp.float32), mask_BT),
@@ -297,8 +302,8 @@ def value_loss(value_BT: jax.Array, value_old_BT: jax.Array, return_BT: jax.Arra
 
 def policy_loss(logp_BT: jax.Array, logp_old_BT: jax.Array, logp_ref_BT: jax.Array,
                 entropy_BT: jax.Array, advantage_BT: jax.Array, mask_BT: jax.Array,
-                cfg: Config, logp_sampler_BT: jax.Array | None = None, kl_coef: jax.Array | None = None
-                ) -> tuple[jax.Array, dict[str, jax.Array]]:
+                cfg: Config, logp_sampler_BT: jax.Array | None = None, kl_coef: jax.Array | None = None,
+                whole_BT: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The loss of a minibatch, and what to watch.
 
   What stands at masked tokens never matters, not even if it is not finite.
@@ -313,6 +318,8 @@ def policy_loss(logp_BT: jax.Array, logp_old_BT: jax.Array, logp_ref_BT: jax.Arr
     cfg: kinds, clips and weights.
     logp_sampler_BT: float32[B, T] nats, as sampled; needed if `cfg.sampler_cap`.
     kl_coef: float32 scalar, the coefficient of this step; None for `cfg.kl_coef`.
+    whole_BT: bool[B, T], the minibatch's trained tokens where `mask_BT` shows those of a microbatch: then the loss is
+      its part of the minibatch's, and the metrics are the microbatch's own.
 
   Returns:
     loss: float32 scalar, policy + kl_coef * kl - entropy_coef * entropy, without the kl if it is in the reward;
@@ -342,9 +349,9 @@ def policy_loss(logp_BT: jax.Array, logp_old_BT: jax.Array, logp_ref_BT: jax.Arr
   surrogate_BT, clipped_BT = surrogate(logp_BT, logp_old_BT, advantage_BT, mask_BT, cfg)
   if cfg.sampler_cap:
     surrogate_BT = surrogate_BT * sampler_weight(logp_old_BT, clear(logp_sampler_BT), cfg)
-  policy = aggregate(surrogate_BT, mask_BT, cfg)
-  kl_mean = aggregate(kl(logp_BT, logp_ref_BT, cfg.kl_estimator), mask_BT, cfg)
-  entropy = aggregate(entropy_BT, mask_BT, cfg)
+  policy = aggregate(surrogate_BT, mask_BT, cfg, whole_BT)
+  kl_mean = aggregate(kl(logp_BT, logp_ref_BT, cfg.kl_estimator), mask_BT, cfg, whole_BT)
+  entropy = aggregate(entropy_BT, mask_BT, cfg, whole_BT)
   kl_coef = 0.0 if cfg.kl_in_reward else cfg.kl_coef if kl_coef is None else kl_coef
   loss = policy + kl_coef * kl_mean - cfg.entropy_coef * entropy
   ratio_BT = jnp.exp(log_ratio(logp_BT, logp_old_BT, mask_BT, cfg))

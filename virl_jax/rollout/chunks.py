@@ -50,8 +50,7 @@ def shape(entries: list[Entry], grid: patches.Grid) -> tuple[int, int, int, int]
   return int(rows), max(len(e.reply.ids) for e in entries), *(patches.extent(pictures, grid) if pictures else (0, 0))
 
 
-def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: turns.Policy, before: int = 0
-          ) -> sample.Chunk:
+def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: turns.Policy) -> sample.Chunk:
   """Pads.
 
   Args:
@@ -60,7 +59,6 @@ def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: tu
     lanes: of this process.
     slots: rows of a lane's cache; chunk rows that are for nobody get this number.
     policy: for the grid and the placeholder.
-    before: lanes of other processes that come before these.
 
   Returns:
     A chunk of lanes * shape.rows rows, numpy leaves.
@@ -79,7 +77,7 @@ def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: tu
   if not shape.windows:
     return chunk
   batch, where = patches.layout(pictures, policy.model.vision.grid, A, (shape.windows, shape.cells))
-  cells_before = before * batch.window_IWQ[:shape.rows].size // policy.model.vision.merge ** 2
+  of_lane = batch.window_IWQ[:shape.rows].size // policy.model.vision.merge ** 2
   for a, at in enumerate(where):
-    chunk.vision_AT[a][chunk.tokens_AT[a] == policy.model.image_token] = at + cells_before
+    chunk.vision_AT[a][chunk.tokens_AT[a] == policy.model.image_token] = at % of_lane  # a lane sees its own images
   return chunk.replace(images=(batch,))

@@ -150,7 +150,7 @@ class _Loop:
     self.policy, self.params, self.key, self.protocol, self.pool = policy, params, key, protocol, pool
     self.temperature = np.float32(policy.rollout.temperature if temperature is None else temperature)
     self.shards, mine = sharding.row_shards(policy.mesh), hosts.row_lanes(policy.mesh)
-    self.before, self.n_lanes = mine.start, len(mine)
+    self.n_lanes = len(mine)
     self.slots = -(-(cfg.slots or len(tasks) * group_size) // self.shards)
     self.group_size = group_size
     self.lanes = []
@@ -280,7 +280,7 @@ class _Loop:
       used[m.lane] += 1
     width = shapes.least(tokens, (self.length // 4, self.length))
     self.state = sample.restart(self.state, *hosts.place_rows(tuple(arrays.reshape(4, -1)), self.policy.mesh),
-                                width, self.shards)
+                                width, mesh=self.policy.mesh)
 
   def _append(self, entries: list[chunks.Entry], need: tuple[int, ...], prompt: bool) -> None:
     rows, tokens, windows, cells = need
@@ -289,9 +289,9 @@ class _Loop:
     self._dispatch()
     tokens = shapes.up(tokens, self.policy.engine.pad_tokens) if prompt else shapes.least(tokens, self.tool_tokens)
     shape = chunks.Shape(shapes.least(rows, self.prompt_rows if prompt else self.append_rows), tokens, windows, cells)
-    chunk = chunks.build(entries, shape, self.n_lanes, self.slots, self.policy, self.before)
+    chunk = chunks.build(entries, shape, self.n_lanes, self.slots, self.policy)
     self.state = sample.append(self.params, self.policy.model, self.state,
-                               hosts.place_rows(chunk, self.policy.mesh), prompt, self.shards)
+                               hosts.place_rows(chunk, self.policy.mesh), prompt, mesh=self.policy.mesh)
     self.stats.appends += 1
     added = sum(len(e.reply.ids) for e in entries)
     if prompt:
@@ -317,7 +317,8 @@ class _Loop:
     asked = hosts.place_rows(sample.Writers(*asked[:4], None if whole else asked[4]), policy.mesh)
     serve = max(1, int(cfg.serve_share * self.slots * self.shards))
     self.state, *sampled = sample.decode(self.params, policy.model, self.state, asked, self.key, self.temperature,
-                                         cfg.segment_tokens, np.int32(serve), policy.rollout.keep, self.shards)
+                                         cfg.segment_tokens, np.int32(serve), policy.rollout.keep,
+                                         mesh=policy.mesh)
     tokens_AT, logp_AT, count_A = hosts.fetch_rows(sampled)
     self.rested = time.perf_counter()
     steps = int(count_A.max())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -10,6 +12,8 @@ from virl_jax import shapes
 from virl_jax import types
 from virl_jax.model import patches
 from virl_jax.model import rope
+
+MAX_JOINED = 8  # trajectories that a row holds at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,10 @@ class Config:
     scope: which of a turn's tokens are its visual action's; see `rl.credit.SCOPES`.
     join: put several trajectories into a row of the model's, where they fit.
     pad_joined: counts of such rows are multiples of this.
+    microbatch_tokens: of a shard, at most; 0 for one microbatch.  At least T.
+    row_shown, row_crops: with microbatches: places for shown images and for crops that a row has.  Few programs serve
+      all batches only if every microbatch has as many; what is not filled is computed all the same.
+    shards: over how many devices trajectories are split; 1 if they don't divide.
   """
 
   grid: patches.Grid
@@ -39,12 +47,16 @@ class Config:
   scope: str = "turn"
   join: bool = False
   pad_joined: int = 8
+  microbatch_tokens: int = 0
+  row_shown: int = 4
+  row_crops: int = 8
+  shards: int = 1
 
 
 def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
   """Pads trajectories into one batch.
 
-  An image that several rows share (the same object) is kept once.
+  An image that several rows of a microbatch and shard share (the same object) is kept once.
 
   Args:
     trajectories: rows; those of one group next to each other.
@@ -54,11 +66,16 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
     The batch, with numpy leaves.
 
   Raises:
-    ValueError: if there are none, or one has more visual actions than `cfg.max_rounds`.
+    ValueError: if there are none, one has more visual actions than `cfg.max_rounds`, or rows are longer than a
+      microbatch.
   """
   if not trajectories:
     raise ValueError("trajectories must not be empty")
-  B = len(trajectories)
+  B, order_B = len(trajectories), None
+  shards = cfg.shards if B % cfg.shards == 0 else 1
+  if shards > 1:
+    dealt = _dealt(trajectories, shards)
+    trajectories, order_B = [trajectories[b] for b in dealt], np.argsort(dealt).astype(np.int32)
   box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ = boxes(trajectories, cfg.max_rounds)
   answer_B, format_B = outcomes(trajectories)
   ids = [t.ids for t in trajectories]
@@ -71,15 +88,16 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
       logp_sampler_BT=np.zeros((B, T), f32), action_BT=np.full((B, T), -1, np.int32),
       box_BR4=box_BR4, box_mask_BR=box_mask_BR, gt_BJ4=gt_BJ4, gt_mask_BJ=gt_mask_BJ, answer_B=answer_B,
       format_B=format_B, answerable_B=answerable(trajectories), row_mask_B=counted(trajectories, cfg.mask_stops),
-      images=())
-  batches, where = _images(trajectories, cfg)
+      rows=None, order_B=order_B)
+  placed = _placed(trajectories, [len(row) for row in ids], T, shards, cfg)
+  images, where = _images(trajectories, placed, cfg)
   for r, (t, row) in enumerate(zip(trajectories, ids)):
     n = len(row)
     b.tokens_BT[r, :n], b.valid_BT[r, :n] = row, True
     grids = [patches.merged_hw(im, cfg.grid) for im in t.images]
     b.pos_BXT[r, :, :n], _ = rope.positions(row, cfg.image_token, grids)
     if t.images:
-      b.vision_BT[r, :n][row == cfg.image_token] = np.concatenate([where[id(im)] for im in t.images])
+      b.vision_BT[r, :n][row == cfg.image_token] = np.concatenate([where[r, i] for i in range(len(t.images))])
     at, action = len(t.prompt_ids), 0
     for turn in t.turns:
       span = slice(at, at + len(turn.ids))
@@ -90,7 +108,8 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
         b.action_BT[r, at + first:at + last] = action
         action += 1
       at += len(turn.ids)
-  return b.replace(images=batches, joined_UT=joined([len(row) for row in ids], T, cfg.pad_joined) if cfg.join else None)
+  return b.replace(rows=types.Rows(*_index(placed, [len(row) for row in ids], T, MAX_JOINED if cfg.join else 1),
+                                   images))
 
 
 def _credited(turn: types.Turn, scope: str) -> tuple[int, int]:
@@ -99,30 +118,118 @@ def _credited(turn: types.Turn, scope: str) -> tuple[int, int]:
   return whole if scope == "turn" else turn.spans.get(scope) or turn.spans.get("call") or whole
 
 
-def joined(lengths: list[int], width: int, pad: int) -> np.ndarray:
-  """Sequences in fewer rows, each whole in one of them: first fit, the longest first.
+def _dealt(trajectories: list[types.Trajectory], shards: int) -> list[int]:
+  """An order in which each shard's part of the batch has about as many tokens, by the longest first.
+
+  Groups stay together, with the image that they share, unless some shard then had a twentieth more to do than the mean.
+  """
+  lengths = [len(t.ids) for t in trajectories]
+  groups = [[b for b, _ in same] for _, same in itertools.groupby(enumerate(trajectories), lambda e: id(e[1].task))]
+  each = len(trajectories) // shards
+  for units in (groups, [[b] for b in range(len(trajectories))]):
+    loads, parts, room = [0] * shards, [[] for _ in range(shards)], [each] * shards
+    for unit in sorted(units, key=lambda unit: (-sum(lengths[b] for b in unit), unit)):
+      fits = [s for s in range(shards) if room[s] >= len(unit)]
+      if not fits:
+        break
+      s = min(fits, key=lambda s: (loads[s], s))
+      loads[s] += sum(lengths[b] for b in unit)
+      room[s] -= len(unit)
+      parts[s] += unit
+    if not any(room) and max(loads) * shards <= 1.05 * sum(loads):
+      break
+  return [b for part in parts for b in sorted(part)]
+
+
+def _placed(trajectories, lengths: list[int], width: int, shards: int, cfg: Config) -> list[list[list[list[int]]]]:
+  """Which trajectories go where: by microbatch, shard and row, each microbatch with as many rows.
+
+  A shard's trajectories are its own part of the batch, neighbours in it; their numbers are the batch's.
+  """
+  each = len(lengths) // shards
+  of_shards = []
+  for shard in range(shards):
+    mine = range(shard * each, (shard + 1) * each)
+    rows = [[b] for b in mine]
+    if cfg.join:
+      longest_first = sorted(mine, key=lambda b: (-lengths[b], b))
+      rows = joined(lengths, longest_first, width, lambda row: _has_room(trajectories, row, cfg))
+      if cfg.microbatch_tokens:
+        # A group's trajectories near each other are worth as much: their row encodes the image they share once.
+        near = joined(lengths, mine, width, lambda row: _has_room(trajectories, row, cfg))
+        rows = near if len(near) <= len(rows) else rows
+    of_shards.append(rows)
+  most = max(map(len, of_shards))
+  if not cfg.microbatch_tokens:
+    pad = -(-cfg.pad_joined // shards) if cfg.join else 1
+    at_once, count = min(shapes.up(most, pad), each), 1
+  elif cfg.microbatch_tokens < width:
+    raise ValueError(f"microbatch_tokens must be at least a row's {width} tokens. Received: {cfg.microbatch_tokens}")
+  else:
+    at_once = min(cfg.microbatch_tokens // width, most)
+    count = shapes.least(-(-most // at_once), shapes.counts(-(-each // at_once)))
+  cut = lambda rows, m: [*rows[m * at_once:(m + 1) * at_once], *[[]] * at_once][:at_once]
+  return [[cut(rows, m) for rows in of_shards] for m in range(count)]
+
+
+def _has_room(trajectories, row: list[int], cfg: Config) -> bool:
+  """Whether a row has places for the images of these trajectories."""
+  shown = {id(trajectories[b].images[0]) for b in row if trajectories[b].images}
+  crops = sum(max(0, len(trajectories[b].images) - 1) for b in row)
+  return not cfg.microbatch_tokens or len(shown) <= cfg.row_shown and crops <= cfg.row_crops
+
+
+def image_counts(cfg: Config, at_once: int, shown: int, crops: int) -> tuple[int, int]:
+  """Shown images and crops of a shard's microbatch of `at_once` rows, padded."""
+  if cfg.microbatch_tokens:
+    return at_once * cfg.row_shown, at_once * cfg.row_crops
+  return shapes.up(shown, -(-cfg.pad_shown // cfg.shards)), shapes.up(crops, -(-cfg.pad_images // cfg.shards))
+
+
+def joined(lengths: list[int], which: Iterable[int], width: int,
+           has_room: Callable[[list[int]], bool] = lambda row: True) -> list[list[int]]:
+  """Sequences in few rows, each whole in one of them: first fit.
 
   Args:
-    lengths: of the sequences, in tokens; each stands at the start of a row `width` long.
-    width: of the new rows, too.
-    pad: their number is a multiple of this, but not above the number of sequences.
+    lengths: of all sequences, in tokens.
+    which: of them, in the order that they are placed in.
+    width: of the rows; at most `MAX_JOINED` sequences go into one.
+    has_room: whether these sequences can share a row, their length apart.
 
   Returns:
-    int32[U, width]: which token of the old rows put flat stands there; -1 for none.
+    For each row which sequences it holds, the longest first.
   """
-  free, members = [], []
-  for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
-    row = next((r for r, room in enumerate(free) if room >= lengths[b]), len(free))
+  free, rows = [], []
+  for b in which:
+    row = next((r for r, room in enumerate(free) if room >= lengths[b] and len(rows[r]) < MAX_JOINED
+                and has_room([*rows[r], b])), len(free))
     if row == len(free):
       free.append(width)
-      members.append([])
+      rows.append([])
     free[row] -= lengths[b]
-    members[row].append(b)
-  index_UT = np.full((max(len(members), min(shapes.up(len(members), pad), len(lengths))), width), -1, np.int32)
-  for row, bs in enumerate(members):
-    tokens = np.concatenate([b * width + np.arange(lengths[b]) for b in bs])
-    index_UT[row, :len(tokens)] = tokens
-  return index_UT
+    rows[row].append(b)
+  return [sorted(row, key=lambda b: (-lengths[b], b)) for row in rows]
+
+
+def _index(placed, lengths: list[int], width: int, S: int) -> tuple[np.ndarray, np.ndarray]:
+  """`types.Rows.index_MUT` and `lengths_MUS`."""
+  M, shards, at_once = len(placed), len(placed[0]), len(placed[0][0])
+  each = len(lengths) // shards
+  index = np.full((M, shards, at_once, width), -1, np.int32)
+  found = np.zeros((M, shards, at_once, S), np.int32)
+  for (m, s, u), row in _rows(placed):
+    if row:
+      tokens = np.concatenate([(b - s * each) * width + np.arange(lengths[b]) for b in row])
+      index[m, s, u, :len(tokens)], found[m, s, u, :len(row)] = tokens, [lengths[b] for b in row]
+  return index.reshape(M, -1, width), found.reshape(M, -1, S)
+
+
+def _rows(placed):
+  """((microbatch, shard, row), trajectories) of every row."""
+  for m, micro in enumerate(placed):
+    for s, shard in enumerate(micro):
+      for u, row in enumerate(shard):
+        yield (m, s, u), row
 
 
 def boxes(trajectories: list[types.Trajectory], max_rounds: int
@@ -181,19 +288,32 @@ def well_formed(trajectory: types.Trajectory) -> bool:
   return trajectory.stop == types.StopReason.ANSWERED and all(t.error is None for t in trajectory.turns)
 
 
-def _images(trajectories, cfg) -> tuple[tuple[types.ImageBatch, ...], dict[int, np.ndarray]]:
-  """Two buckets, shown images and crops; and by id(image) where its merged tokens are in both put flat."""
-  shown, crops = {}, {}
-  for t in trajectories:
-    for i, im in enumerate(t.images):
-      (crops if i else shown)[id(im)] = im
+def _images(trajectories, placed, cfg) -> tuple[tuple[types.ImageBatch, ...], dict[tuple[int, int], np.ndarray]]:
+  """Two buckets, shown images and crops, of each microbatch; and by (trajectory, image) where its merged tokens are
+  among those of its microbatch and shard."""
+  M, shards = len(placed), len(placed[0])
+  mine = [[({}, {}) for _ in range(shards)] for _ in range(M)]  # by id(image): shown, crops
+  for (m, s, _), row in _rows(placed):
+    for b in row:
+      for i, im in enumerate(trajectories[b].images):
+        mine[m][s][1 if i else 0][id(im)] = im
   batches, where, base = [], {}, 0
-  for bucket, pad in ((shown, cfg.pad_shown), (crops, cfg.pad_images)):
-    batch, index = patches.layout(list(bucket.values()), cfg.grid, shapes.up(len(bucket), pad))
-    where.update({key: at + base for key, at in zip(bucket, index)})
-    batches.append(batch)
-    base += int(np.prod(batch.mask_IWQ.shape)) // cfg.grid.merge ** 2
-  return tuple(batches), where
+  most = [max(len(found[kind]) for micro in mine for found in micro) for kind in (0, 1)]
+  counts = image_counts(dataclasses.replace(cfg, shards=shards), len(placed[0][0]), *most)
+  for kind, count in enumerate(counts):
+    parts = [found[kind] for micro in mine for found in micro]
+    extent = patches.extent([im for part in parts for im in part.values()], cfg.grid)
+    if max(map(len, parts)) > count:
+      raise ValueError(f"row_{('shown', 'crops')[kind]} must be enough for each trajectory's images. Received: "
+                       f"{(cfg.row_shown, cfg.row_crops)[kind]}")
+    laid = [patches.layout(list(part.values()), cfg.grid, count, extent) for part in parts]
+    for n, (part, (_, index)) in enumerate(zip(parts, laid)):
+      where.update({(n, key): at + base for key, at in zip(part, index)})
+    fields = ([getattr(batch, f.name) for batch, _ in laid] for f in dataclasses.fields(types.ImageBatch))
+    batches.append(types.ImageBatch(*(np.stack(a).reshape(M, shards * count, *a[0].shape[1:]) for a in fields)))
+    base += int(np.prod(laid[0][0].mask_IWQ.shape)) // cfg.grid.merge ** 2
+  return tuple(batches), {(b, i): where[m * shards + s, id(im)] for (m, s, _), row in _rows(placed)
+                          for b in row for i, im in enumerate(trajectories[b].images)}
 
 
 def split(trajectories: list[types.Trajectory], group_size: int, minibatches: int, seed: tuple[int, ...]

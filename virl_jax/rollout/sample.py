@@ -105,6 +105,46 @@ class Writers:
   row_A: jax.Array | None = None
 
 
+def _within(fn):
+  """`fn`, traced within the context of its `mesh`."""
+  @functools.wraps(fn)
+  def run(*args, mesh=None, **kwargs):
+    with sharding.context(mesh):
+      return fn(*args, **kwargs)
+
+  return run
+
+
+def weights(params: dict, cfg: family.Config, mesh: jax.sharding.Mesh | None = None) -> dict:
+  """A policy's parameters for rollouts: in the compute dtype, where rollouts want them.
+
+  Training splits parameters over all devices and gathers them layer by layer, which pays for a batch; a token would
+  wait for all of them.  What lies right already is not copied.
+
+  Args:
+    params: the parameters; not donated.
+    cfg: for the compute dtype.
+    mesh: of the rollouts, of the devices that the parameters are on; None for where they are.
+  """
+  dtype = jnp.dtype(cfg.compute_dtype)
+  where = None if mesh is None else sharding.param_shardings(family.of(cfg).specs(cfg), mesh)
+  at_home = where is None or all(a.sharding.is_equivalent_to(s, a.ndim)
+                                 for a, s in zip(jax.tree.leaves(params), jax.tree.leaves(where)))
+  if at_home and all(a.dtype == dtype for a in jax.tree.leaves(params)):
+    return params
+  return copy(params, dtype, where if where is None else tuple(jax.tree.leaves(where)))
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "where"))
+def copy(params: dict, dtype, where: tuple | None = None) -> dict:
+  """The parameters in a dtype and, leaf by leaf, in the places given."""
+  leaves, tree = jax.tree.flatten(params)
+  cast = [a.astype(dtype) for a in leaves]
+  if where is not None:
+    cast = [jax.lax.with_sharding_constraint(a, s) for a, s in zip(cast, where)]
+  return tree.unflatten(cast)
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "mesh"))
 def start(cfg: family.Config, rows: int, slots: int, mesh: jax.sharding.Mesh | None = None) -> State:
   """An empty state of `rows` rows with room for `slots` tokens each.
@@ -124,9 +164,10 @@ def start(cfg: family.Config, rows: int, slots: int, mesh: jax.sharding.Mesh | N
   return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, kv if a.ndim == 5 else rest), state)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "prompt", "shards"), donate_argnames="state")
-def append(params: dict, cfg: family.Config, state: State, chunk: Chunk, prompt: bool = False, shards: int = 1
-           ) -> State:
+@functools.partial(jax.jit, static_argnames=("cfg", "prompt", "mesh"), donate_argnames="state")
+@_within
+def append(params: dict, cfg: family.Config, state: State, chunk: Chunk, prompt: bool = False,
+           mesh: jax.sharding.Mesh | None = None) -> State:
   """Runs a chunk through the model, encoding only its new images.
 
   Args:
@@ -135,16 +176,16 @@ def append(params: dict, cfg: family.Config, state: State, chunk: Chunk, prompt:
     state: donated.
     chunk: what to append; the caller sees to it that the cache has room.
     prompt: whether the chunk is what `restart` goes back to the end of.
-    shards: over how many devices rows are split; see `cache.places`.
+    mesh: what rows are split over, `chunk.row_A` within each part; None for one device.
   """
   B, cache = len(state.pos_B), state.cache
-  row_A = None if chunk.row_A is None else cache_lib.global_rows(chunk.row_A, B, shards)
+  row_A = None if chunk.row_A is None else cache_lib.global_rows(chunk.row_A, B)
   at = slice(None) if row_A is None else row_A
   if chunk.start_A is not None:
     cache = cache.replace(len_B=cache.len_B.at[at].set(chunk.start_A, mode="drop"))
   model = family.of(cfg)
   x = model.embed(params, cfg, chunk.tokens_AT, chunk.vision_AT, chunk.images)
-  h, cache = model.extend(params, cfg, x, chunk.pos_AXT, chunk.n_new_A, cache, chunk.row_A, shards)
+  h, cache = model.extend(params, cfg, x, chunk.pos_AXT, chunk.n_new_A, cache, chunk.row_A)
   last = jnp.take_along_axis(h, jnp.maximum(chunk.n_new_A - 1, 0)[:, None, None], axis=1)[:, 0]
   new = chunk.n_new_A > 0
   # A chunk row without tokens puts back what was there.
@@ -154,9 +195,10 @@ def append(params: dict, cfg: family.Config, state: State, chunk: Chunk, prompt:
                put(state.prompt_BD, last) if prompt else state.prompt_BD)
 
 
-@functools.partial(jax.jit, static_argnames=("width", "shards"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("width", "mesh"), donate_argnames="state")
+@_within
 def restart(state: State, to_A: jax.Array, from_A: jax.Array, len_A: jax.Array, pos_A: jax.Array, width: int,
-            shards: int = 1) -> State:
+            mesh: jax.sharding.Mesh | None = None) -> State:
   """Sets rows to the end of a prompt.
 
   Args:
@@ -166,12 +208,11 @@ def restart(state: State, to_A: jax.Array, from_A: jax.Array, len_A: jax.Array, 
     len_A: int32, the prompt's tokens.
     pos_A: int32, the position after it.
     width: static, at least the longest of these prompts.
-    shards: over how many devices rows are split.
+    mesh: what rows are split over; None for one device.
   """
-  copy = lambda stack, to, source: stack.at[:, to, :, :width].set(stack[:, source, :, :width], mode="drop")
-  k, v = (cache_lib.by_shard(copy, shards, 1)(a, to_A, from_A) for a in (state.cache.k_LBKSH, state.cache.v_LBKSH))
+  k, v = (cache_lib.copy(a, to_A, from_A, width) for a in (state.cache.k_LBKSH, state.cache.v_LBKSH))
   B = len(state.pos_B)
-  to, source = (cache_lib.global_rows(a, B, shards) for a in (to_A, from_A))
+  to, source = (cache_lib.global_rows(a, B) for a in (to_A, from_A))
   prompt = state.prompt_BD[source]
   return State(cache_lib.Cache(k, v, state.cache.len_B.at[to].set(len_A, mode="drop")),
                state.pos_B.at[to].set(pos_A, mode="drop"), state.hidden_BD.at[to].set(prompt, mode="drop"),
@@ -194,10 +235,11 @@ def _filtered(logits_BV: jax.Array, keep: Filter) -> jax.Array:
   return x
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "steps", "keep", "shards"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("cfg", "steps", "keep", "mesh"), donate_argnames="state")
+@_within
 def decode(params: dict, cfg: family.Config, state: State, writers: Writers, key: jax.Array, temperature: jax.Array,
-           steps: int, serve: jax.Array | int = 2 ** 30, keep: Filter = Filter(), shards: int = 1
-           ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
+           steps: int, serve: jax.Array | int = 2 ** 30, keep: Filter = Filter(),
+           mesh: jax.sharding.Mesh | None = None) -> tuple[State, jax.Array, jax.Array, jax.Array]:
   """Samples a segment: the next tokens of every row that has a turn to write.  Other rows cost nothing.
 
   Args:
@@ -210,7 +252,7 @@ def decode(params: dict, cfg: family.Config, state: State, writers: Writers, key
     steps: most tokens a row in this segment.
     serve: int32 scalar; the segment ends early when this many rows have ended their turns.
     keep: static; what is sampled from.
-    shards: over how many devices rows are split.
+    mesh: what rows are split over; None for one device.
 
   Returns:
     The state, tokens int32[A, steps], their log-probabilities float32[A, steps] in nats, and int32[A] how
@@ -219,7 +261,7 @@ def decode(params: dict, cfg: family.Config, state: State, writers: Writers, key
     (at temperature 1 if greedy).
   """
   model, A, B = family.of(cfg), len(writers.index_A), len(state.pos_B)
-  at = slice(None) if writers.row_A is None else cache_lib.global_rows(writers.row_A, B, shards)
+  at = slice(None) if writers.row_A is None else cache_lib.global_rows(writers.row_A, B)
   of_turn = lambda index, turn: jax.random.fold_in(jax.random.fold_in(key, index), turn)
   keys = jax.vmap(of_turn)(writers.index_A, writers.turn_A)
   greedy = temperature <= 0
@@ -241,7 +283,7 @@ def decode(params: dict, cfg: family.Config, state: State, writers: Writers, key
     feed = writes & ~jnp.isin(token, jnp.array(cfg.eos, jnp.int32))
     x = model.embed(params, cfg, token[:, None], jnp.full((A, 1), -1), ())
     pos_AXT = jnp.broadcast_to(pos_A[:, None, None], (A, 3, 1))
-    h, cache = model.extend(params, cfg, x, pos_AXT, feed.astype(jnp.int32), cache, writers.row_A, shards)
+    h, cache = model.extend(params, cfg, x, pos_AXT, feed.astype(jnp.int32), cache, writers.row_A)
     hidden_AD = jnp.where(feed[:, None], h[:, 0], hidden_AD)
     return t + 1, cache, pos_A + feed, hidden_AD, feed & (count < writers.left_A), out, logps, count
 

@@ -9,16 +9,23 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from virl_jax import types
 from virl_jax.model import sharding
 
 
-def place(tree, mesh: Mesh):
-  """Puts host arrays on the mesh, leading axis split over data and fsdp.
+def place(tree, mesh: Mesh, axis: int = 0):
+  """Puts host arrays on the mesh, an axis split over data and fsdp.
 
-  Arrays whose leading axis does not divide are kept whole on every device.
+  Arrays whose axis does not divide are kept whole on every device.
   """
-  split, whole, n = sharding.rows(mesh), sharding.replicated(mesh), sharding.row_shards(mesh)
-  return jax.tree.map(lambda a: jax.device_put(a, split if np.ndim(a) and a.shape[0] % n == 0 else whole), tree)
+  split, whole, n = sharding.rows(mesh, axis), sharding.replicated(mesh), sharding.row_shards(mesh)
+  return jax.tree.map(lambda a: jax.device_put(a, split if np.ndim(a) > axis and a.shape[axis] % n == 0 else whole),
+                      tree)
+
+
+def place_batch(batch: types.Batch, mesh: Mesh) -> types.Batch:
+  """A host batch on the mesh: trajectories split over data and fsdp, and so are rows and images within a microbatch."""
+  return place(batch.replace(rows=None), mesh).replace(rows=place(batch.rows, mesh, 1))
 
 
 def row_lanes(mesh: Mesh) -> range:

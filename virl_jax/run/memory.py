@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import os
 import sys
 
@@ -118,6 +119,16 @@ def cache_size(model: family.Config, max_total_tokens: int, slots: int, trajecto
   heads = mesh.shape["tensor"] if kv_heads % mesh.shape["tensor"] == 0 else 1
   return CacheSize(bytes_token, tokens, shapes.up(slots or trajectories, shards), trajectories, shards, heads,
                    free_bytes)
+
+
+def device_gib(tree) -> float:
+  """What arrays take of the device that holds most of them."""
+  each: dict = {}
+  for leaf in jax.tree.leaves(tree):
+    for device in leaf.sharding.device_set:
+      size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      each[device] = each.get(device, 0) + size
+  return max(each.values(), default=0) / 2 ** 30
 
 
 def free_bytes() -> int | None:

@@ -55,8 +55,9 @@ class Recorder:
     """A step begins."""
     self._laps, self._then = {}, time.perf_counter()
 
-  def lap(self, phase: str) -> None:
-    """A phase of the step has ended: what passed since the last is its time."""
+  def lap(self, phase: str, arrays=None) -> None:
+    """A phase of the step has ended, once these arrays are there: what passed since the last is its time."""
+    jax.block_until_ready(arrays)
     now = time.perf_counter()
     self._laps[f"time/{phase}_s"], self._then = now - self._then, now
 
@@ -110,11 +111,13 @@ def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch)
   """Trajectories for the report, with what training made of them.
 
   Args:
-    trajectories: the first of the batch's rows.
+    trajectories: the first of the batch.
     scored: the batch.
   """
-  rows = zip(*jax.device_get((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
-                              scored.reward_B)))
+  rows = list(zip(*jax.device_get((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
+                                   scored.reward_B))))
+  if scored.batch.order_B is not None:
+    rows = [rows[i] for i in jax.device_get(scored.batch.order_B)]
   found = []
   for traj, (iou_R, class_R, modulator_R, advantage, earned) in zip(trajectories, rows):
     k = len(traj.regions)

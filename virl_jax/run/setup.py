@@ -21,6 +21,7 @@ from virl_jax.data import prompt
 from virl_jax.data.sources import jsonl
 from virl_jax.eval import monitors
 from virl_jax.learner import step as step_lib
+from virl_jax.model import family
 from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.rl import advantage
@@ -124,16 +125,18 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   word = checks.whole(0, 2 ** 32 - 1)  # see `order.batch_indices`
   checks.section(c, "", seed=word, steps=some)
   dtype = (lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
-  checks.section(c.model, "model", path=checks.text, dtype=dtype, compute_dtype=dtype, remat=checks.flag)
+  checks.section(c.model, "model", path=checks.text, dtype=dtype, compute_dtype=dtype, remat=checks.flag,
+                 patches_together=some)
   checks.section(c.data, "data", path=checks.text, source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
                  eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"), split_seed=word)
   checks.need(c.data.source != "jsonl" or c.data.path, "data.path",
               "the path of a records file when config.data.source is 'jsonl'", c.data.path)
   r = c.rollout
-  checks.section(r, "rollout", prompts=count, group_size=count, resample=some, mask_overlong=checks.flag,
+  checks.section(r, "rollout", prompts=count, group_size=count, resample=some, tensor=count, mask_overlong=checks.flag,
                  mask_out_of_rounds=checks.flag)
   part = checks.real(above=0, high=1)
   checks.section(c.pack, "pack", pad_tokens=count, join_rows=checks.flag, crops_share=part, joined_share=part)
+  checks.section(c.learner, "learner", microbatch_tokens=some, row_shown=count, row_crops=count)
   checks.section(c.ppo, "ppo", minibatches=count, epochs=count)
   axis = (lambda v: checks.whole(-1)[0](v) and v != 0, "at least 1, or -1 for what is left")
   checks.section(c.mesh, "mesh", data=axis, fsdp=axis, tensor=axis)
@@ -162,6 +165,11 @@ def _combinations(c: config_lib.ConfigDict) -> None:
        c.rollout.max_turn_tokens)
   need(c.rollout.prompts % c.ppo.minibatches == 0, "ppo.minibatches",
        f"a divisor of config.rollout.prompts = {c.rollout.prompts}", c.ppo.minibatches)
+  longest = shapes.up(c.rollout.max_total_tokens, c.pack.pad_tokens * (4 if c.pack.join_rows else 1))
+  need(not c.learner.microbatch_tokens or c.learner.microbatch_tokens >= longest, "learner.microbatch_tokens",
+       f"0, or at least the {longest} tokens that a row can have", c.learner.microbatch_tokens)
+  need(not c.learner.microbatch_tokens or c.learner.row_crops >= c.rollout.max_rounds, "learner.row_crops",
+       f"at least config.rollout.max_rounds = {c.rollout.max_rounds}", c.learner.row_crops)
   need(c.rollout.group_size > 1 or a.kind in ("batch", "gae") or a.kind == "group" and not a.normalize_std,
        "rollout.group_size", f"at least 2 for advantage.kind = {a.kind!r}: one rollout has no siblings",
        c.rollout.group_size)
@@ -187,10 +195,10 @@ class Pieces:
   """Everything of a run that is fixed.
 
   Attributes:
-    policy: for rollouts.
+    policy: for rollouts, in a layout of their own; see `sample.weights`.
     step: static argument of the learner's steps.
     pack: how batches are padded.
-    mesh: where arrays go.
+    mesh: where arrays of training go.
     hf_dir: the folder that the base came from.
   """
 
@@ -207,12 +215,36 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
   Raises:
     ValueError: if something that the configuration names is missing or does not fit.
   """
-  s = sections(c)
+  sections(c)  # before anything is read
   hf_dir = load.model_dir(c.model.path)
-  mesh = sharding.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-  model = dataclasses.replace(weights.read_config(hf_dir), compute_dtype=c.model.compute_dtype, remat=c.model.remat,
+  model = weights.read_config(hf_dir)
+  return assemble(c, model, load.codec(hf_dir, model), hf_dir)
+
+
+def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec | None, hf_dir: str, devices=None
+             ) -> Pieces:
+  """`pieces`, of what has been read already.
+
+  Args:
+    c: the configuration.
+    model: the base's shapes and ids.
+    codec: its tokenizer; None if nothing will be rolled out.
+    hf_dir: where it came from.
+    devices: what to run on, or to compile for; None for all there are.
+
+  Raises:
+    ValueError: if the configuration does not fit the model or the devices.
+  """
+  s = sections(c)
+  mesh = sharding.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
+  model = dataclasses.replace(model, compute_dtype=c.model.compute_dtype, remat=c.model.remat,
+                              patches_together=c.model.patches_together,
                               platform=sharding.platform(mesh.devices.flat[0]))
-  codec = load.codec(hf_dir, model)
+  heads = model.text.kv_heads
+  for key, tensor in (("mesh.tensor", mesh.shape["tensor"]), ("rollout.tensor", c.rollout.tensor)):
+    checks.need(heads % tensor == 0, key, f"a divisor of the model's {heads} key/value heads", tensor)
+  checks.need(mesh.size % c.rollout.tensor == 0, "rollout.tensor", f"a divisor of the {mesh.size} devices",
+              c.rollout.tensor)
   rows = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
   shards = sharding.row_shards(mesh)
   if rows % shards:
@@ -220,7 +252,8 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
                      f"data x fsdp = {shards}. Received: {rows}")
   part = lambda share: shapes.up(int(share * rows), shards)
   return Pieces(
-      policy=turns.Policy(model, codec, s.prompt, s.image, s.rollout, mesh, s.engine),
+      policy=turns.Policy(model, codec, s.prompt, s.image, s.rollout, sharding.replicas(mesh, c.rollout.tensor),
+                          s.engine),
       step=step_lib.Config(model, c.rollout.group_size, c.rollout.temperature, s.reward, s.credit, s.advantage, s.loss,
                            s.optim, mesh, single_update=c.ppo.minibatches * c.ppo.epochs == 1),
       pack=pack.Config(model.vision.grid, model.image_token, c.rollout.max_rounds, c.pack.pad_tokens,
@@ -229,8 +262,8 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
                        mask_stops=tuple(reason for reason, masked in (
                            (types.StopReason.OVERLONG, c.rollout.mask_overlong),
                            (types.StopReason.OUT_OF_ROUNDS, c.rollout.mask_out_of_rounds)) if masked),
-                       scope=c.credit.scope, join=c.pack.join_rows,
-                       pad_joined=part(c.pack.joined_share)),
+                       scope=c.credit.scope, join=c.pack.join_rows, pad_joined=part(c.pack.joined_share),
+                       shards=shards, **c.learner),
       mesh=mesh, hf_dir=hf_dir)
 
 

@@ -96,6 +96,7 @@ class Config:
     eos: ids each of which ends a turn.
     compute_dtype: of matrix products; norms, rotary and softmax stay float32 where the reference has them.
     remat: recompute layers in the backward pass.
+    patches_together: see `vision.encode`.
     platform: what the model is compiled for, one of `attention.PLATFORMS`.  It picks kernels, and model code asks
       nothing else about the machine: whoever knows the devices says so (`sharding.platform`).  What "cpu" picks runs
       anywhere.
@@ -113,6 +114,7 @@ class Config:
   eos: tuple[int, ...] = (151645,)
   compute_dtype: str = "float32"
   remat: bool = False
+  patches_together: int = 0
   platform: str = "cpu"
 
   def __post_init__(self):

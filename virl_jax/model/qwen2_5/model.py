@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from virl_jax import types
+from virl_jax.model import attention
 from virl_jax.model import cache as cache_lib
 from virl_jax.model import layers
 from virl_jax.model import patches
 from virl_jax.model import rope
+from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import config
 from virl_jax.model.qwen2_5 import text
 from virl_jax.model.qwen2_5 import vision
@@ -32,29 +34,45 @@ def embed(params: dict, cfg: Config, tokens_BT: jax.Array, vision_BT: jax.Array,
     params: the model's parameters.
     cfg: the model.
     tokens_BT: int32 ids.
-    vision_BT: int32 index into the merged tokens of all `image_batches` put end to end; -1 on text.
+    vision_BT: int32 index into the merged tokens of all `image_batches` put end to end; -1 on text.  Under a mesh, of
+      those of the row's own shard: images live where their rows do, and no device sees another's.
     image_batches: buckets of images, possibly none.
 
   Returns:
     [B, T, D] in the compute dtype.
   """
   dtype = jnp.dtype(cfg.compute_dtype)
-  x = params["text"]["embed"].astype(dtype)[tokens_BT]
+  x = layers.lookup(params["text"]["embed"], tokens_BT, dtype)
   if not image_batches:
     return x
-  merged = [vision.encode(params["vision"], cfg.vision, b, dtype, cfg.remat, cfg.platform).reshape(-1, x.shape[-1])
+  merged = [vision.encode(params["vision"], cfg.vision, b, dtype, cfg.remat, cfg.platform, cfg.patches_together)
             for b in image_batches]
-  merged = jnp.concatenate(merged)[jnp.maximum(vision_BT, 0)]
-  return jnp.where(vision_BT[..., None] >= 0, merged, x)
+
+  def put(x_BTD, vision_BT, *merged):
+    merged_MD = jnp.concatenate([m.reshape(-1, m.shape[-1]) for m in merged])
+    return jnp.where(vision_BT[..., None] >= 0, merged_MD[jnp.maximum(vision_BT, 0)], x_BTD)
+
+  return sharding.locally(put, (("rows",),) * (2 + len(merged)), ("rows",), x, vision_BT, *merged)
 
 
 def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, pos_BXT: jax.Array, valid_BT: jax.Array,
-           vision_BT: jax.Array, image_batches: tuple[types.ImageBatch, ...], right_padded: bool = False,
-           group_BT: jax.Array | None = None) -> jax.Array:
-  """Final hidden states [B, T, D] of whole sequences; arguments as in `embed` and `text.apply`."""
+           vision_BT: jax.Array, image_batches: tuple[types.ImageBatch, ...], lengths_BS: jax.Array | None = None
+           ) -> jax.Array:
+  """Final hidden states [B, T, D] of whole sequences.
+
+  Args:
+    params: the model's parameters.
+    cfg: the model.
+    tokens_BT, vision_BT, image_batches: as in `embed`.
+    pos_BXT: int32 M-RoPE positions.
+    valid_BT: bool, False on padding, on either side.
+    lengths_BS: int32, where rows hold several sequences end to end, their lengths, the longest first; 0 for none.
+      Worth giving where a row holds one: kernels that want no padding before the tokens are used only then.
+  """
   x = embed(params, cfg, tokens_BT, vision_BT, image_batches)
-  return text.apply(params["text"], cfg.text, x, pos_BXT, valid_BT, cfg.remat, right_padded, group_BT,
-                    cfg.platform)
+  segment_BT = (jnp.where(valid_BT, 0, -1) if lengths_BS is None else
+                attention.segments(lengths_BS, tokens_BT.shape[1]))
+  return text.apply(params["text"], cfg.text, x, pos_BXT, segment_BT, cfg.remat, lengths_BS, cfg.platform)
 
 
 def new_cache(cfg: Config, rows: int, slots: int) -> cache_lib.Cache:
@@ -63,14 +81,19 @@ def new_cache(cfg: Config, rows: int, slots: int) -> cache_lib.Cache:
 
 
 def extend(params: dict, cfg: Config, x_ATD: jax.Array, pos_AXT: jax.Array, n_new_A: jax.Array, cache: cache_lib.Cache,
-           row_A: jax.Array | None = None, shards: int = 1) -> tuple[jax.Array, cache_lib.Cache]:
+           row_A: jax.Array | None = None) -> tuple[jax.Array, cache_lib.Cache]:
   """Appends a chunk of embeddings to rows of a cache; see `text.extend`."""
-  return text.extend(params["text"], cfg.text, x_ATD, pos_AXT, n_new_A, cache, row_A, shards, cfg.platform)
+  return text.extend(params["text"], cfg.text, x_ATD, pos_AXT, n_new_A, cache, row_A, cfg.platform)
+
+
+def head(params: dict) -> jax.Array:
+  """[D, V]: what makes logits of final hidden states, in the parameters' dtype."""
+  return text.head(params["text"])
 
 
 def logits(params: dict, cfg: Config, hidden_BTD: jax.Array) -> jax.Array:
-  """float32[B, T, V]."""
-  return layers.dense(hidden_BTD, text.head(params["text"])).astype(jnp.float32)
+  """float32[B, T, V]; see `head`."""
+  return layers.logits(hidden_BTD, head(params))
 
 
 def hf_inputs(cfg: Config, input_ids, attention_mask, pixel_values=None, image_grid_thw=None) -> tuple:
@@ -123,4 +146,5 @@ def logits_from_hf_inputs(params: dict, cfg: Config, input_ids, attention_mask, 
                           image_grid_thw=None) -> jax.Array:
   """float32[B, T, V]: logits for inputs as transformers' processor makes them; see `hf_inputs`."""
   inputs = hf_inputs(cfg, input_ids, attention_mask, pixel_values, image_grid_thw)
-  return logits(params, cfg, hidden(params, cfg, *jax.tree.map(jnp.asarray, inputs)))
+  h_BTD = hidden(params, cfg, *jax.tree.map(jnp.asarray, inputs))
+  return logits(params, cfg, h_BTD)

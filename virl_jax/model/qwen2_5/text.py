@@ -15,9 +15,11 @@ from virl_jax.model import cache as cache_lib
 from virl_jax.model import layers
 from virl_jax.model import params as params_lib
 from virl_jax.model import rope
+from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import config
 
 Spec = params_lib.ParamSpec
+_HEADS = ("rows", None, "tensor")  # where queries, keys and values lie
 
 
 def specs(cfg: config.Text) -> dict:
@@ -60,19 +62,19 @@ def head(params: dict) -> jax.Array:
 def _project(p: dict, cfg: config.Text, x, cos, sin):
   """Rotated q [B,T,N,H], rotated k and v [B,T,K,H] of a block's input."""
   h = layers.rms_norm(x, p["norm1"], cfg.eps)
-  q, k, v = (layers.dense(h, p[n + "_w"]) + p[n + "_b"].astype(h.dtype)[None, None] for n in "qkv")
+  q, k, v = (sharding.constrain(layers.dense(h, p[n + "_w"]) + p[n + "_b"].astype(h.dtype)[None, None], *_HEADS)
+             for n in "qkv")
   return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
 
 
 def _finish(p: dict, cfg: config.Text, x, out):
   """Adds the attention output and the MLP to the residual stream."""
-  x = x + layers.dense(out, p["o_w"], 2)
-  return x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p)
+  x = sharding.constrain(x + layers.dense(out, p["o_w"], 2), "rows")
+  return sharding.constrain(x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p), "rows")
 
 
-def apply(params: dict, cfg: config.Text, x_BTD: jax.Array, pos_BXT: jax.Array, valid_BT: jax.Array,
-          remat: bool = False, right_padded: bool = False, group_BT: jax.Array | None = None, platform: str = "cpu"
-          ) -> jax.Array:
+def apply(params: dict, cfg: config.Text, x_BTD: jax.Array, pos_BXT: jax.Array, segment_BT: jax.Array,
+          remat: bool = False, lengths_BS: jax.Array | None = None, platform: str = "cpu") -> jax.Array:
   """Hidden states of whole sequences.
 
   Args:
@@ -80,35 +82,34 @@ def apply(params: dict, cfg: config.Text, x_BTD: jax.Array, pos_BXT: jax.Array, 
     cfg: shapes.
     x_BTD: input embeddings.
     pos_BXT: int32 M-RoPE positions.
-    valid_BT: bool, False on padding, on either side.
+    segment_BT: int32, where a row holds several sequences, the number of each token's; negative on padding.
     remat: recompute blocks in the backward pass.
-    right_padded: promise that padding only follows the tokens; some kernels need it.
-    group_BT: int32, where a row holds several sequences, the number of each token's; None: one sequence a row.
+    lengths_BS: if sequences stand end to end, their lengths; see `attention.attend`.
     platform: see `config.Config`.
 
   Returns:
     [B, T, D] after the final norm.
   """
-  return _run(params, cfg, x_BTD, pos_BXT, valid_BT, remat, right_padded, group_BT, platform, keep=False)[0]
+  return _run(params, cfg, x_BTD, pos_BXT, segment_BT, remat, lengths_BS, platform, keep=False)[0]
 
 
-def every_layer(params: dict, cfg: config.Text, x_BTD: jax.Array, pos_BXT: jax.Array, valid_BT: jax.Array,
+def every_layer(params: dict, cfg: config.Text, x_BTD: jax.Array, pos_BXT: jax.Array, segment_BT: jax.Array,
                 platform: str = "cpu") -> jax.Array:
   """The residual stream [L + 1, B, T, D]: before the first block, between blocks, and after the final norm."""
-  last, before = _run(params, cfg, x_BTD, pos_BXT, valid_BT, False, False, None, platform, keep=True)
+  last, before = _run(params, cfg, x_BTD, pos_BXT, segment_BT, False, None, platform, keep=True)
   return jnp.concatenate([before, last[None]])
 
 
-def _run(params, cfg, x_BTD, pos_BXT, valid_BT, remat, right_padded, group_BT, platform, keep):
+def _run(params, cfg, x_BTD, pos_BXT, segment_BT, remat, lengths_BS, platform, keep):
   cos, sin = rope.mrope(pos_BXT, cfg.head_size, cfg.mrope_section, cfg.theta)
 
   def block(x, p):
     q, k, v = _project(p, cfg, x, cos, sin)
-    out = attention.attend(q, k, v, valid_BT, causal=True, right_padded=right_padded, group_BT=group_BT,
-                           platform=platform)
+    out = attention.attend(q, k, v, segment_BT, causal=True, lengths_BS=lengths_BS, platform=platform)
     return _finish(p, cfg, x, out), x if keep else None
 
-  x, before = jax.lax.scan(jax.checkpoint(block) if remat else block, x_BTD, params["blocks"])
+  x = sharding.constrain(x_BTD, "rows")
+  x, before = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["blocks"])
   return layers.rms_norm(x, params["norm"], cfg.eps), before
 
 
@@ -118,7 +119,7 @@ def new_cache(cfg: config.Text, rows: int, slots: int, dtype=jnp.float32) -> cac
 
 
 def extend(params: dict, cfg: config.Text, x_ATD: jax.Array, pos_AXT: jax.Array, n_new_A: jax.Array,
-           cache: cache_lib.Cache, row_A: jax.Array | None = None, shards: int = 1, platform: str = "cpu"
+           cache: cache_lib.Cache, row_A: jax.Array | None = None, platform: str = "cpu"
            ) -> tuple[jax.Array, cache_lib.Cache]:
   """Appends a right-padded chunk to rows of a cache.
 
@@ -129,7 +130,7 @@ def extend(params: dict, cfg: config.Text, x_ATD: jax.Array, pos_AXT: jax.Array,
     pos_AXT: int32 M-RoPE positions of the chunk.
     n_new_A: int32, how many of the T tokens are real; 0 leaves a row as it is.
     cache: what came before.  Donate it.
-    row_A, shards: which rows; see `cache.places`.
+    row_A: which rows; see `cache.places`.
     platform: see `config.Config`.
 
   Returns:
@@ -137,7 +138,7 @@ def extend(params: dict, cfg: config.Text, x_ATD: jax.Array, pos_AXT: jax.Array,
     are dropped: the caller sees to it that there is room.
   """
   cos, sin = rope.mrope(pos_AXT, cfg.head_size, cfg.mrope_section, cfg.theta)
-  at = cache_lib.places(cache, n_new_A, x_ATD.shape[1], row_A, shards)
+  at = cache_lib.places(cache, n_new_A, x_ATD.shape[1], row_A)
 
   def block(carry, numbered):
     x, k_all, v_all = carry
@@ -148,6 +149,7 @@ def extend(params: dict, cfg: config.Text, x_ATD: jax.Array, pos_AXT: jax.Array,
     return (_finish(p, cfg, x, out), k_all, v_all), None
 
   numbered = (params["blocks"], jnp.arange(cfg.layers))
-  (x, k_all, v_all), _ = jax.lax.scan(block, (x_ATD, cache.k_LBKSH, cache.v_LBKSH), numbered)
+  x = sharding.constrain(x_ATD, "rows")
+  (x, k_all, v_all), _ = jax.lax.scan(block, (x, cache.k_LBKSH, cache.v_LBKSH), numbered)
   len_B = cache_lib.lengthened(cache.len_B, n_new_A, at)
   return layers.rms_norm(x, params["norm"], cfg.eps), cache_lib.Cache(k_all, v_all, len_B)

@@ -6,6 +6,7 @@ attention with a few full-attention blocks, 2x2 patch merger.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -15,7 +16,9 @@ from virl_jax import types
 from virl_jax.model import attention
 from virl_jax.model import layers
 from virl_jax.model import params as params_lib
+from virl_jax.model import patches
 from virl_jax.model import rope
+from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import config
 
 Spec = params_lib.ParamSpec
@@ -57,7 +60,7 @@ def specs(cfg: config.Vision) -> dict:
 
 
 def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jnp.float32, remat: bool = False,
-           platform: str = "cpu") -> jax.Array:
+           platform: str = "cpu", together: int = 0) -> jax.Array:
   """Merged vision tokens of a bucket of images.
 
   Args:
@@ -67,6 +70,8 @@ def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jn
     dtype: of the matrix products.
     remat: recompute blocks in the backward pass.
     platform: see `config.Config`.
+    together: patch slots of a device that are encoded at a time, at least an image's, and nothing but the result is
+      kept of them for the backward pass; 0 for all.
 
   Returns:
     [I, W * Q / merge^2, out] in `dtype`; `patches.layout` says which row is which token.
@@ -74,41 +79,94 @@ def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jn
 
   Source: Qwen2.5-VL, section 2.1.1.
   """
+  some = functools.partial(_encode, cfg=cfg, dtype=dtype, remat=remat, platform=platform)
+  if not together:
+    return some(params, images_)
   I, W, Q, _ = images_.patches_IWQC.shape
-  N, H = cfg.heads, cfg.head_size
-  x = layers.dense(images_.patches_IWQC.astype(dtype), params["patch_embed"])
-  cos, sin = rope.vision_rope(images_.rowcol_IWQ2, H)
+  shards = sharding.shards("rows") if I % sharding.shards("rows") == 0 else 1
+  each = I // shards
+  n = max(n for n in range(1, each + 1) if each % n == 0 and (n == 1 or n * W * Q <= together))
+  # Of each shard's images some: the rows of a part lie where they lay.
+  cut = lambda a: sharding.constrain(
+      a.reshape(shards, each // n, n, *a.shape[1:]).swapaxes(0, 1).reshape(each // n, shards * n, *a.shape[1:]),
+      None, "rows")
+  out = jax.lax.map(jax.checkpoint(functools.partial(some, params)), jax.tree.map(cut, images_))
+  out = out.reshape(each // n, shards, n, *out.shape[2:]).swapaxes(0, 1)
+  return sharding.constrain(out.reshape(I, *out.shape[3:]), "rows")
 
-  def run(x, blocks, full):
-    """Blocks of one kind, one after the other."""
-    rows_and_length = (I, W * Q) if full else (I * W, Q)  # attention stays within a row
-    together = (*rows_and_length, N, H)
-    mask = images_.mask_IWQ.reshape(rows_and_length)
-    # An image that is not cut has all its windows in a row.
-    windows = images_.window_IWQ[:, 0] if W == 1 and not full else None
 
+def _values(patches_IWQC: jax.Array, cfg: config.Vision) -> jax.Array:
+  """float32[I, W, Q, C]: normalised values of all frames; bytes by a table, and so exactly the reference's."""
+  if patches_IWQC.dtype != jnp.uint8:
+    return patches_IWQC
+  x = patches_IWQC.reshape(*patches_IWQC.shape[:3], 3, 1, -1)
+  table = jnp.asarray(patches.levels())
+  x = jnp.stack([table[x[..., colour, :, :].astype(jnp.int32), colour] for colour in range(3)], axis=3)
+  return jnp.broadcast_to(x, (*x.shape[:4], cfg.temporal, x.shape[-1])).reshape(*x.shape[:3], -1)
+
+
+def _encode(params, images_, cfg, dtype, remat, platform):
+  """`encode` of all at once."""
+  I, W, Q, _ = images_.patches_IWQC.shape
+  H, P = cfg.head_size, W * Q
+  flat = lambda a: a.reshape(I, P, *a.shape[3:])
+  x = flat(_values(images_.patches_IWQC, cfg)).astype(dtype)
+  x = sharding.constrain(layers.dense(x, params["patch_embed"]), "rows")
+  cos, sin = (flat(a) for a in rope.vision_rope(images_.rowcol_IWQ2, H))
+  window_IP = flat(images_.window_IWQ)
+
+  def run(x, blocks, cos, sin, see):
+    """Blocks of one kind, one after the other; `see(q, k, v)` attends."""
     def block(x, p):
       h = layers.rms_norm(x, p["norm1"], cfg.eps)
-      qkv = layers.dense(h, p["qkv_w"]) + p["qkv_b"].astype(dtype)[None, None, None]
-      q, k, v = (qkv[..., i, :, :] for i in range(3))
-      q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-      out = attention.attend(q.reshape(together), k.reshape(together), v.reshape(together), mask, causal=False,
-                             group_BT=windows, platform=platform)
-      out = out.reshape(I, W, Q, N, H)
-      x = x + layers.dense(out, p["proj_w"], 2) + p["proj_b"].astype(dtype)[None, None, None]
-      return x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p), None
+      qkv = layers.dense(h, p["qkv_w"]) + p["qkv_b"].astype(dtype)[None, None]
+      q, k, v = (sharding.constrain(qkv[:, :, i], "rows", None, "tensor") for i in range(3))
+      out = see(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
+      x = x + layers.dense(out, p["proj_w"], 2) + p["proj_b"].astype(dtype)[None, None]
+      x = sharding.constrain(x, "rows")
+      return sharding.constrain(x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p), "rows"), None
 
     return jax.lax.scan(jax.checkpoint(block) if remat else block, x, blocks)[0]
+
+  # An image that is not cut has all its windows in a row.
+  together = attention.rows_together(platform, Q, W)
+  rows = (I * W // together, together * Q) if W > 1 else (I, Q)
+  cut = lambda a: a.reshape(*rows, *a.shape[2:])
+  # A window's patches come first in its slots.
+  lengths = images_.mask_IWQ.sum(-1, dtype=jnp.int32).reshape(-1, 1) if W > 1 and together == 1 else None
+
+  def see_windows(q, k, v):
+    return attention.attend(cut(q), cut(k), cut(v), cut(window_IP), causal=False, lengths_BS=lengths,
+                            platform=platform).reshape(q.shape)
+
+  def see_all(q, k, v, lengths_I1=None):
+    return attention.attend(q, k, v, whole_IP, causal=False, lengths_BS=lengths_I1, platform=platform)
+
+  whole_IP = jnp.where(window_IP >= 0, 0, -1)
+  end_to_end = attention.choose(platform, dtype, P, H, True) == "cudnn"
+  if end_to_end:  # which wants no holes between the patches of an image
+    order_IP = jnp.argsort(window_IP < 0, axis=1, stable=True)
+    back_IP = jnp.argsort(order_IP, axis=1)
+    count_I1 = (window_IP >= 0).sum(1, dtype=jnp.int32)[:, None]
+    moved = lambda a, to: jnp.take_along_axis(a, to.reshape(I, P, *[1] * (a.ndim - 2)), axis=1)
+
+  def run_full(x, blocks):
+    if not end_to_end:
+      return run(x, blocks, cos, sin, see_all)
+    x = run(moved(x, order_IP), blocks, moved(cos, order_IP), moved(sin, order_IP),
+            functools.partial(see_all, lengths_I1=count_I1))
+    return moved(x, back_IP)
 
   # Runs of equal blocks are known beforehand: no branch, whose gradient would hold what both sides need.
   runs = [(full, len(list(same))) for full, same in itertools.groupby(i in cfg.full_blocks for i in range(cfg.depth))]
   leaves, tree = jax.tree.flatten(params["blocks"])
   split = zip(*(jax.lax.split(leaf, [n for _, n in runs]) for leaf in leaves))
   for (full, _), blocks in zip(runs, split):
-    x = run(x, tree.unflatten(blocks), full)
+    blocks = tree.unflatten(blocks)
+    x = run_full(x, blocks) if full else run(x, blocks, cos, sin, see_windows)
 
   m = params["merger"]
-  x = layers.rms_norm(x, m["norm"], cfg.eps).reshape(I, W * Q // cfg.merge ** 2, -1)
+  x = layers.rms_norm(x, m["norm"], cfg.eps).reshape(I, P // cfg.merge ** 2, -1)
   x = layers.dense(x, m["in_w"]) + m["in_b"].astype(dtype)[None, None]
-  x = jax.nn.gelu(x, approximate=False)
-  return layers.dense(x, m["out_w"]) + m["out_b"].astype(dtype)[None, None]
+  x = jax.nn.gelu(sharding.constrain(x, "rows", None, "tensor"), approximate=False)
+  return sharding.constrain(layers.dense(x, m["out_w"]) + m["out_b"].astype(dtype)[None, None], "rows")
