@@ -1,6 +1,7 @@
 """ViRL on Qwen2.5-VL-7B-Instruct.
 
     hf download Qwen/Qwen2.5-VL-7B-Instruct --local-dir=weights/Qwen2.5-VL-7B-Instruct
+    python -m virl_jax.plan --config=configs/v7b.py --topology=h100:8
     python -m virl_jax.train --config=configs/v7b.py --config.data.path=RECORDS.jsonl --workdir=runs/v7b
 
 RECORDS.jsonl holds one object a line: image, question, answers, boxes (pixels of the image file), options.
@@ -9,8 +10,8 @@ Shapes come from the checkpoint's own config.json.  Every number below says wher
     [NAME]       that project's published setting
     [ours]       chosen here; the paper's value is not published in what we have
 Never run end to end by us: no machine we have holds it.  State for full fine-tuning with float32 masters and
-AdamW is about 114 GiB before activations.  Its update was compiled for 8 x H100, 64 TPU v5e, 16 v5p and 16 v6e, and
-as it stands none of them takes it: a minibatch's activations, not the state, are what does not fit.
+AdamW is about 114 GiB before activations.  Compiled for 8 x H100 it fits; docs/scaling.md says what it takes there, and
+what is known of TPUs.
 """
 
 from virl_jax import config as config_lib

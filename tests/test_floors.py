@@ -9,8 +9,8 @@ ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "checks config shapes types data.order eval.outcome learner.checkpoint learner.pooled model.hf "
-    "model.outdir model.params model.rope report.curves report.trajectory run.caches run.compiles run.log "
-    "run.signals",
+    "model.outdir model.params model.rope report.curves report.trajectory run.caches run.compiles run.hlo "
+    "run.log run.signals run.topologies",
     "data.answers eval.monitors model.patches model.sharding report.gallery rl.advantage rl.credit "
     "rl.loss rl.reward rollout.slots run.ending run.workdir tiny.needle",
     "data.images model.attention model.cache model.layers run.hosts report.html rl.judge rollout.pack tiny.store",
@@ -18,12 +18,12 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table",
     "data.prompt model.qwen2_5.model",
     "model.family model.qwen tiny.demos tiny.tokenizer",
-    "model.head model.weights rollout.row run.memory tiny.curriculum",
+    "model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
     "learner.step rollout.sample run.load run.serving",
     "rollout.turns",
     "rollout.chunks run.setup",
-    "export warmstart rollout.engine",
-    "eval.harness rollout.dynamic",
+    "export warmstart rollout.engine run.programs",
+    "eval.harness plan rollout.dynamic",
     "train",
 )) for prefix in prefixes.split()]
 DEVICE_ONLY = {"__future__", "dataclasses", "flax", "jax", "virl_jax.checks", "virl_jax.rl"}

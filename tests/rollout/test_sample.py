@@ -12,6 +12,7 @@ from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import sample
 from virl_jax.run import hosts
+from virl_jax.run import memory
 
 PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32]]
 
@@ -200,6 +201,24 @@ def test_filters(small, keep, allowed):
   np.testing.assert_allclose(logp[:, 0], np.log(p[seen]), atol=1e-4)
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_weights_are_copied_once_for_rollouts(small, tensor):
+  """In the compute dtype, and not at all where they are right already."""
+  mesh = sharding.make(1, 8, 1)
+  params = jax.device_put(small.params, sharding.param_shardings(qwen.specs(small.cfg), mesh))
+  half = dataclasses.replace(small.cfg, compute_dtype="bfloat16")
+  rolled = sharding.replicas(mesh, tensor)
+  assert rolled.devices.ravel().tolist() == mesh.devices.ravel().tolist() and rolled.shape["tensor"] == tensor
+  got = sample.weights(params, half, rolled)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(params)):
+    assert a.dtype == jnp.bfloat16 and b.dtype == jnp.float32
+    np.testing.assert_array_equal(a, np.asarray(b).astype(jnp.bfloat16))
+  assert sample.weights(got, half, rolled) is got and sample.weights(params, small.cfg) is params
+  whole = sum(a.size * 2 for a in jax.tree.leaves(params))
+  held = memory.device_gib(got) * 2 ** 30
+  assert held == whole if tensor == 1 else whole / 2 < held < 0.8 * whole  # norms and the like are whole
+
+
 def test_rows_on_eight_devices(small):
   """Each device appends to its own rows, and nothing else changes."""
   mesh = sharding.make(data=4, fsdp=1, tensor=2)
@@ -208,7 +227,12 @@ def test_rows_on_eight_devices(small):
   state = sample.start(small.cfg, 8, 64, mesh)
   assert state.cache.k_LBKSH.sharding.is_equivalent_to(sharding.cache(mesh, small.cfg.text.kv_heads), 5)
   put = lambda c: hosts.place_rows(c, mesh)
-  params = jax.device_put(small.params, sharding.replicated(mesh))
+  # Trained in a layout of its own; where rollouts want it, no token waits for weights.
+  there = sharding.make(1, 4, 2)
+  trained = jax.device_put(small.params, sharding.param_shardings(qwen.specs(small.cfg), there))
+  params = sample.weights(trained, small.cfg, mesh)
+  jax.tree.map(lambda a, s: np.testing.assert_(a.sharding.is_equivalent_to(s, a.ndim)), params,
+               sharding.param_shardings(qwen.specs(small.cfg), mesh))
   # Two rows a lane, each lane in another order; one of lane 3's is for nobody.
   rows = np.array([0, 1, 1, 0, 0, 1, 1, 2], np.int32)
   order = [0, 1, 3, 2, 4, 5, 7]

@@ -1,0 +1,255 @@
+"""Says whether a configuration fits a machine and what it costs there, by compiling the real programs for it.
+
+    python -m virl_jax.plan --config=configs/v7b.py --topology=h100:8
+    python -m virl_jax.plan --config=configs/v7b.py --topology=v5e:8x8 --config.rollout.tensor=4 --json=plan.json
+
+Neither the machine nor the weights are needed: the model's shapes come from its folder, or from its name where there is
+no folder yet.  TPU topologies need the package libtpu, GPU ones the CUDA plugin (pip install 'virl-jax[plan]'); cpu:8
+needs nothing.  A compilation takes from seconds to many minutes, and one at a time is enough for a machine's memory.
+
+Where something does not fit, what would is looked for among a few overrides, each compiled before it is proposed.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+  from virl_jax.run import signals
+  signals.install()
+
+import copy
+import dataclasses
+import gc
+import json
+import os
+import re
+import time
+
+from absl import app
+from absl import flags
+from ml_collections import config_flags
+
+from virl_jax import config as config_lib
+from virl_jax.model import family
+from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import config as qwen
+from virl_jax.run import costs
+from virl_jax.run import hlo
+from virl_jax.run import programs
+from virl_jax.run import setup
+from virl_jax.run import topologies
+
+GIB = 2 ** 30
+# What to try where a program does not fit, one after the other, each on top of the ones before.
+_TRAINING = (("model.remat", True), ("model.patches_together", 32768), ("model.patches_together", 16384),
+             ("model.patches_together", 8192))
+_ROLLOUTS = (("rollout.tensor", 2), ("rollout.tensor", 4), ("engine.slots", 0.5), ("engine.slots", 0.25))
+_TRIES = {"update": _TRAINING, "score": _TRAINING} | dict.fromkeys(
+    ("copy", "prefill", "append", "decode", "restart"), _ROLLOUTS)
+
+
+@dataclasses.dataclass
+class Row:
+  """What came of compiling a program; bytes are a device's.
+
+  Attributes:
+    ok: whether it compiles and fits.
+    peak_gib, arguments_gib, temporaries_gib: as the compiler has them.
+    collective_gib: received from other devices; loops whose length is not known beforehand count once: of `update` and
+      `score` a microbatch, of `decode` a token.
+    largest_gib: of any one collective's result.
+    collectives: `collective_gib` by kind.
+    attention: which kernels it calls; empty for XLA's own products.
+    flops, bytes_read: of a turn of such a loop, on all devices and of a device's memory.
+    seconds, tokens_s, mfu: by the slowest of products, memory and links; None where speeds are not known.
+    compile_s: how long it took.
+    error: why it is not ok, or "".
+  """
+
+  ok: bool
+  peak_gib: float = 0.0
+  arguments_gib: float = 0.0
+  temporaries_gib: float = 0.0
+  collective_gib: float = 0.0
+  largest_gib: float = 0.0
+  collectives: dict = dataclasses.field(default_factory=dict)
+  attention: list = dataclasses.field(default_factory=list)
+  flops: float = 0.0
+  bytes_read: float = 0.0
+  seconds: float | None = None
+  tokens_s: float | None = None
+  mfu: float | None = None
+  compile_s: float = 0.0
+  error: str = ""
+
+
+def model_of(c: config_lib.ConfigDict) -> family.Config:
+  """The base's shapes: from its folder, or by the size in its name.
+
+  Raises:
+    ValueError: there is neither.
+  """
+  path = c.model.path
+  if path == "@tiny" or os.path.isfile(os.path.join(path, "config.json")):
+    from virl_jax.run import load
+    return weights.read_config(load.model_dir(path))
+  size = re.search(r"(\d+b)\b", os.path.basename(path.rstrip("/")).lower())
+  if not size or size.group(1) not in qwen.SIZES:
+    raise ValueError(f"config.model.path must be a checkpoint's folder, or have one of the released sizes in its name "
+                     f"({', '.join(qwen.SIZES)}), so that its shapes are known. Received: {path!r}")
+  return qwen.SIZES[size.group(1)]
+
+
+def compiled(c: config_lib.ConfigDict, topology: topologies.Topology, devices: list, name: str) -> Row:
+  """Compiles one program of a configuration.
+
+  Args:
+    c: the configuration.
+    topology: what it is compiled for.
+    devices: its stand-ins.
+    name: of `programs.NAMES`.
+
+  Raises:
+    ValueError: the configuration does not fit the model or the devices.
+  """
+  p = setup.assemble(c, model_of(c), None, "", devices)
+  began = time.perf_counter()
+  # Triton searches tiles by running them.
+  options = {"xla_gpu_enable_triton_gemm": False} if topology.chip.platform == "gpu" else {}
+  try:
+    done = programs.lowered(c, p, name, programs.work(c))().compile(compiler_options=options)
+  except Exception as e:  # the compiler's verdict: a TPU's refuses what does not fit
+    return Row(False, compile_s=time.perf_counter() - began, error=_reason(e))
+  memory, text = done.memory_analysis(), done.as_text()
+  traffic = hlo.traffic(text)
+  work = programs.cost(c, p, name, programs.work(c))
+  operations = costs.flops(p.step.model, work)
+  least = costs.seconds(topology.chip, topology.count, operations, work.bytes_device, traffic.total)
+  known = least == least and least > 0
+  peak = memory.peak_memory_in_bytes / GIB
+  if topology.chip.platform == "cpu":  # which tells of less than there is
+    peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB
+  fits = peak <= topology.chip.memory_gib
+  return Row(
+      ok=fits, peak_gib=peak, arguments_gib=memory.argument_size_in_bytes / GIB,
+      temporaries_gib=memory.temp_size_in_bytes / GIB, collective_gib=traffic.total / GIB,
+      largest_gib=traffic.largest / GIB, collectives={k: v / GIB for k, v in traffic.kinds.items()},
+      attention=hlo.kernels(text), flops=operations, bytes_read=work.bytes_device, seconds=least if known else None,
+      tokens_s=work.tokens / least if known and work.tokens else None,
+      mfu=operations / topology.count / topology.chip.flops / least if known else None,
+      compile_s=time.perf_counter() - began,
+      error="" if fits else f"needs {peak:.1f} GiB of {topology.chip.memory_gib:.1f}")
+
+
+def plan(c: config_lib.ConfigDict, topology: topologies.Topology, names: tuple[str, ...] = programs.NAMES,
+         tell=lambda name, row: None) -> dict:
+  """Compiles the programs, and looks for what helps where one does not fit.
+
+  Args:
+    c: the configuration.
+    topology: the machine.
+    names: which programs.
+    tell: called with each program's name and `Row` as it comes.
+
+  Returns:
+    What --json writes: "programs" by name, "fits", "advice", "kinds" (GiB of a device by what they are), "topology",
+    "config".
+
+  Raises:
+    ValueError: the configuration does not fit the model or the devices.
+  """
+  devices = topologies.devices(topology)
+  p = setup.assemble(c, model_of(c), None, "", devices)
+  rows, advice = {}, []
+  for name in names:
+    rows[name] = compiled(c, topology, devices, name)
+    tell(name, rows[name])
+    gc.collect()
+  bad = [name for name in names if not rows[name].ok]
+  for group in (_TRAINING, _ROLLOUTS):
+    failing = [name for name in bad if _TRIES[name] is group]
+    if failing:
+      advice += _helps(c, topology, devices, failing, group)
+  return {"topology": topology.name, "config": c.to_dict(), "fits": not bad,
+          "programs": {name: dataclasses.asdict(row) for name, row in rows.items()},
+          "kinds": programs.kinds(c, p, programs.work(c)), "advice": advice}
+
+
+def _helps(c, topology, devices, failing: list[str], tries) -> list[str]:
+  """Overrides with which these programs compile and fit, or a line that says that none of those tried does."""
+  found, trial = {}, copy.deepcopy(c)
+  for key, value in tries:
+    section, _, knob = key.partition(".")
+    if isinstance(value, float):  # a share of what there is
+      value = int(trial[section][knob] * value)
+    if value == c[section][knob] or isinstance(value, int) and value < 1:
+      continue
+    trial[section][knob] = found[key] = value
+    try:
+      if all(compiled(trial, topology, devices, name).ok for name in failing):
+        return [f"--config.{k}={v}" for k, v in found.items()]
+    except ValueError:  # the model's heads do not divide, say
+      trial[section][knob] = c[section][knob]
+      found.pop(key)
+  tried = ", ".join(f"{k}={v}" for k, v in found.items())
+  return [f"{' and '.join(failing)}: nothing that was tried fits ({tried}): take more devices"]
+
+
+def _reason(e: Exception) -> str:
+  """A compiler's complaint in a line."""
+  text = " ".join(str(e).split())
+  found = re.search(r"Ran out of memory.*?exceeds available \w+ \([^)]*\)", text)
+  return (found.group(0) if found else f"{type(e).__name__}: {text}")[:300]
+
+
+def table(result: dict) -> str:
+  """The result for people."""
+  lines = [f"{'program':8s} {'peak':>7s} {'args':>7s} {'temps':>7s} {'coll':>8s}  {'least s':>8s} {'tokens/s':>9s} "
+           f"{'MFU':>5s} {'compiled':>9s}  attention"]
+  for name, r in result["programs"].items():
+    if r["error"] and not r["peak_gib"]:
+      lines.append(f"{name:8s} does not compile: {r['error']}")
+      continue
+    number = lambda value, form: format(value, form) if value is not None else "-"
+    lines.append(f"{name:8s} {r['peak_gib']:7.2f} {r['arguments_gib']:7.2f} {r['temporaries_gib']:7.2f} "
+                 f"{r['collective_gib']:8.3f}  {number(r['seconds'], '.4f'):>8s} {number(r['tokens_s'], ',.0f'):>9s} "
+                 f"{number(r['mfu'], '.2f'):>5s} {r['compile_s']:7.0f} s  {', '.join(r['attention']) or 'XLA'}"
+                 + (f"  {r['error']}" if r["error"] else ""))
+  return "\n".join(lines)
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+  flags.DEFINE_string("topology", None, "What to compile for: h100:8, v5e:8x8, v5p:2x2x4, v6e:4x4, cpu:8.",
+                      required=True, flag_values=values)
+  flags.DEFINE_string("json", None, "A file for the figures.", flag_values=values)
+  flags.DEFINE_list("programs", list(programs.NAMES), "Which of them.", flag_values=values)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  args = flags.FLAGS
+  with setup.told():
+    setup.config_file(args)
+    topology = topologies.parse(args.topology)
+    unknown = sorted(set(args.programs) - set(programs.NAMES))
+    if unknown:
+      raise ValueError(f"--programs must be among {', '.join(programs.NAMES)}. Received: {', '.join(unknown)}")
+    topologies.prepare(topology)
+    chip = topology.chip
+    print(f"{topology.count} x {chip.kind}, {chip.memory_gib} GiB each; assumed: {chip.flops:.3g} operations/s, "
+          f"{chip.bandwidth:.3g} bytes/s of memory, {chip.link:.3g} bytes/s over links", flush=True)
+    result = plan(args.config, topology, tuple(args.programs),
+                  lambda name, row: print(f"  {name}: {'fits' if row.ok else row.error}, {row.compile_s:.0f} s",
+                                          flush=True))
+    print("\n" + table(result) + "\n\n" + "  ".join(f"{k} {v:.2f} GiB" for k, v in result["kinds"].items()))
+    print("fits" if result["fits"] else "does not fit: try " + " ".join(result["advice"]), flush=True)
+    if args.json:
+      with open(args.json, "w") as f:
+        json.dump(result, f, indent=1)
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main, flags_parser=setup.parse)

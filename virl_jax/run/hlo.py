@@ -1,0 +1,163 @@
+"""What a compiled program does, read off its text: collectives, how often, and which kernels attend."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
+          "u64": 8, "f64": 8}
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+          "collective-broadcast")
+_SHAPE = re.compile(r"\b(%s)\[([\d,]*)\]" % "|".join(_BYTES))
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(r"(?:to_apply|body|condition|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\})")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+KERNELS = {"cudnn": ("__cudnn$fmha", "cudnn$fmhaSoftmax", "__cudnn$fhma"), "splash": ("splash",),
+           "mosaic": ("tpu_custom_call",), "triton": ("__gpu$xla.gpu.triton", "triton_kernel_call")}
+
+
+@dataclasses.dataclass
+class Traffic:
+  """Bytes that a device receives.
+
+  Attributes:
+    kinds: of each kind of collective, in all; loops whose length is not known count once.
+    open_kinds: the part of it that is within such a loop, for one turn of it.
+    largest: bytes of the largest array that any collective gives.
+  """
+
+  kinds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  open_kinds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  largest: int = 0
+
+  @property
+  def total(self) -> int:
+    """Of all kinds."""
+    return sum(self.kinds.values())
+
+
+def traffic(text: str) -> Traffic:
+  """The collectives of a compiled module.
+
+  Args:
+    text: as `jax.stages.Compiled.as_text` gives it.
+  """
+  bodies, entry = _computations(text)
+  own: dict[str, dict] = {}
+  found: dict[str, Traffic] = {}
+
+  def direct(name: str) -> dict[tuple, tuple[str, int, int]]:
+    """Collectives of a computation and of the fusions in it, by channel: TPU's asynchronous ones stand in several."""
+    if name not in own:
+      own[name] = {}
+      for i, line in enumerate(bodies.get(name, ())):
+        kind, received, result = _received(line)
+        if kind:
+          channel = _CHANNEL.search(line)
+          own[name][(channel.group(1), kind, result) if channel else (name, i)] = kind, received, result
+        if " fusion(" in line or " call(" in line:
+          for other in _called(line):
+            own[name] |= direct(other)
+    return own[name]
+
+  def of(name: str) -> Traffic:
+    if name in found:
+      return found[name]
+    sums = found[name] = Traffic()
+    for kind, received, result in direct(name).values():
+      sums.kinds[kind] += received
+      sums.largest = max(sums.largest, result)
+    for line in bodies.get(name, ()):
+      loop = " while(" in line
+      if not loop and (" fusion(" in line or " call(" in line):
+        nested = [of(other) for other in _called(line) if any(" while(" in one for one in bodies.get(other, ()))]
+        times = 1
+      else:
+        nested, times = [of(other) for other in _called(line)], (_trips(line, bodies) or 1) if loop else 1
+      opens = loop and _trips(line, bodies) is None
+      for inner in nested:
+        for key, value in inner.kinds.items():
+          sums.kinds[key] += times * value
+        for key, value in (inner.kinds if opens else inner.open_kinds).items():
+          sums.open_kinds[key] += times * value
+        sums.largest = max(sums.largest, inner.largest)
+    return sums
+
+  return of(entry)
+
+
+def _called(line: str) -> list[str]:
+  """The computations that an instruction calls."""
+  return _CALLED.findall(line) + [b.strip().lstrip("%") for bs in _BRANCHES.findall(line) for b in bs.split(",")]
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
+  """How often a while loop turns, where the text tells: GPU's says so, TPU's compares a counter with a constant."""
+  if said := _TRIPS.search(line):
+    return int(said.group(1))
+  condition = _CONDITION.search(line)
+  lines = bodies.get(condition.group(1), []) if condition else []
+  bounds = [int(n) for one in lines for n in _BOUND.findall(one)]
+  if len(bounds) == 1 and sum("compare(" in one for one in lines) == 1 and not any(" and(" in one for one in lines):
+    return bounds[0]
+  return None
+
+
+def kernels(text: str) -> list[str]:
+  """Which of `KERNELS` a compiled module calls."""
+  return [name for name, marks in KERNELS.items() if any(mark in text for mark in marks)]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """The lines of each computation, and which is the entry."""
+  bodies, entry, here = {}, "", None
+  for line in text.splitlines():
+    if head := _COMPUTATION.match(line):
+      here = bodies.setdefault(head.group(2), [])
+      entry = head.group(2) if head.group(1) else entry
+    elif line.rstrip() == "}":
+      here = None
+    elif here is not None and _INSTRUCTION.match(line):
+      here.append(line)
+  return bodies, entry
+
+
+def _received(line: str) -> tuple[str | None, int, int]:
+  """Kind of a collective, bytes that a device receives by it, and of the largest array that comes out; None if the
+  line has none."""
+  what = _INSTRUCTION.match(line).group(2)
+  found = re.search(r"\s(%s)(-start)?\(" % "|".join(_KINDS), " " + what)
+  if not found:
+    return None, 0, 0
+  kind, started = found.group(1), found.group(2)
+  shapes = [_BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
+            for dtype, dims in _SHAPE.findall((" " + what)[:found.start()])]
+  if started and kind != "all-reduce" and len(shapes) > 1:  # operands are in the result, too
+    shapes = shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2:]
+  result = sum(shapes)
+  n = _group_size(what)
+  share = (n - 1) / n if n > 1 else 0.0
+  received = {"all-gather": result * share, "all-reduce": 2 * result * share, "reduce-scatter": result * (n - 1),
+              "all-to-all": result * share, "ragged-all-to-all": result * share}.get(kind, result)
+  return kind, int(received), max(shapes, default=0)
+
+
+def _group_size(what: str) -> int:
+  """Over how many devices a collective goes."""
+  if mesh := _MESH.search(what):
+    sizes = dict(axis.split("=") for axis in mesh.group(1).split(","))
+    return math.prod(int(sizes[name.strip()]) for name in mesh.group(2).split(",") if name.strip())
+  groups = _GROUPS.search(what)
+  if not groups:
+    return 2
+  return int(groups.group(2)) if groups.group(2) else len((groups.group(3) or "0").split(","))

@@ -1,0 +1,281 @@
+"""The programs that a run compiles, with the shapes of their arguments and nothing allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from virl_jax import config as config_lib
+from virl_jax import shapes
+from virl_jax import types
+from virl_jax.learner import step as step_lib
+from virl_jax.model import cache as cache_lib
+from virl_jax.model import family
+from virl_jax.model import patches
+from virl_jax.model import sharding
+from virl_jax.rollout import pack
+from virl_jax.rollout import sample
+from virl_jax.run import costs
+from virl_jax.run import setup
+
+NAMES = ("update", "score", "copy", "prefill", "append", "decode", "restart")
+_BOXES = 4  # ground-truth boxes of a task, J
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What a step is taken to be like, beside what the configuration says.
+
+  Attributes:
+    trajectory_tokens: mean length of a trajectory.
+    crops: of a trajectory, all of the largest size, as is the image.
+  """
+
+  trajectory_tokens: int
+  crops: int = 2
+
+
+def work(c: config_lib.ConfigDict) -> Work:
+  """Trajectories half as long as they may be."""
+  return Work(c.rollout.max_total_tokens // 2)
+
+
+def lowered(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> Callable[[], jax.stages.Lowered]:
+  """A program of `NAMES`, traced for the mesh that the pieces have.
+
+  Args:
+    c: the configuration.
+    p: made of it for some devices, real ones or not.
+    name: which.
+    work: what a step is like.
+
+  Returns:
+    What traces it when called.
+  """
+  make = {"update": _update, "score": _score, "copy": _copy, "prefill": _prefill, "append": _append,
+          "decode": _decode, "restart": _restart}[name]
+  return functools.partial(make, c, p, work)
+
+
+# --- training --------------------------------------------------------------------------------------------------
+
+
+def _update(c, p, work):
+  batch = _batch(c, p, work)
+  B, T = batch.tokens_BT.shape
+  row = lambda *shape: _spec((B, *shape), jnp.float32, sharding.rows(p.mesh))
+  gae = c.advantage.kind == "gae"
+  scored = types.ScoredBatch(
+      batch, None if p.step.single_update and not (gae or c.loss.kl_in_reward) else row(T),
+      row(T) if c.loss.kl_coef or not p.step.single_update else None, row(T), row(p.pack.max_rounds),
+      row(p.pack.max_rounds), row(p.pack.max_rounds), row(), row(), row(T) if gae else None, row(T) if gae else None)
+  return step_lib.update_step.lower(_state(c, p), scored, p.step)
+
+
+def _score(c, p, work):
+  ref = _params(p, c.model.dtype, p.mesh) if c.loss.kl_coef else None
+  return step_lib._read.lower(_state(c, p), ref, _batch(c, p, work), p.step, np.float32(c.reward.h0))
+
+
+def _params(p, dtype: str, mesh):
+  specs = family.of(p.step.model).specs(p.step.model)
+  return jax.tree.map(lambda a, s: _spec(a.shape, a.dtype, s), family.abstract_params(p.step.model, dtype),
+                      sharding.param_shardings(specs, mesh))
+
+
+def _state(c, p) -> step_lib.TrainState:
+  params, whole = _params(p, c.model.dtype, p.mesh), sharding.replicated(p.mesh)
+  opt = step_lib.optimizer(p.step.optim)
+  opt_state = optax.tree.map_params(
+      opt, lambda a, q: _spec(a.shape, a.dtype, q.sharding), jax.eval_shape(opt.init, params), params,
+      transform_non_params=lambda a: _spec(a.shape, a.dtype, whole))
+  critic = critic_state = None
+  if c.advantage.kind == "gae":
+    width = p.step.model.text.hidden
+    critic = {"w": _spec((width,), jnp.float32, whole), "b": _spec((1,), jnp.float32, whole)}
+    critic_state = jax.tree.map(lambda a: _spec(a.shape, a.dtype, whole),
+                                jax.eval_shape(step_lib.critic_optimizer(p.step.optim).init, critic))
+  return step_lib.TrainState(_spec((), jnp.int32, whole), params, opt_state, _spec((), jnp.float32, whole), critic,
+                             critic_state)
+
+
+def _batch(c, p, work) -> types.Batch:
+  """A minibatch whose microbatches are full."""
+  B = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
+  T = _width(c)
+  R, J, shards = p.pack.max_rounds, _BOXES, sharding.row_shards(p.mesh)
+  at_once, M = rows_of(c, p, work)
+  row = lambda dtype, *shape: _spec((B, *shape), dtype, sharding.rows(p.mesh))
+  micro = lambda dtype, *shape: _spec((M, *shape), dtype, sharding.rows(p.mesh, 1))
+  i32, f32 = jnp.int32, jnp.float32
+  each = max(1, round(at_once * T / work.trajectory_tokens))  # trajectories of a shard's microbatch
+  shown, crops = pack.image_counts(p.pack, at_once, each, each * work.crops)
+  images = tuple(_images(p, limit, count * shards, micro) for count, limit in (
+      (shown, c.image.max_pixels), (crops, c.image.crop_max_pixels)))
+  return types.Batch(
+      tokens_BT=row(i32, T), valid_BT=row(bool, T), sampled_BT=row(bool, T), pos_BXT=row(i32, 3, T),
+      vision_BT=row(i32, T), logp_sampler_BT=row(f32, T), action_BT=row(i32, T), box_BR4=row(f32, R, 4),
+      box_mask_BR=row(bool, R), gt_BJ4=row(f32, J, 4), gt_mask_BJ=row(bool, J), answer_B=row(f32), format_B=row(f32),
+      answerable_B=row(bool), row_mask_B=row(bool),
+      rows=types.Rows(micro(i32, at_once * shards, T),
+                      micro(i32, at_once * shards, pack.MAX_JOINED if c.pack.join_rows else 1), images),
+      order_B=row(i32) if shards > 1 else None)
+
+
+def _width(c) -> int:
+  """T of the longest rows."""
+  return shapes.up(c.rollout.max_total_tokens, c.pack.pad_tokens * (4 if c.pack.join_rows else 1))
+
+
+def rows_of(c, p, work) -> tuple[int, int]:
+  """Rows of a shard's microbatch, and microbatches of a minibatch."""
+  B = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
+  T = _width(c)
+  each = B // sharding.row_shards(p.mesh)
+  rows = math.ceil(each * work.trajectory_tokens / T) if c.pack.join_rows else each
+  if not c.learner.microbatch_tokens:
+    return rows, 1
+  at_once = min(c.learner.microbatch_tokens // T, rows)
+  return at_once, shapes.least(-(-rows // at_once), shapes.counts(-(-each // at_once)))
+
+
+def _images(p, max_pixels: int, count: int, spec) -> types.ImageBatch:
+  """So many images of the largest size, square."""
+  grid = p.pack.grid
+  side = max(1, math.isqrt(max_pixels) // grid.factor)
+  windows, cells = patches.bucket((math.ceil(side / grid.window) ** 2, side ** 2), grid)
+  shape = count, windows, cells * grid.merge ** 2
+  return types.ImageBatch(spec(jnp.uint8, *shape, grid.bytes), spec(jnp.int32, *shape), spec(jnp.int32, *shape, 2))
+
+
+# --- rollouts --------------------------------------------------------------------------------------------------
+
+
+def _copy(c, p, work):
+  return sample.copy.lower(_params(p, c.model.dtype, p.mesh), jnp.dtype(c.model.compute_dtype),
+                           tuple(jax.tree.leaves(sharding.param_shardings(
+                               family.of(p.step.model).specs(p.step.model), p.policy.mesh))))
+
+
+def _weights(c, p):
+  return _params(p, c.model.compute_dtype, p.policy.mesh)
+
+
+def _slots(c, p) -> int:
+  """Of a shard."""
+  return -(-(c.engine.slots or c.rollout.prompts * c.rollout.group_size) // sharding.row_shards(p.policy.mesh))
+
+
+def _rollout(c, p) -> sample.State:
+  mesh, model = p.policy.mesh, p.policy.model
+  rows = _slots(c, p) * sharding.row_shards(mesh)
+  state = jax.eval_shape(lambda: sample.start(model, rows, shapes.up(c.rollout.max_total_tokens, cache_lib.BLOCK)))
+  kv = sharding.cache(mesh, model.text.kv_heads)
+  return jax.tree.map(lambda a: _spec(a.shape, a.dtype, kv if a.ndim == 5 else sharding.rows(mesh)), state)
+
+
+def _chunk(c, p, rows: int, tokens: int, max_pixels: int) -> sample.Chunk:
+  A = rows * sharding.row_shards(p.policy.mesh)
+  row = lambda dtype, *shape: _spec((A, *shape), dtype, sharding.rows(p.policy.mesh))
+  i32 = jnp.int32
+  images = _images(p, max_pixels, A, lambda dtype, count, *shape: row(dtype, *shape))
+  return sample.Chunk(row(i32, tokens), row(i32), row(i32, 3, tokens), row(i32), row(i32, tokens), (images,), row(i32),
+                      row(i32))
+
+
+def _prefill_chunk(c, p) -> sample.Chunk:
+  rows = max(shapes.row_sizes(-(-_slots(c, p) // c.rollout.group_size), c.engine.append_ratio))
+  shown = c.image.max_pixels // p.pack.grid.factor ** 2
+  tokens = min(shapes.up(shown + 512, c.engine.pad_tokens), shapes.up(c.rollout.max_total_tokens, cache_lib.BLOCK))
+  return _chunk(c, p, rows, tokens, c.image.max_pixels)
+
+
+def _prefill(c, p, work):
+  return sample.append.lower(_weights(c, p), p.policy.model, _rollout(c, p), _prefill_chunk(c, p), True,
+                             mesh=p.policy.mesh)
+
+
+def _append_chunk(c, p) -> sample.Chunk:
+  rows = max(shapes.row_sizes(_slots(c, p), c.engine.append_ratio))
+  crop = c.image.crop_max_pixels // p.pack.grid.factor ** 2
+  tokens = shapes.least(crop + 32, shapes.token_sizes(c.engine.token_steps))
+  return _chunk(c, p, rows, tokens, c.image.crop_max_pixels)
+
+
+def _append(c, p, work):
+  return sample.append.lower(_weights(c, p), p.policy.model, _rollout(c, p), _append_chunk(c, p), mesh=p.policy.mesh)
+
+
+def _decode(c, p, work):
+  A = _slots(c, p) * sharding.row_shards(p.policy.mesh)
+  row = lambda: _spec((A,), jnp.int32, sharding.rows(p.policy.mesh))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return sample.decode.lower(_weights(c, p), p.policy.model, _rollout(c, p), sample.Writers(*(row() for _ in range(4))),
+                             key, np.float32(1.0), c.engine.segment_tokens, np.int32(1), p.policy.rollout.keep,
+                             mesh=p.policy.mesh)
+
+
+def _restart(c, p, work):
+  A = _slots(c, p) * sharding.row_shards(p.policy.mesh)
+  row = lambda: _spec((A,), jnp.int32, sharding.rows(p.policy.mesh))
+  length = shapes.up(c.rollout.max_total_tokens, cache_lib.BLOCK)
+  return sample.restart.lower(_rollout(c, p), row(), row(), row(), row(), width=length, mesh=p.policy.mesh)
+
+
+def _spec(shape, dtype, where) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+# --- what they cost --------------------------------------------------------------------------------------------
+
+
+def cost(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> costs.Work:
+  """What a program does on all devices together: of `update` and `score` in a microbatch, of `decode` in a step."""
+  compute = jnp.dtype(c.model.compute_dtype).itemsize
+  held = lambda mesh, size: _device_bytes(_params(p, c.model.dtype, mesh)) // jnp.dtype(c.model.dtype).itemsize * size
+  if name in ("update", "score"):
+    rows, (at_once, _) = sharding.row_shards(p.mesh), rows_of(c, p, work)
+    tokens = float(rows * at_once * _width(c))
+    batch = _batch(c, p, work)
+    remat = 1 if c.model.remat else 0
+    update = name == "update"
+    passes = 3.0 + remat if update else 1.0
+    again = 1.0 if update and c.model.patches_together else 0.0
+    slots = sum(math.prod(b.window_IWQ.shape[1:]) for b in batch.rows.images)
+    biggest = max(math.prod(b.window_IWQ.shape[2:]) for b in batch.rows.images)
+    return costs.Work(tokens, work.trajectory_tokens / 2, tokens, slots, biggest, passes, passes + again,
+                      passes * held(p.mesh, compute) * p.mesh.shape["fsdp"])
+  if name == "copy":
+    return costs.Work(0.0, bytes_device=held(p.policy.mesh, compute))
+  slots = _slots(c, p) * sharding.row_shards(p.policy.mesh)
+  weights = held(p.policy.mesh, compute)
+  cache = _device_bytes(_rollout(c, p).cache)
+  if name == "decode":  # half of the cache is filled
+    return costs.Work(float(slots), c.rollout.max_total_tokens / 2, float(slots), bytes_device=weights + cache / 2)
+  if name == "restart":
+    return costs.Work(0.0, bytes_device=float(cache))
+  chunk = _prefill_chunk(c, p) if name == "prefill" else _append_chunk(c, p)
+  A, T = chunk.tokens_AT.shape
+  context = T / 2 if name == "prefill" else c.rollout.max_total_tokens / 2
+  image = math.prod(chunk.images[0].window_IWQ.shape[1:])
+  return costs.Work(float(A * T), context, 0.0, float(A * image), float(image), bytes_device=weights + cache / 2)
+
+
+def kinds(c: config_lib.ConfigDict, p: setup.Pieces, work: Work) -> dict[str, float]:
+  """GiB of a device by what they are: what training holds, and what rollouts do."""
+  state = _state(c, p)
+  found = {"parameters": state.params, "optimizer": state.opt_state, "batch": _batch(c, p, work),
+           "reference": _params(p, c.model.dtype, p.mesh) if c.loss.kl_coef else (),
+           "rollout weights": _weights(c, p), "cache": _rollout(c, p).cache}
+  return {name: _device_bytes(tree) / 2 ** 30 for name, tree in found.items()}
+
+
+def _device_bytes(tree) -> int:
+  return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
