@@ -11,7 +11,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, 
           "u64": 8, "f64": 8}
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
           "collective-broadcast")
-_SHAPE = re.compile(r"\b(%s)\[([\d,]*)\]" % "|".join(_BYTES))
+_SHAPE = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
+_COLLECTIVE = re.compile(rf"\s({'|'.join(_KINDS)})(-start)?\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(?:to_apply|body|condition|calls|true_computation|false_computation)=%?([\w.\-]+)")
@@ -136,7 +137,7 @@ def _received(line: str) -> tuple[str | None, int, int]:
   """Kind of a collective, bytes that a device receives by it, and of the largest array that comes out; None if the
   line has none."""
   what = _INSTRUCTION.match(line).group(2)
-  found = re.search(r"\s(%s)(-start)?\(" % "|".join(_KINDS), " " + what)
+  found = _COLLECTIVE.search(" " + what)
   if not found:
     return None, 0, 0
   kind, started = found.group(1), found.group(2)
