@@ -13,7 +13,7 @@ from virl_jax.model import family
 from virl_jax.model import layers
 from virl_jax.model import sharding
 
-LOGITS = 2 ** 27  # most logits of a device that exist at a time
+LOGITS = 2 ** 26  # most logits of a device that exist at a time
 
 
 def policy_logits(params: dict, cfg: family.Config, hidden_BTD: jax.Array, temperature: float) -> jax.Array:

@@ -66,8 +66,10 @@ def param_shardings(specs: dict, mesh: Mesh) -> dict:
 
 
 def context(mesh: Mesh | None):
-  """A `with` block, within which `constrain` and `locally` know of the mesh; None: of none."""
-  return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+  """A `with` block, within which `constrain` and `locally` know of the mesh; None, or one device: of none."""
+  if mesh is None or mesh.size == 1:
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def shards(name: str) -> int:
