@@ -38,8 +38,8 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
-        # Compilers for machines that are not here.  One jaxlib takes one libtpu.
-        "plan": ["jax[cuda12]", "libtpu"],
+        # Compilers for machines that are not here; gigabytes.
+        "plan": ["jax[cuda12,tpu]"],
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],
         "tensorboard": ["tensorboard>=2.17", "tensorboardX>=2.6"],  # to look, to write

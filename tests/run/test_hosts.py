@@ -1,9 +1,12 @@
 """Arrays on the mesh and back; two processes together are tested in rollout/test_engine.py."""
 
+import dataclasses
+
 import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from virl_jax import types
 from virl_jax.model import sharding
 from virl_jax.run import hosts
 
@@ -17,6 +20,17 @@ def test_rows_are_split_over_data_and_fsdp():
   assert {s.data.shape for s in placed["rows"].addressable_shards} == {(2, 3)}
   assert placed["odd"].sharding.is_fully_replicated and placed["scalar"].sharding == sharding.replicated(mesh)
   jax.tree.map(np.testing.assert_array_equal, placed, tree)
+
+
+def test_a_batch_is_split_by_trajectories_and_its_microbatches_by_rows():
+  mesh = sharding.make(1, 4, 2)
+  fields = {f.name: np.zeros((8, 2)) for f in dataclasses.fields(types.Batch)}
+  images = (types.ImageBatch(np.zeros((3, 4, 1, 4, 3), np.uint8), np.zeros((3, 4, 1, 4)), np.zeros((3, 4, 1, 4, 2))),)
+  rows = types.Rows(np.zeros((3, 4, 16)), np.zeros((3, 4, 1)), images)
+  placed = hosts.place_batch(types.Batch(**fields | {"rows": rows, "order_B": None}), mesh)
+  assert placed.tokens_BT.sharding.spec == P(("data", "fsdp"))
+  for leaf in jax.tree.leaves(placed.rows):
+    assert leaf.sharding.spec == P(None, ("data", "fsdp")) and leaf.addressable_shards[0].data.shape[:2] == (3, 1)
 
 
 def test_what_is_put_on_the_mesh_comes_back_in_order():
