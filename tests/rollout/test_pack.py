@@ -165,7 +165,7 @@ def test_a_shard_sees_the_images_of_its_own_rows():
   a, b = image(1, 2, 1.0), image(2, 1, 2.0)
   task, prompt = types.Task("t", b"", "?"), np.array([9, PAD, PAD], np.int32)
   made = [types.Trajectory(task, i, prompt, [], [im], correct=False) for i, im in enumerate((a, a, a, b))]
-  cfg = dataclasses.replace(CFG, pad_shown=1, pad_images=1, shards=2, microbatch_tokens=4)
+  cfg = dataclasses.replace(CFG, shards=2, microbatch_tokens=4, row_shown=1, row_crops=1)
   batch = pack.pack(made, cfg)
   assert batch.order_B.tolist() == [0, 2, 1, 3]  # dealt out one by one
   batch = pack.pack([made[i] for i in (0, 2, 1, 3)], cfg)

@@ -113,8 +113,8 @@ def _window_slots(grid_hw: tuple[int, int], grid: Grid) -> tuple[np.ndarray, np.
   return window, (r % side) * width + c % side
 
 
-def layout(images: list[types.ImageInput | None], grid: Grid, count: int | None = None, least: tuple[int, int] = (1, 1)
-           ) -> tuple[types.ImageBatch, list[np.ndarray]]:
+def layout(images: list[types.ImageInput | None], grid: Grid, count: int | None = None, least: tuple[int, int] = (1, 1),
+           like: types.ImageInput | None = None) -> tuple[types.ImageBatch, list[np.ndarray]]:
   """Lays images out for the vision tower, padded to a bucket.
 
   Args:
@@ -122,6 +122,7 @@ def layout(images: list[types.ImageInput | None], grid: Grid, count: int | None 
     grid: patch geometry.
     count: pad with empty images up to this many; None for as many as there are, at least one.
     least: an `extent` that the bucket is to hold, beside the images.
+    like: what kind of patches they are (see `types.ImageInput`) where there may be no image to tell; None: bytes.
 
   Returns:
     The batch (numpy leaves), and for each image int32[M]: where its merged tokens, row by row, stand in
@@ -136,7 +137,8 @@ def layout(images: list[types.ImageInput | None], grid: Grid, count: int | None 
   n_windows, n_cells = bucket(np.maximum(least, extent(images, grid)).tolist(), grid)
   per_cell = grid.merge ** 2
   shape = count, n_windows, n_cells * per_cell
-  like = next((im.patches_PC for im in images if im is not None), np.zeros((0, grid.bytes), np.uint8))
+  like = next((im for im in (*images, like) if im is not None), None)
+  like = np.zeros((0, grid.bytes), np.uint8) if like is None else like.patches_PC
   batch = types.ImageBatch(
       patches_IWQC=np.zeros((*shape, like.shape[1]), like.dtype),
       window_IWQ=np.full(shape, -1, np.int32),

@@ -306,7 +306,8 @@ def _images(trajectories, placed, cfg) -> tuple[tuple[types.ImageBatch, ...], di
     if max(map(len, parts)) > count:
       raise ValueError(f"row_{('shown', 'crops')[kind]} must be enough for each trajectory's images. Received: "
                        f"{(cfg.row_shown, cfg.row_crops)[kind]}")
-    laid = [patches.layout(list(part.values()), cfg.grid, count, extent) for part in parts]
+    some = next((im for part in parts for im in part.values()), None)
+    laid = [patches.layout(list(part.values()), cfg.grid, count, extent, some) for part in parts]
     for n, (part, (_, index)) in enumerate(zip(parts, laid)):
       where.update({(n, key): at + base for key, at in zip(part, index)})
     fields = ([getattr(batch, f.name) for batch, _ in laid] for f in dataclasses.fields(types.ImageBatch))
