@@ -34,6 +34,7 @@ from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import config as qwen
 from virl_jax.run import costs
 from virl_jax.run import hlo
+from virl_jax.run import load
 from virl_jax.run import programs
 from virl_jax.run import setup
 from virl_jax.run import topologies
@@ -90,7 +91,6 @@ def model_of(c: config_lib.ConfigDict) -> family.Config:
   """
   path = c.model.path
   if path == "@tiny" or os.path.isfile(os.path.join(path, "config.json")):
-    from virl_jax.run import load
     return weights.read_config(load.model_dir(path))
   size = re.search(r"(\d+b)\b", os.path.basename(path.rstrip("/")).lower())
   if not size or size.group(1) not in qwen.SIZES:

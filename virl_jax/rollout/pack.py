@@ -79,8 +79,7 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
   box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ = boxes(trajectories, cfg.max_rounds)
   answer_B, format_B = outcomes(trajectories)
   ids = [t.ids for t in trajectories]
-  # Joined rows are full whatever their width: one that fits all batches is one program less to compile.
-  T = shapes.up(max(map(len, ids)), cfg.pad_tokens * (4 if cfg.join else 1))
+  T = width(max(map(len, ids)), cfg.pad_tokens, cfg.join)
   f32 = np.float32
   b = types.Batch(
       tokens_BT=np.zeros((B, T), np.int32), valid_BT=np.zeros((B, T), bool), sampled_BT=np.zeros((B, T), bool),
@@ -110,6 +109,12 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
       at += len(turn.ids)
   return b.replace(rows=types.Rows(*_index(placed, [len(row) for row in ids], T, MAX_JOINED if cfg.join else 1),
                                    images))
+
+
+def width(longest: int, pad_tokens: int, join: bool) -> int:
+  """T of rows whose longest trajectory has so many tokens; the other two as in `Config`."""
+  # Joined rows are full whatever their width: one that fits all batches is one program less to compile.
+  return shapes.up(longest, pad_tokens * (4 if join else 1))
 
 
 def _credited(turn: types.Turn, scope: str) -> tuple[int, int]:

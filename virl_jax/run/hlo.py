@@ -79,18 +79,15 @@ def traffic(text: str) -> Traffic:
       sums.kinds[kind] += received
       sums.largest = max(sums.largest, result)
     for line in bodies.get(name, ()):
-      loop = " while(" in line
-      if not loop and (" fusion(" in line or " call(" in line):
-        nested = [of(other) for other in _called(line) if any(" while(" in one for one in bodies.get(other, ()))]
-        times = 1
-      else:
-        nested, times = [of(other) for other in _called(line)], (_trips(line, bodies) or 1) if loop else 1
-      opens = loop and _trips(line, bodies) is None
-      for inner in nested:
+      loop, called = " while(" in line, _called(line)
+      trips = _trips(line, bodies) if loop else 1
+      if not loop and (" fusion(" in line or " call(" in line):  # `direct` has theirs, but for loops in them
+        called = [other for other in called if any(" while(" in one for one in bodies.get(other, ()))]
+      for inner in map(of, called):
         for key, value in inner.kinds.items():
-          sums.kinds[key] += times * value
-        for key, value in (inner.kinds if opens else inner.open_kinds).items():
-          sums.open_kinds[key] += times * value
+          sums.kinds[key] += (trips or 1) * value
+        for key, value in (inner.kinds if trips is None else inner.open_kinds).items():
+          sums.open_kinds[key] += (trips or 1) * value
         sums.largest = max(sums.largest, inner.largest)
     return sums
 

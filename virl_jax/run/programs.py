@@ -131,7 +131,7 @@ def _batch(c, p, work) -> types.Batch:
 
 def _width(c) -> int:
   """T of the longest rows."""
-  return shapes.up(c.rollout.max_total_tokens, c.pack.pad_tokens * (4 if c.pack.join_rows else 1))
+  return pack.width(c.rollout.max_total_tokens, c.pack.pad_tokens, c.pack.join_rows)
 
 
 def rows_of(c, p, work) -> tuple[int, int]:

@@ -165,7 +165,7 @@ def _combinations(c: config_lib.ConfigDict) -> None:
        c.rollout.max_turn_tokens)
   need(c.rollout.prompts % c.ppo.minibatches == 0, "ppo.minibatches",
        f"a divisor of config.rollout.prompts = {c.rollout.prompts}", c.ppo.minibatches)
-  longest = shapes.up(c.rollout.max_total_tokens, c.pack.pad_tokens * (4 if c.pack.join_rows else 1))
+  longest = pack.width(c.rollout.max_total_tokens, c.pack.pad_tokens, c.pack.join_rows)
   need(not c.learner.microbatch_tokens or c.learner.microbatch_tokens >= longest, "learner.microbatch_tokens",
        f"0, or at least the {longest} tokens that a row can have", c.learner.microbatch_tokens)
   need(not c.learner.microbatch_tokens or c.learner.row_crops >= c.rollout.max_rounds, "learner.row_crops",
