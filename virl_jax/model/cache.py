@@ -97,10 +97,15 @@ def global_rows(row_A: jax.Array, rows: int) -> jax.Array:
 
 
 def write(stack_LBKSH: jax.Array, layer: jax.Array, new_ATKH: jax.Array, at: Places) -> jax.Array:
-  """Puts a chunk's keys or values into their slots; what lies past the last slot or row is dropped."""
+  """Puts a chunk's keys or values into their slots; what lies past the last slot or row is dropped.
+
+  Heads are named one by one: were they a window between rows and slots, a TPU's scatter would want slots outside of
+  heads, and the compiler would copy the whole cache into that layout and back.
+  """
   def local(stack, layer, new, slots, rows=None):
     rows = jnp.arange(stack.shape[1]) if rows is None else rows
-    return stack.at[layer, rows[:, None], :, slots].set(new.astype(stack.dtype), mode="drop")
+    heads = jnp.arange(stack.shape[2])
+    return stack.at[layer, rows[:, None, None], heads, slots[..., None]].set(new.astype(stack.dtype), mode="drop")
 
   rows, names = _rows(at)
   return sharding.locally(local, (_STACK, (), ("rows", None, "tensor"), ("rows",), *names), _STACK,
