@@ -17,6 +17,7 @@ from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import config as qwen
 from virl_jax.model.qwen2_5 import vision
 from virl_jax.run import programs
+from virl_jax.run import setup
 from virl_jax.run import topologies
 
 CPU = topologies.parse("cpu:8")
@@ -189,3 +190,20 @@ def test_causal_and_vision_attention_take_kernels(name, kernel):
   marks = plan.hlo.KERNELS[kernel]
   assert sum(line.count("custom-call(") > 0 and any(mark in line for mark in marks)
              for line in text.splitlines()) >= 2, "windows, and whole images"
+
+
+@pytest.mark.parametrize("name", ["h100:2", "v5e:2x2"])
+def test_rollouts_attend_to_their_cache_by_a_kernel_and_copy_none_of_it(name, small, monkeypatch):
+  elsewhere(name)
+  topology = topologies.parse(name)
+  text = dataclasses.replace(small.cfg.text, head_size=128, mrope_section=(16, 24, 24))
+  monkeypatch.setattr(plan, "model_of", lambda c: dataclasses.replace(small.cfg, text=text))
+  c, devices = made(), topologies.devices(topology)
+  p = setup.assemble(c, plan.model_of(c), None, "", devices)
+  stack = f"[{text.layers},{c.engine.slots // topology.count},{text.kv_heads},256,128]"
+  for program in ("decode", "append"):
+    options = {"xla_gpu_enable_triton_gemm": False} if topology.chip.platform == "gpu" else {}
+    lines = programs.lowered(c, p, program, programs.work(c))().compile(compiler_options=options).as_text().splitlines()
+    assert "cache" in plan.hlo.kernels("\n".join(lines)), program
+    of_cache = [line for line in lines if stack in line]
+    assert of_cache and not [line for line in of_cache if " copy(" in line], program

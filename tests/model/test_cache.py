@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from virl_jax.model import cache as cache_lib
+from virl_jax.model import cache_kernels
+from virl_jax.model import sharding
 
 L, K, H, N, S = 2, 2, 8, 4, 192
 
@@ -60,3 +62,97 @@ def test_padding_is_written_nowhere():
   np.testing.assert_array_equal(changed, want)
   np.testing.assert_array_equal(got[1], cache.k_LBKSH[1])
   np.testing.assert_array_equal(cache_lib.lengthened(cache.len_B, n_new, at), len_B + [4, 0, 2])
+
+
+# --- kernels, interpreted ---------------------------------------------------------------------------------------
+
+KERNELS = ("triton", "mosaic")
+BIG = dict(layers=3, rows=5, kv_heads=2, slots=640, head_size=128)  # ten blocks of slots for one, five for the other
+attend = jax.jit(cache_lib.attend, static_argnames=("platform", "kind"))
+
+
+def drawn(group, length, dtype, len_B, seed=2):
+  """A cache with something in every slot, and queries for as many rows."""
+  draw = lambda i, shape: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), shape).astype(dtype)
+  stack = (BIG["layers"], len(len_B), BIG["kv_heads"], BIG["slots"], BIG["head_size"])
+  q = draw(0, (len(len_B), length, BIG["kv_heads"] * group, BIG["head_size"]))
+  return q, cache_lib.Cache(draw(1, stack), draw(2, stack), jnp.asarray(len_B, jnp.int32))
+
+
+def same(got, want, real_AT, dtype):
+  got, want = (np.asarray(a, np.float32) for a in (got, want))
+  assert np.isfinite(got).all(), "padding, and rows that don't exist, give nonsense, but finite nonsense"
+  tolerance = dict(atol=1e-5) if dtype == "float32" else dict(atol=2 ** -7, rtol=2 ** -7)
+  np.testing.assert_allclose(got[real_AT], want[real_AT], **tolerance)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("group, length, picked", [
+    (1, 1, True), (2, 1, False), (7, 1, True), (1, 20, False), (2, 20, True), (7, 100, True)])
+def test_a_kernel_and_the_loop_give_the_same(kind, dtype, group, length, picked):
+  """Rows without a past, of all lengths, and full; chunk rows that are whole, in part or not at all real, and one whose
+  row does not exist."""
+  q, cache = drawn(group, length, dtype, [0, BIG["slots"] - length, 127, 63, 300])
+  row_A = jnp.array([1, BIG["rows"] + 4, 0, 4, 2], jnp.int32) if picked else None
+  n_new = np.array([length, 0, length, -(-length // 2), 0])
+  at = cache_lib.places(cache, jnp.asarray(n_new, jnp.int32), length, row_A)
+  real_AT = np.arange(length) < n_new[:, None]
+  given = q, cache.k_LBKSH, cache.v_LBKSH, jnp.int32(2), at
+  same(attend(*given, kind=kind), attend(*given, kind="loop"), real_AT, dtype)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("length", [1, 20])
+def test_a_kernel_reads_only_what_is_seen(kind, length):
+  """Neither other layers and rows, nor blocks of slots behind what a row has filled."""
+  q, cache = drawn(2, length, "float32", [0, 100, 383, 500, 620 - length])
+  row_A, n_new = jnp.array([3, 0, 1], jnp.int32), jnp.array([length, length, 0], jnp.int32)
+  filled_B = np.asarray(cache.len_B) + length
+  block = 64 if kind == "triton" else 128
+  mine = np.zeros((*cache.k_LBKSH.shape[:2], BIG["slots"]), bool)
+  for row in (0, 3):
+    mine[1, row, :-(-filled_B[row] // block) * block] = True
+  spoilt = [jnp.where(mine[:, :, None, :, None], a, jnp.nan) for a in (cache.k_LBKSH, cache.v_LBKSH)]
+  at = cache_lib.places(cache, n_new, length, row_A)
+  want = attend(q[:3], cache.k_LBKSH, cache.v_LBKSH, jnp.int32(1), at, kind="loop")
+  same(attend(q[:3], *spoilt, jnp.int32(1), at, kind=kind), want, np.array([True, True, False]), "float32")
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (4, 1, 2)])
+def test_kernels_attend_for_each_device_s_rows_and_heads(kind, sizes):
+  mesh = sharding.make(*sizes)
+  rows = 8
+  q, cache = drawn(2, 3, "float32", np.arange(rows) * 75)
+  n_new = jnp.array([3, 0, 3, 3, 2, 3, 1, 3], jnp.int32)
+  here = rows // sharding.row_shards(mesh)
+  within = jnp.asarray(np.tile(np.arange(here)[::-1], rows // here), jnp.int32)  # each shard's rows, backwards
+
+  @jax.jit
+  def split(q, cache):
+    with sharding.context(mesh):
+      at = cache_lib.places(cache, n_new, 3, within)
+      return cache_lib.attend(q, cache.k_LBKSH, cache.v_LBKSH, jnp.int32(1), at, kind=kind)
+
+  kv = sharding.cache(mesh, BIG["kv_heads"])
+  put = cache_lib.Cache(jax.device_put(cache.k_LBKSH, kv), jax.device_put(cache.v_LBKSH, kv),
+                        jax.device_put(cache.len_B, sharding.rows(mesh)))
+  row_A = within + jnp.repeat(jnp.arange(rows // here) * here, here)
+  want = attend(q, cache.k_LBKSH, cache.v_LBKSH, jnp.int32(1), cache_lib.places(cache, n_new, 3, row_A), kind="loop")
+  same(split(jax.device_put(q, sharding.rows(mesh)), put), want, np.arange(3) < np.asarray(n_new)[:, None], "float32")
+
+
+@pytest.mark.parametrize("platform, dtype, head_size, kind", [
+    ("cpu", "bfloat16", 128, "loop"), ("gpu", "bfloat16", 128, "triton"), ("gpu", "float16", 64, "triton"),
+    ("gpu", "float32", 128, "loop"), ("gpu", "bfloat16", 80, "loop"), ("gpu", "bfloat16", 32, "loop"),
+    ("tpu", "bfloat16", 128, "mosaic"), ("tpu", "float32", 256, "mosaic"), ("tpu", "bfloat16", 64, "loop"),
+    ("tpu", "float16", 128, "loop")])
+def test_which_one_is_taken(platform, dtype, head_size, kind):
+  assert cache_lib.choose(platform, jnp.dtype(dtype), head_size) == kind
+
+
+def test_few_rows_are_split_until_they_fill_a_gpu():
+  """64 rows of 8 heads do by themselves; 8 of 4 take 16 parts each; a short cache has too few slots for that."""
+  assert [cache_kernels.splits(*it) for it in ((512, 16384), (32, 16384), (1, 16384), (1, 640), (1, 64))] == [
+      1, 16, 64, 2, 1]

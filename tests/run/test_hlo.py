@@ -40,6 +40,12 @@ def test_bytes_that_a_device_receives():
   assert hlo.kernels(GPU) == ["cudnn"] and hlo.kernels("") == []
 
 
+def test_a_kernel_is_known_by_its_call():
+  named = '%a = f32[8] {}(%b), {}metadata={{op_name="jit(f)/cache_attend_triton/pallas_call"}}'
+  assert hlo.kernels(named.format("custom-call", 'custom_call_target="__gpu$xla.gpu.triton", ')) == ["cache"]
+  assert hlo.kernels(named.format("add", "")) == []  # one that is interpreted
+
+
 TPU = """HloModule m
 
 %fused.1 (p: bf16[1,56]) -> (bf16[1,56], bf16[64,56]) {

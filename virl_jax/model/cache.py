@@ -1,5 +1,10 @@
 """The key/value cache: what each row has seen, as a visible value, and attention over what is filled of it.
 
+Three ways to attend, to the same numbers:
+    loop     XLA, an online softmax over blocks of slots     CPU, float32 on GPUs, small heads
+    triton   a Pallas kernel, `cache_kernels.triton`         half precision on GPUs
+    mosaic   a Pallas kernel, `cache_kernels.mosaic`         TPU
+
 Keys and values of all layers lie in one stack each, [L, B, K, S, H].  A decoder's scan over its layers carries the
 two stacks whole, and each layer writes and reads its own part: nothing is copied.  Under a mesh (`sharding.context`)
 rows and heads are split over devices, and no device reads what another holds.
@@ -13,8 +18,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from virl_jax.model import cache_kernels
 from virl_jax.model import sharding
 
+KINDS = ("loop", "triton", "mosaic")
 BLOCK = 64           # cache lengths are multiples of it
 _ROWS_TOGETHER = 16  # rows that a CPU attends for at a time
 _STACK = (None, "rows", "tensor")  # where the dimensions of a stack of keys or values lie
@@ -40,7 +47,7 @@ class Places:
   """Where the tokens of a chunk stand in a cache.
 
   Attributes:
-    slot_AT: int32, the slot of each token.
+    slot_AT: int32, the slot of each token; a row's tokens stand one after another.
     write_AT: int32, the same, but past the last slot where a token only pads the chunk.
     filled: int32 scalar, slots that hold anything that a token may see.
     row_A: int32, the cache row of each chunk row, within its shard; None for all rows in order.
@@ -144,8 +151,23 @@ def _read(stack_LBKSH: jax.Array, layer: jax.Array, first: jax.Array, width: int
   return jax.vmap(one)(at.row_A)
 
 
+def choose(platform: str, dtype, head_size: int) -> str:
+  """Which of `KINDS` to attend with.
+
+  Args:
+    platform: what this is compiled for, "cpu", "gpu" or "tpu".
+    dtype: of the cache.
+    head_size: H.
+  """
+  if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_size in (64, 128, 256):
+    return "triton"
+  if platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32) and head_size in (128, 256):
+    return "mosaic"
+  return "loop"
+
+
 def attend(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax.Array, at: Places,
-           platform: str = "cpu") -> jax.Array:
+           platform: str = "cpu", kind: str | None = None) -> jax.Array:
   """Attention of a chunk's tokens over what is filled of the cache: a token in slot s sees slots 0..s.
 
   The cost follows what is filled and not what is allocated.  Products take the cache's own precision and add up in
@@ -157,21 +179,29 @@ def attend(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax
     v_LBKSH: already holds its values.
     layer: int32 scalar.
     at: where the chunk stands.
-    platform: what this is compiled for, "cpu", "gpu" or "tpu"; it decides how much is read at a time.
+    platform: what this is compiled for, "cpu", "gpu" or "tpu".  Elsewhere than at home, kernels are interpreted.
+    kind: one of `KINDS`; None to `choose`.
 
   Returns:
-    [A, T, N, H].
+    [A, T, N, H]; finite nonsense where a token only pads the chunk.
   """
-  def local(q, k, v, layer, slot_AT, filled, row_A=None):
+  kind = kind or choose(platform, k_LBKSH.dtype, k_LBKSH.shape[4])
+
+  def local(q, k, v, layer, slot_AT, write_AT, filled, row_A=None):
     A, T = q.shape[:2]
-    here = Places(slot_AT, slot_AT, filled, row_A)
+    if kind != "loop":
+      kernel, home = {"triton": (cache_kernels.triton, "gpu"), "mosaic": (cache_kernels.mosaic, "tpu")}[kind]
+      end_A = jnp.where(write_AT == slot_AT, slot_AT + 1, 0).max(1)  # padding reads nothing
+      rows = jnp.arange(A, dtype=jnp.int32) if row_A is None else row_A
+      return kernel(q, k, v, layer, rows, slot_AT[:, 0], end_A, interpret=platform != home)
+    here = Places(slot_AT, write_AT, filled, row_A)
     if platform == "cpu" and T == 1 and A > _ROWS_TOGETHER:
       return _attend_by_length(q, k, v, layer, here)
     return _attend(q, k, v, layer, here, _slots_together(T, k.shape[3], platform))
 
   heads, (rows, names) = ("rows", None, "tensor"), _rows(at)
-  return sharding.locally(local, (heads, _STACK, _STACK, (), ("rows",), (), *names), heads,
-                          q_ATNH, k_LBKSH, v_LBKSH, layer, at.slot_AT, at.filled, *rows)
+  return sharding.locally(local, (heads, _STACK, _STACK, (), ("rows",), ("rows",), (), *names), heads,
+                          q_ATNH, k_LBKSH, v_LBKSH, layer, at.slot_AT, at.write_AT, at.filled, *rows)
 
 
 def _slots_together(T: int, S: int, platform: str) -> int:

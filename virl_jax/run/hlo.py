@@ -24,7 +24,7 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 KERNELS = {"cudnn": ("__cudnn$fmha", "cudnn$fmhaSoftmax", "__cudnn$fhma"), "splash": ("splash",),
-           "mosaic": ("tpu_custom_call",), "triton": ("__gpu$xla.gpu.triton", "triton_kernel_call")}
+           "cache": ("cache_attend",)}
 
 
 @dataclasses.dataclass
@@ -112,8 +112,9 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
 
 
 def kernels(text: str) -> list[str]:
-  """Which of `KERNELS` a compiled module calls."""
-  return [name for name, marks in KERNELS.items() if any(mark in text for mark in marks)]
+  """Which of `KERNELS` a compiled module calls: an interpreted one leaves its name, and no call."""
+  calls = [line for line in text.splitlines() if "custom-call(" in line]
+  return [name for name, marks in KERNELS.items() if any(mark in line for line in calls for mark in marks)]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
