@@ -105,18 +105,20 @@ def test_a_kernel_and_the_loop_give_the_same(kind, dtype, group, length, picked)
 @pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("length", [1, 20])
 def test_a_kernel_reads_only_what_is_seen(kind, length):
-  """Neither other layers and rows, nor blocks of slots behind what a row has filled."""
+  """Neither other layers and rows, nor blocks of slots behind what a row has filled; nothing at all for a chunk row
+  without tokens, or one whose row does not exist."""
   q, cache = drawn(2, length, "float32", [0, 100, 383, 500, 620 - length])
-  row_A, n_new = jnp.array([3, 0, 1], jnp.int32), jnp.array([length, length, 0], jnp.int32)
+  row_A = jnp.array([3, BIG["rows"] + 4, 0, 1], jnp.int32)
+  n_new = np.array([length, length, length, 0])
   filled_B = np.asarray(cache.len_B) + length
   block = 64 if kind == "triton" else 128
   mine = np.zeros((*cache.k_LBKSH.shape[:2], BIG["slots"]), bool)
   for row in (0, 3):
     mine[1, row, :-(-filled_B[row] // block) * block] = True
   spoilt = [jnp.where(mine[:, :, None, :, None], a, jnp.nan) for a in (cache.k_LBKSH, cache.v_LBKSH)]
-  at = cache_lib.places(cache, n_new, length, row_A)
-  want = attend(q[:3], cache.k_LBKSH, cache.v_LBKSH, jnp.int32(1), at, kind="loop")
-  same(attend(q[:3], *spoilt, jnp.int32(1), at, kind=kind), want, np.array([True, True, False]), "float32")
+  at = cache_lib.places(cache, jnp.asarray(n_new, jnp.int32), length, row_A)
+  want = attend(q[:4], cache.k_LBKSH, cache.v_LBKSH, jnp.int32(1), at, kind="loop")
+  same(attend(q[:4], *spoilt, jnp.int32(1), at, kind=kind), want, np.array([True, False, True, False]), "float32")
 
 
 @pytest.mark.parametrize("kind", KERNELS)

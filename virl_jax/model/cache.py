@@ -191,9 +191,10 @@ def attend(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax
     A, T = q.shape[:2]
     if kind != "loop":
       kernel, home = {"triton": (cache_kernels.triton, "gpu"), "mosaic": (cache_kernels.mosaic, "tpu")}[kind]
-      end_A = jnp.where(write_AT == slot_AT, slot_AT + 1, 0).max(1)  # padding reads nothing
+      end_A = jnp.where(write_AT < k.shape[3], slot_AT + 1, 0).max(1)  # padding is not written, and reads nothing
       rows = jnp.arange(A, dtype=jnp.int32) if row_A is None else row_A
-      return kernel(q, k, v, layer, rows, slot_AT[:, 0], end_A, interpret=platform != home)
+      with jax.named_scope("cache_attend"):  # by which `run.hlo` knows it
+        return kernel(q, k, v, layer, rows, slot_AT[:, 0], end_A, interpret=platform != home)
     here = Places(slot_AT, write_AT, filled, row_A)
     if platform == "cpu" and T == 1 and A > _ROWS_TOGETHER:
       return _attend_by_length(q, k, v, layer, here)
