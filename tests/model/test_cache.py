@@ -154,6 +154,11 @@ def test_which_one_is_taken(platform, dtype, head_size, kind):
   assert cache_lib.choose(platform, jnp.dtype(dtype), head_size) == kind
 
 
+def test_a_jax_without_triton_takes_the_loop(monkeypatch):
+  monkeypatch.setattr(cache_kernels.importlib.util, "find_spec", lambda name: None)
+  assert cache_lib.choose("gpu", jnp.bfloat16, 128) == "loop"
+
+
 def test_few_rows_are_split_until_they_fill_a_gpu():
   """64 rows of 8 heads do by themselves; 8 of 4 take 16 parts each; a short cache has too few slots for that."""
   assert [cache_kernels.splits(*it) for it in ((512, 16384), (32, 16384), (1, 16384), (1, 640), (1, 64))] == [

@@ -159,7 +159,8 @@ def choose(platform: str, dtype, head_size: int) -> str:
     dtype: of the cache.
     head_size: H.
   """
-  if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_size in (64, 128, 256):
+  if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_size in (64, 128, 256) and (
+      cache_kernels.has_triton()):
     return "triton"
   if platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32) and head_size in (128, 256):
     return "mosaic"

@@ -11,6 +11,7 @@ whole blocks.
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import jax
 from jax.experimental import pallas as pl
@@ -77,6 +78,11 @@ def triton(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax
     total = (total * weight).sum(1)
     found = (acc * weight[..., None]).sum(1) / jnp.maximum(total, _TINY)[..., None]
   return _heads(found, q_ATNH, group)
+
+
+def has_triton() -> bool:
+  """Whether this JAX has Pallas's Triton backend: 0.12 says that a later one will not."""
+  return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def splits(programs: int, slots: int) -> int:
