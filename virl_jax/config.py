@@ -72,6 +72,14 @@ def _knobs() -> ConfigDict:
   m.patches_together = 0            # patches of a device that the vision tower sees at a time; 0 for all of them [ours]
   m.remat = False                  # compute layers again in the backward pass instead of keeping them: less memory
 
+  m.freeze_vision = False          # nothing of the vision tower is trained [ours; peers: either]
+
+  c.lora = a = ConfigDict()        # small matrices are trained beside the frozen weights; see docs/scaling.md
+  a.rank = 0                       # of those matrices; 0 trains the weights themselves [ours]
+  a.alpha = 32.0                   # what they add is multiplied by alpha / rank [ours]
+  a.targets = ("q_proj", "k_proj", "v_proj", "o_proj",  # modules that get one [PEFT: all-linear]
+               "gate_proj", "up_proj", "down_proj")
+
   c.data = d = ConfigDict()
   d.source = "needle"              # needle | jsonl
   d.path = ""                      # jsonl: the records file; needle: cache folder ("" = user cache)

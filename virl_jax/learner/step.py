@@ -81,11 +81,11 @@ class Config:
 
 @flax.struct.dataclass
 class TrainState:
-  """All that training carries from step to step; no RNG, no iterator, no clock.
+  """All that training carries from step to step; no RNG, no iterator, no clock, and nothing that is frozen.
 
   Attributes:
     update: int32 scalar, optimiser updates so far.
-    params: the policy.
+    params: what of the policy is trained; with what is frozen it is all of it, see `family.whole`.
     opt_state: AdamW's moments and counters.
     kl_coef: float32 scalar, weight of the KL term; moves if it is adaptive.
     critic: the value head, "w" float32[D] and "b" float32[1]; None if there is none.
@@ -137,7 +137,7 @@ def init_state(params: dict, cfg: OptimConfig, kl_coef: float = 0.0, critic_widt
   """A fresh state around parameters; moments take the parameters' shardings.
 
   Args:
-    params: the policy.
+    params: what is trained of the policy.
     cfg: the optimisers.
     kl_coef: what the KL term's weight begins with.
     critic_width: D, for a value head that expects nothing (0) at first; 0 for none.
@@ -163,7 +163,7 @@ def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None =
   """What a policy and a critic make of every token given what precedes it, a microbatch at a time.
 
   Args:
-    params: any policy's parameters.
+    params: any policy's parameters, all of them.
     cfg: model and temperature.
     batch: trajectories.
     critic: the value head, on the policy's last hidden state; None for none.
@@ -243,15 +243,17 @@ def informative(boxes: judge.Boxes, answer_B: jax.Array, format_B: jax.Array, an
 
 
 def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Batch], cfg: Config,
-          h0: jax.Array | float | None = None) -> list[tuple[types.ScoredBatch, pooled.Metrics]]:
+          h0: jax.Array | float | None = None, frozen: dict | None = None
+          ) -> list[tuple[types.ScoredBatch, pooled.Metrics]]:
   """Rewards, credit and advantages of a batch, with the policy as it is before the update.
 
   Args:
     state: the policy and, if there is one, the critic.
-    ref_params: the frozen reference for the KL term, or None.
+    ref_params: all parameters of the reference for the KL term, or None.
     batches: the minibatches that together are the batch; each of whole groups.
     cfg: static.
     h0: the threshold of this step; None for `cfg.reward.h0`, which the metrics always use.
+    frozen: what of the policy is not trained; None for nothing.
 
   Returns:
     Each minibatch scored, and its metrics.  What is standardised or scaled over the batch is so over all of them.
@@ -259,7 +261,7 @@ def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Ba
   Source: ViRL (arXiv 2511.23031); see `rl.judge`.
   """
   h0 = cfg.reward.h0 if h0 is None else h0
-  found = [_read(state, ref_params, batch, cfg, h0) for batch in batches]
+  found = [_read(state, ref_params, batch, cfg, h0, frozen) for batch in batches]
   batches = [batch.replace(row_mask_B=read.row_mask_B) for batch, (read, _) in zip(batches, found)]
   moments = [read.returns.moments for read, _ in found]
   whole = None if moments[0] is None else advantage.pooled(moments)
@@ -275,9 +277,10 @@ def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Ba
 
 
 def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, cfg: Config,
-               h0: jax.Array | float | None = None) -> tuple[types.ScoredBatch, pooled.Metrics]:
+               h0: jax.Array | float | None = None, frozen: dict | None = None
+               ) -> tuple[types.ScoredBatch, pooled.Metrics]:
   """`score` of a batch that is one minibatch."""
-  return score(state, ref_params, [batch], cfg, h0)[0]
+  return score(state, ref_params, [batch], cfg, h0, frozen)[0]
 
 
 @flax.struct.dataclass
@@ -293,11 +296,11 @@ class _Read:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _read(state, ref_params, batch, cfg, h0) -> tuple[_Read, pooled.Metrics]:
+def _read(state, ref_params, batch, cfg, h0, frozen) -> tuple[_Read, pooled.Metrics]:
   """All of scoring that one minibatch settles by itself."""
   logp = value = kl_BT = None
   if not cfg.single_update or state.critic is not None or cfg.loss.kl_in_reward:
-    logp, _, value = outputs(state.params, cfg, batch, state.critic)
+    logp, _, value = outputs(family.whole(state.params, frozen or {}, cfg.model), cfg, batch, state.critic)
   logp_ref = logp if ref_params is None else outputs(ref_params, cfg, batch)[0]
   looks = judge.looks(boxes(batch), cfg.reward, h0)
   total_B = judge.rewards(looks, batch.answer_B, batch.format_B, cfg.reward)
@@ -375,22 +378,23 @@ def _log_area_ratio(box_BR4, gt_BJ4, target_BR):
   return jnp.log2(jnp.maximum(area(box_BR4), 1.0) / jnp.maximum(gt_BR, 1.0))
 
 
-def _gradients(state: TrainState, batch: types.Batch, cfg: Config, loss_fn) -> tuple:
+def _gradients(state: TrainState, frozen: dict | None, batch: types.Batch, cfg: Config, loss_fn) -> tuple:
   """Gradients of a minibatch's loss, added up over its microbatches, and what there was to differentiate.
 
   Args:
     state: the policy and the critic.
+    frozen: what of the policy gets no gradient.
     batch: the minibatch.
     cfg: static.
     loss_fn: (outputs, mask of the microbatch's trained tokens, mask of all) -> the microbatch's part of the loss.
 
   Returns:
-    Gradients for the policy and the critic, float32, and the `outputs` of the whole minibatch.
+    Gradients for what is trained of the policy and for the critic, float32, and the `outputs` of the whole minibatch.
   """
   trained = mask(batch)
 
   def part(params, critic, micro):
-    found, here_B = _outputs(params, cfg, batch, micro, critic)
+    found, here_B = _outputs(family.whole(params, frozen or {}, cfg.model), cfg, batch, micro, critic)
     return loss_fn(found, trained & here_B[:, None], trained), found
 
   def add(sums, micro):
@@ -406,11 +410,15 @@ def _gradients(state: TrainState, batch: types.Batch, cfg: Config, loss_fn) -> t
 
 
 def _pinned(params: dict, cfg: Config) -> dict:
-  """Parameters, or what has their shapes, kept where parameters lie."""
+  """What is trained, or what has its shapes, kept where it lies."""
   if cfg.mesh is None:
     return params
-  shardings = sharding.param_shardings(family.of(cfg.model).specs(cfg.model), cfg.mesh)
-  return jax.tree.map(jax.lax.with_sharding_constraint, params, shardings)
+  return jax.tree.map(jax.lax.with_sharding_constraint, params, _places(cfg))
+
+
+def _places(cfg: Config) -> dict:
+  """Where what is trained lies on the mesh."""
+  return sharding.param_shardings(family.tables(cfg.model)[0], cfg.mesh)
 
 
 def _apply(state: TrainState, grads: dict, critic_grads: dict | None, cfg: Config
@@ -420,8 +428,7 @@ def _apply(state: TrainState, grads: dict, critic_grads: dict | None, cfg: Confi
   updates, opt_state = optimizer(cfg.optim).update(grads, state.opt_state, state.params)
   params = _pinned(optax.apply_updates(state.params, updates), cfg)
   if cfg.mesh is not None:
-    shardings = sharding.param_shardings(family.of(cfg.model).specs(cfg.model), cfg.mesh)
-    opt_state = optax.tree.map_params(optimizer(cfg.optim), jax.lax.with_sharding_constraint, opt_state, shardings)
+    opt_state = optax.tree.map_params(optimizer(cfg.optim), jax.lax.with_sharding_constraint, opt_state, _places(cfg))
   metrics = {"optim/grad_norm": pooled.Mean(optax.tree.norm(grads)),
              "optim/learning_rate": pooled.Mean(schedule(cfg.optim)(state.update))}
   state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
@@ -432,13 +439,15 @@ def _apply(state: TrainState, grads: dict, critic_grads: dict | None, cfg: Confi
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tuple[TrainState, pooled.Metrics]:
+def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config, frozen: dict | None = None
+                ) -> tuple[TrainState, pooled.Metrics]:
   """One PPO update, of any number of microbatches: it is about the minibatch, however that is cut.
 
   Args:
     state: donated.
     scored: a scored minibatch.
     cfg: static.
+    frozen: what of the policy is not trained; None for nothing.
 
   Returns:
     The next state, and metrics; check "loss/total" for finiteness.
@@ -460,7 +469,7 @@ def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tu
       said = said | more | {"loss/total": total}
     return total, said
 
-  (grads, critic_grads), found = _gradients(state, scored.batch, cfg, lambda *args: losses(*args)[0])
+  (grads, critic_grads), found = _gradients(state, frozen, scored.batch, cfg, lambda *args: losses(*args)[0])
   metrics = _update_metrics(losses(found, trained)[1], trained)
   if first:
     metrics |= _sampler_gap(found[0], scored.batch)
@@ -495,6 +504,6 @@ def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[Tr
     The next state, and metrics; "loss/total" is in nats a token.
   """
   nll = lambda found, here_BT, whole_BT=None: -loss.masked_mean(found[0], here_BT, whole_BT)
-  (grads, critic_grads), found = _gradients(state, batch, cfg, nll)
+  (grads, critic_grads), found = _gradients(state, None, batch, cfg, nll)
   state, metrics = _apply(state, grads, critic_grads, cfg)
   return state, metrics | {"loss/total": pooled.Mean(nll(found, mask(batch)))}

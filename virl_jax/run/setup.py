@@ -126,7 +126,8 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c, "", seed=word, steps=some)
   dtype = (lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
   checks.section(c.model, "model", path=checks.text, dtype=dtype, compute_dtype=dtype, remat=checks.flag,
-                 patches_together=some)
+                 freeze_vision=checks.flag, patches_together=some)
+  checks.section(c.lora, "lora", rank=some, alpha=checks.real(above=0), targets=checks.texts)
   checks.section(c.data, "data", path=checks.text, source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
                  eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"), split_seed=word)
   checks.need(c.data.source != "jsonl" or c.data.path, "data.path",
@@ -163,6 +164,8 @@ def _combinations(c: config_lib.ConfigDict) -> None:
   need(c.rollout.max_turn_tokens < c.rollout.max_total_tokens, "rollout.max_turn_tokens",
        f"below config.rollout.max_total_tokens = {c.rollout.max_total_tokens}: the prompt comes first",
        c.rollout.max_turn_tokens)
+  need(not c.lora.rank or c.lora.targets, "lora.targets", "names of modules, as config.lora.rank is positive",
+       c.lora.targets)
   need(c.rollout.prompts % c.ppo.minibatches == 0, "ppo.minibatches",
        f"a divisor of config.rollout.prompts = {c.rollout.prompts}", c.ppo.minibatches)
   longest = pack.width(c.rollout.max_total_tokens, c.pack.pad_tokens, c.pack.join_rows)
@@ -237,9 +240,8 @@ def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec
   """
   s = sections(c)
   mesh = sharding.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
-  model = dataclasses.replace(model, compute_dtype=c.model.compute_dtype, remat=c.model.remat,
-                              patches_together=c.model.patches_together,
-                              platform=sharding.platform(mesh.devices.flat[0]))
+  model = dataclasses.replace(load.of_config(c, model), platform=sharding.platform(mesh.devices.flat[0]))
+  family.tables(model)  # refuses targets that no parameter has
   heads = model.text.kv_heads
   for key, tensor in (("mesh.tensor", mesh.shape["tensor"]), ("rollout.tensor", c.rollout.tensor)):
     checks.need(heads % tensor == 0, key, f"a divisor of the model's {heads} key/value heads", tensor)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from virl_jax.model import attention
 from virl_jax.model import hf
 from virl_jax.model import patches
+from virl_jax.model import tuning
 
 _PREFIXES = (("model.language_model.lm_head.", "lm_head."), ("model.language_model.", "model."),
              ("model.visual.", "visual."), ("language_model.lm_head.", "lm_head."),
@@ -97,6 +98,7 @@ class Config:
     compute_dtype: of matrix products; norms, rotary and softmax stay float32 where the reference has them.
     remat: recompute layers in the backward pass.
     patches_together: see `vision.encode`.
+    tuning: which parameters are trained, and which there are beside the released ones.
     platform: what the model is compiled for, one of `attention.PLATFORMS`.  It picks kernels, and model code asks
       nothing else about the machine: whoever knows the devices says so (`sharding.platform`).  What "cpu" picks runs
       anywhere.
@@ -115,6 +117,7 @@ class Config:
   compute_dtype: str = "float32"
   remat: bool = False
   patches_together: int = 0
+  tuning: tuning.Config = tuning.Config()
   platform: str = "cpu"
 
   def __post_init__(self):
@@ -158,6 +161,14 @@ def tiny(vocab: int, ids: dict) -> Config:
                 mrope_section=(1,) * 12 + (2, 1, 1), theta=100.0, tied=True),
       vision=Vision(depth=3, hidden=128, heads=4, intermediate=256, out=128, full_blocks=(2,)),
       **ids)
+
+
+def transformers_name(name: str) -> str:
+  """What transformers calls a tensor of the released layout while the model is in memory."""
+  for theirs, released in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+    if name.startswith(released):
+      return theirs + name.removeprefix(released)
+  return name
 
 
 def released_name(name: str) -> str:

@@ -18,7 +18,8 @@ from virl_jax.model.qwen2_5 import text
 from virl_jax.model.qwen2_5 import vision
 
 Config, Text, Vision, SIZES, tiny = config.Config, config.Text, config.Vision, config.SIZES, config.tiny
-config_from_hf, config_to_hf, released_name = config.from_hf, config.to_hf, config.released_name
+config_from_hf, config_to_hf = config.from_hf, config.to_hf
+released_name, transformers_name = config.released_name, config.transformers_name
 
 
 def specs(cfg: Config) -> dict:
