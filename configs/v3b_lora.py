@@ -21,5 +21,6 @@ def get_config():
   c.rollout.max_total_tokens = 8192     # [ours]
   c.rollout.prompts = 16                # 128 trajectories a step [ours]
   c.engine.slots = 16                   # 0.28 GiB each [ours]
+  c.pack.pad_tokens = 2048              # all rows are 8,192 wide [ours]
   c.learner.microbatch_tokens = 8192    # [ours]
   return c

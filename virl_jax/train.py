@@ -28,6 +28,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
+from virl_jax import plan
 from virl_jax import types
 from virl_jax.data import batches
 from virl_jax.eval import harness
@@ -66,9 +67,10 @@ def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
     The last step's metrics.
 
   Raises:
-    ValueError: if the configuration, the model, the data or the workdir won't do.
+    ValueError: if the configuration, the model, the data or the workdir won't do, or the devices are too small.
   """
   p = setup.pieces(c)
+  plan.check(c, p)
   source = setup.source(c, "train")
   with workdir_lib.claim(workdir, c, source, resume_with_changes) as claimed:
     return _train(c, p, source, claimed)

@@ -116,7 +116,7 @@ def _state(c, p) -> step_lib.TrainState:
 def _batch(c, p, work) -> types.Batch:
   """A minibatch whose microbatches are full."""
   B = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
-  T = _width(c)
+  T = width(c)
   R, J, shards = p.pack.max_rounds, _BOXES, sharding.row_shards(p.mesh)
   at_once, M = rows_of(c, p, work)
   row = lambda dtype, *shape: _spec((B, *shape), dtype, sharding.rows(p.mesh))
@@ -136,15 +136,15 @@ def _batch(c, p, work) -> types.Batch:
       order_B=row(i32) if shards > 1 else None)
 
 
-def _width(c) -> int:
-  """T of the longest rows."""
+def width(c) -> int:
+  """T of the longest rows of a batch."""
   return pack.width(c.rollout.max_total_tokens, c.pack.pad_tokens, c.pack.join_rows)
 
 
 def rows_of(c, p, work) -> tuple[int, int]:
   """Rows of a shard's microbatch, and microbatches of a minibatch."""
   B = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
-  T = _width(c)
+  T = width(c)
   each = B // sharding.row_shards(p.mesh)
   rows = math.ceil(each * work.trajectory_tokens / T) if c.pack.join_rows else each
   if not c.learner.microbatch_tokens:
@@ -249,7 +249,7 @@ def cost(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> co
   weights, how = _device_bytes(_weights(c, p)), p.step.model.tuning
   if name in ("update", "score"):
     rows, (at_once, _) = sharding.row_shards(p.mesh), rows_of(c, p, work)
-    tokens = float(rows * at_once * _width(c))
+    tokens = float(rows * at_once * width(c))
     batch = _batch(c, p, work)
     remat = 1 if c.model.remat else 0
     update = name == "update"
@@ -285,6 +285,18 @@ def kinds(c: config_lib.ConfigDict, p: setup.Pieces, work: Work) -> dict[str, fl
            "reference": _reference(c, p) if c.loss.kl_coef and not p.step.model.tuning.rank else (),
            "rollout weights": [jax.tree.leaves(_weights(c, p))[i] for i in moved], "cache": _rollout(c, p).cache}
   return {name: _device_bytes(tree) / 2 ** 30 for name, tree in found.items()}
+
+
+def live(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> float:
+  """GiB that lie on a device while a program runs, of what outlives it: its arguments, and what waits beside them."""
+  found = kinds(c, p, work)
+  if name in ("update", "score"):
+    beside = c.ppo.minibatches * found["batch"]
+  elif name == "copy":
+    beside = 0.0
+  else:
+    beside = found["rollout weights"] + found["cache"]
+  return found["parameters"] + found["optimizer"] + found["reference"] + beside
 
 
 def _device_bytes(tree) -> int:
