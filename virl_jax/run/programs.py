@@ -288,14 +288,15 @@ def kinds(c: config_lib.ConfigDict, p: setup.Pieces, work: Work) -> dict[str, fl
 
 
 def live(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> float:
-  """GiB that lie on a device while a program runs, of what outlives it: its arguments, and what waits beside them."""
+  """GiB that lie on a device when a program begins: its arguments, and what waits beside them."""
   found = kinds(c, p, work)
   if name in ("update", "score"):
     beside = c.ppo.minibatches * found["batch"]
   elif name == "copy":
     beside = 0.0
   else:
-    beside = found["rollout weights"] + found["cache"]
+    chunk = {"prefill": _prefill_chunk, "append": _append_chunk}.get(name, lambda c, p: ())(c, p)
+    beside = found["rollout weights"] + found["cache"] + _device_bytes(chunk) / 2 ** 30
   return found["parameters"] + found["optimizer"] + found["reference"] + beside
 
 
