@@ -147,7 +147,7 @@ def test_what_waits_beside_a_program_counts(rows, of_small):
   assert of["update"]["waiting_gib"] < 0.2 * kinds["batch"]  # there is one minibatch and no reference
   assert of["append"]["waiting_gib"] == pytest.approx(state, rel=0.05)
   assert state < of["decode"]["waiting_gib"] < state + kinds["rollout weights"]  # it has no use for the tower
-  assert of["score"]["waiting_gib"] == pytest.approx(kinds["optimizer"], rel=0.1)
+  assert of["score"]["waiting_gib"] > kinds["optimizer"]  # a single update computes log-probabilities itself
   assert of["restart"]["waiting_gib"] == pytest.approx(state + kinds["rollout weights"], rel=0.05)
   small_chip = lambda gib: dataclasses.replace(CPU, chip=dataclasses.replace(CPU.chip, memory_gib=gib))
   peak, waits = of["restart"]["peak_gib"], of["restart"]["waiting_gib"]
