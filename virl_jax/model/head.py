@@ -44,14 +44,21 @@ def token_logp(params: dict, cfg: family.Config, hidden_BTD: jax.Array, targets_
     logp_BT, entropy_BT: float32, nats.
   """
   w_DV = family.of(cfg).head(params)
-  spec = _Spec(w_DV.shape[1], w_DV.shape[0], float(temperature), cfg.banned, chunk, cfg.tuning.rank > 0)
+  spec = _Spec(w_DV.shape[1], w_DV.shape[0], float(temperature), cfg.banned, chunk, cfg.tuning.rank > 0,
+               cfg.platform == "cpu")
   return tuple(sharding.locally(functools.partial(_token_logp, spec), (("fsdp", "tensor"), ("rows",), ("rows",)),
                                 [("rows",), ("rows",)], w_DV, hidden_BTD, targets_BT))
 
 
 class _Spec(NamedTuple):
-  """What of `token_logp` is static; V and D are of the whole head, of which a device may hold a part.  A frozen head
-  gets no gradient."""
+  """What of `token_logp` is static.
+
+  Attributes:
+    vocab, width: V and D of the whole head, of which a device may hold a part.
+    temperature, banned, chunk: see `token_logp`.
+    frozen: whether the head gets no gradient.
+    cast: whether half precision is cast before products that add up in float32: not all of them run on a CPU.
+  """
 
   vocab: int
   width: int
@@ -59,6 +66,7 @@ class _Spec(NamedTuple):
   banned: tuple[int, ...]
   chunk: int | None
   frozen: bool
+  cast: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,7 +107,8 @@ def _backward(spec, kept, cotangents):
     by_h = jnp.einsum("bcv,dv->bcd", by_x, w)
     if spec.frozen:
       return (), by_h
-    return by_w_DV + jnp.einsum("bcd,bcv->dv", h_BCD, by_x, preferred_element_type=jnp.float32), by_h
+    pair = (h_BCD.astype(jnp.float32), by_x.astype(jnp.float32)) if spec.cast else (h_BCD, by_x)
+    return by_w_DV + jnp.einsum("bcd,bcv->dv", *pair, preferred_element_type=jnp.float32), by_h
 
   chunks = _chunks(spec, w, hidden_BTD, targets_BT, entropy_BT, norm_BT, by_logp_BT, by_entropy_BT)
   by_w_DV, by_h = jax.lax.scan(one, () if spec.frozen else jnp.zeros(w.shape, jnp.float32), chunks)
