@@ -137,7 +137,7 @@ MUTANTS = [Mutant(*m) for m in (
      "the coefficient does not adapt"),
     ("learner/step.py", "loss.value_loss(value, scored.value_old_BT,", "loss.value_loss(value, value,",
      "a value is clipped about itself"),
-    ("learner/step.py", "not (path[-1].key.startswith(\"norm\") or path[-1].key.endswith(\"_b\"))", "True",
+    ("learner/optim.py", "not (path[-1].key.startswith(\"norm\") or path[-1].key.endswith(\"_b\"))", "True",
      "norms and biases decay"),
     ("learner/step.py", "looks, total_B, batch.action_BT, mask(batch), batch.row_mask_B, cfg.judge, value, kl_BT)",
      "looks, total_B, batch.action_BT, mask(batch), batch.row_mask_B, cfg.judge, value)", "no KL in the reward"),

@@ -34,6 +34,7 @@ from virl_jax.eval import harness
 from virl_jax.eval import outcome
 from virl_jax.learner import checkpoint
 from virl_jax.learner import step as step_lib
+from virl_jax.model import family
 from virl_jax.report import gallery
 from virl_jax.report import html
 from virl_jax.rl import reward
@@ -76,12 +77,17 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   # --- what is fixed -----------------------------------------------------------------------------------
   workdir = claimed.folder
   print(source.describe(), flush=True)
+  for caution in setup.cautions(c):
+    print(f"WARNING: {caution}", flush=True)
   for key, (old, new) in claimed.changed.items():
     print(f"config.{key} changes from {old!r} to {new!r}", flush=True)
   root_key = jax.random.key(c.seed)
   base_params = load.base(p.hf_dir, c.model.dtype, p.mesh).params
   # The state is donated at each update, so a reference has to be a copy of its own.
-  ref_params = jax.tree.map(lambda a: a.copy(), base_params) if c.loss.kl_coef else None
+  ref_params = None
+  if c.loss.kl_coef:
+    ref_params = (step_lib.offloaded(base_params) if "reference" in p.step.offload else
+                  jax.tree.map(lambda a: a.copy(), base_params))
 
   # --- how good is the base? ---------------------------------------------------------------------------
   fits = functools.partial(turns.check, p.policy)
@@ -90,7 +96,8 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
 
   # --- where are we? -----------------------------------------------------------------------------------
   state = step_lib.init_state(base_params, p.step.optim, c.loss.kl_coef,
-                              p.policy.model.text.hidden if c.advantage.kind == "gae" else 0)
+                              p.policy.model.text.hidden if c.advantage.kind == "gae" else 0,
+                              p.step.offload, family.of(p.step.model).specs(p.step.model))
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep)
   start, state = checkpoints.resume(state)
   if start:

@@ -10,7 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from virl_jax import config as config_lib
 from virl_jax import shapes
@@ -80,7 +79,7 @@ def _update(c, p, work):
 
 
 def _score(c, p, work):
-  ref = _params(p, c.model.dtype, p.mesh) if c.loss.kl_coef else None
+  ref = _reference(c, p) if c.loss.kl_coef else None
   return step_lib._read.lower(_state(c, p), ref, _batch(c, p, work), p.step, np.float32(c.reward.h0))
 
 
@@ -90,20 +89,15 @@ def _params(p, dtype: str, mesh):
                       sharding.param_shardings(specs, mesh))
 
 
+def _reference(c, p):
+  params = _params(p, c.model.dtype, p.mesh)
+  return step_lib.offloaded(params) if "reference" in c.learner.offload else params
+
+
 def _state(c, p) -> step_lib.TrainState:
-  params, whole = _params(p, c.model.dtype, p.mesh), sharding.replicated(p.mesh)
-  opt = step_lib.optimizer(p.step.optim)
-  opt_state = optax.tree.map_params(
-      opt, lambda a, q: _spec(a.shape, a.dtype, q.sharding), jax.eval_shape(opt.init, params), params,
-      transform_non_params=lambda a: _spec(a.shape, a.dtype, whole))
-  critic = critic_state = None
-  if c.advantage.kind == "gae":
-    width = p.step.model.text.hidden
-    critic = {"w": _spec((width,), jnp.float32, whole), "b": _spec((1,), jnp.float32, whole)}
-    critic_state = jax.tree.map(lambda a: _spec(a.shape, a.dtype, whole),
-                                jax.eval_shape(step_lib.critic_optimizer(p.step.optim).init, critic))
-  return step_lib.TrainState(_spec((), jnp.int32, whole), params, opt_state, _spec((), jnp.float32, whole), critic,
-                             critic_state)
+  return step_lib.abstract_state(
+      _params(p, c.model.dtype, p.mesh), p.step.optim, p.step.model.text.hidden if c.advantage.kind == "gae" else 0,
+      p.step.offload, family.of(p.step.model).specs(p.step.model))
 
 
 def _batch(c, p, work) -> types.Batch:
@@ -244,7 +238,8 @@ def cost(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> co
     rows, (at_once, _) = sharding.row_shards(p.mesh), rows_of(c, p, work)
     tokens = float(rows * at_once * _width(c))
     batch = _batch(c, p, work)
-    remat = 1 if c.model.remat else 0
+    # What is kept is not computed again, and a bound counts nothing that may be left out.
+    remat = 1 if c.model.remat and not (c.model.remat_keep or c.model.remat_offload) else 0
     update = name == "update"
     passes = 3.0 + remat if update else 1.0
     again = 1.0 if update and c.model.patches_together else 0.0
@@ -272,10 +267,12 @@ def kinds(c: config_lib.ConfigDict, p: setup.Pieces, work: Work) -> dict[str, fl
   """GiB of a device by what they are: what training holds, and what rollouts do."""
   state = _state(c, p)
   found = {"parameters": state.params, "optimizer": state.opt_state, "batch": _batch(c, p, work),
-           "reference": _params(p, c.model.dtype, p.mesh) if c.loss.kl_coef else (),
+           "reference": _reference(c, p) if c.loss.kl_coef else (),
            "rollout weights": _weights(c, p), "cache": _rollout(c, p).cache}
   return {name: _device_bytes(tree) / 2 ** 30 for name, tree in found.items()}
 
 
 def _device_bytes(tree) -> int:
-  return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+  """What lies on the device itself."""
+  return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+             if a.sharding.memory_kind != "pinned_host")
