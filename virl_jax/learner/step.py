@@ -143,8 +143,11 @@ def init_state(params: dict, cfg: optim.OptimConfig, kl_coef: float = 0.0, criti
   if like.update.sharding is None:
     return rest.replace(params=params, opt_state=jax.jit(init)(params))
   rest = jax.device_put(rest, like.update.sharding)
-  # Zeros depend on no input, so that jit by itself would put them whole on every device.
-  return rest.replace(params=params, opt_state=jax.jit(init, out_shardings=where(like.opt_state))(params))
+  # Zeros depend on no input, so that jit by itself would put them whole on every device.  First to the devices: older
+  # compilers have no constants in two memories.
+  on_device = optim.shardings(like.opt_state, params, like.update.sharding)
+  opt_state = jax.jit(init, out_shardings=on_device)(params)
+  return rest.replace(params=params, opt_state=jax.device_put(opt_state, where(like.opt_state)))
 
 
 def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None = None
@@ -431,20 +434,22 @@ def _apply(state: TrainState, grads: dict, critic_grads: dict | None, cfg: Confi
            ) -> tuple[TrainState, pooled.Metrics]:
   """One step of both optimisers."""
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)  # as the moments are
-  opt_state = state.opt_state
+  opt_state, specs = state.opt_state, family.of(cfg.model).specs(cfg.model)
+  if cfg.mesh is not None:
+    like = jax.tree.map(lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where), state.params,
+                        sharding.param_shardings(specs, cfg.mesh))
+    lies = functools.partial(optim.shardings, opt_state, like, sharding.replicated(cfg.mesh))
   if "optimizer" in cfg.offload:  # once the gradients are there: before, activations have the room
     grads, opt_state = jax.lax.optimization_barrier((grads, opt_state))
-    opt_state = _on_device(opt_state)
-  specs = family.of(cfg.model).specs(cfg.model)
+    opt_state = jax.tree.map(lambda a, where: _on_device(a) if where.memory_kind == "pinned_host" else a, opt_state,
+                             lies(host=True))
   updates, opt_state = optim.optimizer(cfg.optim, specs).update(grads, opt_state, state.params)
   params = _pinned(optax.apply_updates(state.params, updates), cfg)
   if cfg.mesh is not None:
-    like = jax.tree.map(lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where), params,
-                        sharding.param_shardings(specs, cfg.mesh))
-    shardings = functools.partial(optim.shardings, opt_state, like, sharding.replicated(cfg.mesh))
-    opt_state = jax.tree.map(jax.lax.with_sharding_constraint, opt_state, shardings())
-    if "optimizer" in cfg.offload:
-      opt_state = jax.tree.map(jax.device_put, opt_state, shardings(host=True))
+    opt_state = jax.tree.map(jax.lax.with_sharding_constraint, opt_state, lies())
+  if "optimizer" in cfg.offload:
+    opt_state = jax.tree.map(lambda a, where: jax.device_put(a, where) if where.memory_kind == "pinned_host" else a,
+                             opt_state, lies(host=True))
   metrics = {"optim/grad_norm": pooled.Mean(optax.tree.norm(grads)),
              "optim/learning_rate": pooled.Mean(optim.schedule(cfg.optim)(state.update))}
   state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
