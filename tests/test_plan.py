@@ -65,6 +65,30 @@ def test_what_is_said(rows):
   assert all(name in said for name in programs.NAMES) and "XLA" in said
 
 
+def test_what_waits_on_the_host_is_not_the_device_s(of_small, rows):
+  """Moments and reference, in the programs and among what there is."""
+  devices = topologies.devices(CPU)
+  c = made(learner__offload=("optimizer", "reference"), loss__kl_coef=0.1)
+  row = plan.compiled(c, CPU, devices, "update")
+  assert row.ok, row.error
+  p = plan.setup.assemble(c, of_small, None, "", devices)
+  state = programs._state(c, p)
+  kinds = {a.sharding.memory_kind for a in jax.tree.leaves(state.opt_state) if a.ndim}
+  assert kinds == {"pinned_host"} and {a.sharding.memory_kind for a in jax.tree.leaves(state.params)} == {"device"}
+  assert {a.sharding.memory_kind for a in jax.tree.leaves(programs._reference(c, p))} == {"pinned_host"}
+  found = programs.kinds(c, p, programs.work(c))
+  assert found["optimizer"] * plan.GIB < 100 and found["reference"] == 0  # counters
+  assert found["parameters"] == rows["kinds"]["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [dict(optim__kind="adafactor"), dict(optim__kind="muon"),
+                                     dict(model__remat_keep=("attention", "mlp"), model__remat_offload=("qkv",))])
+def test_every_recipe_compiles_for_a_mesh(of_small, changes):
+  row = plan.compiled(made(**changes), CPU, topologies.devices(CPU), "update")
+  assert row.ok, row.error
+
+
 def test_nothing_is_gathered_whole(rows, small):
   """No more at once than a parameter: neither the batch, nor images, nor the cache, nor logits."""
   biggest = max(a.size * a.dtype.itemsize for a in jax.tree.leaves(family.abstract_params(small.cfg)))

@@ -56,8 +56,9 @@ class Row:
 
   Attributes:
     ok: whether it compiles and fits beside what waits.
-    peak_gib, arguments_gib, temporaries_gib: as the compiler has them.
+    peak_gib, arguments_gib, temporaries_gib: of the device's own memory, as the compiler has them.
     waiting_gib: what else lies on the device meanwhile, such as the optimizer's state during a rollout.
+    host_gib: of the host's pinned memory, for one device: what is offloaded.
     collective_gib: received from other devices; loops whose length is not known beforehand count once: of `update` and
       `score` a microbatch, of `decode` a token.
     largest_gib: of any one collective's result.
@@ -74,6 +75,7 @@ class Row:
   arguments_gib: float = 0.0
   temporaries_gib: float = 0.0
   waiting_gib: float = 0.0
+  host_gib: float = 0.0
   collective_gib: float = 0.0
   largest_gib: float = 0.0
   collectives: dict = dataclasses.field(default_factory=dict)
@@ -129,14 +131,19 @@ def compiled(c: config_lib.ConfigDict, topology: topologies.Topology, devices: l
   operations = costs.flops(p.step.model, work)
   least = costs.seconds(topology.chip, topology.count, operations, work.bytes_device, traffic.total)
   known = least == least and least > 0
-  peak = held.peak_memory_in_bytes / GIB
+  # The compiler's peak is of all memories together.  What the program is given in the host's is there all the time.
+  peak = min(held.peak_memory_in_bytes - held.host_argument_size_in_bytes, held.argument_size_in_bytes
+             + held.temp_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes) / GIB
+  host = (held.host_argument_size_in_bytes + held.host_temp_size_in_bytes + held.host_output_size_in_bytes
+          - held.host_alias_size_in_bytes) / GIB
   if topology.chip.platform == "cpu":  # which tells of less than there is
     peak = (held.argument_size_in_bytes + held.temp_size_in_bytes) / GIB
   waiting = max(0.0, programs.live(c, p, name, programs.work(c)) - held.argument_size_in_bytes / GIB)
   fits = peak + waiting <= topology.chip.memory_gib
   return Row(
       ok=fits, peak_gib=peak, arguments_gib=held.argument_size_in_bytes / GIB,
-      temporaries_gib=held.temp_size_in_bytes / GIB, waiting_gib=waiting, collective_gib=traffic.total / GIB,
+      temporaries_gib=held.temp_size_in_bytes / GIB, waiting_gib=waiting, host_gib=host,
+      collective_gib=traffic.total / GIB,
       largest_gib=traffic.largest / GIB, collectives={k: v / GIB for k, v in traffic.kinds.items()},
       attention=hlo.kernels(text), flops=operations, bytes_read=work.bytes_device, seconds=least if known else None,
       tokens_s=work.tokens / least if known and work.tokens else None,
@@ -254,6 +261,7 @@ def table(result: dict) -> str:
                  f"{r['waiting_gib']:7.2f} "
                  f"{r['collective_gib']:8.3f}  {number(r['seconds'], '.4f'):>8s} {number(r['tokens_s'], ',.0f'):>9s} "
                  f"{number(r['mfu'], '.2f'):>5s} {r['compile_s']:7.0f} s  {', '.join(r['attention']) or 'XLA'}"
+                 + (f"  {r['host_gib']:.2f} GiB wait in the host's memory" if r["host_gib"] else "")
                  + (f"  {r['error']}" if r["error"] else ""))
   return "\n".join(lines)
 
@@ -278,6 +286,8 @@ def main(argv):
     if unknown:
       raise ValueError(f"--programs must be among {', '.join(programs.NAMES)}. Received: {', '.join(unknown)}")
     topologies.prepare(topology)
+    for caution in setup.cautions(args.config):
+      print(f"WARNING: {caution}", flush=True)
     chip = topology.chip
     print(f"{topology.count} x {chip.kind}, {chip.memory_gib} GiB each; assumed: {chip.flops:.3g} operations/s, "
           f"{chip.bandwidth:.3g} bytes/s of memory, {chip.link:.3g} bytes/s over links", flush=True)

@@ -36,7 +36,6 @@ from virl_jax.eval import outcome
 from virl_jax.learner import checkpoint
 from virl_jax.learner import step as step_lib
 from virl_jax.model import family
-from virl_jax.model import tuning
 from virl_jax.report import gallery
 from virl_jax.report import html
 from virl_jax.rl import reward
@@ -80,13 +79,14 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   # --- what is fixed -----------------------------------------------------------------------------------
   workdir = claimed.folder
   print(source.describe(), flush=True)
+  for caution in setup.cautions(c):
+    print(f"WARNING: {caution}", flush=True)
   for key, (old, new) in claimed.changed.items():
     print(f"config.{key} changes from {old!r} to {new!r}", flush=True)
   root_key = jax.random.key(c.seed)
   base = load.base(p.hf_dir, c.model.dtype, p.mesh, p.step.model, c.seed)
-  # The state is donated at each update, so a reference has to be a copy of what is trained.
-  ref_params = tuning.reference(base.trained, base.frozen, p.step.model.tuning) if c.loss.kl_coef else None
   policy = lambda state: family.whole(state.params, base.frozen, p.step.model)
+  ref_params = step_lib.reference(base.trained, base.frozen, p.step) if c.loss.kl_coef else None
 
   # --- how good is the base? ---------------------------------------------------------------------------
   fits = functools.partial(turns.check, p.policy)
@@ -95,7 +95,8 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
 
   # --- where are we? -----------------------------------------------------------------------------------
   state = step_lib.init_state(base.trained, p.step.optim, c.loss.kl_coef,
-                              p.policy.model.text.hidden if c.advantage.kind == "gae" else 0)
+                              p.policy.model.text.hidden if c.advantage.kind == "gae" else 0, p.step.offload,
+                              family.tables(p.step.model)[0])
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep)
   start, state = checkpoints.resume(state)
   if start:

@@ -17,38 +17,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from virl_jax import checks
 from virl_jax import types
+from virl_jax.learner import optim
 from virl_jax.learner import pooled
 from virl_jax.model import family
 from virl_jax.model import head
 from virl_jax.model import sharding
+from virl_jax.model import tuning
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
 from virl_jax.rl import judge
 from virl_jax.rl import loss
 from virl_jax.rl import reward
 
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-  """See `config.py`, section `optim`."""
-
-  learning_rate: float = 1e-6
-  critic_learning_rate: float = 1e-5
-  warmup_steps: int = 0
-  decay_steps: int = 0
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
-  weight_decay: float = 0.0
-  clip_norm: float = 1.0
-
-  def __post_init__(self):
-    rate, decay = checks.real(0), checks.real(0, below=1)
-    checks.section(vars(self), "optim", learning_rate=rate, critic_learning_rate=rate, warmup_steps=checks.whole(0),
-                   decay_steps=checks.whole(0), b1=decay, b2=decay, eps=checks.real(above=0), weight_decay=rate,
-                   clip_norm=rate)
+OFFLOAD = ("optimizer", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +42,9 @@ class Config:
 
   With `single_update`, a batch serves one update, made with the policy that scores it: where scoring has no use for
   log-probabilities, it leaves them to the update's own forward pass.
+
+  What `offload` names out of `OFFLOAD` lies in pinned memory of the host between steps: the optimiser's moments, the
+  reference for the KL term.  A step moves it to the device and back.
   """
 
   model: family.Config
@@ -69,9 +54,10 @@ class Config:
   credit: credit.Config = credit.Config()
   advantage: advantage.Config = advantage.Config()
   loss: loss.Config = loss.Config()
-  optim: OptimConfig = OptimConfig()
+  optim: optim.OptimConfig = optim.OptimConfig()
   mesh: jax.sharding.Mesh | None = None
   single_update: bool = False
+  offload: tuple[str, ...] = ()
 
   @property
   def judge(self) -> judge.Config:
@@ -86,7 +72,7 @@ class TrainState:
   Attributes:
     update: int32 scalar, optimiser updates so far.
     params: what of the policy is trained; with what is frozen it is all of it, see `family.whole`.
-    opt_state: AdamW's moments and counters.
+    opt_state: the optimiser's moments and counters.
     kl_coef: float32 scalar, weight of the KL term; moves if it is adaptive.
     critic: the value head, "w" float32[D] and "b" float32[1]; None if there is none.
     critic_opt_state: its moments.
@@ -100,62 +86,69 @@ class TrainState:
   critic_opt_state: optax.OptState | None = None
 
 
-def schedule(cfg: OptimConfig, peak: float | None = None) -> optax.Schedule:
-  """Linear warm-up to the peak (`cfg.learning_rate`), then constant, or linear decay to a tenth."""
-  peak = cfg.learning_rate if peak is None else peak
-  after = (optax.linear_schedule(peak, 0.1 * peak, cfg.decay_steps) if cfg.decay_steps
-           else optax.constant_schedule(peak))
-  if not cfg.warmup_steps:
-    return after
-  # The first update already moves: the ramp starts at peak / (warmup + 1), not at 0.
-  ramp = optax.linear_schedule(peak / (cfg.warmup_steps + 1), peak, cfg.warmup_steps)
-  return optax.join_schedules([ramp, after], [cfg.warmup_steps])
+def abstract_state(params: dict, cfg: optim.OptimConfig, critic_width: int = 0, offload: Sequence[str] = (),
+                   specs: dict | None = None) -> TrainState:
+  """Shapes of a state, and where it lies: moments as the parameters do, all else whole on every device.
+
+  Args:
+    params: the policy, or its `jax.ShapeDtypeStruct`s with shardings.
+    cfg: the optimisers.
+    critic_width: D, for a value head; 0 for none.
+    offload: with "optimizer" among it, moments lie in pinned memory of the host; see `Config`.
+    specs: the parameters' table; see `optim.optimizer`.
+
+  Returns:
+    A state of `jax.ShapeDtypeStruct`s; without shardings if the parameters are not on a mesh.
+
+  Raises:
+    ValueError: if moments are to be in the host's memory, and there is no mesh or no such memory.
+  """
+  first = jax.tree.leaves(params)[0].sharding
+  whole = sharding.replicated(first.mesh) if isinstance(first, jax.sharding.NamedSharding) else None
+  host = "optimizer" in offload
+  if whole is None and host:
+    raise ValueError(f"parameters must be on a mesh for an optimizer that is offloaded. Received: {first}")
+  spec = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+  put = lambda tree: jax.tree.map(lambda a: spec(a, whole), tree)
+  opt_state = jax.eval_shape(optim.optimizer(cfg, specs).init, params)
+  opt_state = put(opt_state) if whole is None else jax.tree.map(
+      spec, opt_state, optim.shardings(opt_state, params, whole, host))
+  scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)
+  critic = critic_opt_state = None
+  if critic_width:
+    critic = {"w": jax.ShapeDtypeStruct((critic_width,), jnp.float32, sharding=whole),
+              "b": jax.ShapeDtypeStruct((1,), jnp.float32, sharding=whole)}
+    critic_opt_state = put(jax.eval_shape(optim.critic_optimizer(cfg).init, critic))
+  return TrainState(scalar(jnp.int32), jax.tree.map(lambda a: spec(a, a.sharding), params), opt_state,
+                    scalar(jnp.float32), critic, critic_opt_state)
 
 
-def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
-  """AdamW behind global-norm clipping, if there is any; vectors (norms, biases) are not decayed."""
-  # By name, not by rank: layers are stacked, and a stacked bias has as many axes as a matrix.
-  decayed = lambda path, _: not (path[-1].key.startswith("norm") or path[-1].key.endswith("_b"))
-  return optax.chain(
-      _clip(cfg),
-      optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay,
-                  mask=lambda p: jax.tree_util.tree_map_with_path(decayed, p)))
-
-
-def critic_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
-  """Adam behind clipping of its own, for the value head."""
-  return optax.chain(_clip(cfg),
-                     optax.adam(schedule(cfg, cfg.critic_learning_rate), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
-
-
-def _clip(cfg: OptimConfig) -> optax.GradientTransformation:
-  # A norm of 0 would shorten every gradient to nothing.
-  return optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-
-
-def init_state(params: dict, cfg: OptimConfig, kl_coef: float = 0.0, critic_width: int = 0) -> TrainState:
-  """A fresh state around parameters; moments take the parameters' shardings.
+def init_state(params: dict, cfg: optim.OptimConfig, kl_coef: float = 0.0, critic_width: int = 0,
+               offload: Sequence[str] = (), specs: dict | None = None) -> TrainState:
+  """A fresh state around parameters, laid out as `abstract_state` has it.
 
   Args:
     params: what is trained of the policy.
     cfg: the optimisers.
     kl_coef: what the KL term's weight begins with.
     critic_width: D, for a value head that expects nothing (0) at first; 0 for none.
+    offload, specs: see `abstract_state`.
   """
-  opt, first = optimizer(cfg), jax.tree.leaves(params)[0].sharding
-  rest = {"kl_coef": jnp.float32(kl_coef)}
-  if critic_width:
-    rest["critic"] = {"w": jnp.zeros((critic_width,), jnp.float32), "b": jnp.zeros((1,), jnp.float32)}
-    rest["critic_opt_state"] = critic_optimizer(cfg).init(rest["critic"])
-  update = jnp.zeros((), jnp.int32)
-  if not isinstance(first, jax.sharding.NamedSharding):
-    return TrainState(update, params, jax.jit(opt.init)(params), **rest)
-  # Zeros depend on no input, so that jit by itself would put them whole on every device.
-  whole = sharding.replicated(first.mesh)
-  shardings = optax.tree.map_params(opt, lambda _, p: p.sharding, jax.eval_shape(opt.init, params), params,
-                                    transform_non_params=lambda _: whole)
-  update, rest = jax.device_put((update, rest), whole)
-  return TrainState(update, params, jax.jit(opt.init, out_shardings=shardings)(params), **rest)
+  like = abstract_state(params, cfg, critic_width, offload, specs)
+  where = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
+  rest = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like.replace(params=None, opt_state=None))
+  rest = rest.replace(kl_coef=jnp.float32(kl_coef))
+  if like.critic is not None:
+    rest = rest.replace(critic_opt_state=optim.critic_optimizer(cfg).init(rest.critic))
+  init = optim.optimizer(cfg, specs).init
+  if like.update.sharding is None:
+    return rest.replace(params=params, opt_state=jax.jit(init)(params))
+  rest = jax.device_put(rest, like.update.sharding)
+  # Zeros depend on no input, so that jit by itself would put them whole on every device.  First to the devices: older
+  # compilers have no constants in two memories.
+  on_device = optim.shardings(like.opt_state, params, like.update.sharding)
+  opt_state = jax.jit(init, out_shardings=on_device)(params)
+  return rest.replace(params=params, opt_state=jax.device_put(opt_state, where(like.opt_state)))
 
 
 def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None = None
@@ -249,7 +242,7 @@ def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Ba
 
   Args:
     state: the policy and, if there is one, the critic.
-    ref_params: all parameters of the reference for the KL term, or None.
+    ref_params: all parameters of the reference for the KL term, see `reference`, or None.
     batches: the minibatches that together are the batch; each of whole groups.
     cfg: static.
     h0: the threshold of this step; None for `cfg.reward.h0`, which the metrics always use.
@@ -301,6 +294,8 @@ def _read(state, ref_params, batch, cfg, h0, frozen) -> tuple[_Read, pooled.Metr
   logp = value = kl_BT = None
   if not cfg.single_update or state.critic is not None or cfg.loss.kl_in_reward:
     logp, _, value = outputs(family.whole(state.params, frozen or {}, cfg.model), cfg, batch, state.critic)
+  if ref_params is not None and "reference" in cfg.offload:
+    ref_params = _on_device(ref_params)
   logp_ref = logp if ref_params is None else outputs(ref_params, cfg, batch)[0]
   looks = judge.looks(boxes(batch), cfg.reward, h0)
   total_B = judge.rewards(looks, batch.answer_B, batch.format_B, cfg.reward)
@@ -421,19 +416,56 @@ def _places(cfg: Config) -> dict:
   return sharding.param_shardings(family.tables(cfg.model)[0], cfg.mesh)
 
 
+def _on_device(tree):
+  """Arrays that lie in the host's memory, on the device, divided as they are; within a program."""
+  return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), tree)
+
+
+def reference(trained: dict, frozen: dict, cfg: Config) -> dict:
+  """The policy as it is now, for the KL term, whatever updates make of it.
+
+  Updates are given the arrays of what is trained: those are copied, or all are, into pinned memory of the host.
+
+  Args:
+    trained, frozen: arrays, or `jax.ShapeDtypeStruct`s.
+    cfg: what is trained, and whether the reference is offloaded.
+
+  Raises:
+    ValueError: it is to be offloaded, and the platform has no such memory.
+  """
+  params = tuning.reference(trained, frozen, cfg.model.tuning)
+  put = lambda a, where: (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+                          if isinstance(a, jax.ShapeDtypeStruct) else jax.device_put(a, where))
+  if "reference" not in cfg.offload:
+    return params
+  return jax.tree.map(lambda a: put(a, sharding.in_host(a.sharding)), params)
+
+
 def _apply(state: TrainState, grads: dict, critic_grads: dict | None, cfg: Config
            ) -> tuple[TrainState, pooled.Metrics]:
   """One step of both optimisers."""
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)  # as the moments are
-  updates, opt_state = optimizer(cfg.optim).update(grads, state.opt_state, state.params)
+  opt_state, specs = state.opt_state, family.tables(cfg.model)[0]
+  if cfg.mesh is not None:
+    like = jax.tree.map(lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where), state.params,
+                        _places(cfg))
+    lies = functools.partial(optim.shardings, opt_state, like, sharding.replicated(cfg.mesh))
+  if "optimizer" in cfg.offload:  # once the gradients are there: before, activations have the room
+    grads, opt_state = jax.lax.optimization_barrier((grads, opt_state))
+    opt_state = jax.tree.map(lambda a, where: _on_device(a) if where.memory_kind == "pinned_host" else a, opt_state,
+                             lies(host=True))
+  updates, opt_state = optim.optimizer(cfg.optim, specs).update(grads, opt_state, state.params)
   params = _pinned(optax.apply_updates(state.params, updates), cfg)
   if cfg.mesh is not None:
-    opt_state = optax.tree.map_params(optimizer(cfg.optim), jax.lax.with_sharding_constraint, opt_state, _places(cfg))
+    opt_state = jax.tree.map(jax.lax.with_sharding_constraint, opt_state, lies())
+  if "optimizer" in cfg.offload:
+    opt_state = jax.tree.map(lambda a, where: jax.device_put(a, where) if where.memory_kind == "pinned_host" else a,
+                             opt_state, lies(host=True))
   metrics = {"optim/grad_norm": pooled.Mean(optax.tree.norm(grads)),
-             "optim/learning_rate": pooled.Mean(schedule(cfg.optim)(state.update))}
+             "optim/learning_rate": pooled.Mean(optim.schedule(cfg.optim)(state.update))}
   state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
   if state.critic is not None:
-    updates, critic_opt_state = critic_optimizer(cfg.optim).update(critic_grads, state.critic_opt_state)
+    updates, critic_opt_state = optim.critic_optimizer(cfg.optim).update(critic_grads, state.critic_opt_state)
     state = state.replace(critic=optax.apply_updates(state.critic, updates), critic_opt_state=critic_opt_state)
   return state, metrics
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from virl_jax.model import params as params_lib
+from virl_jax.model import remat
 from virl_jax.model import sharding
 
 
@@ -24,7 +25,8 @@ def swiglu(x: jax.Array, p: dict) -> jax.Array:
     y, b = dense(x, p[name + "_w"]), p.get(name + "_b")
     return y if b is None else y + b.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
-  inner = jax.nn.silu(layer(x, "gate")) * layer(x, "up")
+  gate, up = (remat.named(layer(x, name), "mlp") for name in ("gate", "up"))
+  inner = jax.nn.silu(gate) * up
   return layer(sharding.constrain(inner, "rows", *[None] * (x.ndim - 2), "tensor"), "down")
 
 

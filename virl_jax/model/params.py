@@ -143,6 +143,12 @@ def hf_split(spec: ParamSpec) -> tuple[int, ...]:
   return tuple(spec.item_shape[spec.perm.index(i)] for i in range(len(spec.perm)))
 
 
+def hf_rows(spec: ParamSpec) -> int:
+  """How many of `hf_split`'s dimensions make up the rows of an HF matrix, its outputs; the others are its inputs."""
+  split = hf_split(spec)
+  return next(n for n in range(1, len(split)) if math.prod(split[:n]) == spec.hf_shape[0])
+
+
 def from_hf(spec: ParamSpec, tensor: np.ndarray) -> np.ndarray:
   """One HF tensor in our (unstacked) layout."""
   if spec.perm is None:

@@ -90,7 +90,8 @@ def reference(trained: dict, frozen: dict, cfg: Config) -> dict:
   """
   if cfg.rank:
     return frozen
-  return join(jax.tree.map(lambda a: a.copy(), trained), frozen, cfg)
+  copy = lambda a: a if isinstance(a, jax.ShapeDtypeStruct) else a.copy()
+  return join(jax.tree.map(copy, trained), frozen, cfg)
 
 
 def merged(w, layer: int | None = None):
@@ -120,7 +121,7 @@ def _module(spec: params_lib.ParamSpec) -> str | None:
 
 def _adapter(spec: params_lib.ParamSpec, rank: int) -> dict:
   """The specs of a matrix's adapter: [layers, in ..., r] and [layers, r, out ...]."""
-  n_out = next(n for n in range(1, len(spec.perm)) if math.prod(params_lib.hf_split(spec)[:n]) == spec.hf_shape[0])
+  n_out = params_lib.hf_rows(spec)
   ins, outs = ([(size, axis, at) for size, axis, at in zip(spec.item_shape, spec.axes[1:], spec.perm) if keep(at)]
                for keep in (lambda at: at >= n_out, lambda at: at < n_out))
   name = spec.hf_name.removesuffix("weight")

@@ -167,7 +167,8 @@ def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | Non
 def of_config(c: config_lib.ConfigDict, model: family.Config) -> family.Config:
   """A model as a configuration has it: what of it is trained, and how it is computed."""
   return dataclasses.replace(
-      model, compute_dtype=c.model.compute_dtype, remat=c.model.remat, patches_together=c.model.patches_together,
+      model, compute_dtype=c.model.compute_dtype, remat=c.model.remat, remat_keep=tuple(c.model.remat_keep),
+      remat_offload=tuple(c.model.remat_offload), patches_together=c.model.patches_together,
       tuning=tuning.Config(c.lora.rank, c.lora.alpha, tuple(c.lora.targets), c.model.freeze_vision))
 
 

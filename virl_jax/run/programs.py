@@ -10,7 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from virl_jax import config as config_lib
 from virl_jax import shapes
@@ -90,27 +89,14 @@ def _split(c, p) -> tuple[dict, dict]:
 
 
 def _reference(c, p) -> dict | None:
-  """Of the KL term; what is frozen is the policy's own."""
-  if not c.loss.kl_coef:
-    return None
-  trained, frozen = _split(c, p)
-  return frozen if p.step.model.tuning.rank else family.whole(trained, frozen, p.step.model)
+  """Of the KL term, if there is one."""
+  return step_lib.reference(*_split(c, p), p.step) if c.loss.kl_coef else None
 
 
 def _state(c, p) -> step_lib.TrainState:
-  params, whole = _split(c, p)[0], sharding.replicated(p.mesh)
-  opt = step_lib.optimizer(p.step.optim)
-  opt_state = optax.tree.map_params(
-      opt, lambda a, q: _spec(a.shape, a.dtype, q.sharding), jax.eval_shape(opt.init, params), params,
-      transform_non_params=lambda a: _spec(a.shape, a.dtype, whole))
-  critic = critic_state = None
-  if c.advantage.kind == "gae":
-    width = p.step.model.text.hidden
-    critic = {"w": _spec((width,), jnp.float32, whole), "b": _spec((1,), jnp.float32, whole)}
-    critic_state = jax.tree.map(lambda a: _spec(a.shape, a.dtype, whole),
-                                jax.eval_shape(step_lib.critic_optimizer(p.step.optim).init, critic))
-  return step_lib.TrainState(_spec((), jnp.int32, whole), params, opt_state, _spec((), jnp.float32, whole), critic,
-                             critic_state)
+  return step_lib.abstract_state(
+      _split(c, p)[0], p.step.optim, p.step.model.text.hidden if c.advantage.kind == "gae" else 0, p.step.offload,
+      family.tables(p.step.model)[0])
 
 
 def _batch(c, p, work) -> types.Batch:
@@ -251,7 +237,8 @@ def cost(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> co
     rows, (at_once, _) = sharding.row_shards(p.mesh), rows_of(c, p, work)
     tokens = float(rows * at_once * width(c))
     batch = _batch(c, p, work)
-    remat = 1 if c.model.remat else 0
+    # What is kept is not computed again, and a bound counts nothing that may be left out.
+    remat = 1 if c.model.remat and not (c.model.remat_keep or c.model.remat_offload) else 0
     update = name == "update"
     # Backward, there are products for what came in, and for weights that are trained.
     passes = 3.0 + remat - (how.rank > 0) if update else 1.0
@@ -301,4 +288,6 @@ def live(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> fl
 
 
 def _device_bytes(tree) -> int:
-  return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+  """What lies on the device itself."""
+  return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+             if a.sharding.memory_kind != "pinned_host")
