@@ -34,7 +34,7 @@ setuptools.setup(
                  "pytest-xdist>=3.7", "ruff>=0.12", "tensorboardX>=2.6"],
         # Reference implementations, for tests.  A CPU build of torch will do; get that one first.
         # trl's losses are methods of a trainer, which may change with each version.
-        "parity": ["rlax>=0.1.8", "safetensors>=0.6.2", "torch>=2.6", "trl>=1.16,<1.17"],
+        "parity": ["peft>=0.17", "rlax>=0.1.8", "safetensors>=0.6.2", "torch>=2.6", "trl>=1.16,<1.17"],
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

@@ -21,6 +21,7 @@ import timing  # of this folder
 
 from virl_jax.data import batches
 from virl_jax.learner import step as step_lib
+from virl_jax.model import family
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
 from virl_jax.run import hosts
@@ -37,7 +38,8 @@ class Side:
   def __init__(self, p, params, batch, h0: float):
     # A copy: an update donates its state.
     self.p, self.h0, self.batch = p, np.float32(h0), hosts.place_batch(batch, p.mesh)
-    self.state = step_lib.init_state(jax.tree.map(lambda a: a.copy(), params), p.step.optim)
+    self.state = step_lib.init_state(jax.tree.map(lambda a: a.copy(), params), p.step.optim, offload=p.step.offload,
+                                     specs=family.of(p.step.model).specs(p.step.model))
 
   def score(self):
     self.scored = jax.block_until_ready(step_lib.score_step(self.state, None, self.batch, self.p.step, self.h0))[0]

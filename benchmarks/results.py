@@ -83,6 +83,11 @@ PAGES = {
                 "one seed from three bases; two of these were so poor that guessing paid better than looking, and "
                 "whatever was rewarded, trajectories became short.",
                 "seven or eight"),)),
+    "results_lora": Page("Adapters in place of the weights", (
+        Section("All weights, and adapters beside them", ("full", "lora"),
+                "Adapters of rank 16 on all matrices that PEFT calls by the names of `lora.targets`, those of the "
+                "vision tower's MLPs among them; the rest of the model is frozen. Their learning rate is five times "
+                "that of the weights, the first one that was tried, on seed 0."),)),
 }
 SECTIONS = tuple(section for page in PAGES.values() for section in page.sections)
 

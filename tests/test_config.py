@@ -47,6 +47,15 @@ def test_what_is_no_configuration_is_named(text, message):
     ({"rollout.group_size": 1, "advantage.kind": "rloo"}, "group_size must be at least 2.*no siblings"),
     ({"loss.kind": "trpo"}, "loss.kind must be one of ppo, gspo, cispo. Received: 'trpo'"),
     ({"credit.scope": "word"}, "credit.scope must be one of turn, call, box"),
+    ({"optim.kind": "lion"}, "optim.kind must be one of adamw, adafactor, muon. Received: 'lion'"),
+    ({"optim.kind": "adafactor", "optim.first_moment": "bfloat16"}, "optim.first_moment must be 'param'"),
+    ({"model.remat_keep": ("mlp",)}, r"model.remat_keep must be \(\) while model.remat is False"),
+    ({"model.remat_offload": ("mlp",)}, r"model.remat_offload must be \(\) while model.remat is False"),
+    ({"model.remat": True, "model.remat_keep": ("mlp", "out")}, "remat_keep must be names out of attention, mlp, qkv"),
+    ({"model.remat": True, "model.remat_keep": ("mlp",), "model.remat_offload": ("qkv", "mlp")},
+     r"remat_offload must be names that are not in config.model.remat_keep = \('mlp',\)"),
+    ({"learner.offload": ("reference",)}, "learner.offload must be without 'reference' while loss.kl_coef is 0"),
+    ({"learner.offload": ("params",)}, "learner.offload must be names out of optimizer, reference. Received"),
     ({"reward.mode": "dice"}, "reward.mode must be one of iou, giou"),
     ({"reward.discount": 0.0}, "reward.discount must be above 0")])
 def test_algorithms_that_make_no_sense_are_refused_with_the_reason(changes, message):
@@ -60,6 +69,8 @@ def test_algorithms_that_make_no_sense_are_refused_with_the_reason(changes, mess
     {"advantage.kind": "gae", "credit.kind": "soft"}, {"loss.kind": "gspo", "loss.aggregate": "sequence"},
     {"loss.kind": "cispo", "loss.aggregate": "constant"}, {"loss.dual_clip": 3.0, "loss.sampler_cap": 2.0},
     {"loss.kl_coef": 0.1, "loss.kl_estimator": "k1", "loss.kl_in_reward": True, "loss.kl_target": 0.05},
+    {"loss.kl_coef": 0.1, "learner.offload": ("reference", "optimizer")}, {"optim.kind": "muon"},
+    {"model.remat": True, "model.remat_keep": ("qkv",), "model.remat_offload": ("attention", "mlp")},
     {"rollout.group_size": 1, "advantage.kind": "batch"}, {"rollout.group_size": 1, "advantage.normalize_std": False}])
 def test_algorithms_that_make_sense_are_not(changes):
   c = config_lib.default()

@@ -10,12 +10,14 @@ import pytest
 
 from virl_jax import config as config_lib
 from virl_jax import plan
+from virl_jax import train
 from virl_jax import types
 from virl_jax.model import attention
 from virl_jax.model import family
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import config as qwen
 from virl_jax.model.qwen2_5 import vision
+from virl_jax.run import memory
 from virl_jax.run import programs
 from virl_jax.run import setup
 from virl_jax.run import topologies
@@ -61,6 +63,30 @@ def test_what_is_said(rows):
   json.dumps(rows)
   said = plan.table(rows)
   assert all(name in said for name in programs.NAMES) and "XLA" in said
+
+
+def test_what_waits_on_the_host_is_not_the_device_s(of_small, rows):
+  """Moments and reference, in the programs and among what there is."""
+  devices = topologies.devices(CPU)
+  c = made(learner__offload=("optimizer", "reference"), loss__kl_coef=0.1)
+  row = plan.compiled(c, CPU, devices, "update")
+  assert row.ok, row.error
+  p = plan.setup.assemble(c, of_small, None, "", devices)
+  state = programs._state(c, p)
+  kinds = {a.sharding.memory_kind for a in jax.tree.leaves(state.opt_state) if a.ndim}
+  assert kinds == {"pinned_host"} and {a.sharding.memory_kind for a in jax.tree.leaves(state.params)} == {"device"}
+  assert {a.sharding.memory_kind for a in jax.tree.leaves(programs._reference(c, p))} == {"pinned_host"}
+  found = programs.kinds(c, p, programs.work(c))
+  assert found["optimizer"] * plan.GIB < 100 and found["reference"] == 0  # counters
+  assert found["parameters"] == rows["kinds"]["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [dict(optim__kind="adafactor"), dict(optim__kind="muon"),
+                                     dict(model__remat_keep=("attention", "mlp"), model__remat_offload=("qkv",))])
+def test_every_recipe_compiles_for_a_mesh(of_small, changes):
+  row = plan.compiled(made(**changes), CPU, topologies.devices(CPU), "update")
+  assert row.ok, row.error
 
 
 def test_nothing_is_gathered_whole(rows, small):
@@ -130,13 +156,54 @@ def test_training_and_rollouts_are_helped_apart(of_small, monkeypatch):
 def test_what_nothing_helps_is_said(of_small, monkeypatch):
   stand_in(monkeypatch, lambda c, name: name != "update")
   [said] = plan.plan(made(), CPU)["advice"]
-  assert said.startswith("update: nothing that was tried fits (model.patches_together=8192): take more devices")
+  assert said == ("update: nothing that was tried fits (model.patches_together=8192, lora.rank=64): take more devices")
+
+
+def test_microbatches_of_a_row_are_proposed(of_small, monkeypatch):
+  stand_in(monkeypatch, lambda c, name: name != "update" or c.learner.microbatch_tokens == 256)
+  assert plan.plan(made(learner__microbatch_tokens=0), CPU)["advice"] == ["--config.learner.microbatch_tokens=256"]
+
+
+def test_what_waits_beside_a_program_counts(rows, of_small):
+  """During an update, the other minibatches and the reference; during a rollout, the optimizer."""
+  kinds, of = rows["kinds"], rows["programs"]
+  state = kinds["parameters"] + kinds["optimizer"]
+  assert of["update"]["waiting_gib"] < 0.2 * kinds["batch"]  # there is one minibatch and no reference
+  assert of["append"]["waiting_gib"] == pytest.approx(state, rel=0.05)
+  assert state < of["decode"]["waiting_gib"] < state + kinds["rollout weights"]  # it has no use for the tower
+  assert of["score"]["waiting_gib"] > kinds["optimizer"]  # a single update computes log-probabilities itself
+  assert of["restart"]["waiting_gib"] == pytest.approx(state + kinds["rollout weights"], rel=0.05)
+  small_chip = lambda gib: dataclasses.replace(CPU, chip=dataclasses.replace(CPU.chip, memory_gib=gib))
+  peak, waits = of["restart"]["peak_gib"], of["restart"]["waiting_gib"]
+  for share, ok in ((0.9, False), (1.1, True)):
+    assert plan.compiled(made(), small_chip(peak + share * waits), topologies.devices(CPU), "restart").ok == ok
+
+
+def test_training_is_refused_where_it_does_not_fit_before_weights_are_loaded(small, of_small, monkeypatch, tmp_path):
+  """With what fits, compiled; and not at all where the backend does not say what it has, as here."""
+  c = made()
+  p = setup.assemble(c, small.cfg, None, "")
+  plan.check(c, p)
+  asked = stand_in(monkeypatch, lambda c, name: c.model.patches_together == 32768)
+  monkeypatch.setattr(memory, "limit_gib", lambda devices: 1.0)
+  with pytest.raises(ValueError, match="must fit 8 x cpu of 1.0 GiB each; update: needs 99.0 GiB of 15.8. Try "
+                     "--config.model.patches_together=32768$"):
+    plan.check(c, p)
+  assert asked == ["update", "update"]
+  monkeypatch.setattr(memory, "limit_gib", lambda devices: 1e-4)
+  with pytest.raises(ValueError, match="update: what lies on a device is 0.0 GiB. Try --config.model.patches_together"):
+    plan.check(c, p)
+  c.model.path = "@tiny"
+  monkeypatch.setattr(train.load, "base", lambda *args: pytest.fail("weights were loaded"))
+  with pytest.raises(ValueError, match="^config must fit 8 x cpu"):
+    train.train(c, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
 
 
 def test_more_than_a_chip_has_does_not_fit(of_small):
   small_chip = dataclasses.replace(CPU, chip=dataclasses.replace(CPU.chip, memory_gib=1e-6))
   row = plan.compiled(made(), small_chip, topologies.devices(CPU), "restart")
-  assert not row.ok and row.error.startswith("needs ") and row.error.endswith("GiB of 0.0")
+  assert not row.ok and row.error.startswith("needs ") and row.error.endswith("that wait, of 0.0")
 
 
 def test_a_compiler_s_complaint_is_a_line(of_small, monkeypatch):

@@ -10,11 +10,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import PIL.Image
 import pytest
 
 from virl_jax import config as config_lib
+from virl_jax import export
 from virl_jax import train
+from virl_jax.model import tuning
+from virl_jax.model import weights
 from virl_jax.run import load
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
@@ -212,6 +216,34 @@ def test_the_rivals_train_and_go_on(places):
   assert first["loss/kl_coef"] == pytest.approx(0.05)
   # All below the target: 8 * 4 trajectories of a horizon of 100, a fifth at most.
   assert first["loss/kl"] < 0.0008 and second["loss/kl_coef"] == pytest.approx(0.05 * (1 - 0.2 * 32 / 100))
+
+
+@pytest.mark.slow
+def test_adapters_train_go_on_and_come_out(places, tmp_path):
+  """What is saved is theirs alone; what goes on is the run that was; both ways out hold the policy."""
+  lora = (*SMALL, "--config.lora.rank=4", "--config.optim.learning_rate=2e-3", "--config.loss.kl_coef=0.01")
+  whole, halves = places[0] / "lora", places[0] / "lora_in_two"
+  for workdir, steps in ((whole, 3), (halves, 2), (halves, 3)):
+    run = _start(places, workdir, *lora, f"--config.steps={steps}")
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, out
+  assert "going on from step 2" in out
+  lines = _timeless(_steps(whole))
+  assert [line["step"] for line in lines] == [0, 1, 2] and _timeless(_steps(halves)) == lines
+  assert max(line["rollout/logp_gap_max"] for line in lines) < 1e-4 and lines[-1]["loss/kl"] > 0
+  assert sum(f.stat().st_size for f in (whole / "checkpoints" / "3").rglob("*")) < 2e6  # the whole state: 25e6
+  policy = load.trained(str(whole))
+  assert policy.params["text"]["blocks"]["q_w"].b.any() and policy.model.tuning.rank == 4
+  assert export.export(str(whole), str(tmp_path / "hf"), None, "float32", str(tmp_path / "adapters")) == 3
+  _, merged = weights.load_hf(tmp_path / "hf")
+  for name in ("q_w", "down_w"):
+    w = policy.params["text"]["blocks"][name]
+    np.testing.assert_array_equal(merged["text"]["blocks"][name][1], tuning.merged(w, 1))
+  assert json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["r"] == 4
+  with pytest.raises(ValueError, match="lora.rank: 4 there, 8 now .the checkpoints hold adapters of that kind"):
+    c = workdir_lib.config(whole)
+    c.lora.rank = 8
+    train.train(c, str(whole), True)
 
 
 @pytest.mark.slow

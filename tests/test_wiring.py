@@ -12,6 +12,7 @@ from virl_jax import train
 from virl_jax import types
 from virl_jax.eval import harness
 from virl_jax.learner import pooled
+from virl_jax.run import load
 from virl_jax.run import setup
 
 STEPS, EPOCHS, MINIBATCHES, PROMPTS, G = 4, 2, 2, 8, 4
@@ -57,12 +58,12 @@ def played(tmp_path, monkeypatch):
     seen.informative.append(float(h0))
     return np.ones(len(answer_B), bool)
 
-  def scores(state, ref_params, batches, cfg, h0):
+  def scores(state, ref_params, batches, cfg, h0, frozen):
     seen.scored.append((float(state.params["marker"]), float(ref_params["marker"]), tuple(batches), float(h0)))
     metrics = {"reward/total": pooled.Mean(jnp.float32(0))}
     return [(std_types.SimpleNamespace(batch=batch), metrics) for batch in batches]
 
-  def update(state, minibatch, cfg):
+  def update(state, minibatch, cfg, frozen):
     seen.updates.append(minibatch.batch)
     params = {"marker": state.params["marker"] + 1}
     return state.replace(params=params, update=state.update + 1), {"loss/total": pooled.Mean(jnp.float32(0))}
@@ -72,7 +73,8 @@ def played(tmp_path, monkeypatch):
     return [harness.Judged(finished(task), (), ()) for task in tasks]
 
   base = {"marker": jnp.float32(100.0)}
-  monkeypatch.setattr(train.load, "base", lambda *a, **k: std_types.SimpleNamespace(params=base))
+  monkeypatch.setattr(train.load, "base", lambda hf_dir, dtype, mesh, model, seed: load.Loaded(
+      model, base, {}, hf_dir))
   monkeypatch.setattr(train.dynamic, "run", rolls)
   monkeypatch.setattr(train.step_lib, "informative", informative)
   monkeypatch.setattr(train.step_lib, "score", scores)

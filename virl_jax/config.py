@@ -71,6 +71,18 @@ def _knobs() -> ConfigDict:
   m.compute_dtype = "float32"      # matmul dtype: float32 | bfloat16
   m.patches_together = 0            # patches of a device that the vision tower sees at a time; 0 for all of them [ours]
   m.remat = False                  # compute layers again in the backward pass instead of keeping them: less memory
+  # Of such layers some values can be kept, which costs memory and saves time: "attention" (its output), "mlp" (what
+  # its two first products give), "qkv" (queries, keys, values).
+  m.remat_keep = ()                # names of what is kept on the device; () for nothing [ours]
+  m.remat_offload = ()             # names of what waits in the host's memory instead, if links are fast [ours]
+
+  m.freeze_vision = False          # nothing of the vision tower is trained [ours; peers: either]
+
+  c.lora = a = ConfigDict()        # small matrices are trained beside the frozen weights; see docs/scaling.md
+  a.rank = 0                       # of those matrices; 0 trains the weights themselves [ours]
+  a.alpha = 32.0                   # what they add is multiplied by alpha / rank [ours]
+  a.targets = ("q_proj", "k_proj", "v_proj", "o_proj",  # modules that get one [PEFT: all-linear]
+               "gate_proj", "up_proj", "down_proj")
 
   c.data = d = ConfigDict()
   d.source = "needle"              # needle | jsonl
@@ -146,6 +158,7 @@ def _knobs() -> ConfigDict:
   k.microbatch_tokens = 0          # of a device, whose gradients are computed together; 0 for all of a minibatch [ours]
   k.row_shown = 4                  # places that a row of a microbatch has for images, its trajectories together [ours]
   k.row_crops = 8                  # and for crops; at least rollout.max_rounds [ours]
+  k.offload = free(())             # what waits in the host's memory between steps: "optimizer", "reference" [ours]
 
   c.reward = w = ConfigDict()
   w.h0 = 0.4                       # IoU that makes a visual action correct [ours, within the published sweep 0.2-0.5]
@@ -209,11 +222,14 @@ def _knobs() -> ConfigDict:
   q.epochs = 1                     # passes over a rollout batch [ours]
 
   c.optim = t = ConfigDict()
+  t.kind = "adamw"                 # adamw | adafactor (hardly any state) | muon (half of it): learner/optim.py [ours]
   t.learning_rate = 1e-6           # peak [DeepEyes, Pixel-Reasoner]
   t.critic_learning_rate = 1e-5    # peak of the value head's [verl]
   t.warmup_steps = 0               # updates of linear warm-up; 0 for none [ours]
   t.decay_steps = 0                # updates of linear decay to a tenth after warm-up; 0 is constant [ours]
   t.b1, t.b2, t.eps = 0.9, 0.999, 1e-8  # AdamW's decay of the mean and of the square, and what is added below [AdamW]
+  t.first_moment = "param"         # dtype of the mean that AdamW or Muon keep: float32 | bfloat16 | param, which is
+                                   #   model.dtype [ours]
   t.weight_decay = 0.0             # an update, times the learning rate; 0 for none [ours]
   t.clip_norm = 1.0                # longer gradients are shortened to this norm; 0 for no clipping [DeepEyes]
 

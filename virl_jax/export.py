@@ -2,10 +2,12 @@
 
     python -m virl_jax.export --workdir=runs/tiny --out=HF_DIR
     python -m virl_jax.export --workdir=runs/tiny --out=HF_DIR --step=40 --dtype=float32
+    python -m virl_jax.export --workdir=runs/lora --adapters=DIR
 
-Only the parameters are read.  The tokenizer and chat template come from the base.  preprocessor_config.json has the
-run's pixel limits, and generation_config.json what ends a turn and how the run's evaluation samples: a server shows the
-policy what it was trained on.
+Only the parameters are read.  Of a run that trained adapters, --out has them merged into the weights and rounded with
+them, and --adapters has them alone, as they are, in PEFT's format.  The tokenizer and chat template come from the base.
+preprocessor_config.json has the run's pixel limits, and generation_config.json what ends a turn and how the run's
+evaluation samples: a server shows the policy what it was trained on.
 """
 
 from __future__ import annotations
@@ -28,26 +30,35 @@ from virl_jax.run import serving
 from virl_jax.run import setup
 
 
-def export(workdir: str, out: str, step: int | None = None, dtype: str = "bfloat16") -> int:
+def export(workdir: str, out: str | None, step: int | None = None, dtype: str = "bfloat16", adapters: str | None = None
+           ) -> int:
   """Exports a checkpoint.
 
   Args:
     workdir: of a run.
-    out: the HF folder to write, all of it or nothing; see `outdir.check`.
+    out: the HF folder to write, all of it or nothing; see `outdir.check`.  None for none.
     step: which checkpoint; None for the newest.
-    dtype: of the stored tensors.
+    dtype: of the stored tensors in `out`.
+    adapters: the folder to write adapters to, in the same way; None for none.
 
   Returns:
     The step that was exported.
 
   Raises:
-    ValueError: if the workdir holds no run or no such checkpoint, its base is gone, or `out` is not to be replaced.
+    ValueError: if the workdir holds no run or no such checkpoint, its base is gone, a folder is not to be replaced, or
+      it has no adapters.
   """
-  outdir.check(out, (workdir,))
+  folders = [folder for folder in (out, adapters) if folder]
+  for folder in folders:
+    outdir.check(folder, (workdir,))
   policy = load.trained(workdir, step)
-  outdir.check(out, (policy.hf_dir,))
-  weights.save_hf(out, policy.model, policy.params, dtype, like=policy.hf_dir,
-                  beside=serving.files(policy.hf_dir, policy.model, policy.config))
+  for folder in folders:
+    outdir.check(folder, (policy.hf_dir,))
+  if adapters:
+    weights.save_adapters(adapters, policy.model, policy.trained, policy.config.model.path)
+  if out:
+    weights.save_hf(out, policy.model, policy.params, dtype, like=policy.hf_dir,
+                    beside=serving.files(policy.hf_dir, policy.model, policy.config))
   return policy.step
 
 
@@ -55,7 +66,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines what the command line takes; not on import, for other commands have flags of the same names."""
   flags.DEFINE_string("workdir", None, "The run.", required=True, flag_values=values)
   flags.DEFINE_string("out", None, "HF folder to write: absent, empty, or an earlier export, which is replaced.",
-                      required=True, flag_values=values)
+                      flag_values=values)
+  flags.DEFINE_string("adapters", None, "Folder to write adapters to, as PEFT does; the same.", flag_values=values)
   flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.", flag_values=values)
   flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the stored tensors.", flag_values=values)
 
@@ -64,12 +76,15 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   args = flags.FLAGS
+  if not args.out and not args.adapters:
+    raise app.UsageError("--out=HF_DIR or --adapters=DIR is missing")
   logging.getLogger("absl").setLevel(logging.WARNING)
   with setup.told():
-    step = export(args.workdir, args.out, args.step, args.dtype)
-  files = list(pathlib.Path(args.out).iterdir())
-  print(json.dumps({"out": args.out, "step": step, "dtype": args.dtype, "files": len(files),
-                    "bytes": sum(f.stat().st_size for f in files)}))
+    step = export(args.workdir, args.out, args.step, args.dtype, args.adapters)
+  for folder in filter(None, (args.adapters, args.out)):
+    files = list(pathlib.Path(folder).iterdir())
+    print(json.dumps({"out": folder, "step": step, **({"dtype": args.dtype} if folder == args.out else {}),
+                      "files": len(files), "bytes": sum(f.stat().st_size for f in files)}))
 
 
 if __name__ == "__main__":

@@ -35,15 +35,17 @@ from virl_jax.model.qwen2_5 import config as qwen
 from virl_jax.run import costs
 from virl_jax.run import hlo
 from virl_jax.run import load
+from virl_jax.run import memory
 from virl_jax.run import programs
 from virl_jax.run import setup
 from virl_jax.run import topologies
 
 GIB = 2 ** 30
 # What to try where a program does not fit, one after the other, each on top of the ones before.
-_TRAINING = (("model.remat", True), ("model.patches_together", 32768), ("model.patches_together", 16384),
-             ("model.patches_together", 8192))
-_ROLLOUTS = (("rollout.tensor", 2), ("rollout.tensor", 4), ("engine.slots", 0.5), ("engine.slots", 0.25))
+_TRAINING = (("model.remat", True), ("learner.microbatch_tokens", programs.width), ("model.patches_together", 32768),
+             ("model.patches_together", 16384), ("model.patches_together", 8192), ("lora.rank", 64))
+_ROLLOUTS = (("rollout.tensor", 2), ("rollout.tensor", 4), ("engine.slots", 0.5), ("engine.slots", 0.25),
+             ("lora.rank", 64))
 _TRIES = {"update": _TRAINING, "score": _TRAINING} | dict.fromkeys(
     ("copy", "prefill", "append", "decode", "restart"), _ROLLOUTS)
 
@@ -53,8 +55,10 @@ class Row:
   """What came of compiling a program; bytes are a device's.
 
   Attributes:
-    ok: whether it compiles and fits.
-    peak_gib, arguments_gib, temporaries_gib: as the compiler has them.
+    ok: whether it compiles and fits beside what waits.
+    peak_gib, arguments_gib, temporaries_gib: of the device's own memory, as the compiler has them.
+    waiting_gib: what else lies on the device meanwhile, such as the optimizer's state during a rollout.
+    host_gib: of the host's pinned memory, for one device: what is offloaded.
     collective_gib: received from other devices; loops whose length is not known beforehand count once: of `update` and
       `score` a microbatch, of `decode` a token.
     largest_gib: of any one collective's result.
@@ -70,6 +74,8 @@ class Row:
   peak_gib: float = 0.0
   arguments_gib: float = 0.0
   temporaries_gib: float = 0.0
+  waiting_gib: float = 0.0
+  host_gib: float = 0.0
   collective_gib: float = 0.0
   largest_gib: float = 0.0
   collectives: dict = dataclasses.field(default_factory=dict)
@@ -114,30 +120,36 @@ def compiled(c: config_lib.ConfigDict, topology: topologies.Topology, devices: l
   p = setup.assemble(c, model_of(c), None, "", devices)
   began = time.perf_counter()
   # Triton searches tiles by running them.
-  options = {"xla_gpu_enable_triton_gemm": False} if topology.chip.platform == "gpu" else {}
+  options = {"xla_gpu_enable_triton_gemm": False} if topology.chip.platform == "gpu" and topology.shape else {}
   try:
     done = programs.lowered(c, p, name, programs.work(c))().compile(compiler_options=options)
   except Exception as e:  # the compiler's verdict: a TPU's refuses what does not fit
     return Row(False, compile_s=time.perf_counter() - began, error=_reason(e))
-  memory, text = done.memory_analysis(), done.as_text()
+  held, text = done.memory_analysis(), done.as_text()
   traffic = hlo.traffic(text)
   work = programs.cost(c, p, name, programs.work(c))
   operations = costs.flops(p.step.model, work)
   least = costs.seconds(topology.chip, topology.count, operations, work.bytes_device, traffic.total)
   known = least == least and least > 0
-  peak = memory.peak_memory_in_bytes / GIB
+  # The compiler's peak is of all memories together.  What the program is given in the host's is there all the time.
+  peak = min(held.peak_memory_in_bytes - held.host_argument_size_in_bytes, held.argument_size_in_bytes
+             + held.temp_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes) / GIB
+  host = (held.host_argument_size_in_bytes + held.host_temp_size_in_bytes + held.host_output_size_in_bytes
+          - held.host_alias_size_in_bytes) / GIB
   if topology.chip.platform == "cpu":  # which tells of less than there is
-    peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB
-  fits = peak <= topology.chip.memory_gib
+    peak = (held.argument_size_in_bytes + held.temp_size_in_bytes) / GIB
+  waiting = max(0.0, programs.live(c, p, name, programs.work(c)) - held.argument_size_in_bytes / GIB)
+  fits = peak + waiting <= topology.chip.memory_gib
   return Row(
-      ok=fits, peak_gib=peak, arguments_gib=memory.argument_size_in_bytes / GIB,
-      temporaries_gib=memory.temp_size_in_bytes / GIB, collective_gib=traffic.total / GIB,
+      ok=fits, peak_gib=peak, arguments_gib=held.argument_size_in_bytes / GIB,
+      temporaries_gib=held.temp_size_in_bytes / GIB, waiting_gib=waiting, host_gib=host,
+      collective_gib=traffic.total / GIB,
       largest_gib=traffic.largest / GIB, collectives={k: v / GIB for k, v in traffic.kinds.items()},
       attention=hlo.kernels(text), flops=operations, bytes_read=work.bytes_device, seconds=least if known else None,
       tokens_s=work.tokens / least if known and work.tokens else None,
       mfu=operations / topology.count / topology.chip.flops / least if known else None,
       compile_s=time.perf_counter() - began,
-      error="" if fits else f"needs {peak:.1f} GiB of {topology.chip.memory_gib:.1f}")
+      error="" if fits else f"needs {peak:.1f} GiB, beside {waiting:.1f} that wait, of {topology.chip.memory_gib:.1f}")
 
 
 def plan(c: config_lib.ConfigDict, topology: topologies.Topology, names: tuple[str, ...] = programs.NAMES,
@@ -174,6 +186,40 @@ def plan(c: config_lib.ConfigDict, topology: topologies.Topology, names: tuple[s
           "kinds": programs.kinds(c, p, programs.work(c)), "advice": advice}
 
 
+def check(c: config_lib.ConfigDict, p: setup.Pieces) -> None:
+  """Refuses a configuration that does not fit the devices that are here, before any weights are loaded.
+
+  What lies on a device for certain is counted first, at no cost.  Then the update is compiled, as training would do
+  later.  Nothing is checked where the backend does not say how much memory there is, as a CPU's does not.
+
+  Args:
+    c: the configuration.
+    p: made of it.
+
+  Raises:
+    ValueError: it does not fit; with what does, compiled.
+  """
+  limit = memory.limit_gib(p.mesh.local_devices)
+  if limit is None:
+    return
+  devices = list(p.mesh.devices.flat)
+  topology = topologies.here(devices, limit)
+  for name in ("update", "decode"):
+    if (lies := programs.live(c, p, name, programs.work(c))) > limit:
+      raise ValueError(_told(c, topology, devices, name, f"what lies on a device is {lies:.1f} GiB"))
+  print("compiling the update to see whether it fits: minutes, once", flush=True)
+  row = compiled(c, topology, devices, "update")
+  if not row.ok:
+    raise ValueError(_told(c, topology, devices, "update", row.error))
+
+
+def _told(c, topology, devices, name: str, why: str) -> str:
+  """A refusal, with what was compiled and fits."""
+  print(f"{name} does not fit: {why}; looking for what does", flush=True)
+  helps = " ".join(_helps(c, topology, devices, [name], _TRIES[name]))
+  return f"config must fit {topology.name} of {topology.chip.memory_gib:.1f} GiB each; {name}: {why}. Try {helps}"
+
+
 def _helps(c, topology, devices, failing: list[str], tries) -> list[str]:
   """Overrides with which these programs compile and fit, or a line that says that none of those tried does."""
   found, trial = {}, copy.deepcopy(c)
@@ -181,6 +227,7 @@ def _helps(c, topology, devices, failing: list[str], tries) -> list[str]:
     section, _, knob = key.partition(".")
     if isinstance(value, float):  # a share of what there is
       value = int(trial[section][knob] * value)
+    value = value(trial) if callable(value) else value
     if value == c[section][knob] or isinstance(value, int) and value < 1:
       continue
     trial[section][knob] = found[key] = value
@@ -203,16 +250,18 @@ def _reason(e: Exception) -> str:
 
 def table(result: dict) -> str:
   """The result for people."""
-  lines = [f"{'program':8s} {'peak':>7s} {'args':>7s} {'temps':>7s} {'coll':>8s}  {'least s':>8s} {'tokens/s':>9s} "
-           f"{'MFU':>5s} {'compiled':>9s}  attention"]
+  lines = [f"{'program':8s} {'peak':>7s} {'args':>7s} {'temps':>7s} {'waiting':>7s} {'coll':>8s}  {'least s':>8s} "
+           f"{'tokens/s':>9s} {'MFU':>5s} {'compiled':>9s}  attention"]
   for name, r in result["programs"].items():
     if r["error"] and not r["peak_gib"]:
       lines.append(f"{name:8s} does not compile: {r['error']}")
       continue
     number = lambda value, form: format(value, form) if value is not None else "-"
     lines.append(f"{name:8s} {r['peak_gib']:7.2f} {r['arguments_gib']:7.2f} {r['temporaries_gib']:7.2f} "
+                 f"{r['waiting_gib']:7.2f} "
                  f"{r['collective_gib']:8.3f}  {number(r['seconds'], '.4f'):>8s} {number(r['tokens_s'], ',.0f'):>9s} "
                  f"{number(r['mfu'], '.2f'):>5s} {r['compile_s']:7.0f} s  {', '.join(r['attention']) or 'XLA'}"
+                 + (f"  {r['host_gib']:.2f} GiB wait in the host's memory" if r["host_gib"] else "")
                  + (f"  {r['error']}" if r["error"] else ""))
   return "\n".join(lines)
 
@@ -237,6 +286,8 @@ def main(argv):
     if unknown:
       raise ValueError(f"--programs must be among {', '.join(programs.NAMES)}. Received: {', '.join(unknown)}")
     topologies.prepare(topology)
+    for caution in setup.cautions(args.config):
+      print(f"WARNING: {caution}", flush=True)
     chip = topology.chip
     print(f"{topology.count} x {chip.kind}, {chip.memory_gib} GiB each; assumed: {chip.flops:.3g} operations/s, "
           f"{chip.bandwidth:.3g} bytes/s of memory, {chip.link:.3g} bytes/s over links", flush=True)

@@ -28,12 +28,14 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
+from virl_jax import plan
 from virl_jax import types
 from virl_jax.data import batches
 from virl_jax.eval import harness
 from virl_jax.eval import outcome
 from virl_jax.learner import checkpoint
 from virl_jax.learner import step as step_lib
+from virl_jax.model import family
 from virl_jax.report import gallery
 from virl_jax.report import html
 from virl_jax.rl import reward
@@ -64,9 +66,10 @@ def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
     The last step's metrics.
 
   Raises:
-    ValueError: if the configuration, the model, the data or the workdir won't do.
+    ValueError: if the configuration, the model, the data or the workdir won't do, or the devices are too small.
   """
   p = setup.pieces(c)
+  plan.check(c, p)
   source = setup.source(c, "train")
   with workdir_lib.claim(workdir, c, source, resume_with_changes) as claimed:
     return _train(c, p, source, claimed)
@@ -76,21 +79,24 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   # --- what is fixed -----------------------------------------------------------------------------------
   workdir = claimed.folder
   print(source.describe(), flush=True)
+  for caution in setup.cautions(c):
+    print(f"WARNING: {caution}", flush=True)
   for key, (old, new) in claimed.changed.items():
     print(f"config.{key} changes from {old!r} to {new!r}", flush=True)
   root_key = jax.random.key(c.seed)
-  base_params = load.base(p.hf_dir, c.model.dtype, p.mesh).params
-  # The state is donated at each update, so a reference has to be a copy of its own.
-  ref_params = jax.tree.map(lambda a: a.copy(), base_params) if c.loss.kl_coef else None
+  base = load.base(p.hf_dir, c.model.dtype, p.mesh, p.step.model, c.seed)
+  policy = lambda state: family.whole(state.params, base.frozen, p.step.model)
+  ref_params = step_lib.reference(base.trained, base.frozen, p.step) if c.loss.kl_coef else None
 
   # --- how good is the base? ---------------------------------------------------------------------------
   fits = functools.partial(turns.check, p.policy)
   held_out = _held_out(c, fits) if c.eval.tasks else None
-  before = _evaluate(c, p, base_params, held_out, root_key, workdir, "before")
+  before = _evaluate(c, p, base.params, held_out, root_key, workdir, "before")
 
   # --- where are we? -----------------------------------------------------------------------------------
-  state = step_lib.init_state(base_params, p.step.optim, c.loss.kl_coef,
-                              p.policy.model.text.hidden if c.advantage.kind == "gae" else 0)
+  state = step_lib.init_state(base.trained, p.step.optim, c.loss.kl_coef,
+                              p.policy.model.text.hidden if c.advantage.kind == "gae" else 0, p.step.offload,
+                              family.tables(p.step.model)[0])
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep)
   start, state = checkpoints.resume(state)
   if start:
@@ -110,7 +116,7 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
       record.begin()
       key = jax.random.fold_in(root_key, step)  # so that resuming needs no RNG state
       tasks = feed.batch(step)                  # pure in (seed, step)
-      weights = sample.weights(state.params, p.policy.model, p.policy.mesh)  # as rollouts want them
+      weights = sample.weights(policy(state), p.policy.model, p.policy.mesh)  # as rollouts want them
       record.lap("weights", weights)
       trajectories, rolled_out = dynamic.run(   # G of each task, and which answers are right
           p.policy, weights, tasks, functools.partial(feed.further, step), key, c.rollout.group_size,
@@ -121,11 +127,11 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
       parts = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches, (c.seed, step))
       minibatches, scores = zip(*step_lib.score(
           state, ref_params, [hosts.place_batch(pack.pack(part, p.pack), p.mesh) for part in parts], p.step,
-          _threshold(p, step)))
+          _threshold(p, step), base.frozen))
       with kept.changing():  # until the step is finished, there is no state that could be saved
         updates = []
         for minibatch in c.ppo.epochs * minibatches:
-          state, metrics = step_lib.update_step(state, minibatch, p.step)
+          state, metrics = step_lib.update_step(state, minibatch, p.step, base.frozen)
           updates.append(metrics)
         record.step(step, parts, minibatches[0], (scores, updates), rolled_out | {
             "data/skipped": feed.skipped, "rollout/weights_gib": gib})
@@ -136,7 +142,7 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   if stopped := record.stopping:
     print(f"stopped by {stopped.name}, which began at step {stopped.step + 1}. To go on, give the same command with "
           "--config.monitor.stop='()'", flush=True)
-  after = _evaluate(c, p, state.params, held_out, root_key, workdir, "after", before)
+  after = _evaluate(c, p, policy(state), held_out, root_key, workdir, "after", before)
   if after is not None:
     print("\n" + outcome.format_table(before, after, after["difference"]) + "\n", flush=True)
   print(f"report: {html.write(str(workdir))}", flush=True)

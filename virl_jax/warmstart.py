@@ -37,6 +37,7 @@ from virl_jax import config as config_lib
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.learner import checkpoint
+from virl_jax.learner import optim
 from virl_jax.learner import step as step_lib
 from virl_jax.model import outdir
 from virl_jax.model import params as params_lib
@@ -58,9 +59,9 @@ _FREE = frozenset(k for k in config_lib.flat(config_lib.default().to_dict()) if 
     "warmstart.workers", "warmstart.save_every"}
 
 
-def optim_config(c, turn: int, clumsy: bool) -> step_lib.OptimConfig:
+def optim_config(c, turn: int, clumsy: bool) -> optim.OptimConfig:
   """AdamW for the steps before `turn` or from there on."""
-  return step_lib.OptimConfig(
+  return optim.OptimConfig(
       learning_rate=c.warmstart.clumsy_learning_rate if clumsy else c.warmstart.learning_rate,
       warmup_steps=20 if clumsy else 50, decay_steps=c.warmstart.steps - turn if clumsy else turn, b2=0.98)
 

@@ -2,8 +2,8 @@
 
     python -m virl_jax.train --config=configs/ablations/arms.py:outcome_only --workdir=runs/outcome_only
 
-An arm is a name and what it changes in configs/tiny.py.  Everything else, the learning rate and the number of
-steps among it, is the same for all: nothing is tuned for one arm alone.
+An arm is a name and what it changes in configs/tiny.py.  Everything else, the learning rate (but for adapters) and the
+number of steps among it, is the same for all: nothing is tuned for one arm alone.
 """
 
 import pathlib
@@ -56,6 +56,8 @@ ARMS = {
     "count_mean": _COUNT,
     **{f"count_{a}": _COUNT | {"reward.average": a} for a in ("sum", "discounted", "best")},
     "count_outcome_only": _COUNT | _OUTCOME,
+    # Adapters in place of the weights, which want larger steps: five times as large, the only size that was tried.
+    "lora": {"lora.rank": 16, "lora.alpha": 32.0, "optim.learning_rate": 1e-3},
 }
 
 

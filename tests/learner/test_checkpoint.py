@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, only when due, the newest few, and a clear word about damaged ones."""
 
+import dataclasses
 import gc
 import json
 import logging
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 
 from virl_jax.learner import checkpoint
+from virl_jax.learner import optim
 from virl_jax.learner import step as step_lib
+from virl_jax.model import params as params_lib
 from virl_jax.model import sharding
 
-OPTIM = step_lib.OptimConfig()
+OPTIM = optim.OptimConfig()
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +70,45 @@ def test_a_sharded_state_comes_back_sharded(tmp_path):
   placed = saves.restore(1, make_state(seed=1, sharding=sharding.replicated(other)))
   jax.tree.map(np.testing.assert_array_equal, placed, state)
   assert placed.params["a_w"].sharding.device_set == set(jax.devices()[:2])
+  saves.close()
+
+
+def recipe_state(seed, kind="adamw", offload=()):
+  """A state on a mesh, its moments drawn."""
+  mesh, rng = sharding.make(1, 4, 2), np.random.default_rng(seed)
+  where = {"blocks": {"q_w": sharding.rows(mesh, 1), "q_b": sharding.replicated(mesh)}}
+  shapes = {"blocks": {"q_w": (2, 128, 256), "q_b": (2, 256)}}
+  spec = params_lib.ParamSpec((2, 128, 256), ("layers", "embed", None), "normal", "q.{layer}", (256, 128), (1, 0))
+  draw = lambda shape, s: jax.device_put(rng.standard_normal(shape, np.float32), s)
+  params = jax.tree.map(draw, shapes, where, is_leaf=lambda x: isinstance(x, tuple))
+  state = step_lib.init_state(params, dataclasses.replace(OPTIM, kind=kind), offload=offload,
+                              specs={"blocks": {"q_w": spec}})
+  return state.replace(opt_state=jax.tree.map(lambda a: draw(a.shape, a.sharding) if a.ndim else a, state.opt_state))
+
+
+@pytest.mark.parametrize("kind", optim.KINDS)
+@pytest.mark.parametrize("offload", [(), ("optimizer",)])
+def test_every_recipe_comes_back_where_it_was(tmp_path, kind, offload):
+  state = recipe_state(0, kind, offload)
+  kinds = {a.sharding.memory_kind for a in jax.tree.leaves(state.opt_state)}
+  assert ("pinned_host" in kinds) == bool(offload)
+  saves = checkpoint.Checkpoints(tmp_path, 1, 1)
+  saves.maybe_save(1, state)
+  same(saves.restore(1, recipe_state(1, kind, offload)), state)
+  # Offloading is no part of what was saved: a run may go on without, or with.
+  other = recipe_state(1, kind, () if offload else ("optimizer",))
+  found = saves.restore(1, other)
+  jax.tree.map(np.testing.assert_array_equal, found, state)
+  jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding.memory_kind, b.sharding.memory_kind), found, other)
+  saves.close()
+
+
+def test_another_optimizer_s_checkpoint_is_named(tmp_path):
+  saves = checkpoint.Checkpoints(tmp_path, 1, 1)
+  saves.maybe_save(1, recipe_state(0, "adamw"))
+  for kind in ("adafactor", "muon"):
+    with pytest.raises(ValueError, match="(?s)does not fit this model and optimiser"):
+      saves.restore(1, recipe_state(1, kind))
   saves.close()
 
 

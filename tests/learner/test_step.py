@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from virl_jax import config
 from virl_jax import types
+from virl_jax.learner import optim
 from virl_jax.learner import pooled
 from virl_jax.learner import step as step_lib
+from virl_jax.model import family
+from virl_jax.model import params as params_lib
 from virl_jax.model import sharding
+from virl_jax.model import tuning
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
@@ -24,7 +27,7 @@ TARGET = types.Box(0, 0, 40, 40)
 HALF = types.Box(0, 0, 40, 20)     # IoU 0.5 with the target
 AWAY = types.Box(100, 100, 140, 140)
 # eps far above rounding noise, so that a gradient of 1e-9 is not blown up into a step.
-OPTIM = step_lib.OptimConfig(learning_rate=1e-2, eps=1e-3)
+OPTIM = optim.OptimConfig(learning_rate=1e-2, eps=1e-3)
 
 
 def score_step(*args, **kwargs):
@@ -264,6 +267,106 @@ def test_several_devices_compute_what_one_does(small, batch, scored, updated, si
   assert all(a.sharding.is_equivalent_to(s, a.ndim) for a, s in zip(jax.tree.leaves(state), where))
   for name, value in updated[1].items():
     np.testing.assert_allclose(update_metrics[name], value, atol=1e-4, err_msg=name)
+
+
+LORA = tuning.Config(rank=4, alpha=8.0, freeze_vision=True)
+
+
+def tuned(small, how):
+  """The same model, of which less is trained."""
+  return dataclasses.replace(small, cfg=dataclasses.replace(small.cfg, tuning=how))
+
+
+@pytest.fixture(scope="module")
+def adapters(small):
+  """Some that do something."""
+  rng = np.random.default_rng(7)
+  table = family.tables(tuned(small, LORA).cfg)[0]
+  return params_lib.map_specs(lambda s: jnp.asarray(0.1 * rng.standard_normal(s.shape), jnp.float32), table)
+
+
+@pytest.fixture(scope="module")
+def adapted(small, batch, adapters):
+  """Scores and an update of those adapters."""
+  cfg = make_config(tuned(small, LORA))
+  s, _ = score_step(held(adapters), None, batch, cfg, frozen=small.params)
+  state = step_lib.init_state(jax.tree.map(jnp.copy, adapters), OPTIM)
+  state, metrics = update_step(state, s, cfg, small.params)
+  return s, jax.device_get(state), metrics
+
+
+def test_adapters_alone_are_trained(small, scored, adapters, adapted):
+  s, state, metrics = adapted
+  assert np.abs(np.asarray(s.logp_old_BT - scored[0].logp_old_BT)).max() > 0.1
+  assert jax.tree.structure(state.params) == jax.tree.structure(adapters)
+  # A bias's gradient is none of theirs, nor a head's.
+  assert all(np.abs(a - b).max() > 1e-6 for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(adapters)))
+  assert sum(a.size for a in jax.tree.leaves(state.opt_state)) < 2.1 * sum(a.size for a in jax.tree.leaves(adapters))
+  assert metrics["ppo/ratio_max"] == pytest.approx(1, abs=1e-5)
+
+
+def test_fresh_adapters_are_the_base(small, batch, scored):
+  """All that is said of a batch, to the last bit."""
+  low = tuned(small, LORA)
+  fresh_ones = params_lib.init(family.tables(low.cfg)[0], jax.random.key(0), jnp.float32)
+  s, metrics = score_step(held(fresh_ones), None, batch, make_config(low), frozen=small.params)
+  np.testing.assert_array_equal(s.logp_old_BT, scored[0].logp_old_BT)
+  assert metrics == scored[1]
+
+
+def test_an_adapters_gradient_is_the_matrixs(small, scored):
+  """Where b is 0, that of b is scale a' g, of a is 0, for each matrix's gradient g; the head's is not asked for."""
+  low, cfg = tuned(small, LORA), make_config(small)
+  fresh_ones = params_lib.init(family.tables(low.cfg)[0], jax.random.key(0), jnp.float32)
+  nll = lambda found, here_BT, whole_BT: -jnp.where(here_BT, found[0] + 0.3 * found[1], 0.0).sum()
+  run = jax.jit(lambda params, frozen, batch, cfg: step_lib._gradients(held(params), frozen, batch, cfg, nll)[0][0],
+                static_argnums=3)
+  want = run(small.params, None, scored[0].batch, cfg)["text"]["blocks"]
+  got = run(fresh_ones, small.params, scored[0].batch, make_config(low))["text"]["blocks"]
+  assert set(got) == {"q_w", "k_w", "v_w", "o_w", "gate_w", "up_w", "down_w"}
+  for name, by in got.items():
+    a = np.asarray(fresh_ones["text"]["blocks"][name]["a"])
+    n = a.ndim - 2  # axes of inputs
+    for layer in range(len(a)):
+      b = LORA.scale * np.tensordot(a[layer], np.asarray(want[name][layer]), (range(n), range(n)))
+      np.testing.assert_allclose(by["b"][layer], b, atol=1e-4 * np.abs(b).max(), err_msg=name)
+    assert not np.asarray(by["a"]).any() and np.abs(by["b"]).max() > 0
+
+
+@pytest.mark.parametrize("sizes, micro", [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 2), ((1, 2, 4), 4)])
+def test_adapters_on_several_devices(small, adapters, adapted, sizes, micro):
+  """The update and the log-probabilities of one, however they are placed and in whatever microbatches."""
+  s, want, want_metrics = adapted
+  mesh = sharding.make(*sizes)
+  low, shards = tuned(small, LORA), sharding.row_shards(mesh)
+  cfg = make_config(low, mesh=mesh)
+  placed = lambda tree, table: jax.device_put(jax.tree.map(np.array, tree), sharding.param_shardings(table, mesh))
+  trained, frozen = (placed(tree, table) for tree, table in zip((adapters, small.params), family.tables(low.cfg)))
+  there = packed(small, shards=shards, microbatch_tokens=s.batch.tokens_BT.size // shards // micro)
+  order = np.arange(8) if there.order_B is None else there.order_B
+  got, _ = score_step(held(trained), None, hosts.place_batch(there, mesh), cfg, frozen=frozen)
+  valid_BT = np.asarray(s.batch.valid_BT)
+  np.testing.assert_allclose(np.asarray(got.logp_old_BT)[order][valid_BT], np.asarray(s.logp_old_BT)[valid_BT],
+                             atol=1e-4)
+  state, metrics = update_step(step_lib.init_state(trained, OPTIM), got, cfg, frozen)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, want.params)
+  assert metrics == pytest.approx(want_metrics, abs=1e-4)
+
+
+def test_what_is_frozen_stays_and_the_rest_learns_as_ever(small, batch, scored):
+  """A frozen tower: the same gradients for the decoder; kept in the compute dtype."""
+  optim = step_lib.OptimConfig(learning_rate=1e-2, eps=1e-3, clip_norm=0.0)  # a norm is of all that is trained
+  frozen_tower = tuning.Config(freeze_vision=True)
+  trained, frozen = tuning.cut(jax.tree.map(jnp.copy, small.params), frozen_tower)
+  found = []
+  for model, params, rest in ((small, jax.tree.map(jnp.copy, small.params), None),
+                              (tuned(small, frozen_tower), trained, frozen)):
+    cfg = dataclasses.replace(make_config(model), optim=optim)
+    found.append(update_step(step_lib.init_state(params, optim), scored[0], cfg, rest)[0].params)
+  everything, decoder = found
+  assert set(decoder) == {"text"}
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), decoder["text"], everything["text"])
+  jax.tree.map(np.testing.assert_array_equal, frozen["vision"], small.params["vision"])
 
 
 @pytest.mark.parametrize("loss_cfg, critic", [
@@ -637,39 +740,24 @@ def test_a_critic_learns_what_to_expect(small, batch):
   np.testing.assert_allclose(losses[0], 0.5 * np.square(np.asarray(s.return_BT)[batch.sampled_BT]).mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("cfg, want", [
-    (step_lib.OptimConfig(2.0), {0: 2, 1: 2, 1000: 2}),
-    (step_lib.OptimConfig(2.0, warmup_steps=3), {0: 0.5, 1: 1, 2: 1.5, 3: 2, 4: 2, 1000: 2}),
-    (step_lib.OptimConfig(2.0, decay_steps=10), {0: 2, 5: 1.1, 10: 0.2, 11: 0.2, 1000: 0.2}),
-    (step_lib.OptimConfig(2.0, warmup_steps=1, decay_steps=10), {0: 1, 1: 2, 6: 1.1, 11: 0.2, 50: 0.2})])
-def test_schedules_by_hand(cfg, want):
-  schedule = step_lib.schedule(cfg)
-  np.testing.assert_allclose([schedule(i) for i in want], list(want.values()), rtol=1e-6)
-
-
-def test_only_matrices_are_decayed(small):
-  optimizer = step_lib.optimizer(dataclasses.replace(OPTIM, weight_decay=0.5))
-  ones = jax.tree.map(lambda a: np.ones(a.shape, np.float32), small.params)
-  zeros = jax.tree.map(np.zeros_like, ones)
-  updates, _ = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p))(ones, zeros)
-  vectors = ("norm", "norm1", "norm2")
-  for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
-    name = path[-1].key
-    want = 0 if name in vectors or name.endswith("_b") else -0.5 * OPTIM.learning_rate
-    np.testing.assert_allclose(update, want, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
-
-
-def test_a_norm_of_0_clips_nothing():
-  long = {"w": np.full((2, 2), 3.0, np.float32)}
-
-  def update(clip_norm):
-    optimizer = step_lib.optimizer(step_lib.OptimConfig(1.0, eps=1.0, clip_norm=clip_norm))
-    return optimizer.update(long, optimizer.init(long), long)[0]["w"]
-
-  np.testing.assert_allclose(update(0.0), -0.75, rtol=1e-4)  # 3 / (3 + eps), as Adam's first step has it
-  np.testing.assert_array_equal(update(0.0), update(1e9))
-  np.testing.assert_allclose(update(1.0), -0.5 / 1.5, rtol=1e-4)
-
-
-def test_defaults_are_the_configuration_s():
-  assert step_lib.OptimConfig(**config.default().optim) == step_lib.OptimConfig()
+def test_what_waits_in_the_host_s_memory_changes_no_number(small, batch, scored, updated):
+  """Moments, and the reference for the KL term; the state is where it was, and the reference, too."""
+  mesh = sharding.make(1, 2, 1, devices=jax.devices()[:2])
+  params = jax.device_put(jax.tree.map(np.array, small.params), sharding.param_shardings(qwen.specs(small.cfg), mesh))
+  there = hosts.place_batch(packed(small, shards=2), mesh)
+  found = {}
+  for offload in ((), step_lib.OFFLOAD):
+    cfg = make_config(small, mesh=mesh, offload=offload, loss=loss.Config(kl_coef=0.1))
+    ref = jax.tree.map(lambda a: a * 0.9, params)
+    ref = step_lib.reference(ref, {}, cfg)
+    state = step_lib.init_state(jax.tree.map(jnp.copy, params), OPTIM, 0.1, offload=offload)
+    where = [a.sharding for a in jax.tree.leaves((state, ref))]
+    s, _ = score_step(state, ref, there, cfg)
+    state, metrics = update_step(state, s, cfg)
+    assert [a.sharding.memory_kind for a in jax.tree.leaves((state, ref))] == [w.memory_kind for w in where]
+    assert all(a.sharding.is_equivalent_to(w, a.ndim) for a, w in zip(jax.tree.leaves((state, ref)), where))
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(ref)} == {"pinned_host" if offload else "device"}
+    found[offload] = jax.device_get((s.logp_ref_BT, state, metrics))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found.values())
+  # And what comes of it is no copy of the policy.
+  assert np.abs(found[()][0] - np.asarray(s.logp_old_BT)).max() > 0.1

@@ -293,6 +293,19 @@ def test_token_logp_is_a_log_softmax_however_it_is_cut(small, states, chunk):
   assert logp.dtype == entropy.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_heads_gradient_in_half_precision(small, states, tied, optimized):
+  """As it is optimised where programs run for long, which a CPU has no kernel for if it is not asked rightly."""
+  cfg = dataclasses.replace(small.cfg, compute_dtype="bfloat16")
+  text_ = {k: v for k, v in small.params["text"].items() if not (tied and k == "head")}
+  h, y = states[0].repeat(4, 0), states[1].repeat(4, 0)
+  run = lambda text_, h: head.token_logp({"text": text_}, cfg, h, y, 1.0)[0].mean()
+  got = jax.jit(jax.grad(run, (0, 1)))(text_, h.astype(jnp.bfloat16))
+  want = jax.grad(run, (0, 1))(text_, h)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a.astype(np.float32), b, atol=0.02 * np.abs(b).max())
+
+
 def test_placeholders_are_impossible_and_harmless(small, states):
   h, y = states
   y = y.copy()

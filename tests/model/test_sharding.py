@@ -1,5 +1,7 @@
 """Meshes over the devices there are, and what is split over which axis."""
 
+import types
+
 import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -61,3 +63,44 @@ def test_sharded_parameters_hold_what_they_held(small):
     jax.tree.map(np.testing.assert_array_equal, placed, small.params)
   largest = placed["text"]["blocks"]["gate_w"]  # [2, 24, 40] on 2 x 2 x 2
   assert {s.data.shape for s in largest.addressable_shards} == {(2, 12, 20)}
+
+
+class Device(types.SimpleNamespace):
+  """Of a platform, with some memories."""
+
+  def addressable_memories(self):
+    return [types.SimpleNamespace(kind=kind) for kind in self.kinds]
+
+
+@pytest.mark.parametrize("platform, kinds, has", [
+    ("cpu", ("device", "pinned_host", "unpinned_host"), True), ("cpu", ("unpinned_host",), False), ("cpu", (), False),
+    ("gpu", (), True),  # a stand-in, for compiling ahead of time
+    ("gpu", ("device",), False), ("tpu", ("device", "pinned_host"), True), ("tpu", (), False)])
+def test_where_arrays_can_wait_on_the_host(platform, kinds, has):
+  devices = np.array([Device(platform=platform, kinds=("nothing",), process_index=1),
+                      Device(platform=platform, kinds=kinds, process_index=0)])
+  mesh = types.SimpleNamespace(devices=devices)
+  assert sharding.host_memory(mesh) == has
+  if not has:
+    where = types.SimpleNamespace(mesh=mesh)
+    with pytest.raises(ValueError, match=f"a {platform} device must have pinned host memory.*Received: "
+                                         f"{', '.join(kinds) or 'none'}"):
+      sharding.in_host(where)
+
+
+def test_on_the_host_lies_what_lay_on_the_device():
+  mesh = sharding.make(2, 2, 2)
+  where = jax.sharding.NamedSharding(mesh, P("fsdp", "tensor"))
+  there = sharding.in_host(where)
+  assert there.memory_kind == "pinned_host" and there.spec == where.spec and there.mesh == mesh
+  x = jax.device_put(np.arange(16.0).reshape(4, 4), there)
+  np.testing.assert_array_equal(x, np.arange(16.0).reshape(4, 4))
+  assert x.sharding.memory_kind == "pinned_host" and x.addressable_shards[0].data.shape == (2, 2)
+
+
+def test_a_stand_in_s_host_is_not_its_device():
+  """JAX finds programs and shapes by their shardings: the two must never be taken for one another."""
+  where = jax.sharding.NamedSharding(sharding.make(2, 2, 2), P("fsdp"))
+  there, again = (sharding._StandInHost(where.mesh, where.spec) for _ in range(2))
+  assert there.memory_kind == "pinned_host" and there == again and hash(there) == hash(again)
+  assert there != where and where != there and len({there, again, where}) == 2

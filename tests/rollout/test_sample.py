@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from virl_jax.model import family
 from virl_jax.model import head
+from virl_jax.model import params as params_lib
 from virl_jax.model import sharding
+from virl_jax.model import tuning
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import sample
 from virl_jax.run import hosts
@@ -219,8 +222,30 @@ def test_weights_are_copied_once_for_rollouts(small, tensor):
   assert held == whole if tensor == 1 else whole / 2 < held < 0.8 * whole  # norms and the like are whole
 
 
-def test_rows_on_eight_devices(small):
+def adapted(small):
+  """The same model with adapters beside its matrices, in the tower too, which do something."""
+  cfg = dataclasses.replace(small.cfg, tuning=tuning.Config(rank=4, alpha=8.0))
+  rng = np.random.default_rng(3)
+  some = params_lib.map_specs(lambda s: jnp.asarray(0.1 * rng.standard_normal(s.shape), jnp.float32),
+                              family.tables(cfg)[0])
+  return dataclasses.replace(small, cfg=cfg, params=family.whole(some, small.params, cfg))
+
+
+def test_what_is_frozen_is_not_copied_for_rollouts(small):
+  """It has the compute dtype; what is trained is cast."""
+  cfg = dataclasses.replace(small.cfg, compute_dtype="bfloat16", tuning=tuning.Config(rank=4))
+  base = jax.tree.map(lambda a: a.astype(jnp.bfloat16), small.params)
+  trained = params_lib.init(family.tables(cfg)[0], jax.random.key(0), jnp.float32)
+  got = sample.weights(family.whole(trained, base, cfg), cfg)
+  w = got["text"]["blocks"]["q_w"]
+  assert w.base is base["text"]["blocks"]["q_w"] and got["text"]["embed"] is base["text"]["embed"]
+  assert w.a.dtype == w.b.dtype == jnp.bfloat16 and got["vision"]["patch_embed"] is base["vision"]["patch_embed"]
+
+
+@pytest.mark.parametrize("how", ["plain", "adapters"])
+def test_rows_on_eight_devices(small, how):
   """Each device appends to its own rows, and nothing else changes."""
+  small = adapted(small) if how == "adapters" else small
   mesh = sharding.make(data=4, fsdp=1, tensor=2)
   prompts = [[10 + b, 11, 12] for b in range(8)]
   one = sample.append(small.params, small.cfg, sample.start(small.cfg, 8, 64), chunk(8, prompts, [0] * 8), prompt=True)
@@ -229,10 +254,10 @@ def test_rows_on_eight_devices(small):
   put = lambda c: hosts.place_rows(c, mesh)
   # Trained in a layout of its own; where rollouts want it, no token waits for weights.
   there = sharding.make(1, 4, 2)
-  trained = jax.device_put(small.params, sharding.param_shardings(qwen.specs(small.cfg), there))
+  trained = jax.device_put(small.params, family.shardings(small.cfg, there))
   params = sample.weights(trained, small.cfg, mesh)
   jax.tree.map(lambda a, s: np.testing.assert_(a.sharding.is_equivalent_to(s, a.ndim)), params,
-               sharding.param_shardings(qwen.specs(small.cfg), mesh))
+               family.shardings(small.cfg, mesh))
   # Two rows a lane, each lane in another order; one of lane 3's is for nobody.
   rows = np.array([0, 1, 1, 0, 0, 1, 1, 2], np.int32)
   order = [0, 1, 3, 2, 4, 5, 7]

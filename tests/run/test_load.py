@@ -11,6 +11,7 @@ import pytest
 
 from virl_jax import config as config_lib
 from virl_jax.learner import checkpoint
+from virl_jax.learner import optim
 from virl_jax.learner import step as step_lib
 from virl_jax.model import sharding
 from virl_jax.model import weights
@@ -26,7 +27,7 @@ def run(tmp_path_factory):
   (workdir / "config.json").write_text(config_lib.to_json(c))
   params = jax.tree.map(lambda a: 2 * a, load.base(load.model_dir("@tiny")).params)
   saves = checkpoint.Checkpoints(workdir / "checkpoints", 10, 5)
-  saves.maybe_save(10, step_lib.init_state(params, step_lib.OptimConfig()))
+  saves.maybe_save(10, step_lib.init_state(params, optim.OptimConfig()))
   saves.close()
   return workdir, params
 

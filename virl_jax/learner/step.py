@@ -17,38 +17,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from virl_jax import checks
 from virl_jax import types
+from virl_jax.learner import optim
 from virl_jax.learner import pooled
 from virl_jax.model import family
 from virl_jax.model import head
 from virl_jax.model import sharding
+from virl_jax.model import tuning
 from virl_jax.rl import advantage
 from virl_jax.rl import credit
 from virl_jax.rl import judge
 from virl_jax.rl import loss
 from virl_jax.rl import reward
 
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-  """See `config.py`, section `optim`."""
-
-  learning_rate: float = 1e-6
-  critic_learning_rate: float = 1e-5
-  warmup_steps: int = 0
-  decay_steps: int = 0
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
-  weight_decay: float = 0.0
-  clip_norm: float = 1.0
-
-  def __post_init__(self):
-    rate, decay = checks.real(0), checks.real(0, below=1)
-    checks.section(vars(self), "optim", learning_rate=rate, critic_learning_rate=rate, warmup_steps=checks.whole(0),
-                   decay_steps=checks.whole(0), b1=decay, b2=decay, eps=checks.real(above=0), weight_decay=rate,
-                   clip_norm=rate)
+OFFLOAD = ("optimizer", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +42,9 @@ class Config:
 
   With `single_update`, a batch serves one update, made with the policy that scores it: where scoring has no use for
   log-probabilities, it leaves them to the update's own forward pass.
+
+  What `offload` names out of `OFFLOAD` lies in pinned memory of the host between steps: the optimiser's moments, the
+  reference for the KL term.  A step moves it to the device and back.
   """
 
   model: family.Config
@@ -69,9 +54,10 @@ class Config:
   credit: credit.Config = credit.Config()
   advantage: advantage.Config = advantage.Config()
   loss: loss.Config = loss.Config()
-  optim: OptimConfig = OptimConfig()
+  optim: optim.OptimConfig = optim.OptimConfig()
   mesh: jax.sharding.Mesh | None = None
   single_update: bool = False
+  offload: tuple[str, ...] = ()
 
   @property
   def judge(self) -> judge.Config:
@@ -81,12 +67,12 @@ class Config:
 
 @flax.struct.dataclass
 class TrainState:
-  """All that training carries from step to step; no RNG, no iterator, no clock.
+  """All that training carries from step to step; no RNG, no iterator, no clock, and nothing that is frozen.
 
   Attributes:
     update: int32 scalar, optimiser updates so far.
-    params: the policy.
-    opt_state: AdamW's moments and counters.
+    params: what of the policy is trained; with what is frozen it is all of it, see `family.whole`.
+    opt_state: the optimiser's moments and counters.
     kl_coef: float32 scalar, weight of the KL term; moves if it is adaptive.
     critic: the value head, "w" float32[D] and "b" float32[1]; None if there is none.
     critic_opt_state: its moments.
@@ -100,62 +86,69 @@ class TrainState:
   critic_opt_state: optax.OptState | None = None
 
 
-def schedule(cfg: OptimConfig, peak: float | None = None) -> optax.Schedule:
-  """Linear warm-up to the peak (`cfg.learning_rate`), then constant, or linear decay to a tenth."""
-  peak = cfg.learning_rate if peak is None else peak
-  after = (optax.linear_schedule(peak, 0.1 * peak, cfg.decay_steps) if cfg.decay_steps
-           else optax.constant_schedule(peak))
-  if not cfg.warmup_steps:
-    return after
-  # The first update already moves: the ramp starts at peak / (warmup + 1), not at 0.
-  ramp = optax.linear_schedule(peak / (cfg.warmup_steps + 1), peak, cfg.warmup_steps)
-  return optax.join_schedules([ramp, after], [cfg.warmup_steps])
-
-
-def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
-  """AdamW behind global-norm clipping, if there is any; vectors (norms, biases) are not decayed."""
-  # By name, not by rank: layers are stacked, and a stacked bias has as many axes as a matrix.
-  decayed = lambda path, _: not (path[-1].key.startswith("norm") or path[-1].key.endswith("_b"))
-  return optax.chain(
-      _clip(cfg),
-      optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay,
-                  mask=lambda p: jax.tree_util.tree_map_with_path(decayed, p)))
-
-
-def critic_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
-  """Adam behind clipping of its own, for the value head."""
-  return optax.chain(_clip(cfg),
-                     optax.adam(schedule(cfg, cfg.critic_learning_rate), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
-
-
-def _clip(cfg: OptimConfig) -> optax.GradientTransformation:
-  # A norm of 0 would shorten every gradient to nothing.
-  return optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-
-
-def init_state(params: dict, cfg: OptimConfig, kl_coef: float = 0.0, critic_width: int = 0) -> TrainState:
-  """A fresh state around parameters; moments take the parameters' shardings.
+def abstract_state(params: dict, cfg: optim.OptimConfig, critic_width: int = 0, offload: Sequence[str] = (),
+                   specs: dict | None = None) -> TrainState:
+  """Shapes of a state, and where it lies: moments as the parameters do, all else whole on every device.
 
   Args:
-    params: the policy.
+    params: the policy, or its `jax.ShapeDtypeStruct`s with shardings.
+    cfg: the optimisers.
+    critic_width: D, for a value head; 0 for none.
+    offload: with "optimizer" among it, moments lie in pinned memory of the host; see `Config`.
+    specs: the parameters' table; see `optim.optimizer`.
+
+  Returns:
+    A state of `jax.ShapeDtypeStruct`s; without shardings if the parameters are not on a mesh.
+
+  Raises:
+    ValueError: if moments are to be in the host's memory, and there is no mesh or no such memory.
+  """
+  first = jax.tree.leaves(params)[0].sharding
+  whole = sharding.replicated(first.mesh) if isinstance(first, jax.sharding.NamedSharding) else None
+  host = "optimizer" in offload
+  if whole is None and host:
+    raise ValueError(f"parameters must be on a mesh for an optimizer that is offloaded. Received: {first}")
+  spec = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+  put = lambda tree: jax.tree.map(lambda a: spec(a, whole), tree)
+  opt_state = jax.eval_shape(optim.optimizer(cfg, specs).init, params)
+  opt_state = put(opt_state) if whole is None else jax.tree.map(
+      spec, opt_state, optim.shardings(opt_state, params, whole, host))
+  scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)
+  critic = critic_opt_state = None
+  if critic_width:
+    critic = {"w": jax.ShapeDtypeStruct((critic_width,), jnp.float32, sharding=whole),
+              "b": jax.ShapeDtypeStruct((1,), jnp.float32, sharding=whole)}
+    critic_opt_state = put(jax.eval_shape(optim.critic_optimizer(cfg).init, critic))
+  return TrainState(scalar(jnp.int32), jax.tree.map(lambda a: spec(a, a.sharding), params), opt_state,
+                    scalar(jnp.float32), critic, critic_opt_state)
+
+
+def init_state(params: dict, cfg: optim.OptimConfig, kl_coef: float = 0.0, critic_width: int = 0,
+               offload: Sequence[str] = (), specs: dict | None = None) -> TrainState:
+  """A fresh state around parameters, laid out as `abstract_state` has it.
+
+  Args:
+    params: what is trained of the policy.
     cfg: the optimisers.
     kl_coef: what the KL term's weight begins with.
     critic_width: D, for a value head that expects nothing (0) at first; 0 for none.
+    offload, specs: see `abstract_state`.
   """
-  opt, first = optimizer(cfg), jax.tree.leaves(params)[0].sharding
-  rest = {"kl_coef": jnp.float32(kl_coef)}
-  if critic_width:
-    rest["critic"] = {"w": jnp.zeros((critic_width,), jnp.float32), "b": jnp.zeros((1,), jnp.float32)}
-    rest["critic_opt_state"] = critic_optimizer(cfg).init(rest["critic"])
-  update = jnp.zeros((), jnp.int32)
-  if not isinstance(first, jax.sharding.NamedSharding):
-    return TrainState(update, params, jax.jit(opt.init)(params), **rest)
-  # Zeros depend on no input, so that jit by itself would put them whole on every device.
-  whole = sharding.replicated(first.mesh)
-  shardings = optax.tree.map_params(opt, lambda _, p: p.sharding, jax.eval_shape(opt.init, params), params,
-                                    transform_non_params=lambda _: whole)
-  update, rest = jax.device_put((update, rest), whole)
-  return TrainState(update, params, jax.jit(opt.init, out_shardings=shardings)(params), **rest)
+  like = abstract_state(params, cfg, critic_width, offload, specs)
+  where = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
+  rest = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like.replace(params=None, opt_state=None))
+  rest = rest.replace(kl_coef=jnp.float32(kl_coef))
+  if like.critic is not None:
+    rest = rest.replace(critic_opt_state=optim.critic_optimizer(cfg).init(rest.critic))
+  init = optim.optimizer(cfg, specs).init
+  if like.update.sharding is None:
+    return rest.replace(params=params, opt_state=jax.jit(init)(params))
+  rest = jax.device_put(rest, like.update.sharding)
+  # Zeros depend on no input, so that jit by itself would put them whole on every device.  First to the devices: older
+  # compilers have no constants in two memories.
+  on_device = optim.shardings(like.opt_state, params, like.update.sharding)
+  opt_state = jax.jit(init, out_shardings=on_device)(params)
+  return rest.replace(params=params, opt_state=jax.device_put(opt_state, where(like.opt_state)))
 
 
 def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None = None
@@ -163,7 +156,7 @@ def outputs(params: dict, cfg: Config, batch: types.Batch, critic: dict | None =
   """What a policy and a critic make of every token given what precedes it, a microbatch at a time.
 
   Args:
-    params: any policy's parameters.
+    params: any policy's parameters, all of them.
     cfg: model and temperature.
     batch: trajectories.
     critic: the value head, on the policy's last hidden state; None for none.
@@ -243,15 +236,17 @@ def informative(boxes: judge.Boxes, answer_B: jax.Array, format_B: jax.Array, an
 
 
 def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Batch], cfg: Config,
-          h0: jax.Array | float | None = None) -> list[tuple[types.ScoredBatch, pooled.Metrics]]:
+          h0: jax.Array | float | None = None, frozen: dict | None = None
+          ) -> list[tuple[types.ScoredBatch, pooled.Metrics]]:
   """Rewards, credit and advantages of a batch, with the policy as it is before the update.
 
   Args:
     state: the policy and, if there is one, the critic.
-    ref_params: the frozen reference for the KL term, or None.
+    ref_params: all parameters of the reference for the KL term, see `reference`, or None.
     batches: the minibatches that together are the batch; each of whole groups.
     cfg: static.
     h0: the threshold of this step; None for `cfg.reward.h0`, which the metrics always use.
+    frozen: what of the policy is not trained; None for nothing.
 
   Returns:
     Each minibatch scored, and its metrics.  What is standardised or scaled over the batch is so over all of them.
@@ -259,7 +254,7 @@ def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Ba
   Source: ViRL (arXiv 2511.23031); see `rl.judge`.
   """
   h0 = cfg.reward.h0 if h0 is None else h0
-  found = [_read(state, ref_params, batch, cfg, h0) for batch in batches]
+  found = [_read(state, ref_params, batch, cfg, h0, frozen) for batch in batches]
   batches = [batch.replace(row_mask_B=read.row_mask_B) for batch, (read, _) in zip(batches, found)]
   moments = [read.returns.moments for read, _ in found]
   whole = None if moments[0] is None else advantage.pooled(moments)
@@ -275,9 +270,10 @@ def score(state: TrainState, ref_params: dict | None, batches: Sequence[types.Ba
 
 
 def score_step(state: TrainState, ref_params: dict | None, batch: types.Batch, cfg: Config,
-               h0: jax.Array | float | None = None) -> tuple[types.ScoredBatch, pooled.Metrics]:
+               h0: jax.Array | float | None = None, frozen: dict | None = None
+               ) -> tuple[types.ScoredBatch, pooled.Metrics]:
   """`score` of a batch that is one minibatch."""
-  return score(state, ref_params, [batch], cfg, h0)[0]
+  return score(state, ref_params, [batch], cfg, h0, frozen)[0]
 
 
 @flax.struct.dataclass
@@ -293,11 +289,13 @@ class _Read:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _read(state, ref_params, batch, cfg, h0) -> tuple[_Read, pooled.Metrics]:
+def _read(state, ref_params, batch, cfg, h0, frozen) -> tuple[_Read, pooled.Metrics]:
   """All of scoring that one minibatch settles by itself."""
   logp = value = kl_BT = None
   if not cfg.single_update or state.critic is not None or cfg.loss.kl_in_reward:
-    logp, _, value = outputs(state.params, cfg, batch, state.critic)
+    logp, _, value = outputs(family.whole(state.params, frozen or {}, cfg.model), cfg, batch, state.critic)
+  if ref_params is not None and "reference" in cfg.offload:
+    ref_params = _on_device(ref_params)
   logp_ref = logp if ref_params is None else outputs(ref_params, cfg, batch)[0]
   looks = judge.looks(boxes(batch), cfg.reward, h0)
   total_B = judge.rewards(looks, batch.answer_B, batch.format_B, cfg.reward)
@@ -375,22 +373,23 @@ def _log_area_ratio(box_BR4, gt_BJ4, target_BR):
   return jnp.log2(jnp.maximum(area(box_BR4), 1.0) / jnp.maximum(gt_BR, 1.0))
 
 
-def _gradients(state: TrainState, batch: types.Batch, cfg: Config, loss_fn) -> tuple:
+def _gradients(state: TrainState, frozen: dict | None, batch: types.Batch, cfg: Config, loss_fn) -> tuple:
   """Gradients of a minibatch's loss, added up over its microbatches, and what there was to differentiate.
 
   Args:
     state: the policy and the critic.
+    frozen: what of the policy gets no gradient.
     batch: the minibatch.
     cfg: static.
     loss_fn: (outputs, mask of the microbatch's trained tokens, mask of all) -> the microbatch's part of the loss.
 
   Returns:
-    Gradients for the policy and the critic, float32, and the `outputs` of the whole minibatch.
+    Gradients for what is trained of the policy and for the critic, float32, and the `outputs` of the whole minibatch.
   """
   trained = mask(batch)
 
   def part(params, critic, micro):
-    found, here_B = _outputs(params, cfg, batch, micro, critic)
+    found, here_B = _outputs(family.whole(params, frozen or {}, cfg.model), cfg, batch, micro, critic)
     return loss_fn(found, trained & here_B[:, None], trained), found
 
   def add(sums, micro):
@@ -406,39 +405,81 @@ def _gradients(state: TrainState, batch: types.Batch, cfg: Config, loss_fn) -> t
 
 
 def _pinned(params: dict, cfg: Config) -> dict:
-  """Parameters, or what has their shapes, kept where parameters lie."""
+  """What is trained, or what has its shapes, kept where it lies."""
   if cfg.mesh is None:
     return params
-  shardings = sharding.param_shardings(family.of(cfg.model).specs(cfg.model), cfg.mesh)
-  return jax.tree.map(jax.lax.with_sharding_constraint, params, shardings)
+  return jax.tree.map(jax.lax.with_sharding_constraint, params, _places(cfg))
+
+
+def _places(cfg: Config) -> dict:
+  """Where what is trained lies on the mesh."""
+  return sharding.param_shardings(family.tables(cfg.model)[0], cfg.mesh)
+
+
+def _on_device(tree):
+  """Arrays that lie in the host's memory, on the device, divided as they are; within a program."""
+  return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), tree)
+
+
+def reference(trained: dict, frozen: dict, cfg: Config) -> dict:
+  """The policy as it is now, for the KL term, whatever updates make of it.
+
+  Updates are given the arrays of what is trained: those are copied, or all are, into pinned memory of the host.
+
+  Args:
+    trained, frozen: arrays, or `jax.ShapeDtypeStruct`s.
+    cfg: what is trained, and whether the reference is offloaded.
+
+  Raises:
+    ValueError: it is to be offloaded, and the platform has no such memory.
+  """
+  params = tuning.reference(trained, frozen, cfg.model.tuning)
+  put = lambda a, where: (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+                          if isinstance(a, jax.ShapeDtypeStruct) else jax.device_put(a, where))
+  if "reference" not in cfg.offload:
+    return params
+  return jax.tree.map(lambda a: put(a, sharding.in_host(a.sharding)), params)
 
 
 def _apply(state: TrainState, grads: dict, critic_grads: dict | None, cfg: Config
            ) -> tuple[TrainState, pooled.Metrics]:
   """One step of both optimisers."""
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)  # as the moments are
-  updates, opt_state = optimizer(cfg.optim).update(grads, state.opt_state, state.params)
+  opt_state, specs = state.opt_state, family.tables(cfg.model)[0]
+  if cfg.mesh is not None:
+    like = jax.tree.map(lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where), state.params,
+                        _places(cfg))
+    lies = functools.partial(optim.shardings, opt_state, like, sharding.replicated(cfg.mesh))
+  if "optimizer" in cfg.offload:  # once the gradients are there: before, activations have the room
+    grads, opt_state = jax.lax.optimization_barrier((grads, opt_state))
+    opt_state = jax.tree.map(lambda a, where: _on_device(a) if where.memory_kind == "pinned_host" else a, opt_state,
+                             lies(host=True))
+  updates, opt_state = optim.optimizer(cfg.optim, specs).update(grads, opt_state, state.params)
   params = _pinned(optax.apply_updates(state.params, updates), cfg)
   if cfg.mesh is not None:
-    shardings = sharding.param_shardings(family.of(cfg.model).specs(cfg.model), cfg.mesh)
-    opt_state = optax.tree.map_params(optimizer(cfg.optim), jax.lax.with_sharding_constraint, opt_state, shardings)
+    opt_state = jax.tree.map(jax.lax.with_sharding_constraint, opt_state, lies())
+  if "optimizer" in cfg.offload:
+    opt_state = jax.tree.map(lambda a, where: jax.device_put(a, where) if where.memory_kind == "pinned_host" else a,
+                             opt_state, lies(host=True))
   metrics = {"optim/grad_norm": pooled.Mean(optax.tree.norm(grads)),
-             "optim/learning_rate": pooled.Mean(schedule(cfg.optim)(state.update))}
+             "optim/learning_rate": pooled.Mean(optim.schedule(cfg.optim)(state.update))}
   state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
   if state.critic is not None:
-    updates, critic_opt_state = critic_optimizer(cfg.optim).update(critic_grads, state.critic_opt_state)
+    updates, critic_opt_state = optim.critic_optimizer(cfg.optim).update(critic_grads, state.critic_opt_state)
     state = state.replace(critic=optax.apply_updates(state.critic, updates), critic_opt_state=critic_opt_state)
   return state, metrics
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tuple[TrainState, pooled.Metrics]:
+def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config, frozen: dict | None = None
+                ) -> tuple[TrainState, pooled.Metrics]:
   """One PPO update, of any number of microbatches: it is about the minibatch, however that is cut.
 
   Args:
     state: donated.
     scored: a scored minibatch.
     cfg: static.
+    frozen: what of the policy is not trained; None for nothing.
 
   Returns:
     The next state, and metrics; check "loss/total" for finiteness.
@@ -460,7 +501,7 @@ def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config) -> tu
       said = said | more | {"loss/total": total}
     return total, said
 
-  (grads, critic_grads), found = _gradients(state, scored.batch, cfg, lambda *args: losses(*args)[0])
+  (grads, critic_grads), found = _gradients(state, frozen, scored.batch, cfg, lambda *args: losses(*args)[0])
   metrics = _update_metrics(losses(found, trained)[1], trained)
   if first:
     metrics |= _sampler_gap(found[0], scored.batch)
@@ -495,6 +536,6 @@ def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[Tr
     The next state, and metrics; "loss/total" is in nats a token.
   """
   nll = lambda found, here_BT, whole_BT=None: -loss.masked_mean(found[0], here_BT, whole_BT)
-  (grads, critic_grads), found = _gradients(state, batch, cfg, nll)
+  (grads, critic_grads), found = _gradients(state, None, batch, cfg, nll)
   state, metrics = _apply(state, grads, critic_grads, cfg)
   return state, metrics | {"loss/total": pooled.Mean(nll(found, mask(batch)))}

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from virl_jax import shapes
+from virl_jax.model import remat
 from virl_jax.model import sharding
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -96,7 +97,9 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: 
   else:
     run = functools.partial(_xla, causal=causal, block=min(T, QUERY_BLOCK) if kind == "blocks" else T)
   heads = ("rows", None, "tensor", None)
-  return sharding.locally(run, (heads, heads, heads, ("rows", None)), heads, q_BTNH, k_BTKH, v_BTKH, known)
+  out = sharding.locally(run, (heads, heads, heads, ("rows", None)), heads, q_BTNH, k_BTKH, v_BTKH, known)
+  # Of a kernel, what its own backward pass wants is kept, its output among it.
+  return out if kind in ("cudnn", "splash") else remat.named(out, "attention")
 
 
 def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT, causal, block):
@@ -180,7 +183,7 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT, causal, interpret):
       block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile)
   kernel = splash_attention_kernel.make_splash_mha(
       splash_attention_mask.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-      interpret=interpret)
+      interpret=interpret, residual_checkpoint_name="attention")
   one = lambda q, k, v, s: kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(s, s))
   heads_first = (a.swapaxes(1, 2) for a in (q_BTNH * H ** -0.5, k_BTKH, v_BTKH))
   return jax.vmap(one)(*heads_first, segment_BT).swapaxes(1, 2)

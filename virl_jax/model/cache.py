@@ -128,9 +128,10 @@ def copy(stack_LBKSH: jax.Array, to_A: jax.Array, from_A: jax.Array, width: int)
     L, B, K, _, H = stack.shape
 
     def one(i, stack):
-      row = jax.lax.dynamic_slice(stack, (0, source[i], 0, 0, 0), (L, 1, K, width, H))
-      return jax.lax.cond(to[i] < B, lambda: jax.lax.dynamic_update_slice(stack, row, (0, to[i], 0, 0, 0)),
-                          lambda: stack)
+      # What goes nowhere is copied to where it is: a branch would copy the whole stack on a GPU.
+      at = jnp.minimum(to[i], B - 1)
+      row = jax.lax.dynamic_slice(stack, (0, jnp.where(to[i] < B, source[i], at), 0, 0, 0), (L, 1, K, width, H))
+      return jax.lax.dynamic_update_slice(stack, row, (0, at, 0, 0, 0))
 
     return jax.lax.fori_loop(0, len(to), one, stack)
 

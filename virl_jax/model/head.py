@@ -44,19 +44,29 @@ def token_logp(params: dict, cfg: family.Config, hidden_BTD: jax.Array, targets_
     logp_BT, entropy_BT: float32, nats.
   """
   w_DV = family.of(cfg).head(params)
-  spec = _Spec(w_DV.shape[1], w_DV.shape[0], float(temperature), cfg.banned, chunk)
+  spec = _Spec(w_DV.shape[1], w_DV.shape[0], float(temperature), cfg.banned, chunk, cfg.tuning.rank > 0,
+               cfg.platform == "cpu")
   return tuple(sharding.locally(functools.partial(_token_logp, spec), (("fsdp", "tensor"), ("rows",), ("rows",)),
                                 [("rows",), ("rows",)], w_DV, hidden_BTD, targets_BT))
 
 
 class _Spec(NamedTuple):
-  """What of `token_logp` is static; V and D are of the whole head, of which a device may hold a part."""
+  """What of `token_logp` is static.
+
+  Attributes:
+    vocab, width: V and D of the whole head, of which a device may hold a part.
+    temperature, banned, chunk: see `token_logp`.
+    frozen: whether the head gets no gradient.
+    cast: whether half precision is cast before products that add up in float32: not all of them run on a CPU.
+  """
 
   vocab: int
   width: int
   temperature: float
   banned: tuple[int, ...]
   chunk: int | None
+  frozen: bool
+  cast: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -95,10 +105,15 @@ def _backward(spec, kept, cotangents):
     by_x = by_logp[..., None] * (target - p) - by_entropy[..., None] * p * (logp + entropy[..., None])
     by_x = (jnp.where(_banned(spec, w)[None, None], 0.0, by_x) / spec.temperature).astype(h_BCD.dtype)
     by_h = jnp.einsum("bcv,dv->bcd", by_x, w)
-    return by_w_DV + jnp.einsum("bcd,bcv->dv", h_BCD, by_x, preferred_element_type=jnp.float32), by_h
+    if spec.frozen:
+      return (), by_h
+    pair = (h_BCD.astype(jnp.float32), by_x.astype(jnp.float32)) if spec.cast else (h_BCD, by_x)
+    return by_w_DV + jnp.einsum("bcd,bcv->dv", *pair, preferred_element_type=jnp.float32), by_h
 
   chunks = _chunks(spec, w, hidden_BTD, targets_BT, entropy_BT, norm_BT, by_logp_BT, by_entropy_BT)
-  by_w_DV, by_h = jax.lax.scan(one, jnp.zeros(w.shape, jnp.float32), chunks)
+  by_w_DV, by_h = jax.lax.scan(one, () if spec.frozen else jnp.zeros(w.shape, jnp.float32), chunks)
+  if spec.frozen:
+    return jnp.zeros_like(w_DV), _joined(by_h, targets_BT), None
   if w_DV.shape[0] < spec.width:
     by_w_DV = jax.lax.psum_scatter(by_w_DV, "fsdp", tiled=True)
   return by_w_DV.astype(w_DV.dtype), _joined(by_h, targets_BT), None

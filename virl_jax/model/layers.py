@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from virl_jax.model import params as params_lib
+from virl_jax.model import remat
 from virl_jax.model import sharding
 
 
@@ -23,16 +25,19 @@ def swiglu(x: jax.Array, p: dict) -> jax.Array:
     y, b = dense(x, p[name + "_w"]), p.get(name + "_b")
     return y if b is None else y + b.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
-  inner = jax.nn.silu(layer(x, "gate")) * layer(x, "up")
+  gate, up = (remat.named(layer(x, name), "mlp") for name in ("gate", "up"))
+  inner = jax.nn.silu(gate) * up
   return layer(sharding.constrain(inner, "rows", *[None] * (x.ndim - 2), "tensor"), "down")
 
 
-def dense(x: jax.Array, w: jax.Array, n_in: int = 1) -> jax.Array:
+def dense(x: jax.Array, w: jax.Array | params_lib.LowRank, n_in: int = 1) -> jax.Array:
   """x times w over the last `n_in` axes of x and the first `n_in` of w, in x's dtype.
 
   One plain matrix product: XLA's CPU backend takes a third longer for the gradient of the same product
   written over several axes.
   """
+  if isinstance(w, params_lib.LowRank):
+    return dense(x, w.base, n_in) + w.scale * dense(dense(x, w.a, n_in), w.b)
   lead, tail = x.shape[:x.ndim - n_in], w.shape[n_in:]
   size = math.prod(w.shape[:n_in])
   return (x.reshape(-1, size) @ w.astype(x.dtype).reshape(size, -1)).reshape(*lead, *tail)

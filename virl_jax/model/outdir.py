@@ -1,11 +1,14 @@
-"""Which folders an HF folder may be written to: what is there is replaced whole, so that it must be one of ours."""
+"""How an HF folder is written: whole or not at all, and only over one of ours."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
 
 _MARKER = "virl_jax.json"  # in each HF folder that is written here
 
@@ -37,7 +40,33 @@ def check(out: str | pathlib.Path, keep: tuple[str | pathlib.Path, ...] = ()) ->
     need(not strange, f"it holds a folder, {strange[0] if strange else ''}, which was not written with it")
 
 
-def mark(folder: pathlib.Path) -> None:
+@contextlib.contextmanager
+def writing(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to write to, which takes the place of `out` when the block ends, and is gone if it fails.
+
+  Raises:
+    ValueError: something else is there; see `check`.
+  """
+  check(out)
+  folder = pathlib.Path(out)
+  # Names that nobody else gives: what lies there is of a save that was cut off.
+  tmp, old = (folder.with_name(f".{folder.name}.virl_jax_{state}") for state in ("new", "old"))
+  shutil.rmtree(tmp, ignore_errors=True)
+  tmp.mkdir(parents=True)
+  try:
+    yield tmp
+  except BaseException:
+    shutil.rmtree(tmp, ignore_errors=True)
+    raise
+  _mark(tmp)
+  shutil.rmtree(old, ignore_errors=True)
+  if folder.exists():
+    folder.rename(old)
+  tmp.rename(folder)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _mark(folder: pathlib.Path) -> None:
   """Says that a folder may be replaced."""
   try:
     version = importlib.metadata.version("virl_jax")

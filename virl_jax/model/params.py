@@ -12,6 +12,7 @@ import dataclasses
 import math
 import zlib
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +62,25 @@ class ParamSpec:
     return [self.hf_name.format(layer=i) for i in range(self.shape[0])] if self.stacked else [self.hf_name]
 
 
+@flax.struct.dataclass
+class LowRank:
+  """A matrix with an adapter: base + scale * a b, which is never put together while it is used.
+
+  Attributes:
+    base: [..., in, out], as `layers.dense` takes it, with or without a leading axis of layers.
+    a: [..., in, r].
+    b: [..., r, out].
+    scale: of their product.
+
+  Source: LoRA (arXiv 2106.09685), section 4.1.
+  """
+
+  base: jax.Array
+  a: jax.Array
+  b: jax.Array
+  scale: float = flax.struct.field(pytree_node=False)
+
+
 def stack(n_layers: int, specs: dict) -> dict:
   """The same parameters once for each of `n_layers` layers, on a leading "layers" axis."""
   return map_specs(lambda s: dataclasses.replace(s, shape=(n_layers, *s.shape), axes=("layers", *s.axes)), specs)
@@ -72,9 +92,9 @@ def map_specs(fn: Callable, specs: dict, *rest):
 
 
 def leaves(specs: dict) -> Iterator[tuple[tuple[str, ...], ParamSpec]]:
-  """Each parameter's path in the nested dict, with its spec."""
+  """Each parameter's path in the table, with its spec."""
   for path, spec in jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: isinstance(x, ParamSpec))[0]:
-    yield tuple(entry.key for entry in path), spec
+    yield tuple(getattr(entry, "key", None) or entry.name for entry in path), spec
 
 
 def count(specs: dict) -> int:
@@ -121,6 +141,12 @@ def hf_split(spec: ParamSpec) -> tuple[int, ...]:
   if spec.perm is None:
     return spec.hf_shape
   return tuple(spec.item_shape[spec.perm.index(i)] for i in range(len(spec.perm)))
+
+
+def hf_rows(spec: ParamSpec) -> int:
+  """How many of `hf_split`'s dimensions make up the rows of an HF matrix, its outputs; the others are its inputs."""
+  split = hf_split(spec)
+  return next(n for n in range(1, len(split)) if math.prod(split[:n]) == spec.hf_shape[0])
 
 
 def from_hf(spec: ParamSpec, tensor: np.ndarray) -> np.ndarray:

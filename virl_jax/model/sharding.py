@@ -123,6 +123,46 @@ def _spec(names: Sequence[str | None]) -> PartitionSpec:
   return PartitionSpec(*(_PLACES[name] if name else None for name in names))
 
 
+class _StandInHost(NamedSharding):
+  """In pinned memory of the hosts of devices that are not there.
+
+  A GPU's stand-in, for compiling ahead of time, knows of no memories, and JAX drops their names from shardings there.
+  Its compiler knows them, though: so this says the name all the same.  Nothing can be placed by it.
+  """
+
+  memory_kind = property(lambda self: "pinned_host")
+
+  def __eq__(self, other):
+    return type(other) is type(self) and super().__eq__(other)
+
+  def __hash__(self):
+    return hash(("pinned_host", super().__hash__()))
+
+
+def host_memory(mesh: Mesh) -> bool:
+  """Whether programs for these devices, or for their stand-ins, can leave arrays in pinned memory of the host."""
+  kinds = _memories(mesh)
+  return "pinned_host" in kinds or not kinds and platform(mesh.devices.flat[0]) == "gpu"
+
+
+def in_host(where: NamedSharding) -> NamedSharding:
+  """The same parts of an array, in pinned memory of each device's host.
+
+  Raises:
+    ValueError: the platform has no such memory.
+  """
+  if not host_memory(where.mesh):
+    raise ValueError(f"a {where.mesh.devices.flat[0].platform} device must have pinned host memory for what is "
+                     f"offloaded. Received: {', '.join(_memories(where.mesh)) or 'none'}")
+  return where.with_memory_kind("pinned_host") if _memories(where.mesh) else _StandInHost(where.mesh, where.spec)
+
+
+def _memories(mesh: Mesh) -> list[str]:
+  """The kinds that a device of this process knows of; other processes' devices tell nothing."""
+  mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+  return [memory.kind for memory in (mine or list(mesh.devices.flat))[0].addressable_memories()]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Whole on every device."""
   return NamedSharding(mesh, PartitionSpec())

@@ -18,7 +18,6 @@ import struct
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
@@ -27,6 +26,7 @@ from virl_jax.model import family
 from virl_jax.model import hf
 from virl_jax.model import outdir
 from virl_jax.model import params as params_lib
+from virl_jax.model import tuning
 
 SHARD_BYTES = 5 * 1024 ** 3
 # Tensors are read this much at a time, and stacks no larger than this are put together on the host.
@@ -142,12 +142,12 @@ def _is_tied(tensors: dict) -> bool:
              for i in range(0, shape[0], rows))
 
 
-def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) -> tuple[family.Config, dict]:
+def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None = None) -> tuple[family.Config, dict]:
   """Loads an HF folder.
 
   Args:
     hf_dir: folder with config.json and safetensors, single or sharded.
-    dtype: parameter dtype, "float32" or "bfloat16".
+    dtype: "float32" or "bfloat16", of all parameters, or a tree of these like the parameters.
     shardings: a tree of shardings like the parameters; None for the default device.
 
   Returns:
@@ -180,7 +180,6 @@ def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) 
   if wrong:
     raise ValueError(f"{folder} has misshapen or wrongly typed tensors: {_listing(wrong)}"
                      + ("." + _LOOKS_QUANTISED if no_floats else ""))
-  np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
   def put(array, sharding):
     """Waits, and has JAX let go of the host's array (it does when Python collects garbage) before the next is read."""
@@ -188,7 +187,8 @@ def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) 
     gc.collect(0)
     return array
 
-  def load(spec, sharding=None):
+  def load(spec, dtype, sharding=None):
+    np_dtype = jnp.dtype(dtype)
     pieces = [tensors[name] for name in spec.hf_names()]
     if not spec.stacked:
       return put(_read(spec, *pieces[0], np_dtype), sharding)
@@ -201,7 +201,8 @@ def load_hf(hf_dir: str, dtype: str = "float32", shardings: dict | None = None) 
       stack.block_until_ready()
     return stack
 
-  return cfg, params_lib.map_specs(load, specs, *([shardings] if shardings is not None else []))
+  dtypes = dtype if isinstance(dtype, dict) else params_lib.map_specs(lambda _: dtype, specs)
+  return cfg, params_lib.map_specs(load, specs, dtypes, *([shardings] if shardings is not None else []))
 
 
 _set_layer = jax.jit(lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0),
@@ -249,7 +250,7 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
   Args:
     hf_dir: where; replaced whole if it is empty or was written by this function.
     cfg: the model.
-    params: its parameters.
+    params: its parameters; adapters are merged into what they stand on.
     dtype: of the stored tensors.
     like: a folder whose tokenizer, chat template and processor files come along.
     beside: JSON files, by name, that are written instead of those of `like`.
@@ -257,36 +258,65 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
   Raises:
     ValueError: something else is there; see `outdir.check`.
   """
-  outdir.check(hf_dir)
-  folder = pathlib.Path(hf_dir)
-  # Names that nobody else gives: what lies there is of a save that was cut off.
-  tmp, old = (folder.with_name(f".{folder.name}.virl_jax_{state}") for state in ("new", "old"))
-  shutil.rmtree(tmp, ignore_errors=True)
-  tmp.mkdir(parents=True)
-  if like is not None:
-    for name in SIDE_FILES:
-      if (pathlib.Path(like) / name).is_file():
-        shutil.copyfile(pathlib.Path(like) / name, tmp / name)
-  for name, content in {**(beside or {}), "config.json": config_to_hf(cfg, dtype)}.items():
-    (tmp / name).write_text(json.dumps(content, indent=2) + "\n")
-  np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-  shards, total = _files_of(family.of(cfg).specs(cfg), np_dtype.itemsize)
-  names = (["model.safetensors"] if len(shards) == 1 else
-           [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
-  for file, shard in zip(names, shards):  # only one shard at a time is on the host
-    arrays = {}
-    for name, (path, spec, i) in shard.items():
-      leaf = functools.reduce(lambda tree, key: tree[key], path, params)
-      array = np.asarray(leaf if i is None else leaf[i]).astype(np_dtype)
-      arrays[name] = np.ascontiguousarray(params_lib.to_hf(spec, array))
-    safetensors_numpy.save_file(arrays, tmp / file, metadata={"format": "pt"})
-  if len(shards) > 1:
-    index = {"metadata": {"total_size": total},
-             "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-    (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-  outdir.mark(tmp)
-  shutil.rmtree(old, ignore_errors=True)
-  if folder.exists():
-    folder.rename(old)
-  tmp.rename(folder)
-  shutil.rmtree(old, ignore_errors=True)
+  with outdir.writing(hf_dir) as folder:
+    if like is not None:
+      for name in SIDE_FILES:
+        if (pathlib.Path(like) / name).is_file():
+          shutil.copyfile(pathlib.Path(like) / name, folder / name)
+    for name, content in {**(beside or {}), "config.json": config_to_hf(cfg, dtype)}.items():
+      _write_json(folder / name, content)
+    np_dtype = jnp.dtype(dtype)
+    shards, total = _files_of(family.of(cfg).specs(cfg), np_dtype.itemsize)
+    names = (["model.safetensors"] if len(shards) == 1 else
+             [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
+    for file, shard in zip(names, shards):  # only one shard at a time is on the host
+      _write_tensors(folder / file, {name: (spec, tuning.merged(_at(params, path), i))
+                                     for name, (path, spec, i) in shard.items()}, np_dtype)
+    if len(shards) > 1:
+      _write_json(folder / "model.safetensors.index.json", {
+          "metadata": {"total_size": total},
+          "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
+
+
+def save_adapters(folder: str, cfg: family.Config, trained: dict, base: str) -> None:
+  """Writes adapters as PEFT does, in their own dtype, all of it or nothing.
+
+  Args:
+    folder: where; replaced whole if it is empty or was written by this module.
+    cfg: the model.
+    trained: the adapters.
+    base: the HF folder, or the name, of what they stand on.
+
+  Raises:
+    ValueError: the model has no adapters, or something else is there; see `outdir.check`.
+  """
+  how, rename = cfg.tuning, family.of(cfg).transformers_name
+  if not how.rank:
+    raise ValueError("adapters must be of a run that trained them. Received: one with config.lora.rank = 0")
+  tensors, modules = {}, set()
+  for path, spec in params_lib.leaves(family.tables(cfg)[0]):
+    leaf = _at(trained, path)
+    for i, name in enumerate(map(rename, spec.hf_names())):
+      tensors[f"base_model.model.{name}"] = spec, leaf[i]
+      modules.add(name.rpartition(".lora_")[0])
+  with outdir.writing(folder) as tmp:
+    _write_json(tmp / "adapter_config.json", {
+        "peft_type": "LORA", "base_model_name_or_path": base, "r": how.rank, "lora_alpha": how.alpha,
+        "target_modules": sorted(modules), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": False, "use_dora": False, "modules_to_save": None, "inference_mode": True, "task_type": None})
+    _write_tensors(tmp / "adapter_model.safetensors", tensors, jax.tree.leaves(trained)[0].dtype)
+
+
+def _at(tree: dict, path: tuple[str, ...]):
+  return functools.reduce(lambda tree, key: tree[key], path, tree)
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+  path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_tensors(path: pathlib.Path, tensors: Mapping[str, tuple], dtype: np.dtype) -> None:
+  """Writes one file, of name -> (spec, array in our layout)."""
+  arrays = {name: np.ascontiguousarray(params_lib.to_hf(spec, np.asarray(array).astype(dtype)))
+            for name, (spec, array) in tensors.items()}
+  safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})

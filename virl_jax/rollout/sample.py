@@ -119,30 +119,39 @@ def weights(params: dict, cfg: family.Config, mesh: jax.sharding.Mesh | None = N
   """A policy's parameters for rollouts: in the compute dtype, where rollouts want them.
 
   Training splits parameters over all devices and gathers them layer by layer, which pays for a batch; a token would
-  wait for all of them.  What lies right already is not copied.
+  wait for all of them.  What lies right already, as frozen parameters may, is not copied.
 
   Args:
     params: the parameters; not donated.
     cfg: for the compute dtype.
     mesh: of the rollouts, of the devices that the parameters are on; None for where they are.
   """
-  dtype = jnp.dtype(cfg.compute_dtype)
-  where = None if mesh is None else sharding.param_shardings(family.of(cfg).specs(cfg), mesh)
-  at_home = where is None or all(a.sharding.is_equivalent_to(s, a.ndim)
-                                 for a, s in zip(jax.tree.leaves(params), jax.tree.leaves(where)))
-  if at_home and all(a.dtype == dtype for a in jax.tree.leaves(params)):
+  leaves, tree = jax.tree.flatten(params)
+  at, where = moves(params, cfg, mesh)
+  if not at:
     return params
-  return copy(params, dtype, where if where is None else tuple(jax.tree.leaves(where)))
+  for i, a in zip(at, copy([leaves[i] for i in at], jnp.dtype(cfg.compute_dtype), where)):
+    leaves[i] = a
+  return tree.unflatten(leaves)
+
+
+def moves(params: dict, cfg: family.Config, mesh: jax.sharding.Mesh | None) -> tuple[list[int], tuple]:
+  """Which of the parameters `weights` copies, by their number among the leaves, and where each of them goes.
+
+  Args:
+    params, cfg, mesh: as `weights` takes them; of parameters, only shapes, dtypes and places are looked at.
+  """
+  leaves = jax.tree.leaves(params)
+  where = [a.sharding for a in leaves] if mesh is None else jax.tree.leaves(family.shardings(cfg, mesh))
+  at = [i for i, (a, s) in enumerate(zip(leaves, where))
+        if a.dtype != cfg.compute_dtype or not a.sharding.is_equivalent_to(s, a.ndim)]
+  return at, tuple(where[i] for i in at)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "where"))
-def copy(params: dict, dtype, where: tuple | None = None) -> dict:
-  """The parameters in a dtype and, leaf by leaf, in the places given."""
-  leaves, tree = jax.tree.flatten(params)
-  cast = [a.astype(dtype) for a in leaves]
-  if where is not None:
-    cast = [jax.lax.with_sharding_constraint(a, s) for a, s in zip(cast, where)]
-  return tree.unflatten(cast)
+def copy(arrays: list[jax.Array], dtype, where: tuple) -> list[jax.Array]:
+  """Parameters in a dtype and, each, in the place given."""
+  return [jax.lax.with_sharding_constraint(a.astype(dtype), s) for a, s in zip(arrays, where)]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "mesh"))

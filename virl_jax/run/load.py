@@ -9,14 +9,19 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 
 from virl_jax import config as config_lib
 from virl_jax.data import prompt
 from virl_jax.learner import checkpoint
 from virl_jax.model import family
+from virl_jax.model import params as params_lib
 from virl_jax.model import sharding
+from virl_jax.model import tuning
 from virl_jax.model import weights
 from virl_jax.run import workdir as workdir_lib
+
+_ADAPTERS = 2 ** 31 - 2  # folded into the run's key; no step is ever numbered so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +29,24 @@ class Loaded:
   """A policy that can be used.
 
   Attributes:
-    model: its shapes, the ids of its special tokens, and the platform it is on.
-    params: placed on the mesh.
+    model: its shapes, the ids of its special tokens, what of it is trained, and the platform it is on.
+    trained, frozen: its parameters, placed on the mesh; see `family.tables`.
     hf_dir: the folder with its tokenizer, chat template and processor.
     config: of the run that trained it; None for an HF folder.
     step: of that run; None for an HF folder.
   """
 
   model: family.Config
-  params: dict
+  trained: dict
+  frozen: dict
   hf_dir: str
   config: config_lib.ConfigDict | None = None
   step: int | None = None
+
+  @property
+  def params(self) -> dict:
+    """All parameters, as the model takes them."""
+    return family.whole(self.trained, self.frozen, self.model)
 
 
 def model_dir(path: str, key: str = "model.path") -> str:
@@ -73,22 +84,40 @@ def policy(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = N
   return base(model_dir(path), dtype, mesh or sharding.make(fsdp=-1, data=1))
 
 
-def base(hf_dir: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Loaded:
+def base(hf_dir: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None,
+         model: family.Config | None = None, seed: int = 0) -> Loaded:
   """The policy of an HF folder.
 
   Args:
     hf_dir: the folder.
-    dtype: of the parameters.
+    dtype: of the parameters that are trained.
     mesh: where they go; None for whole on one device.
+    model: what of it is trained, and the compute dtype, which those have that are not; None for all of it.
+    seed: of adapters' initial values, if there are any; they add nothing at first.
 
   Raises:
     ValueError: files are missing, damaged, or of another model.
   """
-  model = weights.read_config(hf_dir)
-  where = None if mesh is None else sharding.param_shardings(family.of(model).specs(model), mesh)
-  model, params = weights.load_hf(hf_dir, dtype, where)
-  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  return Loaded(dataclasses.replace(model, platform=sharding.platform(device)), params, hf_dir)
+  if model is None:
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    model = dataclasses.replace(weights.read_config(hf_dir), platform=sharding.platform(device))
+  specs, how = family.of(model).specs(model), model.tuning
+  where = None if mesh is None else sharding.param_shardings(specs, mesh)
+  trained, frozen = tuning.cut(specs, how)
+  dtypes = (params_lib.map_specs(lambda _: dtype, trained)
+            | params_lib.map_specs(lambda _: model.compute_dtype, frozen))
+  trained, frozen = tuning.cut(weights.load_hf(hf_dir, dtypes, where)[1], how)
+  if how.rank:
+    trained = _adapters(model, dtype, mesh, seed)
+  return Loaded(model, trained, frozen, hf_dir)
+
+
+def _adapters(model: family.Config, dtype: str, mesh: jax.sharding.Mesh | None, seed: int) -> dict:
+  """Fresh adapters."""
+  table = family.tables(model)[0]
+  where = None if mesh is None else sharding.param_shardings(table, mesh)
+  draw = jax.jit(lambda key: params_lib.init(table, key, jnp.dtype(dtype)), out_shardings=where)
+  return draw(jax.random.fold_in(jax.random.key(seed), _ADAPTERS))
 
 
 def codec(hf_dir: str, model: family.Config) -> prompt.Codec:
@@ -119,7 +148,7 @@ def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | Non
   """
   c = workdir_lib.config(workdir)
   hf_dir = model_dir(c.model.path)
-  model = weights.read_config(hf_dir)
+  model = of_config(c, weights.read_config(hf_dir))
   folder = pathlib.Path(workdir) / "checkpoints"
   saves = checkpoint.Checkpoints(folder, c.checkpoint.every, c.checkpoint.keep) if folder.is_dir() else None
   steps = saves.steps() if saves else []
@@ -128,13 +157,19 @@ def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | Non
                      f"{f'steps {steps}' if steps else 'none'}")
   mesh = mesh or sharding.make(fsdp=-1, data=1)
   model = dataclasses.replace(model, platform=sharding.platform(mesh.devices.flat[0]))
-  shardings = sharding.param_shardings(family.of(model).specs(model), mesh)
-  wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                        family.abstract_params(model, c.model.dtype), shardings)
-  read = lambda step: saves.restore_params(step, wanted)
+  read = lambda step: saves.restore_params(step, family.abstract(model, c.model.dtype, mesh)[0])
   step, params = saves.newest(read) if step is None else (step, read(step))
   saves.close()
-  return Loaded(model, params, hf_dir, c, step)
+  frozen = base(hf_dir, c.model.dtype, mesh, model).frozen if family.tables(model)[1] else {}
+  return Loaded(model, params, frozen, hf_dir, c, step)
+
+
+def of_config(c: config_lib.ConfigDict, model: family.Config) -> family.Config:
+  """A model as a configuration has it: what of it is trained, and how it is computed."""
+  return dataclasses.replace(
+      model, compute_dtype=c.model.compute_dtype, remat=c.model.remat, remat_keep=tuple(c.model.remat_keep),
+      remat_offload=tuple(c.model.remat_offload), patches_together=c.model.patches_together,
+      tuning=tuning.Config(c.lora.rank, c.lora.alpha, tuple(c.lora.targets), c.model.freeze_vision))
 
 
 def _is_run(path: str) -> bool:

@@ -131,6 +131,14 @@ def device_gib(tree) -> float:
   return max(each.values(), default=0) / 2 ** 30
 
 
+def limit_gib(devices) -> float | None:
+  """Memory that the smallest of some devices has for programs, or None where it does not say."""
+  found = [d.memory_stats() for d in devices]
+  if not all(found) or not all("bytes_limit" in f for f in found):
+    return None
+  return min(f["bytes_limit"] for f in found) / 2 ** 30
+
+
 def free_bytes() -> int | None:
   """Memory that the fullest device of this process has left, or None where it does not say."""
   found = [d.memory_stats() for d in jax.local_devices()]

@@ -10,7 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from virl_jax import config as config_lib
 from virl_jax import shapes
@@ -76,40 +75,34 @@ def _update(c, p, work):
       batch, None if p.step.single_update and not (gae or c.loss.kl_in_reward) else row(T),
       row(T) if c.loss.kl_coef or not p.step.single_update else None, row(T), row(p.pack.max_rounds),
       row(p.pack.max_rounds), row(p.pack.max_rounds), row(), row(), row(T) if gae else None, row(T) if gae else None)
-  return step_lib.update_step.lower(_state(c, p), scored, p.step)
+  return step_lib.update_step.lower(_state(c, p), scored, p.step, _split(c, p)[1])
 
 
 def _score(c, p, work):
-  ref = _params(p, c.model.dtype, p.mesh) if c.loss.kl_coef else None
-  return step_lib._read.lower(_state(c, p), ref, _batch(c, p, work), p.step, np.float32(c.reward.h0))
+  return step_lib._read.lower(_state(c, p), _reference(c, p), _batch(c, p, work), p.step, np.float32(c.reward.h0),
+                              _split(c, p)[1])
 
 
-def _params(p, dtype: str, mesh):
-  specs = family.of(p.step.model).specs(p.step.model)
-  return jax.tree.map(lambda a, s: _spec(a.shape, a.dtype, s), family.abstract_params(p.step.model, dtype),
-                      sharding.param_shardings(specs, mesh))
+def _split(c, p) -> tuple[dict, dict]:
+  """What is trained, and what is frozen."""
+  return family.abstract(p.step.model, c.model.dtype, p.mesh)
+
+
+def _reference(c, p) -> dict | None:
+  """Of the KL term, if there is one."""
+  return step_lib.reference(*_split(c, p), p.step) if c.loss.kl_coef else None
 
 
 def _state(c, p) -> step_lib.TrainState:
-  params, whole = _params(p, c.model.dtype, p.mesh), sharding.replicated(p.mesh)
-  opt = step_lib.optimizer(p.step.optim)
-  opt_state = optax.tree.map_params(
-      opt, lambda a, q: _spec(a.shape, a.dtype, q.sharding), jax.eval_shape(opt.init, params), params,
-      transform_non_params=lambda a: _spec(a.shape, a.dtype, whole))
-  critic = critic_state = None
-  if c.advantage.kind == "gae":
-    width = p.step.model.text.hidden
-    critic = {"w": _spec((width,), jnp.float32, whole), "b": _spec((1,), jnp.float32, whole)}
-    critic_state = jax.tree.map(lambda a: _spec(a.shape, a.dtype, whole),
-                                jax.eval_shape(step_lib.critic_optimizer(p.step.optim).init, critic))
-  return step_lib.TrainState(_spec((), jnp.int32, whole), params, opt_state, _spec((), jnp.float32, whole), critic,
-                             critic_state)
+  return step_lib.abstract_state(
+      _split(c, p)[0], p.step.optim, p.step.model.text.hidden if c.advantage.kind == "gae" else 0, p.step.offload,
+      family.tables(p.step.model)[0])
 
 
 def _batch(c, p, work) -> types.Batch:
   """A minibatch whose microbatches are full."""
   B = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
-  T = _width(c)
+  T = width(c)
   R, J, shards = p.pack.max_rounds, _BOXES, sharding.row_shards(p.mesh)
   at_once, M = rows_of(c, p, work)
   row = lambda dtype, *shape: _spec((B, *shape), dtype, sharding.rows(p.mesh))
@@ -129,15 +122,15 @@ def _batch(c, p, work) -> types.Batch:
       order_B=row(i32) if shards > 1 else None)
 
 
-def _width(c) -> int:
-  """T of the longest rows."""
+def width(c) -> int:
+  """T of the longest rows of a batch."""
   return pack.width(c.rollout.max_total_tokens, c.pack.pad_tokens, c.pack.join_rows)
 
 
 def rows_of(c, p, work) -> tuple[int, int]:
   """Rows of a shard's microbatch, and microbatches of a minibatch."""
   B = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
-  T = _width(c)
+  T = width(c)
   each = B // sharding.row_shards(p.mesh)
   rows = math.ceil(each * work.trajectory_tokens / T) if c.pack.join_rows else each
   if not c.learner.microbatch_tokens:
@@ -159,13 +152,14 @@ def _images(p, max_pixels: int, count: int, spec) -> types.ImageBatch:
 
 
 def _copy(c, p, work):
-  return sample.copy.lower(_params(p, c.model.dtype, p.mesh), jnp.dtype(c.model.compute_dtype),
-                           tuple(jax.tree.leaves(sharding.param_shardings(
-                               family.of(p.step.model).specs(p.step.model), p.policy.mesh))))
+  params = family.whole(*_split(c, p), p.step.model)
+  moved, where = sample.moves(params, p.policy.model, p.policy.mesh)
+  leaves = jax.tree.leaves(params)
+  return sample.copy.lower([leaves[i] for i in moved], jnp.dtype(c.model.compute_dtype), where)
 
 
 def _weights(c, p):
-  return _params(p, c.model.compute_dtype, p.policy.mesh)
+  return family.whole(*family.abstract(p.policy.model, c.model.compute_dtype, p.policy.mesh), p.policy.model)
 
 
 def _slots(c, p) -> int:
@@ -238,24 +232,26 @@ def _spec(shape, dtype, where) -> jax.ShapeDtypeStruct:
 
 def cost(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> costs.Work:
   """What a program does on all devices together: of `update` and `score` in a microbatch, of `decode` in a step."""
-  compute = jnp.dtype(c.model.compute_dtype).itemsize
-  held = lambda mesh, size: _device_bytes(_params(p, c.model.dtype, mesh)) // jnp.dtype(c.model.dtype).itemsize * size
+  weights, how = _device_bytes(_weights(c, p)), p.step.model.tuning
   if name in ("update", "score"):
     rows, (at_once, _) = sharding.row_shards(p.mesh), rows_of(c, p, work)
-    tokens = float(rows * at_once * _width(c))
+    tokens = float(rows * at_once * width(c))
     batch = _batch(c, p, work)
-    remat = 1 if c.model.remat else 0
+    # What is kept is not computed again, and a bound counts nothing that may be left out.
+    remat = 1 if c.model.remat and not (c.model.remat_keep or c.model.remat_offload) else 0
     update = name == "update"
-    passes = 3.0 + remat if update else 1.0
+    # Backward, there are products for what came in, and for weights that are trained.
+    passes = 3.0 + remat - (how.rank > 0) if update else 1.0
     again = 1.0 if update and c.model.patches_together else 0.0
+    of_vision = 1.0 if how.freeze_vision else passes + again
+    held = _device_bytes(family.whole(*family.abstract(p.step.model, c.model.compute_dtype, p.mesh), p.step.model))
     slots = sum(math.prod(b.window_IWQ.shape[1:]) for b in batch.rows.images)
     biggest = max(math.prod(b.window_IWQ.shape[2:]) for b in batch.rows.images)
-    return costs.Work(tokens, work.trajectory_tokens / 2, tokens, slots, biggest, passes, passes + again,
-                      passes * held(p.mesh, compute) * p.mesh.shape["fsdp"])
+    return costs.Work(tokens, work.trajectory_tokens / 2, tokens, slots, biggest, passes, of_vision,
+                      passes * held * p.mesh.shape["fsdp"])
   if name == "copy":
-    return costs.Work(0.0, bytes_device=held(p.policy.mesh, compute))
+    return costs.Work(0.0, bytes_device=weights)
   slots = _slots(c, p) * sharding.row_shards(p.policy.mesh)
-  weights = held(p.policy.mesh, compute)
   cache = _device_bytes(_rollout(c, p).cache)
   if name == "decode":  # half of the cache is filled
     return costs.Work(float(slots), c.rollout.max_total_tokens / 2, float(slots), bytes_device=weights + cache / 2)
@@ -271,11 +267,27 @@ def cost(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> co
 def kinds(c: config_lib.ConfigDict, p: setup.Pieces, work: Work) -> dict[str, float]:
   """GiB of a device by what they are: what training holds, and what rollouts do."""
   state = _state(c, p)
-  found = {"parameters": state.params, "optimizer": state.opt_state, "batch": _batch(c, p, work),
-           "reference": _params(p, c.model.dtype, p.mesh) if c.loss.kl_coef else (),
-           "rollout weights": _weights(c, p), "cache": _rollout(c, p).cache}
+  moved, _ = sample.moves(family.whole(*_split(c, p), p.step.model), p.policy.model, p.policy.mesh)
+  found = {"parameters": (state.params, _split(c, p)[1]), "optimizer": state.opt_state, "batch": _batch(c, p, work),
+           "reference": _reference(c, p) if c.loss.kl_coef and not p.step.model.tuning.rank else (),
+           "rollout weights": [jax.tree.leaves(_weights(c, p))[i] for i in moved], "cache": _rollout(c, p).cache}
   return {name: _device_bytes(tree) / 2 ** 30 for name, tree in found.items()}
 
 
+def live(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> float:
+  """GiB that lie on a device when a program begins: its arguments, and what waits beside them."""
+  found = kinds(c, p, work)
+  if name in ("update", "score"):
+    beside = c.ppo.minibatches * found["batch"]
+  elif name == "copy":
+    beside = 0.0
+  else:
+    chunk = {"prefill": _prefill_chunk, "append": _append_chunk}.get(name, lambda c, p: ())(c, p)
+    beside = found["rollout weights"] + found["cache"] + _device_bytes(chunk) / 2 ** 30
+  return found["parameters"] + found["optimizer"] + found["reference"] + beside
+
+
 def _device_bytes(tree) -> int:
-  return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+  """What lies on the device itself."""
+  return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+             if a.sharding.memory_kind != "pinned_host")

@@ -20,8 +20,10 @@ from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.data.sources import jsonl
 from virl_jax.eval import monitors
+from virl_jax.learner import optim
 from virl_jax.learner import step as step_lib
 from virl_jax.model import family
+from virl_jax.model import remat
 from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.rl import advantage
@@ -40,6 +42,8 @@ from virl_jax.tiny import needle
 from virl_jax.tiny import source as tiny_source
 
 SOURCES = ("needle", "jsonl")
+# Half a unit in the last place of a weight of 0.01 is 3e-5, and AdamW's updates are about as large as the rate.
+_LEAST_BFLOAT16_RATE = 1e-5
 
 
 def begin() -> None:
@@ -111,7 +115,7 @@ class Sections:
   credit: credit.Config
   advantage: advantage.Config
   loss: loss.Config
-  optim: step_lib.OptimConfig
+  optim: optim.OptimConfig
   monitor: monitors.Config
 
 
@@ -126,7 +130,9 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c, "", seed=word, steps=some)
   dtype = (lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
   checks.section(c.model, "model", path=checks.text, dtype=dtype, compute_dtype=dtype, remat=checks.flag,
-                 patches_together=some)
+                 remat_keep=checks.some_of(remat.NAMES), remat_offload=checks.some_of(remat.NAMES),
+                 freeze_vision=checks.flag, patches_together=some)
+  checks.section(c.lora, "lora", rank=some, alpha=checks.real(above=0), targets=checks.texts)
   checks.section(c.data, "data", path=checks.text, source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
                  eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"), split_seed=word)
   checks.need(c.data.source != "jsonl" or c.data.path, "data.path",
@@ -136,7 +142,8 @@ def sections(c: config_lib.ConfigDict) -> Sections:
                  mask_out_of_rounds=checks.flag)
   part = checks.real(above=0, high=1)
   checks.section(c.pack, "pack", pad_tokens=count, join_rows=checks.flag, crops_share=part, joined_share=part)
-  checks.section(c.learner, "learner", microbatch_tokens=some, row_shown=count, row_crops=count)
+  checks.section(c.learner, "learner", microbatch_tokens=some, row_shown=count, row_crops=count,
+                 offload=checks.some_of(step_lib.OFFLOAD))
   checks.section(c.ppo, "ppo", minibatches=count, epochs=count)
   axis = (lambda v: checks.whole(-1)[0](v) and v != 0, "at least 1, or -1 for what is left")
   checks.section(c.mesh, "mesh", data=axis, fsdp=axis, tensor=axis)
@@ -151,7 +158,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
       needle=needle.Config(**c.data.needle), image=images.Config(**c.image), prompt=prompt.Config(**c.prompt),
       rollout=turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),
       engine=slots.Config(**c.engine), reward=reward.Config(**c.reward), credit=credit.Config(**c.credit),
-      advantage=advantage.Config(**c.advantage), loss=loss.Config(**c.loss), optim=step_lib.OptimConfig(**c.optim),
+      advantage=advantage.Config(**c.advantage), loss=loss.Config(**c.loss), optim=optim.OptimConfig(**c.optim),
       monitor=monitors.Config(**c.monitor))
   _combinations(c)
   return found
@@ -159,10 +166,20 @@ def sections(c: config_lib.ConfigDict) -> Sections:
 
 def _combinations(c: config_lib.ConfigDict) -> None:
   """Refuses values that make no sense together, with the reason."""
-  need, k, a, o = checks.need, c.credit, c.advantage, c.loss
+  need, k, a, o, m = checks.need, c.credit, c.advantage, c.loss, c.model
+  for key in ("remat_keep", "remat_offload"):
+    need(m.remat or not m[key], f"model.{key}", "() while model.remat is False: nothing is computed again", m[key])
+  need(not set(m.remat_keep) & set(m.remat_offload), "model.remat_offload",
+       f"names that are not in config.model.remat_keep = {m.remat_keep}", m.remat_offload)
+  need("reference" not in c.learner.offload or o.kl_coef > 0, "learner.offload",
+       "without 'reference' while loss.kl_coef is 0: there is none", c.learner.offload)
   need(c.rollout.max_turn_tokens < c.rollout.max_total_tokens, "rollout.max_turn_tokens",
        f"below config.rollout.max_total_tokens = {c.rollout.max_total_tokens}: the prompt comes first",
        c.rollout.max_turn_tokens)
+  need(not c.lora.rank or c.lora.targets, "lora.targets", "names of modules, as config.lora.rank is positive",
+       c.lora.targets)
+  need(not c.lora.rank or "reference" not in c.learner.offload, "learner.offload",
+       "without 'reference' as config.lora.rank is positive: the frozen weights are the reference", c.learner.offload)
   need(c.rollout.prompts % c.ppo.minibatches == 0, "ppo.minibatches",
        f"a divisor of config.rollout.prompts = {c.rollout.prompts}", c.ppo.minibatches)
   longest = pack.width(c.rollout.max_total_tokens, c.pack.pad_tokens, c.pack.join_rows)
@@ -188,6 +205,17 @@ def _combinations(c: config_lib.ConfigDict) -> None:
        "k2 or k3 in the loss: k1's gradient has nothing to do with the divergence", o.kl_estimator)
   need(o.dual_clip == 0 or o.dual_clip > 1 + o.clip_high, "loss.dual_clip",
        f"0, or above 1 + clip_high = {1 + o.clip_high}", o.dual_clip)
+
+
+def cautions(c: config_lib.ConfigDict) -> list[str]:
+  """What works, and is hardly meant; to be said when a program starts."""
+  found = []
+  if c.model.dtype == "bfloat16" and c.optim.learning_rate < _LEAST_BFLOAT16_RATE:
+    found.append(
+        f"config.model.dtype is 'bfloat16', and at config.optim.learning_rate = {c.optim.learning_rate:g} such "
+        "parameters hardly move: an update is smaller than half a unit in their last place, and is rounded away (at "
+        "1e-6, 0.5 % of them moved). Take --config.model.dtype=float32, with bfloat16 as compute_dtype, or LoRA")
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +265,11 @@ def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec
   """
   s = sections(c)
   mesh = sharding.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
-  model = dataclasses.replace(model, compute_dtype=c.model.compute_dtype, remat=c.model.remat,
-                              patches_together=c.model.patches_together,
-                              platform=sharding.platform(mesh.devices.flat[0]))
+  model = dataclasses.replace(load.of_config(c, model), platform=sharding.platform(mesh.devices.flat[0]))
+  family.tables(model)  # refuses targets that no parameter has
+  for key, names in (("model.remat_offload", c.model.remat_offload), ("learner.offload", c.learner.offload)):
+    checks.need(not names or sharding.host_memory(mesh), key,
+                f"() on a {model.platform}, which has no pinned memory of the host here", names)
   heads = model.text.kv_heads
   for key, tensor in (("mesh.tensor", mesh.shape["tensor"]), ("rollout.tensor", c.rollout.tensor)):
     checks.need(heads % tensor == 0, key, f"a divisor of the model's {heads} key/value heads", tensor)
@@ -255,7 +285,8 @@ def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec
       policy=turns.Policy(model, codec, s.prompt, s.image, s.rollout, sharding.replicas(mesh, c.rollout.tensor),
                           s.engine),
       step=step_lib.Config(model, c.rollout.group_size, c.rollout.temperature, s.reward, s.credit, s.advantage, s.loss,
-                           s.optim, mesh, single_update=c.ppo.minibatches * c.ppo.epochs == 1),
+                           s.optim, mesh, single_update=c.ppo.minibatches * c.ppo.epochs == 1,
+                           offload=tuple(c.learner.offload)),
       pack=pack.Config(model.vision.grid, model.image_token, c.rollout.max_rounds, c.pack.pad_tokens,
                        pad_images=part(c.pack.crops_share),
                        pad_shown=max(shards, rows // c.rollout.group_size),  # a group shares its image
@@ -263,7 +294,7 @@ def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec
                            (types.StopReason.OVERLONG, c.rollout.mask_overlong),
                            (types.StopReason.OUT_OF_ROUNDS, c.rollout.mask_out_of_rounds)) if masked),
                        scope=c.credit.scope, join=c.pack.join_rows, pad_joined=part(c.pack.joined_share),
-                       shards=shards, **c.learner),
+                       shards=shards, **_fields(pack.Config, c.learner)),
       mesh=mesh, hf_dir=hf_dir)
 
 

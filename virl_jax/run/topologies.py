@@ -12,6 +12,8 @@ import re
 import jax
 from jax.experimental import topologies
 
+from virl_jax.model import sharding
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -78,7 +80,7 @@ class Topology:
     name: as it was asked for, such as "h100:8" or "v5e:8x8".
     chip: each of them.
     count: how many.
-    shape: what follows the colon.
+    shape: what follows the colon; "" for real devices.
   """
 
   name: str
@@ -98,6 +100,18 @@ def parse(name: str) -> Topology:
     raise ValueError(f"topology must be one of {', '.join(CHIPS)}, a colon, and how many: h100:8, v5e:8x8, v5p:2x2x4, "
                      f"cpu:8. Received: {name!r}")
   return Topology(name, CHIPS[kind], math.prod(map(int, shape.split("x"))), shape)
+
+
+def here(devices: list, memory_gib: float) -> Topology:
+  """The machine that these devices are; how fast it is, only where the table has their kind.
+
+  Args:
+    devices: real ones.
+    memory_gib: that programs can have of each.
+  """
+  kind = devices[0].device_kind
+  chip = next((chip for chip in CHIPS.values() if chip.kind == kind), Chip(sharding.platform(devices[0]), kind=kind))
+  return Topology(f"{len(devices)} x {kind}", dataclasses.replace(chip, memory_gib=memory_gib), len(devices), "")
 
 
 def prepare(topology: Topology) -> None:

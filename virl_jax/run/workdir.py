@@ -21,6 +21,8 @@ from virl_jax import config as config_lib
 # What no run can change and still be that run, and why; a section stands for all its keys.
 _FIXED = {"model.path": "the checkpoints are of that model",
           "model.dtype": "the checkpoints hold parameters of that type",
+          "model.freeze_vision": "the checkpoints hold what is trained",
+          "lora": "the checkpoints hold adapters of that kind",
           "seed": "it orders the data",
           "data": "evaluations before and after must be about the same tasks",
           "eval": "evaluations before and after must be made in the same way"}

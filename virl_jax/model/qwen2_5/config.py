@@ -8,6 +8,8 @@ from typing import ClassVar
 from virl_jax.model import attention
 from virl_jax.model import hf
 from virl_jax.model import patches
+from virl_jax.model import remat as remat_lib
+from virl_jax.model import tuning
 
 _PREFIXES = (("model.language_model.lm_head.", "lm_head."), ("model.language_model.", "model."),
              ("model.visual.", "visual."), ("language_model.lm_head.", "lm_head."),
@@ -96,7 +98,10 @@ class Config:
     eos: ids each of which ends a turn.
     compute_dtype: of matrix products; norms, rotary and softmax stay float32 where the reference has them.
     remat: recompute layers in the backward pass.
+    remat_keep: of a layer that is recomputed, names of values that are kept, out of `remat.NAMES`.
+    remat_offload: names of values that are kept in the host's memory.
     patches_together: see `vision.encode`.
+    tuning: which parameters are trained, and which there are beside the released ones.
     platform: what the model is compiled for, one of `attention.PLATFORMS`.  It picks kernels, and model code asks
       nothing else about the machine: whoever knows the devices says so (`sharding.platform`).  What "cpu" picks runs
       anywhere.
@@ -114,12 +119,20 @@ class Config:
   eos: tuple[int, ...] = (151645,)
   compute_dtype: str = "float32"
   remat: bool = False
+  remat_keep: tuple[str, ...] = ()
+  remat_offload: tuple[str, ...] = ()
   patches_together: int = 0
+  tuning: tuning.Config = tuning.Config()
   platform: str = "cpu"
 
   def __post_init__(self):
     if self.platform not in attention.PLATFORMS:
       raise ValueError(f"platform must be one of {attention.PLATFORMS}. Received: {self.platform!r}")
+    remat_lib.Kept(self.remat_keep, self.remat_offload)  # checks the names
+
+  @property
+  def kept(self) -> remat_lib.Kept:
+    return remat_lib.Kept(self.remat_keep, self.remat_offload)
 
   @property
   def banned(self) -> tuple[int, ...]:
@@ -158,6 +171,14 @@ def tiny(vocab: int, ids: dict) -> Config:
                 mrope_section=(1,) * 12 + (2, 1, 1), theta=100.0, tied=True),
       vision=Vision(depth=3, hidden=128, heads=4, intermediate=256, out=128, full_blocks=(2,)),
       **ids)
+
+
+def transformers_name(name: str) -> str:
+  """What transformers calls a tensor of the released layout while the model is in memory."""
+  for theirs, released in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+    if name.startswith(released):
+      return theirs + name.removeprefix(released)
+  return name
 
 
 def released_name(name: str) -> str:

@@ -18,7 +18,8 @@ from virl_jax.model.qwen2_5 import text
 from virl_jax.model.qwen2_5 import vision
 
 Config, Text, Vision, SIZES, tiny = config.Config, config.Text, config.Vision, config.SIZES, config.tiny
-config_from_hf, config_to_hf, released_name = config.from_hf, config.to_hf, config.released_name
+config_from_hf, config_to_hf = config.from_hf, config.to_hf
+released_name, transformers_name = config.released_name, config.transformers_name
 
 
 def specs(cfg: Config) -> dict:
@@ -45,7 +46,8 @@ def embed(params: dict, cfg: Config, tokens_BT: jax.Array, vision_BT: jax.Array,
   x = layers.lookup(params["text"]["embed"], tokens_BT, dtype)
   if not image_batches:
     return x
-  merged = [vision.encode(params["vision"], cfg.vision, b, dtype, cfg.remat, cfg.platform, cfg.patches_together)
+  merged = [vision.encode(params["vision"], cfg.vision, b, dtype, cfg.remat, cfg.platform, cfg.patches_together,
+                          cfg.kept)
             for b in image_batches]
 
   def put(x_BTD, vision_BT, *merged):
@@ -72,7 +74,7 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, pos_BXT: jax.Array, 
   x = embed(params, cfg, tokens_BT, vision_BT, image_batches)
   segment_BT = (jnp.where(valid_BT, 0, -1) if lengths_BS is None else
                 attention.segments(lengths_BS, tokens_BT.shape[1]))
-  return text.apply(params["text"], cfg.text, x, pos_BXT, segment_BT, cfg.remat, lengths_BS, cfg.platform)
+  return text.apply(params["text"], cfg.text, x, pos_BXT, segment_BT, cfg.remat, lengths_BS, cfg.platform, cfg.kept)
 
 
 def new_cache(cfg: Config, rows: int, slots: int) -> cache_lib.Cache:

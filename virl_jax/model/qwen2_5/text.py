@@ -14,6 +14,7 @@ from virl_jax.model import attention
 from virl_jax.model import cache as cache_lib
 from virl_jax.model import layers
 from virl_jax.model import params as params_lib
+from virl_jax.model import remat as remat_lib
 from virl_jax.model import rope
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import config
@@ -74,7 +75,8 @@ def _finish(p: dict, cfg: config.Text, x, out):
 
 
 def apply(params: dict, cfg: config.Text, x_BTD: jax.Array, pos_BXT: jax.Array, segment_BT: jax.Array,
-          remat: bool = False, lengths_BS: jax.Array | None = None, platform: str = "cpu") -> jax.Array:
+          remat: bool = False, lengths_BS: jax.Array | None = None, platform: str = "cpu",
+          kept: remat_lib.Kept = remat_lib.Kept()) -> jax.Array:
   """Hidden states of whole sequences.
 
   Args:
@@ -86,11 +88,12 @@ def apply(params: dict, cfg: config.Text, x_BTD: jax.Array, pos_BXT: jax.Array, 
     remat: recompute blocks in the backward pass.
     lengths_BS: if sequences stand end to end, their lengths; see `attention.attend`.
     platform: see `config.Config`.
+    kept: what of a block is not computed again.
 
   Returns:
     [B, T, D] after the final norm.
   """
-  return _run(params, cfg, x_BTD, pos_BXT, segment_BT, remat, lengths_BS, platform, keep=False)[0]
+  return _run(params, cfg, x_BTD, pos_BXT, segment_BT, remat, lengths_BS, platform, keep=False, kept=kept)[0]
 
 
 def every_layer(params: dict, cfg: config.Text, x_BTD: jax.Array, pos_BXT: jax.Array, segment_BT: jax.Array,
@@ -100,16 +103,16 @@ def every_layer(params: dict, cfg: config.Text, x_BTD: jax.Array, pos_BXT: jax.A
   return jnp.concatenate([before, last[None]])
 
 
-def _run(params, cfg, x_BTD, pos_BXT, segment_BT, remat, lengths_BS, platform, keep):
+def _run(params, cfg, x_BTD, pos_BXT, segment_BT, remat, lengths_BS, platform, keep, kept=remat_lib.Kept()):
   cos, sin = rope.mrope(pos_BXT, cfg.head_size, cfg.mrope_section, cfg.theta)
 
   def block(x, p):
-    q, k, v = _project(p, cfg, x, cos, sin)
+    q, k, v = (remat_lib.named(a, "qkv") for a in _project(p, cfg, x, cos, sin))
     out = attention.attend(q, k, v, segment_BT, causal=True, lengths_BS=lengths_BS, platform=platform)
     return _finish(p, cfg, x, out), x if keep else None
 
   x = sharding.constrain(x_BTD, "rows")
-  x, before = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["blocks"])
+  x, before = jax.lax.scan(remat_lib.layer(block, remat, kept), x, params["blocks"])
   return layers.rms_norm(x, params["norm"], cfg.eps), before
 
 

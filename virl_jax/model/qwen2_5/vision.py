@@ -17,6 +17,7 @@ from virl_jax.model import attention
 from virl_jax.model import layers
 from virl_jax.model import params as params_lib
 from virl_jax.model import patches
+from virl_jax.model import remat as remat_lib
 from virl_jax.model import rope
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import config
@@ -60,7 +61,7 @@ def specs(cfg: config.Vision) -> dict:
 
 
 def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jnp.float32, remat: bool = False,
-           platform: str = "cpu", together: int = 0) -> jax.Array:
+           platform: str = "cpu", together: int = 0, kept: remat_lib.Kept = remat_lib.Kept()) -> jax.Array:
   """Merged vision tokens of a bucket of images.
 
   Args:
@@ -72,6 +73,7 @@ def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jn
     platform: see `config.Config`.
     together: patch slots of a device that are encoded at a time, at least an image's, and nothing but the result is
       kept of them for the backward pass; 0 for all.
+    kept: what of a block is not computed again, of those encoded at a time.
 
   Returns:
     [I, W * Q / merge^2, out] in `dtype`; `patches.layout` says which row is which token.
@@ -79,7 +81,7 @@ def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jn
 
   Source: Qwen2.5-VL, section 2.1.1.
   """
-  some = functools.partial(_encode, cfg=cfg, dtype=dtype, remat=remat, platform=platform)
+  some = functools.partial(_encode, cfg=cfg, dtype=dtype, remat=remat, platform=platform, kept=kept)
   if not together:
     return some(params, images_)
   I, W, Q, _ = images_.patches_IWQC.shape
@@ -105,7 +107,7 @@ def _values(patches_IWQC: jax.Array, cfg: config.Vision) -> jax.Array:
   return jnp.broadcast_to(x, (*x.shape[:4], cfg.temporal, x.shape[-1])).reshape(*x.shape[:3], -1)
 
 
-def _encode(params, images_, cfg, dtype, remat, platform):
+def _encode(params, images_, cfg, dtype, remat, platform, kept):
   """`encode` of all at once."""
   I, W, Q, _ = images_.patches_IWQC.shape
   H, P = cfg.head_size, W * Q
@@ -121,12 +123,13 @@ def _encode(params, images_, cfg, dtype, remat, platform):
       h = layers.rms_norm(x, p["norm1"], cfg.eps)
       qkv = layers.dense(h, p["qkv_w"]) + p["qkv_b"].astype(dtype)[None, None]
       q, k, v = (sharding.constrain(qkv[:, :, i], "rows", None, "tensor") for i in range(3))
-      out = see(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
+      q, k, v = (remat_lib.named(a, "qkv") for a in (rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v))
+      out = see(q, k, v)
       x = x + layers.dense(out, p["proj_w"], 2) + p["proj_b"].astype(dtype)[None, None]
       x = sharding.constrain(x, "rows")
       return sharding.constrain(x + layers.swiglu(layers.rms_norm(x, p["norm2"], cfg.eps), p), "rows"), None
 
-    return jax.lax.scan(jax.checkpoint(block) if remat else block, x, blocks)[0]
+    return jax.lax.scan(remat_lib.layer(block, remat, kept), x, blocks)[0]
 
   # An image that is not cut has all its windows in a row.
   together = attention.rows_together(platform, Q, W)

@@ -1,0 +1,215 @@
+"""Optimisers of the policy and of the critic, and where their states lie.
+
+Three for the policy, all behind clipping by global norm, all with the same schedule and with decay of matrices alone:
+
+    adamw      two moments a parameter (AdamW, arXiv 1711.05101)
+    adafactor  of a matrix's second moment rows and columns, no first moment (Adafactor, arXiv 1804.04235)
+    muon       one moment a parameter in the layers' matrices, whose update is made orthogonal (Muon, K. Jordan 2024);
+               AdamW for all else
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from virl_jax import checks
+from virl_jax.model import params as params_lib
+from virl_jax.model import sharding
+
+KINDS = ("adamw", "adafactor", "muon")
+FIRST_MOMENTS = ("param", "float32", "bfloat16")
+_MUON_BETA = 0.95  # of its momentum [Muon]
+_MUON_STEPS, _MUON_COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of Newton and Schulz [Muon]
+_MUON_RMS = 0.2    # root mean square of its updates, as AdamW's tend to have it [arXiv 2502.16982, section 2.2]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """See `config.py`, section `optim`."""
+
+  learning_rate: float = 1e-6
+  critic_learning_rate: float = 1e-5
+  warmup_steps: int = 0
+  decay_steps: int = 0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+  kind: str = "adamw"
+  first_moment: str = "param"
+
+  def __post_init__(self):
+    rate, decay = checks.real(0), checks.real(0, below=1)
+    checks.section(vars(self), "optim", kind=checks.one_of(KINDS), learning_rate=rate, critic_learning_rate=rate,
+                   warmup_steps=checks.whole(0), decay_steps=checks.whole(0), b1=decay, b2=decay,
+                   eps=checks.real(above=0), first_moment=checks.one_of(FIRST_MOMENTS), weight_decay=rate,
+                   clip_norm=rate)
+    checks.need(self.kind != "adafactor" or self.first_moment == "param", "optim.first_moment",
+                "'param', the default, with optim.kind = 'adafactor', which has none", self.first_moment)
+
+
+def schedule(cfg: OptimConfig, peak: float | None = None) -> optax.Schedule:
+  """Linear warm-up to the peak (`cfg.learning_rate`), then constant, or linear decay to a tenth."""
+  peak = cfg.learning_rate if peak is None else peak
+  after = (optax.linear_schedule(peak, 0.1 * peak, cfg.decay_steps) if cfg.decay_steps
+           else optax.constant_schedule(peak))
+  if not cfg.warmup_steps:
+    return after
+  # The first update already moves: the ramp starts at peak / (warmup + 1), not at 0.
+  ramp = optax.linear_schedule(peak / (cfg.warmup_steps + 1), peak, cfg.warmup_steps)
+  return optax.join_schedules([ramp, after], [cfg.warmup_steps])
+
+
+def optimizer(cfg: OptimConfig, specs: dict | None = None) -> optax.GradientTransformation:
+  """The policy's optimiser behind global-norm clipping, if there is any; vectors (norms, biases) are not decayed.
+
+  Args:
+    cfg: which, and its numbers.  Adafactor takes of them the schedule, `weight_decay` and `clip_norm`, none of AdamW's.
+    specs: the parameters' table, which says to Muon which axes of a parameter are a matrix; the others don't look.
+
+  Raises:
+    ValueError: Muon without a table.
+  """
+  if cfg.kind == "adafactor":
+    chosen = _adafactor(cfg)
+  elif cfg.kind == "muon":
+    chosen = _muon(cfg, specs)
+  else:
+    chosen = _adamw(cfg)
+  return optax.chain(_clip(cfg), chosen)
+
+
+def critic_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
+  """Adam behind clipping of its own, for the value head, whatever the policy has."""
+  return optax.chain(_clip(cfg),
+                     optax.adam(schedule(cfg, cfg.critic_learning_rate), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
+
+
+def _clip(cfg: OptimConfig) -> optax.GradientTransformation:
+  # A norm of 0 would shorten every gradient to nothing.
+  return optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+
+
+def _decayed(params: dict) -> dict:
+  """Which parameters are decayed: not norms and biases."""
+  # By name, not by rank: layers are stacked, and a stacked bias has as many axes as a matrix.
+  decayed = lambda path, _: not (path[-1].key.startswith("norm") or path[-1].key.endswith("_b"))
+  return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def _mu_dtype(cfg: OptimConfig) -> str | None:
+  return None if cfg.first_moment == "param" else cfg.first_moment
+
+
+def _adamw(cfg: OptimConfig) -> optax.GradientTransformation:
+  return optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay,
+                     mu_dtype=_mu_dtype(cfg), mask=_decayed)
+
+
+def _adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
+  """Adafactor as `optax.adafactor` puts it together, but for two things.
+
+  Used of the paper: the factored second moment, decayed by 1 - t^-0.8 (sections 3 and 7.2), of arrays that have two
+  axes of 128 or more; and updates clipped to a root mean square of 1, layers of a stack together (section 6).
+  Not used: steps relative to a parameter's size (section 8), so that the learning rate means what it means to AdamW;
+  and optax's decay, which knows nothing of the learning rate, so that decay means that, too.
+  """
+  return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0),
+                     optax.add_decayed_weights(cfg.weight_decay, mask=_decayed),
+                     optax.scale_by_learning_rate(schedule(cfg)))
+
+
+def _muon(cfg: OptimConfig, specs: dict | None) -> optax.GradientTransformation:
+  """Muon for the matrices of the layers' stacks, each layer's by itself; AdamW for all else.
+
+  Nesterov's momentum, made orthogonal, and scaled as arXiv 2502.16982, equation 4 has it, so that AdamW's learning
+  rates and decay serve.  optax's own (`contrib.muon`) takes all layers of a stack at once: of v7b on eight devices, 14
+  GiB more at the peak than AdamW has.
+  """
+  if specs is None:
+    raise ValueError("optim.kind = 'muon' needs the parameters' table, which says what is a matrix. Received: None")
+  axes = matrices(specs)
+  name = lambda path: tuple(entry.key for entry in path)
+
+  def orthogonal(updates, params):
+    del params
+    return jax.tree_util.tree_map_with_path(lambda path, u: _orthogonal(u, *axes[name(path)]), updates)
+
+  muon = optax.chain(
+      optax.trace(_MUON_BETA, nesterov=True, accumulator_dtype=_mu_dtype(cfg)), optax.stateless(orthogonal),
+      optax.add_decayed_weights(cfg.weight_decay), optax.scale_by_learning_rate(schedule(cfg)))
+  label = lambda tree: jax.tree_util.tree_map_with_path(
+      lambda path, _: "muon" if name(path) in axes else "adamw", tree)
+  return optax.partition({"muon": muon, "adamw": _adamw(cfg)}, label)
+
+
+def _orthogonal(u: jax.Array, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> jax.Array:
+  """Each layer's matrix with singular values near 1, times 0.2 and the root of its longer side.
+
+  Source: Muon, whose five steps of Newton and Schulz leave singular values between 0.7 and 1.2 or so.
+  """
+  size = lambda some: math.prod(u.shape[i] for i in some)
+  short, long = sorted((inputs, outputs), key=size)
+  order = (0, *short, *long)
+
+  def one(x):
+    x = x.reshape(size(short), size(long)).astype(jnp.float32)
+    x = x / (jnp.linalg.norm(x) + 1e-8)
+    for _ in range(_MUON_STEPS):
+      a, b, c = _MUON_COEFFICIENTS
+      xx = x @ x.T
+      x = a * x + (b * xx + c * xx @ xx) @ x
+    return _MUON_RMS * math.sqrt(size(long)) * x
+
+  # A layer at a time: whole matrices of all of them, some of each a step, want several times the parameters' memory.
+  moved = u.transpose(order)
+  found = jax.lax.map(one, moved).reshape(moved.shape).astype(u.dtype)
+  return found.transpose([order.index(i) for i in range(u.ndim)])
+
+
+def matrices(specs: dict) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
+  """Which parameters of the layers' stacks are matrices, and how: by path, the axes of inputs and those of outputs.
+
+  A matrix is what it is in HF files, outputs x inputs, however many axes it has here.
+
+  Args:
+    specs: the parameters' table.
+  """
+  found = {}
+  for path, spec in params_lib.leaves(specs):
+    if not spec.stacked or len(spec.hf_shape) != 2:
+      continue
+    perm, outputs = spec.perm or tuple(range(len(spec.hf_shape))), params_lib.hf_rows(spec)
+    found[path] = (tuple(1 + i for i, at in enumerate(perm) if at >= outputs),
+                   tuple(1 + i for i, at in enumerate(perm) if at < outputs))
+  return found
+
+
+def shardings(state: optax.OptState, params: dict, whole: jax.sharding.Sharding, host: bool = False) -> optax.OptState:
+  """Where an optimiser's state lies: what has a parameter's shape lies like it, all else is whole on every device.
+
+  Args:
+    state: of any optimiser of this file, arrays or their shapes.
+    params: the parameters, or their shapes, each with its sharding.
+    whole: whole on every device.
+    host: whether what lies like parameters lies in pinned memory of the host.
+
+  Returns:
+    The state with a sharding in place of each array.
+  """
+  table = {jax.tree_util.keystr(path): p for path, p in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+  def one(path, a):
+    # A moment's path ends in its parameter's.
+    p = next((table[name] for i in range(len(path)) if (name := jax.tree_util.keystr(path[i:])) in table), None)
+    if p is None or p.shape != a.shape:  # rows and columns of a factored one, counters
+      return whole
+    return sharding.in_host(p.sharding) if host else p.sharding
+
+  return jax.tree_util.tree_map_with_path(one, state)
