@@ -155,7 +155,8 @@ def _copy(c, p, work):
   params = family.whole(*_split(c, p), p.step.model)
   moved, where = sample.moves(params, p.policy.model, p.policy.mesh)
   leaves = jax.tree.leaves(params)
-  return sample.copy.lower([leaves[i] for i in moved], jnp.dtype(c.model.compute_dtype), where)
+  return sample.copy.lower([leaves[i] for i in moved], jnp.dtype(c.model.compute_dtype), where,
+                           p.policy.model.platform == "tpu")
 
 
 def _weights(c, p):
