@@ -291,14 +291,16 @@ def markdown(page: str, found: dict[str, Arm], every: dict, command: str, minute
            "brackets the 95% interval of the mean (bootstrap over seeds and tasks), in parentheses each seed. Alarms "
            "are those of docs/monitors.md, with their default thresholds.", "",
            "These are a policy of two million parameters and drawn pictures. They can show that a mechanism works as "
-           "described, or does not, at this scale; they say nothing of its size at 7B.", "",
-           "## The paper's claims", "", "| claim | metric | difference | verdict |", "|---|---|---|---|"]
+           "described, or does not, at this scale; they say nothing of its size at 7B.", ""]
+  if every["claims"]:
+    lines += ["## The paper's claims", "", "| claim | metric | difference | verdict |", "|---|---|---|---|"]
   for c in every["claims"]:
     wanted = f", {c['margin']:.2f} or more" if c["margin"] else ""
     lines.append(f"| {c['text']} | `{c['metric']}`, {c['more']} - {c['less']}{wanted} | {c['value']:+.3f} "
                  f"[{c['low']:+.3f}, {c['high']:+.3f}] | *{c['verdict']}* |")
-  lines += ["", "*Seen here*: the interval lies above 0 and the difference reaches what was claimed. *Opposite*: the "
-            "interval lies below 0. *Not seen here*: anything else.", ""]
+  if every["claims"]:
+    lines += ["", "*Seen here*: the interval lies above 0 and the difference reaches what was claimed. *Opposite*: the "
+              "interval lies below 0. *Not seen here*: anything else.", ""]
   for section, names in sections(found).items():
     lines += [f"## {section.title}", "", *([section.note, ""] if section.note else []),
               "| arm | " + " | ".join(SHOWN) + " | alarms |", "|---" * (len(SHOWN) + 2) + "|"]
