@@ -54,7 +54,9 @@ CHIPS = {
     "v6e": Chip("tpu", 31.25, 918e12, 1.64e12, 448e9, "TPU v6 lite"),
     "cpu": Chip("cpu", kind="cpu"),
 }
-_TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+# Nothing runs on a chip, so that several processes may have the compiler at once.
+_TPU_ENVIRONMENT = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                    "TPU_WORKER_ID": "0"}
 # A text proto, as XLA's GpuTargetConfigProto has it.
 _GPU = """
 gpu_device_info {{
