@@ -179,6 +179,17 @@ def test_what_waits_beside_a_program_counts(rows, of_small):
     assert plan.compiled(made(), small_chip(peak + share * waits), topologies.devices(CPU), "restart").ok == ok
 
 
+def test_all_minibatches_wait_for_an_update(of_small):
+  """They lie on the device together: scoring goes over all of them before the first update."""
+  found = []
+  for minibatches in (1, 2):
+    c = made(ppo__minibatches=minibatches, rollout__prompts=8 * minibatches)  # of the same size
+    p = setup.assemble(c, of_small, None, "", topologies.devices(CPU))
+    found.append((programs.live(c, p, "update", programs.work(c)), programs.kinds(c, p, programs.work(c))["batch"]))
+  (one, batch), (two, again) = found
+  assert batch == again > 0 and two - one == pytest.approx(batch)
+
+
 def test_training_is_refused_where_it_does_not_fit_before_weights_are_loaded(small, of_small, monkeypatch, tmp_path):
   """With what fits, compiled; and not at all where the backend does not say what it has, as here."""
   c = made()

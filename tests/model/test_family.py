@@ -15,6 +15,7 @@ from virl_jax.model import family
 from virl_jax.model import head
 from virl_jax.model import patches
 from virl_jax.model import sharding
+from virl_jax.model import tuning
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.run import setup
@@ -55,6 +56,18 @@ def test_shapes_without_arrays(small):
   got = family.abstract_params(small.cfg, "bfloat16")
   jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), got, small.params)
   assert {str(a.dtype) for a in jax.tree.leaves(got)} == {"bfloat16"}
+
+
+def test_what_is_frozen_has_the_compute_dtype(small):
+  cfg = dataclasses.replace(small.cfg, compute_dtype="bfloat16", tuning=tuning.Config(rank=2))
+  mesh = sharding.make(1, 4, 2)
+  trained, frozen = family.abstract(cfg, "float32", mesh)
+  assert {str(a.dtype) for a in jax.tree.leaves(trained)} == {"float32"}
+  assert {str(a.dtype) for a in jax.tree.leaves(frozen)} == {"bfloat16"}
+  jax.tree.map(lambda a, p: np.testing.assert_equal(a.shape, p.shape), frozen, small.params)
+  want = family.shardings(cfg, mesh)
+  assert jax.tree.structure(family.whole(trained, frozen, cfg)) == jax.tree.structure(want)
+  assert [a.sharding for a in jax.tree.leaves(family.whole(trained, frozen, cfg))] == jax.tree.leaves(want)
 
 
 @pytest.mark.parametrize("device, want", [("cpu", "cpu"), ("gpu", "gpu"), ("cuda", "gpu"), ("rocm", "gpu"),
