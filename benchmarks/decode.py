@@ -44,6 +44,21 @@ class Step:
     assert int(count.min()) == self.steps
 
 
+def least(cfg: qwen.Config, rows: int, filled: float, size: int) -> tuple[float, float]:
+  """What a step cannot do without: bytes that it reads, and operations of its products.
+
+  Args:
+    cfg: shapes.
+    rows: that decode.
+    filled: tokens in each row's cache.
+    size: bytes of a number.
+  """
+  t = cfg.text
+  weights = params_lib.count(qwen.specs(cfg)["text"]) - (0 if t.tied else t.vocab * t.hidden)  # rows look few tokens up
+  cache = 2 * t.layers * t.kv_heads * t.head_size * filled * rows
+  return (weights + cache) * size, rows * (2 * weights + 4 * t.layers * t.heads * t.head_size * filled)
+
+
 def main():
   p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   p.add_argument("--size", choices=["bench", *qwen.SIZES], default="bench")
@@ -58,17 +73,14 @@ def main():
   here = sharding.platform(jax.devices()[0])
   cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, eos=(), platform=here)  # nothing ends a turn
   params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.dtype(args.dtype)))(jax.random.key(0))
-  t, size = cfg.text, jnp.dtype(args.dtype).itemsize
-  weights = params_lib.count(qwen.specs(cfg)["text"]) - (0 if t.tied else t.vocab * t.hidden)  # rows look few tokens up
+  size = jnp.dtype(args.dtype).itemsize
   flops, bandwidth = policy_bench.ceilings(jnp.dtype(args.dtype))
-  print(f"{weights * size / 1e9:.2f} GB of weights; a copy moves {bandwidth / 1e9:.0f} GB/s, a product does "
+  print(f"{least(cfg, 0, 0, size)[0] / 1e9:.2f} GB of weights; a copy moves {bandwidth / 1e9:.0f} GB/s, a product does "
         f"{flops / 1e9:.0f} GFLOP/s", flush=True)
   table, figures = [], []
   for rows in args.rows:
-    filled = args.filled + args.steps / 2
-    cache = 2 * t.layers * t.kv_heads * t.head_size * size * filled * rows
-    floor = (weights * size + cache) / bandwidth
-    work = rows * (2 * weights + 4 * t.layers * t.heads * t.head_size * filled) / flops
+    read, operations = least(cfg, rows, args.filled + args.steps / 2, size)
+    floor, work = read / bandwidth, operations / flops
     seconds = timing.interleaved({"": Step(cfg, params, rows, args.filled, args.steps).run}, args.repeat)[""]
     step = timing.median(seconds) / args.steps
     table.append([rows, f"{step * 1e3:.2f}", f"{floor * 1e3:.2f}", f"{work * 1e3:.2f}", f"{floor / step:.2f}",

@@ -2,6 +2,7 @@
 
     python benchmarks/rollout.py --peer=transformers     # trajectories a second, against both loops
     python benchmarks/rollout.py --scale                 # against group size, rounds, slots and crop size
+    python benchmarks/rollout.py --size=7b --dtype=bfloat16 --repeat=2                         # on an accelerator
 
 The script is drawn from a seed: 8 prompts x 8 samples, a 448 px first image, 1 to 6 rounds of 16 to 64 tokens
 and a crop of 112 to 224 px between two rounds.  Who stops when is the script's; which tokens are written is the
@@ -37,7 +38,6 @@ from virl_jax.rollout import slots as slots_lib
 from virl_jax.rollout import turns
 from virl_jax.run import memory
 
-CFG = dataclasses.replace(policy_bench.BENCH, eos=())  # nothing the model writes ends a turn
 WORDS_IN_PROMPT, WORDS_IN_REPLY = 30, 14
 
 
@@ -56,20 +56,31 @@ class Script:
   replies: tuple[tuple[np.ndarray, types.ImageInput], ...]
 
 
-def draw(prompts: int, group: int, rounds: tuple[int, int], tokens: tuple[int, int], first_px: int,
-         crop_px: tuple[int, int], seed: int = 0) -> list[Script]:
-  """The workload, rows of one group next to each other."""
-  rng, grid = np.random.default_rng(seed), CFG.vision.grid
+def draw(cfg: qwen.Config, prompts: int, group: int, rounds: tuple[int, int], tokens: tuple[int, int], first_px: int,
+         crop_px: tuple[int, int], seed: int = 0, pixels: bool = False) -> list[Script]:
+  """The workload, rows of one group next to each other.
+
+  Args:
+    cfg: for the ids of placeholders and the grid of patches.
+    prompts, group: how many prompts, and trajectories of each.
+    rounds, tokens, crop_px: of a trajectory, of a round, of a crop's side: from, to.
+    first_px: side of the shown image.
+    seed: of all that is drawn.
+    pixels: whether images are bytes, as this project's are, or the numbers that transformers takes, too.
+  """
+  rng, grid = np.random.default_rng(seed), cfg.vision.grid
 
   def picture(h, w):
     shape = (h // grid.patch, w // grid.patch)
-    return types.ImageInput(rng.standard_normal((shape[0] * shape[1], grid.values), np.float32), shape,
-                            types.Box(0, 0, w, h))
+    P = shape[0] * shape[1]
+    patches_PC = rng.integers(0, 256, (P, grid.bytes), np.uint8) if pixels else (
+        rng.standard_normal((P, grid.values), np.float32))
+    return types.ImageInput(patches_PC, shape, types.Box(0, 0, w, h))
 
   def around(image, words):
     cells = image.grid_hw[0] * image.grid_hw[1] // grid.merge ** 2
-    before, after = np.split(rng.integers(10, 7000, words), [words // 2])
-    ids = [before, [CFG.vision_start], [CFG.image_token] * cells, [CFG.vision_end], after]
+    before, after = np.split(rng.integers(10, min(7000, *cfg.banned), words), [words // 2])
+    ids = [before, [cfg.vision_start], [cfg.image_token] * cells, [cfg.vision_end], after]
     return np.concatenate(ids).astype(np.int32)
 
   scripts = []
@@ -85,17 +96,21 @@ def draw(prompts: int, group: int, rounds: tuple[int, int], tokens: tuple[int, i
   return scripts
 
 
+def many_sizes(slots: int, segment: int, serve: float) -> slots_lib.Config:
+  """An engine that pads little, and compiles many programs for it."""
+  return slots_lib.Config(slots=slots, segment_tokens=segment, serve_share=serve, threads=1, pad_tokens=32,
+                          decode_ratio=1.25, append_ratio=2.0, token_steps=4)
+
+
 class Ours:
   """This project's engine, playing the script."""
 
-  def __init__(self, params, scripts: list[Script], group: int, slots: int, segment: int, serve: float):
+  def __init__(self, cfg: qwen.Config, params, scripts: list[Script], group: int, engine_cfg: slots_lib.Config):
     self.params, self.scripts, self.group = params, scripts, group
-    longest = max(len(s.prompt[0]) + sum(s.lengths) + sum(len(ids) for ids, _ in s.replies) for s in scripts)
-    model = dataclasses.replace(CFG, platform=sharding.platform(jax.devices()[0]))
+    longest = max(map(tokens_of, scripts))
+    model = dataclasses.replace(cfg, eos=(), platform=sharding.platform(jax.devices()[0]))  # the script ends turns
     self.policy = turns.Policy(model, None, None, None, turns.Config(max_total_tokens=longest),
-                               sharding.make(devices=jax.devices()[:1]), slots_lib.Config(
-        slots=slots, segment_tokens=segment, serve_share=serve, threads=1, pad_tokens=32, decode_ratio=1.25,
-        append_ratio=2.0, token_steps=4))
+                               sharding.make(devices=jax.devices()[:1]), engine_cfg)
     self.tasks = [types.Task(str(i), b"", "") for i in range(len(scripts) // group)]
 
   def run(self):
@@ -126,20 +141,25 @@ class Ours:
     return row_lib.reply(policy.model, heard, crop, row.filled + len(ids), row.next_pos + len(ids))
 
 
+def tokens_of(script: Script) -> int:
+  """Of the whole trajectory."""
+  return len(script.prompt[0]) + sum(script.lengths) + sum(len(ids) for ids, _ in script.replies)
+
+
 class Transformers:
   """Lock-step loops over transformers' own model, in torch with its fastest attention."""
 
-  def __init__(self, params, scripts: list[Script], batch: int):
+  def __init__(self, cfg: qwen.Config, params, scripts: list[Script], batch: int):
     import torch
     import transformers
     torch.set_num_threads(os.cpu_count())
-    self.torch, self.scripts, self.batch = torch, scripts, batch
+    self.torch, self.cfg, self.scripts, self.batch = torch, cfg, scripts, batch
     with tempfile.TemporaryDirectory() as folder:
-      weights.save_hf(f"{folder}/hf", CFG, params, "float32")
+      weights.save_hf(f"{folder}/hf", cfg, params, "float32")
       self.model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
           f"{folder}/hf", dtype=torch.float32, attn_implementation="sdpa").eval()
-    self.ban = torch.zeros(CFG.text.vocab)
-    self.ban[list(CFG.banned)] = -torch.inf
+    self.ban = torch.zeros(cfg.text.vocab)
+    self.ban[list(cfg.banned)] = -torch.inf
 
   def reprefill(self):
     self._run(keep=False)
@@ -159,7 +179,7 @@ class Transformers:
 
     The cache's columns are shared by the rows: what a row has no token for in a column is masked there.
     """
-    torch, grid = self.torch, CFG.vision.grid
+    torch, grid = self.torch, self.cfg.vision.grid
     ids = {i: self.scripts[i].prompt[0] for i in rows}
     shots = {i: [self.scripts[i].prompt[1]] for i in rows}
     new = {i: (self.scripts[i].prompt[0], [self.scripts[i].prompt[1]]) for i in rows}
@@ -176,14 +196,14 @@ class Transformers:
         n = len(new[i][0])
         tokens[b, T - n:], here[b, T - n:] = new[i][0], 1
         grids = [patches.merged_hw(im, grid) for im in new[i][1]]
-        pos[:, b, T - n:], next_pos[i] = rope.positions(new[i][0], CFG.image_token, grids, next_pos[i])
+        pos[:, b, T - n:], next_pos[i] = rope.positions(new[i][0], self.cfg.image_token, grids, next_pos[i])
       pixels = [im for i in live for im in new[i][1]]
       mask = torch.cat([mask, torch.tensor(here)], 1)
       out = self.model(input_ids=torch.tensor(tokens), attention_mask=mask, position_ids=torch.tensor(pos),
                        past_key_values=cache, use_cache=True, logits_to_keep=1,
                        pixel_values=torch.tensor(np.concatenate([im.patches_PC for im in pixels])),
                        image_grid_thw=torch.tensor([(1, *im.grid_hw) for im in pixels]),
-                       mm_token_type_ids=torch.tensor((tokens == CFG.image_token).astype(np.int32)))
+                       mm_token_type_ids=torch.tensor((tokens == self.cfg.image_token).astype(np.int32)))
       cache = out.past_key_values
       lengths = torch.tensor([self.scripts[i].lengths[turn] for i in live])
       said, at = [], torch.tensor([next_pos[i] for i in live])
@@ -216,21 +236,21 @@ class Transformers:
       live, turn = [live[b] for b in going], turn + 1
 
 
-def compare(args, params):
+def compare(args, cfg, params):
   """Ours against both loops, interleaved."""
-  scripts = draw(args.prompts, args.group, (1, 6), (16, 64), 448, (112, 224))
-  ours = Ours(params, scripts, args.group, args.slots, args.segment, args.serve)
+  scripts = draw(cfg, args.prompts, args.group, (1, 6), (16, 64), 448, (112, 224))
+  ours = Ours(cfg, params, scripts, args.group, many_sizes(args.slots, args.segment, args.serve))
   sides, peers = {"ours": ours.run}, {}
   if args.peer == "transformers":
     for batch in args.peer_batch:
-      peer = Transformers(params, scripts, batch)
+      peer = Transformers(cfg, params, scripts, batch)
       for name, run in (("reprefill", peer.reprefill), ("continue", peer.go_on)):
         if name in args.loops:
           sides[f"{name}, batch {batch}"] = run
           peers[f"{name}, batch {batch}"] = peer
   written = sum(sum(s.lengths) for s in scripts)
   print(f"{len(scripts)} trajectories, {written:,} tokens written, "
-        f"{sum(len(s.replies) for s in scripts)} crops; {params_lib.count(qwen.specs(CFG)):,} parameters", flush=True)
+        f"{sum(len(s.replies) for s in scripts)} crops; {params_lib.count(qwen.specs(cfg)):,} parameters", flush=True)
   # Each side's ids are looked at once, right after it ran.
   seen = {}
 
@@ -257,7 +277,7 @@ def compare(args, params):
   return figures | {"ours_stats": dataclasses.asdict(ours.stats)}
 
 
-def scale(args, params):
+def scale(args, cfg, params):
   """Trajectories a second against one thing at a time; the values of a sweep take turns."""
   base = {"group": 8, "rounds": 3, "slots": 16, "crop_px": 168}
   sweeps = {"group": (1, 2, 4, 8, 16), "rounds": (1, 2, 3, 4, 5, 6), "slots": (4, 8, 16, 32),
@@ -268,8 +288,8 @@ def scale(args, params):
     for value in sweeps[knob]:
       c = base | {knob: value}
       prompts, rounds, crop_px = max(1, 32 // c["group"]), (c["rounds"],) * 2, (c["crop_px"],) * 2
-      scripts[value] = draw(prompts, c["group"], rounds, (32, 32), 448, crop_px)
-      sides[value] = Ours(params, scripts[value], c["group"], c["slots"], args.segment, args.serve)
+      scripts[value] = draw(cfg, prompts, c["group"], rounds, (32, 32), 448, crop_px)
+      sides[value] = Ours(cfg, params, scripts[value], c["group"], many_sizes(c["slots"], args.segment, args.serve))
     found = timing.interleaved({value: side.run for value, side in sides.items()}, args.repeat)
     for value, side in sides.items():
       seconds, n, s = timing.median(found[value]), len(scripts[value]), side.stats
@@ -287,6 +307,8 @@ def scale(args, params):
 def main():
   p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   p.add_argument("--peer", choices=["none", "transformers"], default="none")
+  p.add_argument("--size", choices=["bench", *qwen.SIZES], default="bench")
+  p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
   p.add_argument("--loops", type=lambda s: s.split(","), default=["reprefill", "continue"])
   p.add_argument("--peer-batch", type=lambda s: [int(v) for v in s.split(",")], default=[8, 64])
   p.add_argument("--prompts", type=int, default=8)
@@ -298,12 +320,16 @@ def main():
   p.add_argument("--scale", action="store_true")
   p.add_argument("--sweeps", type=lambda s: s.split(","), default=["group", "rounds", "slots", "crop_px"])
   args = p.parse_args()
+  if args.peer != "none" and (args.size, args.dtype) != ("bench", "float32"):
+    p.error("--peer=transformers compares the bench model in float32")
   memory.keep_when_on_cpu()
-  params = jax.jit(lambda key: params_lib.init(qwen.specs(CFG), key, jnp.float32))(jax.random.key(0))
-  figures = scale(args, params) if args.scale else compare(args, params)
-  print(timing.last_line({"prompts": args.prompts, "group": args.group, "slots": args.slots, "segment": args.segment,
-                          "serve": args.serve, "repeat": args.repeat, **figures},
-                         ("transformers", "torch") if args.peer == "transformers" else ()))
+  cfg = policy_bench.BENCH if args.size == "bench" else qwen.SIZES[args.size]
+  cfg = dataclasses.replace(cfg, compute_dtype=args.dtype, eos=())  # nothing the model writes ends a turn
+  params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.dtype(args.dtype)))(jax.random.key(0))
+  figures = scale(args, cfg, params) if args.scale else compare(args, cfg, params)
+  print(timing.last_line({"size": args.size, "dtype": args.dtype, "prompts": args.prompts, "group": args.group,
+                          "slots": args.slots, "segment": args.segment, "serve": args.serve, "repeat": args.repeat,
+                          **figures}, ("transformers", "torch") if args.peer == "transformers" else ()))
 
 
 if __name__ == "__main__":

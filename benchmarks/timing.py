@@ -46,11 +46,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
   return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
 
 
-def last_line(figures: dict, packages: tuple[str, ...] = ()) -> str:
-  """The figures with what they were made by, as one line of JSON."""
+def made_by(packages: tuple[str, ...] = ()) -> dict:
+  """Command, device and versions: what figures were made by."""
   import jax
   device = jax.devices()[0]
   versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", *packages)}
-  return json.dumps({"command": " ".join(["python", *sys.argv]), "device": device.device_kind,
-                     "devices": jax.device_count(), "cores": os.cpu_count(), "machine": platform.machine(),
-                     "python": platform.python_version(), "versions": versions, **figures})
+  return {"command": " ".join(["python", *sys.argv]), "device": device.device_kind, "devices": jax.device_count(),
+          "cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
+          "versions": versions}
+
+
+def last_line(figures: dict, packages: tuple[str, ...] = ()) -> str:
+  """The figures with what they were made by, as one line of JSON."""
+  return json.dumps({**made_by(packages), **figures})

@@ -131,13 +131,9 @@ def compiled(c: config_lib.ConfigDict, topology: topologies.Topology, devices: l
   operations = costs.flops(p.step.model, work)
   least = costs.seconds(topology.chip, topology.count, operations, work.bytes_device, traffic.total)
   known = least == least and least > 0
-  # The compiler's peak is of all memories together.  What the program is given in the host's is there all the time.
-  peak = min(held.peak_memory_in_bytes - held.host_argument_size_in_bytes, held.argument_size_in_bytes
-             + held.temp_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes) / GIB
   host = (held.host_argument_size_in_bytes + held.host_temp_size_in_bytes + held.host_output_size_in_bytes
           - held.host_alias_size_in_bytes) / GIB
-  if topology.chip.platform == "cpu":  # which tells of less than there is
-    peak = (held.argument_size_in_bytes + held.temp_size_in_bytes) / GIB
+  peak = peak_gib(held, topology.chip.platform)
   waiting = max(0.0, programs.live(c, p, name, programs.work(c)) - held.argument_size_in_bytes / GIB)
   fits = peak + waiting <= topology.chip.memory_gib
   return Row(
@@ -150,6 +146,21 @@ def compiled(c: config_lib.ConfigDict, topology: topologies.Topology, devices: l
       mfu=operations / topology.count / topology.chip.flops / least if known else None,
       compile_s=time.perf_counter() - began,
       error="" if fits else f"needs {peak:.1f} GiB, beside {waiting:.1f} that wait, of {topology.chip.memory_gib:.1f}")
+
+
+def peak_gib(held, platform: str) -> float:
+  """What a compiled program takes of a device's own memory while it runs, its arguments included.
+
+  Args:
+    held: `jax.stages.Compiled.memory_analysis` of it.
+    platform: what it is compiled for.
+  """
+  given = held.argument_size_in_bytes + held.temp_size_in_bytes
+  if platform == "cpu":  # which tells of less than there is
+    return given / GIB
+  # The compiler's peak is of all memories together.  What the program is given in the host's is there all the time.
+  return min(held.peak_memory_in_bytes - held.host_argument_size_in_bytes,
+             given + held.output_size_in_bytes - held.alias_size_in_bytes) / GIB
 
 
 def plan(c: config_lib.ConfigDict, topology: topologies.Topology, names: tuple[str, ...] = programs.NAMES,

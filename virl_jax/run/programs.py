@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import math
 
 import jax
@@ -46,27 +45,55 @@ def work(c: config_lib.ConfigDict) -> Work:
   return Work(c.rollout.max_total_tokens // 2)
 
 
-def lowered(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> Callable[[], jax.stages.Lowered]:
-  """A program of `NAMES`, traced for the mesh that the pieces have.
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A jitted function, and what a run calls it with.
+
+  Attributes:
+    fn: the function.
+    args: its positional arguments: of arrays shapes, dtypes and places, of host scalars some value.
+    fixed: which of them, by number, are compiled in.
+    more: what it is given by name; all of that is compiled in.
+  """
+
+  fn: Callable
+  args: tuple
+  fixed: tuple[int, ...]
+  more: dict = dataclasses.field(default_factory=dict)
+
+  def lower(self) -> jax.stages.Lowered:
+    """The function, traced."""
+    return self.fn.lower(*self.args, **self.more)
+
+  @property
+  def arrays(self) -> tuple:
+    """The arguments that what is compiled still takes, in order."""
+    return tuple(a for i, a in enumerate(self.args) if i not in self.fixed)
+
+
+def program(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> Program:
+  """A program of `NAMES`, for the mesh that the pieces have.
 
   Args:
     c: the configuration.
     p: made of it for some devices, real ones or not.
     name: which.
     work: what a step is like.
-
-  Returns:
-    What traces it when called.
   """
   make = {"update": _update, "score": _score, "copy": _copy, "prefill": _prefill, "append": _append,
           "decode": _decode, "restart": _restart}[name]
-  return functools.partial(make, c, p, work)
+  return make(c, p, work)
+
+
+def lowered(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> Callable[[], jax.stages.Lowered]:
+  """What traces a program when called; arguments as `program` takes them."""
+  return lambda: program(c, p, name, work).lower()
 
 
 # --- training --------------------------------------------------------------------------------------------------
 
 
-def _update(c, p, work):
+def _update(c, p, work) -> Program:
   batch = _batch(c, p, work)
   B, T = batch.tokens_BT.shape
   row = lambda *shape: _spec((B, *shape), jnp.float32, sharding.rows(p.mesh))
@@ -75,12 +102,12 @@ def _update(c, p, work):
       batch, None if p.step.single_update and not (gae or c.loss.kl_in_reward) else row(T),
       row(T) if c.loss.kl_coef or not p.step.single_update else None, row(T), row(p.pack.max_rounds),
       row(p.pack.max_rounds), row(p.pack.max_rounds), row(), row(), row(T) if gae else None, row(T) if gae else None)
-  return step_lib.update_step.lower(_state(c, p), scored, p.step, _split(c, p)[1])
+  return Program(step_lib.update_step, (_state(c, p), scored, p.step, _split(c, p)[1]), (2,))
 
 
-def _score(c, p, work):
-  return step_lib._read.lower(_state(c, p), _reference(c, p), _batch(c, p, work), p.step, np.float32(c.reward.h0),
-                              _split(c, p)[1])
+def _score(c, p, work) -> Program:
+  return Program(step_lib._read, (_state(c, p), _reference(c, p), _batch(c, p, work), p.step, np.float32(c.reward.h0),
+                                  _split(c, p)[1]), (3,))
 
 
 def _split(c, p) -> tuple[dict, dict]:
@@ -151,12 +178,12 @@ def _images(p, max_pixels: int, count: int, spec) -> types.ImageBatch:
 # --- rollouts --------------------------------------------------------------------------------------------------
 
 
-def _copy(c, p, work):
+def _copy(c, p, work) -> Program:
   params = family.whole(*_split(c, p), p.step.model)
   moved, where = sample.moves(params, p.policy.model, p.policy.mesh)
   leaves = jax.tree.leaves(params)
-  return sample.copy.lower([leaves[i] for i in moved], jnp.dtype(c.model.compute_dtype), where,
-                           p.policy.model.platform == "tpu")
+  return Program(sample.copy, ([leaves[i] for i in moved], jnp.dtype(c.model.compute_dtype), where,
+                               p.policy.model.platform == "tpu"), (1, 2, 3))
 
 
 def _weights(c, p):
@@ -192,9 +219,9 @@ def _prefill_chunk(c, p) -> sample.Chunk:
   return _chunk(c, p, rows, tokens, c.image.max_pixels)
 
 
-def _prefill(c, p, work):
-  return sample.append.lower(_weights(c, p), p.policy.model, _rollout(c, p), _prefill_chunk(c, p), True,
-                             mesh=p.policy.mesh)
+def _prefill(c, p, work) -> Program:
+  return Program(sample.append, (_weights(c, p), p.policy.model, _rollout(c, p), _prefill_chunk(c, p), True), (1, 4),
+                 {"mesh": p.policy.mesh})
 
 
 def _append_chunk(c, p) -> sample.Chunk:
@@ -204,24 +231,27 @@ def _append_chunk(c, p) -> sample.Chunk:
   return _chunk(c, p, rows, tokens, c.image.crop_max_pixels)
 
 
-def _append(c, p, work):
-  return sample.append.lower(_weights(c, p), p.policy.model, _rollout(c, p), _append_chunk(c, p), mesh=p.policy.mesh)
+def _append(c, p, work) -> Program:
+  return Program(sample.append, (_weights(c, p), p.policy.model, _rollout(c, p), _append_chunk(c, p)), (1,),
+                 {"mesh": p.policy.mesh})
 
 
-def _decode(c, p, work):
+def _decode(c, p, work) -> Program:
   A = _slots(c, p) * sharding.row_shards(p.policy.mesh)
   row = lambda: _spec((A,), jnp.int32, sharding.rows(p.policy.mesh))
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return sample.decode.lower(_weights(c, p), p.policy.model, _rollout(c, p), sample.Writers(*(row() for _ in range(4))),
-                             key, np.float32(1.0), c.engine.segment_tokens, np.int32(1), p.policy.rollout.keep,
-                             mesh=p.policy.mesh)
+  return Program(
+      sample.decode, (_weights(c, p), p.policy.model, _rollout(c, p), sample.Writers(*(row() for _ in range(4))), key,
+                      np.float32(1.0), c.engine.segment_tokens, np.int32(1), p.policy.rollout.keep), (1, 6, 8),
+      {"mesh": p.policy.mesh})
 
 
-def _restart(c, p, work):
+def _restart(c, p, work) -> Program:
   A = _slots(c, p) * sharding.row_shards(p.policy.mesh)
   row = lambda: _spec((A,), jnp.int32, sharding.rows(p.policy.mesh))
   length = shapes.up(c.rollout.max_total_tokens, cache_lib.BLOCK)
-  return sample.restart.lower(_rollout(c, p), row(), row(), row(), row(), width=length, mesh=p.policy.mesh)
+  return Program(sample.restart, (_rollout(c, p), row(), row(), row(), row()), (),
+                 {"width": length, "mesh": p.policy.mesh})
 
 
 def _spec(shape, dtype, where) -> jax.ShapeDtypeStruct:
