@@ -27,11 +27,11 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
-BASE = ("--config=configs/tiny.py", "--config.model.compute_dtype=bfloat16", "--config.rollout.prompts=4",
+BASE = ("--config=configs/tiny.py", "--config.rollout.prompts=4",
         "--config.rollout.group_size=4", "--config.rollout.max_turn_tokens=8", "--config.ppo.minibatches=2",
         "--config.eval.tasks=0", "--config.checkpoint.every=1", "--config.checkpoint.keep=1",
         "--config.log.tensorboard=False", "--config.log.gallery_every=0", "--config.data.needle.train_size=32",
-        "--config.data.needle.test_size=8", "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.mesh.tensor=4",
+        "--config.data.needle.test_size=8", "--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4",
         "--config.rollout.tensor=4", "--config.model.remat=True")
 RECIPES = {"lora": ("--config.lora.rank=16",),
            "full": ("--config.model.dtype=bfloat16", "--config.optim.kind=adafactor")}
@@ -39,8 +39,8 @@ RECIPES = {"lora": ("--config.lora.rank=16",),
 
 def make(folder: pathlib.Path, layers: int, divide: int) -> int:
   """Writes an HF folder of random weights with the shipped base's tokenizer; returns how many numbers it holds."""
-  import jax
-  import jax.numpy as jnp
+  import ml_dtypes
+  import numpy as np
 
   from virl_jax.model import params as params_lib
   from virl_jax.model import weights
@@ -53,9 +53,15 @@ def make(folder: pathlib.Path, layers: int, divide: int) -> int:
       told, text=dataclasses.replace(text, layers=layers, hidden=text.hidden // divide, vocab=text.vocab // divide,
                                      intermediate=text.intermediate // divide),
       vision=dataclasses.replace(vision, depth=layers, out=text.hidden // divide, full_blocks=(layers - 1,)))
-  specs = qwen.specs(cfg)
-  weights.save_hf(str(folder), cfg, jax.jit(lambda key: params_lib.init(specs, key, jnp.bfloat16))(jax.random.key(0)),
-                  "bfloat16", like=tiny)
+  specs, rng = qwen.specs(cfg), np.random.default_rng(0)
+
+  def draw(spec):  # one after the other, for room
+    if spec.init == "normal":
+      fan_in = np.prod(spec.hf_shape[1:])
+      return (rng.standard_normal(spec.shape, np.float32) * np.float32(fan_in ** -0.5)).astype(ml_dtypes.bfloat16)
+    return np.full(spec.shape, float(spec.init == "ones"), ml_dtypes.bfloat16)
+
+  weights.save_hf(str(folder), cfg, params_lib.map_specs(draw, specs), "bfloat16", like=tiny)
   return params_lib.count(specs)
 
 
