@@ -6,7 +6,7 @@ is the family's to know.  Written is the released layout, which transformers and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
 import gc
@@ -270,8 +270,8 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
     names = (["model.safetensors"] if len(shards) == 1 else
              [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
     for file, shard in zip(names, shards):  # only one shard at a time is on the host
-      _write_tensors(folder / file, {name: (spec, tuning.merged(_at(params, path), i))
-                                     for name, (path, spec, i) in shard.items()}, np_dtype)
+      _write_tensors(folder / file, ((name, spec, tuning.merged(_at(params, path), i))
+                                     for name, (path, spec, i) in shard.items()), np_dtype)
     if len(shards) > 1:
       _write_json(folder / "model.safetensors.index.json", {
           "metadata": {"total_size": total},
@@ -293,12 +293,10 @@ def save_adapters(folder: str, cfg: family.Config, trained: dict, base: str) -> 
   how, rename = cfg.tuning, family.of(cfg).transformers_name
   if not how.rank:
     raise ValueError("adapters must be of a run that trained them. Received: one with config.lora.rank = 0")
-  tensors, modules = {}, set()
-  for path, spec in params_lib.leaves(family.tables(cfg)[0]):
-    leaf = _at(trained, path)
-    for i, name in enumerate(map(rename, spec.hf_names())):
-      tensors[f"base_model.model.{name}"] = spec, leaf[i]
-      modules.add(name.rpartition(".lora_")[0])
+  tensors = [(f"base_model.model.{name}", spec, _at(trained, path)[i])
+             for path, spec in params_lib.leaves(family.tables(cfg)[0])
+             for i, name in enumerate(map(rename, spec.hf_names()))]
+  modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name, *_ in tensors}
   with outdir.writing(folder) as tmp:
     _write_json(tmp / "adapter_config.json", {
         "peft_type": "LORA", "base_model_name_or_path": base, "r": how.rank, "lora_alpha": how.alpha,
@@ -315,8 +313,8 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
   path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_tensors(path: pathlib.Path, tensors: Mapping[str, tuple], dtype: np.dtype) -> None:
-  """Writes one file, of name -> (spec, array in our layout)."""
+def _write_tensors(path: pathlib.Path, tensors: Iterable[tuple], dtype: np.dtype) -> None:
+  """Writes one file, of (name, spec, array in our layout), each of which is there only until the next is asked for."""
   arrays = {name: np.ascontiguousarray(params_lib.to_hf(spec, np.asarray(array).astype(dtype)))
-            for name, (spec, array) in tensors.items()}
+            for name, spec, array in tensors}
   safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})
