@@ -1,6 +1,6 @@
 """ViRL on Qwen2.5-VL-32B-Instruct, all of it trained.  Planned only: compiled, and never run.
 
-    python -m virl_jax.plan --config=configs/v32b.py --topology=v5p:4x4x4
+    python -m virl_jax.plan --config=configs/v32b.py --topology=h200:16
 
 What stands here differs from configs/v7b.py, whose labels say where its numbers are from; [ours] is chosen here.
 docs/scaling.md has what it takes, as compiled.

@@ -15,6 +15,7 @@ import runpy
 def get_config():
   c = runpy.run_path(str(pathlib.Path(__file__).with_name("v7b.py")))["get_config"]()
   c.model.path = "weights/Qwen2.5-VL-3B-Instruct"
+  c.model.patches_together = 32768      # or an update does not fit in 40 GB [ours]
   c.engine.slots = 64                   # 0.56 GiB each [ours]
   c.rollout.prompts = 64                # 512 trajectories a step [ours]
   c.ppo.minibatches = 2                 # [ours]
