@@ -130,8 +130,6 @@ def prepare(topology: Topology) -> None:
   jax.config.update("jax_platforms", "cpu")
   if topology.chip.platform == "cpu":
     jax.config.update("jax_num_cpu_devices", topology.count)
-  for key, value in _TPU_ENVIRONMENT.items():
-    os.environ.setdefault(key, value)
 
 
 def devices(topology: Topology) -> list:
@@ -140,6 +138,8 @@ def devices(topology: Topology) -> list:
   if chip.platform == "cpu":
     return jax.devices()[:topology.count]
   if chip.platform == "tpu":
+    for key, value in _TPU_ENVIRONMENT.items():  # libtpu is loaded by what follows
+      os.environ.setdefault(key, value)
     kind = topology.name.partition(":")[0]
     more = {}
     if topology.count == 1:
