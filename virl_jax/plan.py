@@ -228,7 +228,10 @@ def _told(c, topology, devices, name: str, why: str) -> str:
   """A refusal, with what was compiled and fits."""
   print(f"{name} does not fit: {why}; looking for what does", flush=True)
   helps = " ".join(_helps(c, topology, devices, [name], _TRIES[name]))
-  return f"config must fit {topology.name} of {topology.chip.memory_gib:.1f} GiB each; {name}: {why}. Try {helps}"
+  # JAX takes three quarters of a GPU, if it is not told otherwise.
+  share = " (what XLA_PYTHON_CLIENT_MEM_FRACTION leaves)" if topology.chip.platform == "gpu" else ""
+  room = f"{topology.name} of {topology.chip.memory_gib:.1f} GiB{share} each"
+  return f"config must fit {room}; {name}: {why}. Try {helps}"
 
 
 def _helps(c, topology, devices, failing: list[str], tries) -> list[str]:
