@@ -124,8 +124,8 @@ def _say(line: str) -> None:
 
 
 def _end(code: int) -> None:
-  if children := multiprocessing.active_children():  # they would wait for this process for ever
-    for child in children:
-      child.kill()
-    multiprocessing.util._run_finalizers(0)  # gives back what they shared, or its tracker warns of a leak
+  for child in multiprocessing.active_children():  # they would wait for this process for ever
+    child.kill()
+  # Gives back what they shared, if there were any, be they gone by the same signal: or its tracker warns of a leak.
+  multiprocessing.util._run_finalizers(0)
   os._exit(code)
