@@ -133,15 +133,17 @@ def device_gib(tree) -> float:
 
 def limit_gib(devices) -> float | None:
   """Memory that the smallest of some devices has for programs, or None where it does not say."""
-  found = [d.memory_stats() for d in devices]
-  if not all(found) or not all("bytes_limit" in f for f in found):
-    return None
-  return min(f["bytes_limit"] for f in found) / 2 ** 30
+  found = _stats(devices)
+  return found and min(f["bytes_limit"] for f in found) / 2 ** 30
 
 
 def free_bytes() -> int | None:
   """Memory that the fullest device of this process has left, or None where it does not say."""
-  found = [d.memory_stats() for d in jax.local_devices()]
-  if not all(found) or not all("bytes_limit" in f for f in found):
-    return None
-  return min(f["bytes_limit"] - f["bytes_in_use"] for f in found)
+  found = _stats(jax.local_devices())
+  return found and min(f["bytes_limit"] - f["bytes_in_use"] for f in found)
+
+
+def _stats(devices) -> list[dict] | None:
+  """What each of some devices says of its memory; None if one says nothing."""
+  found = [d.memory_stats() for d in devices]
+  return found if all(f and "bytes_limit" in f for f in found) else None
