@@ -44,6 +44,26 @@ def test_one_way_in(run):
     np.testing.assert_array_equal(b, d)
 
 
+@pytest.mark.parametrize("changes", [{"lora.rank": 2}, {"model.freeze_vision": True}], ids=["adapters", "frozen tower"])
+def test_of_the_base_only_what_is_frozen_is_read_again(tmp_path, changes):
+  """What is trained comes out of the checkpoint."""
+  c = config_lib.default()
+  c.model.path = "@tiny"
+  c.update_from_flattened_dict(changes)
+  (tmp_path / "config.json").write_text(config_lib.to_json(c))
+  hf_dir = load.model_dir("@tiny")
+  base = load.base(hf_dir, model=load.of_config(c, weights.read_config(hf_dir)))
+  moved = jax.tree.map(lambda a: a + 1, base.trained)
+  saves = checkpoint.Checkpoints(tmp_path / "checkpoints", 1, 1)
+  saves.maybe_save(1, step_lib.init_state(moved, optim.OptimConfig()))
+  saves.close()
+  found = load.trained(str(tmp_path))
+  jax.tree.map(np.testing.assert_array_equal, found.trained, moved)
+  jax.tree.map(np.testing.assert_array_equal, found.frozen, base.frozen)
+  _, read = weights.load_hf(hf_dir, parts=found.frozen)
+  assert set(read) == ({"text", "vision"} if "lora.rank" in changes else {"vision"})
+
+
 def test_a_tokenizer_that_is_damaged_or_another_model_s_is_named(tmp_path):
   folder = pathlib.Path(load.model_dir("@tiny"))
   model = weights.read_config(folder)

@@ -6,7 +6,7 @@ is the family's to know.  Written is the released layout, which transformers and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
 import functools
 import gc
@@ -142,13 +142,15 @@ def _is_tied(tensors: dict) -> bool:
              for i in range(0, shape[0], rows))
 
 
-def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None = None) -> tuple[family.Config, dict]:
+def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None = None,
+            parts: Collection[str] | None = None) -> tuple[family.Config, dict]:
   """Loads an HF folder.
 
   Args:
     hf_dir: folder with config.json and safetensors, single or sharded.
     dtype: "float32" or "bfloat16", of all parameters, or a tree of these like the parameters.
     shardings: a tree of shardings like the parameters; None for the default device.
+    parts: which of the model's parts are read, such as "vision"; None for all.  Both trees are of these.
 
   Returns:
     The configuration and the parameters.
@@ -201,8 +203,9 @@ def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None =
       stack.block_until_ready()
     return stack
 
-  dtypes = dtype if isinstance(dtype, dict) else params_lib.map_specs(lambda _: dtype, specs)
-  return cfg, params_lib.map_specs(load, specs, dtypes, *([shardings] if shardings is not None else []))
+  chosen = {part: table for part, table in specs.items() if parts is None or part in parts}
+  dtypes = dtype if isinstance(dtype, dict) else params_lib.map_specs(lambda _: dtype, chosen)
+  return cfg, params_lib.map_specs(load, chosen, dtypes, *([shardings] if shardings is not None else []))
 
 
 _set_layer = jax.jit(lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0),

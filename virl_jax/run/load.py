@@ -160,7 +160,9 @@ def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | Non
   read = lambda step: saves.restore_params(step, family.abstract(model, c.model.dtype, mesh)[0])
   step, params = saves.newest(read) if step is None else (step, read(step))
   saves.close()
-  frozen = base(hf_dir, c.model.dtype, mesh, model).frozen if family.tables(model)[1] else {}
+  frozen = family.tables(model)[1]
+  if frozen:  # as the base has it; nothing else of that is read
+    frozen = weights.load_hf(hf_dir, model.compute_dtype, sharding.param_shardings(frozen, mesh), frozen)[1]
   return Loaded(model, params, frozen, hf_dir, c, step)
 
 
