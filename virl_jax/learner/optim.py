@@ -183,7 +183,7 @@ def matrices(specs: dict) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[
   """
   found = {}
   for path, spec in params_lib.leaves(specs):
-    if not spec.stacked or len(spec.hf_shape) != 2:
+    if not spec.layer_matrix:
       continue
     perm, outputs = spec.perm or tuple(range(len(spec.hf_shape))), params_lib.hf_rows(spec)
     found[path] = (tuple(1 + i for i, at in enumerate(perm) if at >= outputs),

@@ -53,6 +53,11 @@ class ParamSpec:
     return bool(self.axes) and self.axes[0] == "layers"
 
   @property
+  def layer_matrix(self) -> bool:
+    """Whether it is a matrix of every layer."""
+    return self.stacked and len(self.hf_shape) == 2
+
+  @property
   def item_shape(self) -> tuple[int, ...]:
     """Our shape without the layers axis."""
     return self.shape[1:] if self.stacked else self.shape

@@ -114,9 +114,7 @@ def _is_frozen(path: tuple[str, ...], cfg: Config) -> bool:
 
 def _module(spec: params_lib.ParamSpec) -> str | None:
   """"q_proj" of "model.layers.{layer}.self_attn.q_proj.weight"; None if it is no matrix of the layers."""
-  if not spec.stacked or len(spec.hf_shape) != 2:
-    return None
-  return spec.hf_name.split(".")[-2]
+  return spec.hf_name.split(".")[-2] if spec.layer_matrix else None
 
 
 def _adapter(spec: params_lib.ParamSpec, rank: int) -> dict:
