@@ -99,6 +99,15 @@ def test_nothing_is_gathered_whole(rows, small):
     assert sum(kept.values()) * plan.GIB < 4096, (name, kept)
 
 
+def test_the_tower_comes_once_for_all_parts_of_the_pictures(of_small, rows):
+  """And so does its gradient go."""
+  c = made(model__patches_together=16, model__gather_vision=True)
+  row = plan.compiled(c, CPU, topologies.devices(CPU), "update")
+  assert row.ok, row.error
+  tower = sum(a.size for a in jax.tree.leaves(family.abstract_params(of_small)["vision"])) * 4 / plan.GIB
+  assert row.collective_gib < rows["programs"]["update"]["collective_gib"] + tower
+
+
 def test_weights_do_not_move_between_tokens(of_small):
   devices = topologies.devices(CPU)
   for tensor in (1, 2):

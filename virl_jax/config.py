@@ -69,7 +69,8 @@ def _knobs() -> ConfigDict:
   m.path = ""                      # HF folder; "@tiny" is the base that ships with the package
   m.dtype = "float32"              # parameter dtype: float32 | bfloat16
   m.compute_dtype = "float32"      # matmul dtype: float32 | bfloat16
-  m.patches_together = 0            # patches of a device that the vision tower sees at a time; 0 for all of them [ours]
+  m.patches_together = 0           # patches of a device that the vision tower sees at a time; 0 for all of them [ours]
+  m.gather_vision = False          # then its weights come to each device once, not for each part: more memory [ours]
   m.remat = False                  # compute layers again in the backward pass instead of keeping them: less memory
   # Of such layers some values can be kept, which costs memory and saves time: "attention" (its output), "mlp" (what
   # its two first products give), "qkv" (queries, keys, values).

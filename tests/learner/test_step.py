@@ -236,14 +236,15 @@ def test_masked_rows_leave_the_others_advantages_alone(small, batch):
   assert not np.asarray(s.advantage_BT)[3].any()
 
 
-@pytest.mark.parametrize("sizes, micro", [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((1, 2, 4), 2),
-                                          ((1, 2, 1), 4)])
-def test_several_devices_compute_what_one_does(small, batch, scored, updated, sizes, micro):
-  """Each sees the images of its own rows alone; any number of microbatches."""
+@pytest.mark.parametrize("sizes, micro, together", [((8, 1, 1), 1, 0), ((1, 8, 1), 1, 0), ((2, 2, 2), 1, 0),
+                                                    ((1, 2, 4), 2, 0), ((1, 2, 1), 4, 16)])
+def test_several_devices_compute_what_one_does(small, batch, scored, updated, sizes, micro, together):
+  """Each sees the images of its own rows alone, some at a time or all; any number of microbatches."""
   mesh = sharding.make(*sizes, devices=jax.devices()[:np.prod(sizes)])
   # Through numpy copies: what is donated must not share memory with the fixture.
   params = jax.device_put(jax.tree.map(np.array, small.params), sharding.param_shardings(qwen.specs(small.cfg), mesh))
   cfg, shards = make_config(small, mesh=mesh), sharding.row_shards(mesh)
+  cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, patches_together=together, gather_vision=True))
   there = packed(small, shards=shards, microbatch_tokens=batch.tokens_BT.size // shards // micro)
   assert len(there.rows.index_MUT) == micro
   order = np.arange(8) if there.order_B is None else there.order_B

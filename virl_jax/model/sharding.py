@@ -76,10 +76,16 @@ def context(mesh: Mesh | None):
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def _known():
+  """The abstract mesh of `context`; None outside, and within `locally`, where a device is on its own."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.are_all_axes_manual else mesh
+
+
 def shards(name: str) -> int:
   """Over how many devices "rows", "fsdp" or "tensor" splits what it names, within `context`; 1 outside."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else math.prod(mesh.shape[a] for a in _PLACES[name])
+  mesh = _known()
+  return 1 if mesh is None else math.prod(mesh.shape[a] for a in _PLACES[name])
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -91,10 +97,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
       dimension that does not divide stays whole.
 
   Returns:
-    x.  Outside `context`, nothing is said.
+    x.  Outside `context`, or within `locally`, nothing is said.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  mesh = _known()
+  if mesh is None:
     return x
   fits = [name if name and size % shards(name) == 0 else None for name, size in zip(names, x.shape)]
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(fits)))
@@ -111,10 +117,9 @@ def locally(fn: Callable, names: Sequence[tuple], out_names: tuple | list[tuple]
     arrays: its arguments.
 
   Returns:
-    What fn returns.  Outside `context`, fn(*arrays).
+    What fn returns.  Outside `context`, or in another `locally`, fn(*arrays).
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if _known() is None:
     return fn(*arrays)
   odd = {name for which, a in zip(names, arrays) for name, size in zip(which, a.shape)
          if name and size % shards(name)}

@@ -171,6 +171,7 @@ def of_config(c: config_lib.ConfigDict, model: family.Config) -> family.Config:
   return dataclasses.replace(
       model, compute_dtype=c.model.compute_dtype, remat=c.model.remat, remat_keep=tuple(c.model.remat_keep),
       remat_offload=tuple(c.model.remat_offload), patches_together=c.model.patches_together,
+      gather_vision=c.model.gather_vision,
       tuning=tuning.Config(c.lora.rank, c.lora.alpha, tuple(c.lora.targets), c.model.freeze_vision))
 
 

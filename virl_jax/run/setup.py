@@ -131,7 +131,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   dtype = (lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
   checks.section(c.model, "model", path=checks.text, dtype=dtype, compute_dtype=dtype, remat=checks.flag,
                  remat_keep=checks.some_of(remat.NAMES), remat_offload=checks.some_of(remat.NAMES),
-                 freeze_vision=checks.flag, patches_together=some)
+                 freeze_vision=checks.flag, patches_together=some, gather_vision=checks.flag)
   checks.section(c.lora, "lora", rank=some, alpha=checks.real(above=0), targets=checks.texts)
   checks.section(c.data, "data", path=checks.text, source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
                  eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"), split_seed=word)

@@ -100,7 +100,7 @@ class Config:
     remat: recompute layers in the backward pass.
     remat_keep: of a layer that is recomputed, names of values that are kept, out of `remat.NAMES`.
     remat_offload: names of values that are kept in the host's memory.
-    patches_together: see `vision.encode`.
+    patches_together, gather_vision: see `vision.encode`.
     tuning: which parameters are trained, and which there are beside the released ones.
     platform: what the model is compiled for, one of `attention.PLATFORMS`.  It picks kernels, and model code asks
       nothing else about the machine: whoever knows the devices says so (`sharding.platform`).  What "cpu" picks runs
@@ -122,6 +122,7 @@ class Config:
   remat_keep: tuple[str, ...] = ()
   remat_offload: tuple[str, ...] = ()
   patches_together: int = 0
+  gather_vision: bool = False
   tuning: tuning.Config = tuning.Config()
   platform: str = "cpu"
 

@@ -47,7 +47,7 @@ def embed(params: dict, cfg: Config, tokens_BT: jax.Array, vision_BT: jax.Array,
   if not image_batches:
     return x
   merged = [vision.encode(params["vision"], cfg.vision, b, dtype, cfg.remat, cfg.platform, cfg.patches_together,
-                          cfg.kept)
+                          cfg.kept, cfg.gather_vision)
             for b in image_batches]
 
   def put(x_BTD, vision_BT, *merged):

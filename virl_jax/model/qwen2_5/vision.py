@@ -61,7 +61,8 @@ def specs(cfg: config.Vision) -> dict:
 
 
 def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jnp.float32, remat: bool = False,
-           platform: str = "cpu", together: int = 0, kept: remat_lib.Kept = remat_lib.Kept()) -> jax.Array:
+           platform: str = "cpu", together: int = 0, kept: remat_lib.Kept = remat_lib.Kept(), gather: bool = False
+           ) -> jax.Array:
   """Merged vision tokens of a bucket of images.
 
   Args:
@@ -74,6 +75,8 @@ def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jn
     together: patch slots of a device that are encoded at a time, at least an image's, and nothing but the result is
       kept of them for the backward pass; 0 for all.
     kept: what of a block is not computed again, of those encoded at a time.
+    gather: with `together`, weights that are split over devices come to each of these once for all parts, and their
+      gradient goes once; else they come and go for each part, which takes less memory.
 
   Returns:
     [I, W * Q / merge^2, out] in `dtype`; `patches.layout` says which row is which token.
@@ -86,6 +89,15 @@ def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jn
     return some(params, images_)
   I, W, Q, _ = images_.patches_IWQC.shape
   shards = sharding.shards("rows") if I % sharding.shards("rows") == 0 else 1
+  if gather and shards > 1 and sharding.shards("tensor") == 1:  # each device on its own
+    leaves, tree = jax.tree.flatten((params, images_))
+
+    def alone(*leaves):
+      params, images_ = tree.unflatten(leaves)
+      return encode(params, cfg, images_, dtype, remat, platform, together, kept)
+
+    rows = [("rows",)] * len(jax.tree.leaves(images_))
+    return sharding.locally(alone, [()] * (len(leaves) - len(rows)) + rows, ("rows",), *leaves)
   each = I // shards
   n = max(n for n in range(1, each + 1) if each % n == 0 and (n == 1 or n * W * Q <= together))
   # Of each shard's images some: the rows of a part lie where they lay.
