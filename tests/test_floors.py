@@ -8,15 +8,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
-    "checks config shapes types data.order eval.outcome learner.checkpoint learner.pooled model.hf "
+    "checks config shapes types data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
     "run.compiles run.hlo run.log run.signals",
     "data.answers eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
-    "rl.loss rl.reward rollout.slots run.ending run.workdir tiny.needle",
-    "data.images learner.optim model.attention model.cache model.layers run.hosts report.html rl.judge rollout.pack "
-    "tiny.store",
-    "data.batches data.sources model.qwen2_5.config rollout.actions.zoom run.record run.topologies tiny.source",
-    "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table",
+    "rl.loss rl.reward rollout.slots tiny.needle",
+    "data.images learner.optim model.attention model.cache model.layers run.hosts report.html rl.judge tiny.store",
+    "data.batches data.sources learner.checkpoint model.qwen2_5.config rollout.actions.zoom rollout.pack "
+    "run.topologies run.watch run.workdir tiny.source",
+    "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending run.record",
     "data.prompt model.qwen2_5.model",
     "model.family model.qwen tiny.demos tiny.tokenizer",
     "model.head model.weights rollout.row run.costs run.memory tiny.curriculum",

@@ -4,7 +4,8 @@ Labels: [published] ViRL, arXiv 2511.23031; [ours] chosen here; [NAME] that proj
 The paper's own learning rate, batch, group size, KL, clip, lam, rho and modulators are not
 published in what we have, so every default for them is ours or a named peer's.
 
-A default in `free(...)` may be another one at each start of a run: it changes no number of a training step.  All
+A default in `free(...)` may be another one at each start of a run: it changes no number of a training step, or only
+the order in which sums are rounded, as another mesh does.  All
 others belong to the run, and a workdir is refused where they differ; see `run/workdir.py`.
 
 Ranges are checked by the frozen configurations that the sections become, see `run/setup.py`.
@@ -118,7 +119,7 @@ def _knobs() -> ConfigDict:
   p.last_notice = "No further zoom is possible. Answer now."  # told with the last crop; "" for nothing [ours]
 
   c.rollout = r = ConfigDict()     # what is rolled out
-  r.tensor = 1                     # devices that a copy of the weights is split over in rollouts [ours]
+  r.tensor = free(1)               # devices that a copy of the weights is split over in rollouts [ours]
   r.prompts = 16                   # prompts a step [ours]
   r.group_size = 8                 # rollouts of one prompt, G [DeepEyes, Mini-o3: 8-16]
   r.max_rounds = 6                 # visual actions a trajectory [published]
@@ -235,13 +236,15 @@ def _knobs() -> ConfigDict:
   t.clip_norm = 1.0                # longer gradients are shortened to this norm; 0 for no clipping [DeepEyes]
 
   c.mesh = h = ConfigDict()        # devices along each axis; one of them may be -1, what is left
-  h.data = -1                      # batches are split
-  h.fsdp = 1                       # batches are split, and parameters too
-  h.tensor = 1                     # heads and widths are split
+  h.data = free(-1)                # batches are split
+  h.fsdp = free(1)                 # batches are split, and parameters too
+  h.tensor = free(1)               # heads and widths are split
 
   c.checkpoint = s = ConfigDict()
   s.every = free(50)               # steps; 0 for none but the last, which is always saved
   s.keep = free(2)                 # newest kept
+  s.best = free("")                # a metric of metrics.jsonl, such as acc_rat or -loss/total: the checkpoint where its
+                                   #   mean since the one before was best is kept as well; "" for none [ours]
 
   c.eval = e = ConfigDict()
   e.tasks = 256                    # held-out tasks, before and after; 0 turns evaluation off
@@ -262,6 +265,10 @@ def _knobs() -> ConfigDict:
   u.clumsy_learning_rate = free(3e-4)  # peak of the clumsy stage
   u.workers = free(2)              # processes that draw
   u.save_every = free(100)         # updates; 0 for none but the last
+
+  c.watch = w = ConfigDict()       # what is said and done where steps don't get on; see docs/monitors.md
+  w.stuck_s = free(3600.0)         # seconds without progress after which a run ends, to be started again; 0 for never
+  w.slow_ratio = free(3.0)         # times the median: a step that takes so long is named with its phase; 0 for none
 
   c.log = g = ConfigDict()
   g.gallery = free(8)              # trajectories kept for the report each time; 0 for none

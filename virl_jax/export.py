@@ -30,14 +30,14 @@ from virl_jax.run import serving
 from virl_jax.run import setup
 
 
-def export(workdir: str, out: str | None, step: int | None = None, dtype: str = "bfloat16", adapters: str | None = None
-           ) -> int:
+def export(workdir: str, out: str | None, step: int | str | None = None, dtype: str = "bfloat16",
+           adapters: str | None = None) -> int:
   """Exports a checkpoint.
 
   Args:
     workdir: of a run.
     out: the HF folder to write, all of it or nothing; see `outdir.check`.  None for none.
-    step: which checkpoint; None for the newest.
+    step: which checkpoint; None for the newest, "best" for the one with the best score.
     dtype: of the stored tensors in `out`.
     adapters: the folder to write adapters to, in the same way; None for none.
 
@@ -68,7 +68,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_string("out", None, "HF folder to write: absent, empty, or an earlier export, which is replaced.",
                       flag_values=values)
   flags.DEFINE_string("adapters", None, "Folder to write adapters to, as PEFT does; the same.", flag_values=values)
-  flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.", flag_values=values)
+  flags.DEFINE_string("step", None, "Which checkpoint, or best: by config.checkpoint.best.  The newest by default.",
+                      flag_values=values)
   flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the stored tensors.", flag_values=values)
 
 
@@ -78,9 +79,12 @@ def main(argv):
   args = flags.FLAGS
   if not args.out and not args.adapters:
     raise app.UsageError("--out=HF_DIR or --adapters=DIR is missing")
+  if args.step and args.step != "best" and not args.step.isdigit():
+    raise app.UsageError(f"--step must be a number, or best. Received: {args.step}")
   logging.getLogger("absl").setLevel(logging.WARNING)
   with setup.told():
-    step = export(args.workdir, args.out, args.step, args.dtype, args.adapters)
+    step = int(args.step) if args.step and args.step.isdigit() else args.step
+    step = export(args.workdir, args.out, step, args.dtype, args.adapters)
   for folder in filter(None, (args.adapters, args.out)):
     files = list(pathlib.Path(folder).iterdir())
     print(json.dumps({"out": folder, "step": step, **({"dtype": args.dtype} if folder == args.out else {}),

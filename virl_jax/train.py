@@ -7,6 +7,9 @@ A workdir holds config.json, data.json, metrics.jsonl, checkpoints/, rollouts/, 
 report.html.  Stop it at any time and give the same command again: it goes on from the last checkpoint, and
 ends as if it had not been stopped.  Ctrl-C and SIGTERM save the last finished step first, and end it with
 status 130 and 0.  With --resume-with-changes it goes on with another learning rate, say.
+
+Several processes, each with devices of its own, train together as one: start each with the same command, and
+--coordinator=HOST:PORT --num_processes=N --process_id=I, or VIRL_JAX_DISTRIBUTED=auto where JAX knows the cluster.
 """
 
 from __future__ import annotations
@@ -36,7 +39,6 @@ from virl_jax.eval import outcome
 from virl_jax.learner import checkpoint
 from virl_jax.learner import step as step_lib
 from virl_jax.model import family
-from virl_jax.report import gallery
 from virl_jax.report import html
 from virl_jax.rl import reward
 from virl_jax.rollout import dynamic
@@ -49,6 +51,7 @@ from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import record as record_lib
 from virl_jax.run import setup
+from virl_jax.run import watch
 from virl_jax.run import workdir as workdir_lib
 
 _EVAL_STREAM = 2 ** 31 - 1  # folded into the root key; no step is ever numbered so
@@ -68,21 +71,23 @@ def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
   Raises:
     ValueError: if the configuration, the model, the data or the workdir won't do, or the devices are too small.
   """
+  workdir_lib.alike(c)
   p = setup.pieces(c)
   plan.check(c, p)
   source = setup.source(c, "train")
-  with workdir_lib.claim(workdir, c, source, resume_with_changes) as claimed:
+  with (workdir_lib.claim(workdir, c, source, resume_with_changes) as claimed,
+        watch.over(claimed.folder, watch.Config(**c.watch))):
     return _train(c, p, source, claimed)
 
 
 def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   # --- what is fixed -----------------------------------------------------------------------------------
   workdir = claimed.folder
-  print(source.describe(), flush=True)
+  hosts.say(source.describe())
   for caution in setup.cautions(c):
-    print(f"WARNING: {caution}", flush=True)
+    hosts.say(f"WARNING: {caution}")
   for key, (old, new) in claimed.changed.items():
-    print(f"config.{key} changes from {old!r} to {new!r}", flush=True)
+    hosts.say(f"config.{key} changes from {old!r} to {new!r}")
   root_key = jax.random.key(c.seed)
   base = load.base(p.hf_dir, c.model.dtype, p.mesh, p.step.model, c.seed)
   policy = lambda state: family.whole(state.params, base.frozen, p.step.model)
@@ -97,13 +102,14 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   state = step_lib.init_state(base.trained, p.step.optim, c.loss.kl_coef,
                               p.policy.model.text.hidden if c.advantage.kind == "gae" else 0, p.step.offload,
                               family.tables(p.step.model)[0])
-  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep)
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep,
+                                       bool(c.checkpoint.best))
   start, state = checkpoints.resume(state)
   if start:
-    print(f"going on from step {start}", flush=True)
+    hosts.say(f"going on from step {start}")
   rows = c.rollout.prompts * c.rollout.group_size
-  print(memory.cache_size(p.policy.model, c.rollout.max_total_tokens, c.engine.slots, rows, p.policy.mesh,
-                          memory.free_bytes()), flush=True)
+  hosts.say(memory.cache_size(p.policy.model, c.rollout.max_total_tokens, c.engine.slots, rows, p.policy.mesh,
+                              memory.free_bytes()))
   record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed))
   feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels, fits)
   feed.skipped = record.last.get("data/skipped", 0)  # what an earlier process passed over
@@ -116,6 +122,7 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
       record.begin()
       key = jax.random.fold_in(root_key, step)  # so that resuming needs no RNG state
       tasks = feed.batch(step)                  # pure in (seed, step)
+      record.lap("data")
       weights = sample.weights(policy(state), p.policy.model, p.policy.mesh)  # as rollouts want them
       record.lap("weights", weights)
       trajectories, rolled_out = dynamic.run(   # G of each task, and which answers are right
@@ -124,10 +131,11 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
       gib = memory.device_gib(weights)
       del weights                               # an update wants the room
       record.lap("rollout")
-      parts = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches, (c.seed, step))
+      parts = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches)
       minibatches, scores = zip(*step_lib.score(
           state, ref_params, [hosts.place_batch(pack.pack(part, p.pack), p.mesh) for part in parts], p.step,
           _threshold(p, step), base.frozen))
+      record.lap("score", minibatches)
       with kept.changing():  # until the step is finished, there is no state that could be saved
         updates = []
         for minibatch in c.ppo.epochs * minibatches:
@@ -136,16 +144,17 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
         record.step(step, parts, minibatches[0], (scores, updates), rolled_out | {
             "data/skipped": feed.skipped, "rollout/weights_gib": gib})
         # After the log, which it never runs ahead of.
-        kept.finished(step + 1, state, last=step + 1 == c.steps or bool(record.stopping))
+        kept.finished(step + 1, state, last=step + 1 == c.steps or bool(record.stopping),
+                      score=record.score(c.checkpoint.best, c.checkpoint.every))
 
   # --- what came of it ---------------------------------------------------------------------------------
   if stopped := record.stopping:
-    print(f"stopped by {stopped.name}, which began at step {stopped.step + 1}. To go on, give the same command with "
-          "--config.monitor.stop='()'", flush=True)
+    hosts.say(f"stopped by {stopped.name}, which began at step {stopped.step + 1}. To go on, give the same command "
+              "with --config.monitor.stop='()'")
   after = _evaluate(c, p, policy(state), held_out, root_key, workdir, "after", before)
   if after is not None:
-    print("\n" + outcome.format_table(before, after, after["difference"]) + "\n", flush=True)
-  print(f"report: {html.write(str(workdir))}", flush=True)
+    hosts.say("\n" + outcome.format_table(before, after, after["difference"]) + "\n")
+  hosts.say(f"report: {hosts.first(lambda: html.write(str(workdir)))}")
   return record.last
 
 
@@ -162,9 +171,9 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
   file = workdir / f"eval_{when}.json"
   if tasks is None:
     return None
-  if when == "before" and file.exists():
-    return _of_these(file, tasks)
-  print(f"evaluating {when} training: {len(tasks)} held-out tasks", flush=True)
+  if when == "before" and (kept := hosts.first(lambda: _of_these(file, tasks) if file.exists() else None)):
+    return kept
+  hosts.say(f"evaluating {when} training: {len(tasks)} held-out tasks")
   began = time.perf_counter()
   weights = sample.weights(params, p.policy.model, p.policy.mesh)
   judged = harness.run(p.policy, weights, tasks, jax.random.fold_in(root_key, _EVAL_STREAM),
@@ -173,9 +182,10 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
   if before is not None:
     result["difference"] = outcome.difference(harness.outcomes(before, tasks), harness.outcomes(result), c.reward.h0,
                                               c.eval.bootstrap)
-  gallery.save(str(workdir / "rollouts" / f"{when}.jsonl"), [j.entry for j in judged[:c.log.gallery]])
-  workdir_lib.write_text(file, json.dumps(result) + "\n")
-  print(f"evaluated in {time.perf_counter() - began:.0f} s", flush=True)
+  record_lib.save_gallery(workdir / "rollouts" / f"{when}.jsonl", [j.entry for j in judged[:c.log.gallery]],
+                          c.log.gallery)
+  hosts.first(lambda: workdir_lib.write_text(file, json.dumps(result) + "\n"))
+  hosts.say(f"evaluated in {time.perf_counter() - began:.0f} s")
   return result
 
 
@@ -210,6 +220,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME_OF_CONFIG by default.", flag_values=values)
   flags.DEFINE_bool("resume-with-changes", False, "Go on though the configuration differs from the workdir's, as long "
                     "as model, data and evaluation do not; metrics.jsonl keeps what it was.", flag_values=values)
+  hosts.define_flags(values)
 
 
 def main(argv):
@@ -218,6 +229,7 @@ def main(argv):
   args = flags.FLAGS
   setup.begin()
   with setup.told():
+    hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
     name = pathlib.Path(setup.config_file(args)).stem
     train(args.config, args.workdir or os.path.join("runs", name), args["resume-with-changes"].value)
 

@@ -45,6 +45,30 @@ def same(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_equal((x.dtype, x.sharding), (y.dtype, y.sharding)), a, b)
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+  """Whoever asks for it later, and though a worse one is newer."""
+  saves = checkpoint.Checkpoints(tmp_path, 1, 2, best=True)
+  for step, score in enumerate((0.1, 0.9, None, 0.3, 0.2), start=1):
+    assert saves.maybe_save(step, make_state(step), score=score)
+  saves.wait()
+  assert saves.steps() == [2, 4, 5] and saves.best() == 2 and saves.latest() == 5
+  saves.close()
+  again = checkpoint.Checkpoints(tmp_path, 1, 2, best=True)
+  assert again.best() == 2
+  step, state = again.resume(make_state())
+  assert step == 5, "a run goes on from the newest"
+  same(state, make_state(5))
+  again.maybe_save(6, make_state(6), score=1.0)
+  again.wait()
+  assert again.steps() == [5, 6] and again.best() == 6
+  again.close()
+  plain = checkpoint.Checkpoints(tmp_path / "plain", 1, 1)
+  plain.maybe_save(1, make_state())
+  plain.wait()
+  assert plain.best() is None
+  plain.close()
+
+
 @pytest.mark.parametrize("critic_width", [0, 5])
 def test_a_state_comes_back_bit_for_bit(tmp_path, critic_width):
   state = make_state(critic_width=critic_width)

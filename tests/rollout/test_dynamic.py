@@ -58,7 +58,7 @@ BATCHES = [["a", "one_b", "c"], ["d", "e", "one_f"], ["one_g", "one_h", "i"], ["
 
 @pytest.mark.parametrize("tries, kept, further", [
     (0, ["a", "one_b", "c"], 0),
-    (1, ["one_b", "one_f", "a"], 1),   # the others fill up, in order
+    (1, ["a", "one_b", "one_f"], 1),   # the first of the others fill up; all in the order that they were drawn in
     (2, ["one_b", "one_f", "one_g"], 2),
     (3, ["one_b", "one_f", "one_g"], 2)])  # enough is enough
 def test_informative_groups_are_kept(played, tries, kept, further):

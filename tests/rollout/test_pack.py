@@ -265,22 +265,22 @@ def test_what_does_not_fit_is_named():
 
 def test_groups_stay_whole_when_dealt():
   trajectories = [types.Trajectory(None, i, None) for i in range(24)]
-  uids = lambda parts: [[t.index for t in part] for part in parts]
-  assert uids(pack.split(trajectories, 4, 1, (0, 0))) == [list(range(24))]
-  seen = set()
-  for seed in range(20):
-    dealt = uids(pack.split(trajectories, 4, 3, (7, seed)))
-    assert dealt == uids(pack.split(trajectories, 4, 3, (7, seed)))
-    assert [len(p) for p in dealt] == [8, 8, 8] and sorted(sum(dealt, [])) == list(range(24))
-    for part in dealt:
-      for g in (0, 4):
-        assert part[g] % 4 == 0 and part[g:g + 4] == list(range(part[g], part[g] + 4))
-      assert part[0] < part[4]
-    seen.add(str(dealt))
-  assert len(seen) > 10
+  indices = lambda parts: [[t.index for t in part] for part in parts]
+  assert indices(pack.split(trajectories, 4, 1)) == [list(range(24))]
+  assert indices(pack.split(trajectories, 4, 3)) == [list(range(8)), list(range(8, 16)), list(range(16, 24))]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_minibatches_are_the_same_however_many_processes_share_the_groups(processes):
+  whole = pack.split([types.Trajectory(None, i, None) for i in range(3 * 8 * 2)], 2, 3)
+  of_process = lambda p: [types.Trajectory(None, i, None) for i in range(3 * 8 * 2) if i // 2 % processes == p]
+  parts = [pack.split(of_process(p), 2, 3) for p in range(processes)]
+  for m in range(3):
+    assert sorted(t.index for part in parts for t in part[m]) == [t.index for t in whole[m]]
+    assert len({len(part[m]) for part in parts}) == 1
 
 
 @pytest.mark.parametrize("n, group, minibatches", [(9, 4, 1), (12, 4, 2), (8, 4, 3)])
 def test_groups_must_divide(n, group, minibatches):
   with pytest.raises(ValueError, match=f"{n} trajectories in groups of {group} must divide into {minibatches}"):
-    pack.split([types.Trajectory(None, i, None) for i in range(n)], group, minibatches, (0,))
+    pack.split([types.Trajectory(None, i, None) for i in range(n)], group, minibatches)

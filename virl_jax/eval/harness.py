@@ -16,6 +16,7 @@ from virl_jax.rl import reward
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
 from virl_jax.rollout import turns
+from virl_jax.run import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ def judge(trajectories: list[types.Trajectory], max_rounds: int, cfg: reward.Con
     max_rounds: most visual actions in one.
     cfg: the reward, for h0.
   """
+  if not trajectories:
+    return []
   answers.grade(trajectories)
   looks = _looks(pack.boxes(trajectories, max_rounds), cfg)
   iou_BR, class_BR = jax.device_get((looks.fidelity.iou_R, looks.class_BR))
@@ -74,19 +77,22 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
   Args:
     policy: everything but the parameters.
     params: the policy's parameters.
-    tasks: what to ask, pictures decoded.
+    tasks: what to ask, pictures decoded; as `engine.run` takes them.
     key: of the sampling.
     slots: rollouts at a time.
     temperature: 0 is greedy.
     cfg: the reward, for h0.
+
+  Returns:
+    In the tasks' order; of several processes, this one's own.
   """
   policy = dataclasses.replace(policy, engine=dataclasses.replace(policy.engine, slots=slots))
   return judge(engine.rollout(policy, params, tasks, key, 1, temperature), policy.rollout.max_rounds, cfg)
 
 
 def result(judged: list[Judged], h0: float, bootstrap: int) -> dict:
-  """What `eval_before.json` and `eval_after.json` hold: the summary, and each task's outcome."""
-  outcomes = [j.outcome for j in judged]
+  """What `eval_before.json` and `eval_after.json` hold: the summary, and each task's outcome; of all processes."""
+  outcomes = hosts.in_order([(j.trajectory.index, j.outcome) for j in judged])
   return outcome.summary(outcomes, h0, bootstrap) | {"outcomes": [dataclasses.asdict(o) for o in outcomes]}
 
 

@@ -1,4 +1,7 @@
-"""Orbax checkpoints of a TrainState: written in the background, sealed with checksums, restored bit for bit."""
+"""Orbax checkpoints of a TrainState: written in the background, sealed with checksums, restored bit for bit.
+
+Several processes write and read them together, each its own part, in a folder that all of them see.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,20 @@ from typing import TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from virl_jax.run import hosts
 
 _SUMS = "checksums.json"  # in a checkpoint's folder: file in the folders below it -> BLAKE2b of its bytes
+_SCORE = "score"
 _THREADS = 8  # that read files to sum them up
 
 T = TypeVar("T")
+
+
+def _score(metrics: dict) -> float:
+  """Of what Orbax keeps beside a checkpoint."""
+  return metrics[_SCORE]
 
 
 class Damaged(ValueError):
@@ -30,18 +42,27 @@ class Checkpoints:
     folder: where; created if absent.
     every: steps between saves; 0 for none but the last.
     keep: how many of the newest to keep.
+    best: whether to keep the best as well, by the scores that they are saved with.
   """
 
-  def __init__(self, folder: str | pathlib.Path, every: int, keep: int):
+  def __init__(self, folder: str | pathlib.Path, every: int, keep: int, best: bool = False):
     self.folder, self.every = pathlib.Path(folder).absolute(), every
     self._saving: int | None = None
+    kept = [policies.LatestN(n=keep)]
+    if best:
+      kept.append(policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False))
     # Orbax writes to a temporary name and renames: a killed save leaves the older checkpoints whole.
     self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)))
+        preservation_policy=policies.AnyPreservationPolicy(kept), best_fn=_score, create=True,
+        async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)))
 
   def latest(self) -> int | None:
     """The newest saved step, or None."""
     return self._manager.latest_step()
+
+  def best(self) -> int | None:
+    """The step with the highest score, of those that were saved with one; None if none was."""
+    return self._manager.best_step()
 
   def steps(self) -> list[int]:
     """Every saved step, oldest first."""
@@ -51,8 +72,14 @@ class Checkpoints:
     """Whether a save is due after so many steps."""
     return self.every > 0 and step % self.every == 0
 
-  def maybe_save(self, step: int, state, last: bool = False) -> bool:
+  def maybe_save(self, step: int, state, last: bool = False, score: float | None = None) -> bool:
     """Saves after `step` steps if it is due or `last`.
+
+    Args:
+      step: how many steps are done.
+      state: after these.
+      last: whether to save though it is not due.
+      score: how good it is, the higher the better; None if that is not known.
 
     Returns:
       Whether a save was started; it goes on in the background.
@@ -61,7 +88,7 @@ class Checkpoints:
       return False
     self._manager.wait_until_finished()
     self._saving = step
-    self._manager.save(step, args=ocp.args.StandardSave(state))
+    self._manager.save(step, args=ocp.args.StandardSave(state), metrics=None if score is None else {_SCORE: score})
     return True
 
   def resume(self, state) -> tuple[int, object]:
@@ -76,15 +103,22 @@ class Checkpoints:
       ValueError: no checkpoint can be used.
     """
     step, found = self.newest(lambda step: self.restore(step, state)) or (0, state)
+    for aside in hosts.first(lambda: self._put_aside(step)):
+      hosts.say(f"put aside: {aside}")
+    self._manager.reload()
+    return step, found
+
+  def _put_aside(self, step: int) -> list[pathlib.Path]:
+    """Moves the checkpoints after a step into a folder beside this one."""
+    moved = []
     for later in self.steps():
-      if later > step and jax.process_count() == 1:
+      if later > step:
         aside = self.folder.with_name(f"{self.folder.name}_damaged") / str(later)
         shutil.rmtree(aside, ignore_errors=True)  # of the same step, damaged before
         aside.parent.mkdir(exist_ok=True)
         (self.folder / str(later)).rename(aside)
-        print(f"put aside: {aside}", flush=True)
-    self._manager.reload()
-    return step, found
+        moved.append(aside)
+    return moved
 
   def newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
     """The newest step whose checkpoint is whole, and what `read` makes of it; None if nothing is saved.
@@ -101,10 +135,10 @@ class Checkpoints:
         found = read(step)
       except Damaged as e:
         refused.append(e)
-        print(f"WARNING: {e}", flush=True)
+        hosts.say(f"WARNING: {e}")
         continue
       if refused:
-        print(f"WARNING: checkpoint {step}, the one before, is used instead", flush=True)
+        hosts.say(f"WARNING: checkpoint {step}, the one before, is used instead")
       return step, found
     if refused:
       raise ValueError(f"none of the checkpoints can be used: {refused[0]}. Use another --workdir, or delete "
@@ -146,17 +180,23 @@ class Checkpoints:
     if not (self.folder / str(step)).is_dir():
       raise ValueError(f"{name} must be one of those there are. Received: {self.steps()}")
     sealed = self._verify(step, name)
+    found = told = cause = None
     try:
-      return self._manager.restore(step, args=args)
+      found = self._manager.restore(step, args=args)
     except Exception as e:  # Orbax raises that, and nearly everything else
-      told = str(e).partition("\n")[0][:200]  # of pages
+      cause, told = e, str(e).partition("\n")[0][:200]  # of pages
+    told = next((said for said in hosts.everyone(told) if said is not None), None)
+    if told is not None:
       if sealed:
-        raise ValueError(f"{name} does not fit this model and optimiser: {told}") from e
-      raise Damaged(f"{name} does not fit this model and optimiser, or is damaged: {told}") from e
+        raise ValueError(f"{name} does not fit this model and optimiser: {told}") from cause
+      raise Damaged(f"{name} does not fit this model and optimiser, or is damaged: {told}") from cause
+    return found
 
   def _seal(self) -> None:
     """Writes the checksums.  Orbax calls this in its thread when all files are written, before their folder gets its
     name, so that no checkpoint is without them."""
+    if not hosts.leads():
+      return
     for folder in self.folder.glob(f"{self._saving}*"):
       if folder.name.partition(".")[0] == str(self._saving):
         (folder / _SUMS).unlink(missing_ok=True)
@@ -170,14 +210,21 @@ class Checkpoints:
     """
     folder = self.folder / str(step)
     if not (folder / _SUMS).exists():
-      print(f"{name} is of an older version, without checksums: whether it is whole is not known", flush=True)
+      hosts.say(f"{name} is of an older version, without checksums: whether it is whole is not known")
       return False
+    wanted, changed, told = {}, [], None
     try:
       wanted = json.loads((folder / _SUMS).read_text())
-      found = _sums(folder, wanted)
-    except (OSError, ValueError, TypeError) as e:
-      raise Damaged(f"{name} is damaged: {e}") from e
-    changed = [file for file in wanted if wanted[file] != found[file]]
+      mine = {file: wanted[file] for number, file in enumerate(sorted(wanted)) if hosts.mine(number)}
+      found = _sums(folder, mine)
+      changed = [file for file in mine if mine[file] != found[file]]
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+      told = str(e)
+    all_ = hosts.everyone((changed, told))  # each looks at some of the files
+    told = next((said for _, said in all_ if said is not None), None)
+    changed = sorted(file for changed, _ in all_ for file in changed)
+    if told is not None:
+      raise Damaged(f"{name} is damaged: {told}")
     if changed:
       more = f" and {len(changed) - 1} more files are" if len(changed) > 1 else " is"
       raise Damaged(f"{name} is damaged: {changed[0]}{more} not what was written")

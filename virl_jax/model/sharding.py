@@ -26,12 +26,13 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
 
   Args:
     data, fsdp, tensor: devices along each axis; one of them may be -1, "what is left".
-    devices: which; all of them by default.
+    devices: which; all of them by default, those of a process side by side.
 
   Raises:
     ValueError: if the sizes don't multiply to the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
+  if devices is None:
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   sizes = [data, fsdp, tensor]
   if sizes.count(-1) == 1:
     rest = math.prod(s for s in sizes if s != -1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -50,14 +51,16 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
     stats = took if stats is None else _sum(stats, took)
     if not tries:
       return found, _metrics(stats, 0)
-    groups = [found[i:i + group_size] for i in range(0, len(found), group_size)]
+    groups = [(attempt, i, found[i:i + group_size]) for i in range(0, len(found), group_size)]
     wanted = wanted or len(groups)
     for group, useful in zip(groups, np.asarray(informative(found))[::group_size], strict=True):
       (good if useful else spare).append(group)
     # Processes go on together: each keeps its own groups, and the one that lacks most decides.
-    if hosts.agree(np.array([wanted - len(good)]))[0] <= 0:
+    if hosts.agree([wanted - len(good)])[0] <= 0:
       break
-  return [t for group in (good + spare)[:wanted] for t in group], _metrics(stats, attempt)
+  # In the order that they were drawn in, so that no minibatch gets all of those that fill up.
+  kept = sorted((good + spare)[:wanted], key=lambda group: group[:2])
+  return [t for *_, group in kept for t in group], _metrics(stats, attempt)
 
 
 def _sum(a: engine.Stats, b: engine.Stats) -> engine.Stats:
@@ -65,4 +68,8 @@ def _sum(a: engine.Stats, b: engine.Stats) -> engine.Stats:
 
 
 def _metrics(stats: engine.Stats, further: int) -> dict[str, float]:
-  return stats.metrics() | {"rollout/further_batches": further}
+  """Of all processes together, whose seconds pass at the same time."""
+  all_ = functools.reduce(_sum, hosts.everyone(stats))
+  each = jax.process_count()
+  all_ = dataclasses.replace(all_, seconds=all_.seconds / each, idle_s=all_.idle_s / each)
+  return all_.metrics() | {"rollout/further_batches": further}

@@ -119,7 +119,8 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
   Args:
     policy: everything but the parameters.
     params: the policy's parameters.
-    tasks: prompts; trajectory i * group_size + g is rollout g of task i, and that number is its index.
+    tasks: prompts, the same on all processes, but for pictures of another one's (`hosts.mine`).  Trajectory
+      i * group_size + g is rollout g of task i, and that number is its index.
     key: of the step.  A trajectory's samples depend on (key, index, turn) and nothing else.
     group_size: G.
     temperature: overrides `policy.rollout.temperature`; 0 is greedy.
@@ -149,14 +150,14 @@ class _Loop:
     cfg = policy.engine
     self.policy, self.params, self.key, self.protocol, self.pool = policy, params, key, protocol, pool
     self.temperature = np.float32(policy.rollout.temperature if temperature is None else temperature)
-    self.shards, mine = sharding.row_shards(policy.mesh), hosts.row_lanes(policy.mesh)
-    self.n_lanes = len(mine)
+    self.shards, self.n_lanes = sharding.row_shards(policy.mesh), len(hosts.row_lanes(policy.mesh))
     self.slots = -(-(cfg.slots or len(tasks) * group_size) // self.shards)
     self.group_size = group_size
     self.lanes = []
-    for lane in mine:
-      groups = [_Group(task, collections.deque(range(i * group_size, (i + 1) * group_size)))
-                for i, task in enumerate(tasks) if i % self.shards == lane]
+    groups_of = [_Group(task, collections.deque(range(i * group_size, (i + 1) * group_size)))
+                 for i, task in enumerate(tasks) if hosts.mine(i)]
+    for lane in range(self.n_lanes):
+      groups = groups_of[lane::self.n_lanes]
       self.lanes.append(_Lane([None] * self.slots, [None] * self.slots, collections.deque(groups)))
     # By lane and slot: turns that are being read, of the last segment and of the one before.
     self.reading: dict[tuple[int, int], concurrent.futures.Future] = {}

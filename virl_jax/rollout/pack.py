@@ -1,4 +1,7 @@
-"""Trajectories (host, ragged) -> Batch (padded, static shapes).  Numpy only; the caller places it."""
+"""Trajectories (host, ragged) -> Batch (padded, static shapes).  Numpy only; the caller places it.
+
+Of several processes each packs its own trajectories, for its own devices; they agree on the shapes.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ from collections.abc import Callable, Iterable
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 
 from virl_jax import shapes
 from virl_jax import types
 from virl_jax.model import patches
 from virl_jax.model import rope
+from virl_jax.run import hosts
 
 MAX_JOINED = 8  # trajectories that a row holds at most
 
@@ -34,7 +39,7 @@ class Config:
     microbatch_tokens: of a shard, at most; 0 for one microbatch.  At least T.
     row_shown, row_crops: with microbatches: places for shown images and for crops that a row has.  Few programs serve
       all batches only if every microbatch has as many; what is not filled is computed all the same.
-    shards: over how many devices trajectories are split; 1 if they don't divide.
+    shards: over how many devices of all processes trajectories are split; 1 if they don't divide.
   """
 
   grid: patches.Grid
@@ -72,14 +77,16 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
   if not trajectories:
     raise ValueError("trajectories must not be empty")
   B, order_B = len(trajectories), None
-  shards = cfg.shards if B % cfg.shards == 0 else 1
+  shards = cfg.shards // jax.process_count()
+  shards = shards if B % shards == 0 else 1
   if shards > 1:
     dealt = _dealt(trajectories, shards)
     trajectories, order_B = [trajectories[b] for b in dealt], np.argsort(dealt).astype(np.int32)
-  box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ = boxes(trajectories, cfg.max_rounds)
-  answer_B, format_B = outcomes(trajectories)
   ids = [t.ids for t in trajectories]
-  T = width(max(map(len, ids)), cfg.pad_tokens, cfg.join)
+  longest, truths = hosts.agree([max(map(len, ids)), max(len(t.task.boxes) for t in trajectories)]).tolist()
+  box_BR4, box_mask_BR, gt_BJ4, gt_mask_BJ = boxes(trajectories, cfg.max_rounds, truths)
+  answer_B, format_B = outcomes(trajectories)
+  T = width(longest, cfg.pad_tokens, cfg.join)
   f32 = np.float32
   b = types.Batch(
       tokens_BT=np.zeros((B, T), np.int32), valid_BT=np.zeros((B, T), bool), sampled_BT=np.zeros((B, T), bool),
@@ -164,9 +171,9 @@ def _placed(trajectories, lengths: list[int], width: int, shards: int, cfg: Conf
         near = joined(lengths, mine, width, lambda row: _has_room(trajectories, row, cfg))
         rows = near if len(near) <= len(rows) else rows
     of_shards.append(rows)
-  most = max(map(len, of_shards))
+  most = int(hosts.agree([max(map(len, of_shards))])[0])
   if not cfg.microbatch_tokens:
-    pad = -(-cfg.pad_joined // shards) if cfg.join else 1
+    pad = -(-cfg.pad_joined // (shards * jax.process_count())) if cfg.join else 1
     at_once, count = min(shapes.up(most, pad), each), 1
   elif cfg.microbatch_tokens < width:
     raise ValueError(f"microbatch_tokens must be at least a row's {width} tokens. Received: {cfg.microbatch_tokens}")
@@ -237,13 +244,14 @@ def _rows(placed):
         yield (m, s, u), row
 
 
-def boxes(trajectories: list[types.Trajectory], max_rounds: int
+def boxes(trajectories: list[types.Trajectory], max_rounds: int, truths: int = 0
           ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   """What the reward of visual actions is about: the regions that they were about, and those that they should be.
 
   Args:
     trajectories: rows, at least one.
     max_rounds: R.
+    truths: at least so many ground-truth boxes have room.
 
   Returns:
     Regions of the actions float32[B, R, 4] and bool[B, R]; ground-truth boxes float32[B, J, 4] and bool[B, J], J a
@@ -255,7 +263,7 @@ def boxes(trajectories: list[types.Trajectory], max_rounds: int
   B, R, most = len(trajectories), max_rounds, max(len(t.regions) for t in trajectories)
   if most > R:
     raise ValueError(f"trajectories must have at most max_rounds={R} visual actions. Received: {most}")
-  J = 1 << (max(max(len(t.task.boxes) for t in trajectories), 1) - 1).bit_length()
+  J = 1 << (max(truths, max(len(t.task.boxes) for t in trajectories), 1) - 1).bit_length()
   box_BR4, box_mask_BR = np.zeros((B, R, 4), np.float32), np.zeros((B, R), bool)
   gt_BJ4, gt_mask_BJ = np.zeros((B, J, 4), np.float32), np.zeros((B, J), bool)
   for b, t in enumerate(trajectories):
@@ -304,10 +312,12 @@ def _images(trajectories, placed, cfg) -> tuple[tuple[types.ImageBatch, ...], di
         mine[m][s][1 if i else 0][id(im)] = im
   batches, where, base = [], {}, 0
   most = [max(len(found[kind]) for micro in mine for found in micro) for kind in (0, 1)]
-  counts = image_counts(dataclasses.replace(cfg, shards=shards), len(placed[0][0]), *most)
+  extents = [patches.extent([im for micro in mine for found in micro for im in found[kind].values()], cfg.grid)
+             for kind in (0, 1)]
+  most, *extents = hosts.agree([most, *extents]).tolist()
+  counts = image_counts(dataclasses.replace(cfg, shards=shards * jax.process_count()), len(placed[0][0]), *most)
   for kind, count in enumerate(counts):
-    parts = [found[kind] for micro in mine for found in micro]
-    extent = patches.extent([im for part in parts for im in part.values()], cfg.grid)
+    parts, extent = [found[kind] for micro in mine for found in micro], extents[kind]
     if max(map(len, parts)) > count:
       raise ValueError(f"row_{('shown', 'crops')[kind]} must be enough for each trajectory's images. Received: "
                        f"{(cfg.row_shown, cfg.row_crops)[kind]}")
@@ -322,23 +332,20 @@ def _images(trajectories, placed, cfg) -> tuple[tuple[types.ImageBatch, ...], di
                           for b in row for i, im in enumerate(trajectories[b].images)}
 
 
-def split(trajectories: list[types.Trajectory], group_size: int, minibatches: int, seed: tuple[int, ...]
-          ) -> list[list[types.Trajectory]]:
-  """Deals whole groups into minibatches, in an order drawn from the seed.
+def split(trajectories: list[types.Trajectory], group_size: int, minibatches: int) -> list[list[types.Trajectory]]:
+  """Deals whole groups into minibatches, neighbours together: the data's order is a drawn one already.
+
+  So each process, whose groups are every so-manieth, has as many in each minibatch.
 
   Args:
-    trajectories: whole groups, one after the other.
+    trajectories: whole groups, one after the other; of this process.
     group_size: G.
     minibatches: how many; divides the number of groups.
-    seed: of the order; the same seed gives the same split.
 
   Raises:
     ValueError: if the groups don't divide.
   """
-  groups = [trajectories[i:i + group_size] for i in range(0, len(trajectories), group_size)]
-  if len(trajectories) % group_size or len(groups) % minibatches:
-    raise ValueError(f"{len(trajectories)} trajectories in groups of {group_size} must divide into "
-                     f"{minibatches} minibatches")
-  order = np.random.default_rng(seed).permutation(len(groups)) if minibatches > 1 else np.arange(len(groups))
-  each = len(groups) // minibatches
-  return [[t for g in sorted(order[i * each:(i + 1) * each]) for t in groups[g]] for i in range(minibatches)]
+  n = len(trajectories)
+  if n % group_size or n // group_size % minibatches:
+    raise ValueError(f"{n} trajectories in groups of {group_size} must divide into {minibatches} minibatches")
+  return [trajectories[i * n // minibatches:(i + 1) * n // minibatches] for i in range(minibatches)]

@@ -9,6 +9,7 @@ import threading
 import jax
 
 from virl_jax.learner import checkpoint
+from virl_jax.run import hosts
 from virl_jax.run import signals
 
 
@@ -23,7 +24,8 @@ class Kept:
             kept.finished(step + 1, state)
 
   An update donates the state that it is given, so that between the first of a step and the last there is none to save.
-  With several processes nothing is saved beside what the loop saved: they would have to agree on it.
+  With several processes the state is saved where all of them leave alike: at the end, or where they agreed to stop
+  (`hosts.agree`).  An exception is one's own, and then nothing is saved but what the loop has saved.
 
   Args:
     checkpoints: where it is saved, if due or at the end; closed with this.
@@ -34,7 +36,7 @@ class Kept:
 
   def __init__(self, checkpoints: checkpoint.Checkpoints, step: int, state, close: Callable[[], None] = lambda: None):
     self._checkpoints, self._also = checkpoints, close
-    self._held, self._closed = (step, state), False
+    self._held, self._closed = (step, state, None), False
     self._changing = threading.Lock()
     self._signals = signals.closing(self._stop)
 
@@ -43,9 +45,12 @@ class Kept:
     return self
 
   def __exit__(self, kind, *_) -> None:
+    alike = jax.process_count() == 1 or kind is None or issubclass(kind, (signals.Stopped, SystemExit))
     try:
       with self._changing:
-        self._close()
+        self._close(alike)
+      if kind is not None and issubclass(kind, signals.Stopped):
+        hosts.say(self._said())
     except Exception as e:
       if kind is None:
         raise
@@ -62,17 +67,18 @@ class Kept:
       self._held = None
       yield
 
-  def finished(self, step: int, state, last: bool = False) -> None:
-    """So many steps are finished, with this state; saves it if that is due, or `last`."""
-    self._checkpoints.maybe_save(step, state, last)
-    self._held = (step, state)
+  def finished(self, step: int, state, last: bool = False, score: float | None = None) -> None:
+    """So many steps are finished, with this state; saves it if that is due, or `last`, as so good."""
+    self._checkpoints.maybe_save(step, state, last, score)
+    self._held = (step, state, score)
 
-  def _close(self) -> None:
+  def _close(self, save: bool = True) -> None:
     if self._closed:
       return
     self._closed = True
-    if self._held and self._held[0] and jax.process_count() == 1:
-      self._checkpoints.maybe_save(*self._held, last=True)
+    if self._held and self._held[0] and save:
+      step, state, score = self._held
+      self._checkpoints.maybe_save(step, state, last=True, score=score)
     self._checkpoints.close()
     self._also()
 
@@ -80,5 +86,8 @@ class Kept:
     """What a signal does; the lock is never given back, so that no other step begins."""
     self._changing.acquire()
     self._close()
+    return self._said()
+
+  def _said(self) -> str:
     saved = self._checkpoints.latest()
     return f"step {saved} is saved, the same command goes on from there" if saved else "no step was finished yet"

@@ -1,31 +1,172 @@
-"""Several processes, each with devices of its own: whose rows are whose, and how arrays get on the mesh and back.
+"""Several processes, each with devices of its own: who they are, what is whose, and how they agree.
 
-With one process all of it is what `jax.device_put` and `jax.device_get` do.
+JAX's multi-controller runtime does the work: each process runs the same program, rows of arrays lie on the devices of
+the process that made them, and XLA moves what has to move.  On the host, processes go in lock-step: what `agree`,
+`everyone` and `first` do is done by all of them, in the same order.  With one process all of it is what
+`jax.device_put` and `jax.device_get` do, or nothing.
+
+Tasks are dealt out by their number: number i is that of process i modulo their number, so that any run of neighbours is
+shared out evenly, and which trajectories make a minibatch does not depend on how many processes there are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+import os
+import pickle
+import platform
+import sys
+import threading
+import time
+from typing import Any
+from typing import TypeVar
+
+from absl import flags
 import jax
 from jax.sharding import Mesh
 import numpy as np
 
 from virl_jax import types
 from virl_jax.model import sharding
+from virl_jax.run import signals
+
+AUTOMATIC = "VIRL_JAX_DISTRIBUTED"  # environment: "auto" has JAX ask its cluster, as launchers set it
+_HEARTBEAT_S = 30  # of a process that is silent for so long, JAX has the others end
+FAREWELL_S = 5.0  # how long a process that fails waits for the others to hear of it
+_FAILED, _HEARD = "virl_jax/failed", "virl_jax/heard"  # keys of JAX's coordination service
+
+# Of this process, as `signals` has it.
+_beat: tuple[str, float] = ("start", time.monotonic())
+_waited_s = 0.0
+
+T = TypeVar("T")
 
 
-def place(tree, mesh: Mesh, axis: int = 0):
-  """Puts host arrays on the mesh, an axis split over data and fsdp.
+class Failed(ValueError):
+  """What one process says to another that can't know better."""
 
-  Arrays whose axis does not divide are kept whole on every device.
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """What a command takes that several processes run together."""
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes train together.",
+                      flag_values=values)
+  flags.DEFINE_integer("num_processes", None, "How many they are.", flag_values=values)
+  flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.", flag_values=values)
+  flags.DEFINE_float("join_timeout_s", 300.0, "How long they wait for each other at the start.", flag_values=values)
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None,
+         timeout_s: float = 300.0) -> None:
+  """Makes this process one of several, if a launcher or the flags say so; before JAX touches a device.
+
+  Args:
+    coordinator, processes, process: HOST:PORT of process 0, how many there are, and which this is.  All None: JAX asks
+      the cluster if the environment says `AUTOMATIC`=auto (Cloud TPU, Slurm, GKE and others are known to it); else
+      this process is alone.
+    timeout_s: how long they wait for each other.
+
+  Raises:
+    ValueError: they make no sense, or JAX can't start.  Where the others don't come, the process ends with a line.
   """
-  split, whole, n = sharding.rows(mesh, axis), sharding.replicated(mesh), sharding.row_shards(mesh)
-  return jax.tree.map(lambda a: jax.device_put(a, split if np.ndim(a) > axis and a.shape[axis] % n == 0 else whole),
-                      tree)
+  given = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
+  automatic = os.environ.get(AUTOMATIC, "")
+  if automatic not in ("", "auto"):
+    raise ValueError(f"{AUTOMATIC} must be auto, or not be set. Received: {automatic}")
+  if all(value is None for value in given.values()) and not automatic:
+    return
+  missing = [name for name, value in given.items() if value is None]
+  if 0 < len(missing) < 3:
+    raise ValueError(f"--coordinator, --num_processes and --process_id must be given together. Missing: "
+                     f"{', '.join(missing)}")
+  if not missing:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+      raise ValueError(f"--coordinator must be HOST:PORT. Received: {coordinator}")
+    if not 0 <= process < processes:
+      raise ValueError(f"--process_id must be at least 0 and below --num_processes={processes}. Received: {process}")
+    if processes == 1:
+      return
+  # Signals are ours: see `signals.note`.
+  jax.config.update("jax_enable_preemption_service", False)
+  where = coordinator or "the address that the cluster gives"
+  said = (f"the {f'{processes} ' if processes else ''}processes must find each other within {timeout_s:g} s, by the "
+          f"coordinator at {where}: look whether all were started, and whether that can be reached from "
+          f"{platform.node()}")
+  # JAX would abort the process, with pages of addresses.
+  patience = threading.Timer(timeout_s, lambda: (print(f"error: {said}", file=sys.stderr, flush=True), os._exit(1)))
+  patience.daemon = True
+  patience.start()
+  try:
+    jax.distributed.initialize(coordinator, processes, process, initialization_timeout=round(timeout_s) + 60,
+                               heartbeat_timeout_seconds=_HEARTBEAT_S)
+  except Exception as e:  # of the client, of gRPC, of whatever the cluster is asked by
+    raise ValueError(f"{said} ({str(e).partition(chr(10))[0]})") from e
+  finally:
+    patience.cancel()
+  if jax.process_count() > 1:
+    signals.note()
+    threading.Thread(target=_listen, name="hosts", daemon=True).start()
 
 
-def place_batch(batch: types.Batch, mesh: Mesh) -> types.Batch:
-  """A host batch on the mesh: trajectories split over data and fsdp, and so are rows and images within a microbatch."""
-  return place(batch.replace(rows=None), mesh).replace(rows=place(batch.rows, mesh, 1))
+def _client():
+  """JAX's coordination service, a store of keys among other things; None for a process that is alone."""
+  from jax._src import distributed  # there is no public way to it, and Orbax goes this one, too
+  return distributed.global_state.client
+
+
+def fail(message: str) -> None:
+  """Tells all other processes that this one can't go on; they end, and none waits for it for ever."""
+  if jax.process_count() == 1 or (client := _client()) is None:
+    return
+  try:
+    client.key_value_set(_FAILED, f"{jax.process_index()} {message}")
+    until = time.monotonic() + FAREWELL_S  # process 0 is whom the others hear it from
+    for other in set(range(jax.process_count())) - {jax.process_index()}:
+      client.blocking_key_value_get(f"{_HEARD}/{other}", max(1, round(1000 * (until - time.monotonic()))))
+  except Exception:  # another was faster, or there is nobody left to be told
+    pass
+
+
+def _listen() -> None:
+  """Ends this process when another one fails."""
+  client = _client()
+  while True:
+    try:
+      said = client.blocking_key_value_get(_FAILED, 3_600_000)
+    except Exception as e:
+      if "DEADLINE_EXCEEDED" in str(e):
+        continue
+      return  # the service is gone: JAX says so, and ends the process
+    number, _, message = said.partition(" ")
+    if int(number) == jax.process_index():
+      return
+    print(f"error: process {number} can't go on, and so no other: {message}", flush=True)
+    client.key_value_set(f"{_HEARD}/{jax.process_index()}", "")
+    os._exit(1)
+
+
+# --- who does what -----------------------------------------------------------------------------------------------
+
+
+def number() -> int:
+  """Which process this is, from 0 on."""
+  return jax.process_index()
+
+
+def leads() -> bool:
+  """Whether this process is the one that writes the workdir."""
+  return jax.process_index() == 0
+
+
+def say(line: object) -> None:
+  """Prints a line, once for all processes."""
+  if leads():
+    print(line, flush=True)
+
+
+def mine(number: int) -> bool:
+  """Whether the task or group of this number, in a step's order, is this process's."""
+  return number % jax.process_count() == jax.process_index()
 
 
 def row_lanes(mesh: Mesh) -> range:
@@ -43,29 +184,165 @@ def row_lanes(mesh: Mesh) -> range:
   return range(mine[0], mine[-1] + 1)
 
 
+# --- agreeing ----------------------------------------------------------------------------------------------------
+
+
+def agree(values: Sequence[int] | np.ndarray) -> np.ndarray:
+  """The largest of each value over all processes: int32[...].
+
+  Here, too, they agree to stop when one of them has got a signal.
+
+  Raises:
+    signals.Stopped: on all processes alike, at the same call.
+  """
+  values = np.asarray(values)
+  beat()
+  if jax.process_count() == 1:
+    return values
+  all_ = _gather(np.append(values.ravel(), signals.noted()).astype(np.int32))
+  if stop := all_[:, -1].max():
+    raise signals.Stopped(int(stop))
+  return all_[:, :-1].max(0).reshape(values.shape)
+
+
+def everyone(value: T) -> list[T]:
+  """What each process has here, anything that can be pickled, by process; a signal does not end it."""
+  if jax.process_count() == 1:
+    return [value]
+  mine = np.frombuffer(pickle.dumps(value), np.uint8)
+  sizes = _gather(np.array([len(mine)], np.int32))[:, 0]
+  room = 1 << int(sizes.max() - 1).bit_length()  # few sizes: each is compiled
+  found = _gather(np.pad(mine, (0, room - len(mine))))
+  return [pickle.loads(row[:n].tobytes()) for row, n in zip(found, sizes)]
+
+
+def in_order(numbered: list[tuple[int, T]]) -> list[T]:
+  """What all processes have, by number."""
+  return [value for _, value in sorted(sum(everyone(numbered), []), key=lambda pair: pair[0])]
+
+
+def first(do: Callable[[], T]) -> T:
+  """What process 0 makes of `do`, for all.
+
+  Raises:
+    Failed: on the others, if it raises there.
+  """
+  if jax.process_count() == 1:
+    return do()
+  result, error = None, None
+  if leads():
+    try:
+      result = do()
+    except Exception as e:
+      error = e
+  result, said = everyone((result, None if error is None else str(error)))[0]
+  if error is not None:
+    raise error
+  if said is not None:
+    raise Failed(said)
+  return result
+
+
+def same(what: str, value: Any) -> None:
+  """Makes sure that all processes have the same.
+
+  Args:
+    what: it is, for the error.
+    value: a dict, of which the keys are named that differ, or anything with a meaningful `repr`.
+
+  Raises:
+    ValueError: on each process that has another one than process 0; `Failed` on the rest.
+  """
+  all_ = everyone(value)
+  odd = [i for i, other in enumerate(all_) if other != all_[0]]
+  if not odd:
+    return
+  who = jax.process_index() if jax.process_index() in odd else odd[0]
+  mine, theirs = all_[who], all_[0]
+  if isinstance(mine, dict):
+    key = next(k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k))
+    what, mine, theirs = f"{what} ({key})", mine.get(key), theirs.get(key)
+  kind = ValueError if jax.process_index() in odd else Failed
+  raise kind(f"all processes must have the same {what}. Received: {mine!r} on process {who}, {theirs!r} on process 0")
+
+
+def _gather(a: np.ndarray) -> np.ndarray:
+  """[processes, ...]: each process's array, all of one shape and dtype."""
+  global _waited_s
+  from jax.experimental import multihost_utils
+  began = time.monotonic()
+  found = np.asarray(multihost_utils.process_allgather(a)).reshape(jax.process_count(), *a.shape)
+  _waited_s += time.monotonic() - began
+  return found
+
+
+# --- getting on --------------------------------------------------------------------------------------------------
+
+
+def beat(where: str | None = None) -> None:
+  """Says that this process gets on, and if given, that it now is at another place."""
+  global _beat
+  _beat = _beat[0] if where is None else where, time.monotonic()
+
+
+def last_beat() -> tuple[str, float]:
+  """Where this process was when it got on last, and when that was, by `time.monotonic`."""
+  return _beat
+
+
+def waited() -> float:
+  """Seconds that this process has waited for others in `agree`, `everyone` and `first`."""
+  return _waited_s
+
+
+# --- arrays ------------------------------------------------------------------------------------------------------
+
+
+def place(tree, mesh: Mesh, axis: int = 0):
+  """Puts host arrays on the mesh, an axis split over data and fsdp; each process gives its own part of that.
+
+  Arrays whose axis does not divide are kept whole on every device; with several processes, all then give the same.
+  """
+  split, whole, n = sharding.rows(mesh, axis), sharding.replicated(mesh), sharding.row_shards(mesh)
+  n = n // jax.process_count()
+  put = lambda a: _put(a, split if np.ndim(a) > axis and np.shape(a)[axis] % n == 0 else whole)
+  return jax.tree.map(put, tree)
+
+
+def _put(a, where: jax.sharding.NamedSharding) -> jax.Array:
+  if jax.process_count() == 1:
+    return jax.device_put(a, where)
+  return jax.make_array_from_process_local_data(where, np.asarray(a))
+
+
+def place_batch(batch: types.Batch, mesh: Mesh) -> types.Batch:
+  """A host batch on the mesh: trajectories split over data and fsdp, and so are rows and images within a microbatch."""
+  order_B = batch.order_B
+  if order_B is not None:
+    order_B = order_B + np.int32(jax.process_index() * len(order_B))
+  return place(batch.replace(rows=None, order_B=order_B), mesh).replace(rows=place(batch.rows, mesh, 1))
+
+
 def place_rows(tree, mesh: Mesh):
   """Puts host arrays that hold only this process's rows on the mesh, leading axis split over data and fsdp."""
-  split = sharding.rows(mesh)
-  if jax.process_count() == 1:
-    return jax.device_put(tree, split)
-  return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split, np.asarray(a)), tree)
+  return jax.tree.map(lambda a: _put(a, sharding.rows(mesh)), tree)
 
 
 def fetch_rows(tree):
-  """The inverse of `place_rows`: numpy arrays of this process's rows."""
+  """numpy arrays of this process's rows, which are its part of the leading axis, wherever the arrays lie."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
-
-  def one(a):
-    first = {s.index[0].start or 0: s.data for s in a.addressable_shards}  # replicas hold the same
-    return np.concatenate([np.asarray(first[i]) for i in sorted(first)])
-
-  return jax.tree.map(one, tree)
+  return jax.tree.map(_rows, tree)
 
 
-def agree(values: np.ndarray) -> np.ndarray:
-  """The largest of each value over all processes; all of them call this, in the same order."""
-  if jax.process_count() == 1:
-    return values
-  from jax.experimental import multihost_utils
-  return np.max(multihost_utils.process_allgather(values), axis=0)
+def _rows(a: jax.Array) -> np.ndarray:
+  each = a.shape[0] // jax.process_count()
+  first = jax.process_index() * each
+  found = np.empty((each, *a.shape[1:]), a.dtype)
+  for shard in a.addressable_shards:
+    start, stop, _ = shard.index[0].indices(a.shape[0])
+    start, stop = max(start, first), min(stop, first + each)
+    if start < stop:
+      offset = shard.index[0].indices(a.shape[0])[0]
+      found[(slice(start - first, stop - first), *shard.index[1:])] = shard.data[start - offset:stop - offset]
+  return found

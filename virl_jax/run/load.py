@@ -135,12 +135,12 @@ def codec(hf_dir: str, model: family.Config) -> prompt.Codec:
   return prompt.Codec(tokenizer, model.image_token, model.eos, model.text.vocab)
 
 
-def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+def trained(workdir: str, step: int | str | None = None, mesh: jax.sharding.Mesh | None = None) -> Loaded:
   """The policy of a run; of a checkpoint, only the parameters are read.
 
   Args:
     workdir: of the run.
-    step: which checkpoint; None for the newest that is whole.
+    step: which checkpoint; None for the newest that is whole, "best" for the one with the best score.
     mesh: where the parameters go; None for all devices, each with a part.
 
   Raises:
@@ -152,6 +152,11 @@ def trained(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | Non
   folder = pathlib.Path(workdir) / "checkpoints"
   saves = checkpoint.Checkpoints(folder, c.checkpoint.every, c.checkpoint.keep) if folder.is_dir() else None
   steps = saves.steps() if saves else []
+  if step == "best" and steps:
+    step = saves.best()
+    if step is None:
+      raise ValueError(f"{folder} must hold a checkpoint with a score, as runs with config.checkpoint.best leave them. "
+                       f"Received: steps {steps}, none with one")
   if not steps or step is not None and step not in steps:
     raise ValueError(f"{folder} must hold {'a checkpoint' if step is None else f'step {step}'}. Received: "
                      f"{f'steps {steps}' if steps else 'none'}")

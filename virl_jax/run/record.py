@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import pathlib
+import platform
 import time
 
 import jax
@@ -16,11 +17,15 @@ from virl_jax.report import gallery
 from virl_jax.rl import credit
 from virl_jax.rollout import pack
 from virl_jax.run import compiles
+from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
+from virl_jax.run import watch
 
 
 class Recorder:
   """Writes a workdir's metrics.jsonl, rollouts/ and tensorboard/, prints a line a step, and watches for failures.
+
+  Of several processes the first does so, and all know what it has written.
 
   Args:
     workdir: the run's folder.
@@ -33,12 +38,15 @@ class Recorder:
     self._workdir, self._cfg, self._watch = workdir, c.log, monitors.Config(**c.monitor)
     self._rate = c.optim.learning_rate
     self._compiled = compiles.Counter()
-    self._log = log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start, header)
-    self._history = log_lib.read(str(workdir / "metrics.jsonl"))
+    file = str(workdir / "metrics.jsonl")
+    self._log = hosts.first(lambda: log_lib.MetricsLog(file, start, header))
+    self._history = hosts.first(lambda: log_lib.read(file))
     self._alarms = monitors.all_begun(self._history, self._watch)
     self._progress = log_lib.Progress(c.steps, start)
-    self._tensorboard = log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard, start)
+    self._tensorboard = log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard and hosts.leads(),
+                                                   start)
     self._laps: dict[str, float] = {}
+    self._waits, self._waited, self._pace = {}, 0.0, watch.Config(**c.watch)
     self._then = time.perf_counter()
 
   @property
@@ -51,15 +59,36 @@ class Recorder:
     """The last line of the log; empty before the first step."""
     return self._history[-1] if self._history else {}
 
+  def score(self, name: str, steps: int) -> float | None:
+    """How good the policy has been in the last steps: the mean of a metric, or less it if "-" precedes its name.
+
+    Args:
+      name: as metrics.jsonl has it; "" for none.
+      steps: over how many, at least one.
+
+    Returns:
+      The higher, the better; None without a name, or where the log has no such number.
+    """
+    found = [line.get(name.removeprefix("-")) for line in self._history[-max(steps, 1):]]
+    found = [value for value in found if isinstance(value, (int, float))]
+    if not name or not found:
+      return None
+    return float(np.mean(found)) * (-1 if name.startswith("-") else 1)
+
   def begin(self) -> None:
-    """A step begins."""
-    self._laps, self._then = {}, time.perf_counter()
+    """A step begins; what passed since the last is what saving took of it."""
+    now = time.perf_counter()
+    self._laps, self._then = {"time/checkpoint_s": now - self._then}, now
+    self._waits, self._waited = {}, hosts.waited()
+    hosts.beat("the last step")
 
   def lap(self, phase: str, arrays=None) -> None:
     """A phase of the step has ended, once these arrays are there: what passed since the last is its time."""
     jax.block_until_ready(arrays)
-    now = time.perf_counter()
+    now, waited = time.perf_counter(), hosts.waited()
     self._laps[f"time/{phase}_s"], self._then = now - self._then, now
+    self._waits[phase], self._waited = waited - self._waited, waited
+    hosts.beat(phase)
 
   def step(self, step: int, parts: Sequence[list[types.Trajectory]], scored: types.ScoredBatch,
            metrics: Sequence[Sequence[pooled.Metrics]], host: dict[str, float]) -> None:
@@ -67,30 +96,35 @@ class Recorder:
 
     Args:
       step: which, counted from 0.
-      parts: the trajectories of each minibatch.
+      parts: the trajectories of each minibatch; of this process.
       scored: the first minibatch.
       metrics: of the device: for each kind of call the metrics of its minibatches.
-      host: of the host, by name.
+      host: of the host, by name; of all processes.
 
     Raises:
       SystemExit: a metric is not finite.
     """
     found = {name: value for parts in metrics for name, value in pooled.merge(parts).items()}
     self.lap("update")
-    line = self._log.write(step, found | self._laps | host | stops(sum(parts, [])) | {
-        "time/compile_s": self._compiled.seconds, "compile/count": self._compiled.count})
-    self._progress.line(step, line)
+    found |= self._laps | host | pooled.merge(hosts.everyone(stops(sum(parts, [])))) | {
+        "time/compile_s": self._compiled.seconds, "compile/count": self._compiled.count}
+    line = hosts.first(lambda: self._log.write(step, found))
+    if hosts.leads():
+      self._progress.line(step, line)
     if self._tensorboard is not None:
       self._tensorboard.write(step, line)
     _check_finite(line, self._workdir, self._rate)
     self._history.append(line)
+    if said := watch.slow(self._history, hosts.everyone((platform.node(), self._waits)), self._pace):
+      hosts.say(said)
     begun = monitors.begun(self._history, self._watch)
-    for alarm in begun:
+    for alarm in begun if hosts.leads() else ():
       print(f"alarm: {alarm.name}: {alarm.message}", flush=True)
     self._alarms += begun
     if step and self._cfg.gallery_every and step % self._cfg.gallery_every == 0:
-      gallery.save(str(self._workdir / "rollouts" / f"step_{step:06d}.jsonl"),
-                   entries(parts[0][:self._cfg.gallery], scored))
+      save_gallery(self._workdir / "rollouts" / f"step_{step:06d}.jsonl",
+                   entries(parts[0][:self._cfg.gallery], scored), self._cfg.gallery)
+    self._then = time.perf_counter()
 
   def close(self) -> None:
     """Everything is on disk when it returns."""
@@ -98,26 +132,32 @@ class Recorder:
       self._tensorboard.close()
 
 
-def stops(trajectories: Sequence[types.Trajectory]) -> dict[str, float]:
+def save_gallery(file: pathlib.Path, entries: list[dict], most: int) -> None:
+  """Writes the first of what all processes have for the report."""
+  all_ = hosts.in_order([(entry["rollout"], entry) for entry in entries[:most]])
+  hosts.first(lambda: gallery.save(str(file), all_[:most]))
+
+
+def stops(trajectories: Sequence[types.Trajectory]) -> pooled.Metrics:
   """Share of trajectories by stop reason, and of tool calls that were refused."""
   n = len(trajectories)
-  reasons = {f"stop/{r.value}": sum(t.stop == r for t in trajectories) / n for r in types.StopReason}
+  reasons = {f"stop/{r.value}": pooled.Ratio(sum(t.stop == r for t in trajectories), n) for r in types.StopReason}
   refused = sum(t.refused for t in trajectories)
   taken = sum(turn.action is not None for t in trajectories for turn in t.turns)
-  return reasons | {"invalid_action_rate": refused / max(1, refused + taken)}
+  return reasons | {"invalid_action_rate": pooled.Ratio(refused, refused + taken)}
 
 
 def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch) -> list[dict]:
   """Trajectories for the report, with what training made of them.
 
   Args:
-    trajectories: the first of the batch.
+    trajectories: the first of this process's part of the batch.
     scored: the batch.
   """
-  rows = list(zip(*jax.device_get((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
-                                   scored.reward_B))))
+  rows = list(zip(*hosts.fetch_rows((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
+                                     scored.reward_B))))
   if scored.batch.order_B is not None:
-    rows = [rows[i] for i in jax.device_get(scored.batch.order_B)]
+    rows = [rows[i] for i in hosts.fetch_rows(scored.batch.order_B) % len(rows)]
   found = []
   for traj, (iou_R, class_R, modulator_R, advantage, earned) in zip(trajectories, rows):
     k = len(traj.regions)

@@ -6,6 +6,10 @@ import contextlib
 import dataclasses
 import logging
 import os
+import platform
+import sys
+import time
+import traceback
 
 from absl import app
 from absl import flags
@@ -35,9 +39,11 @@ from virl_jax.rollout import sample
 from virl_jax.rollout import slots
 from virl_jax.rollout import turns
 from virl_jax.run import caches
+from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import signals
+from virl_jax.run import watch
 from virl_jax.tiny import needle
 from virl_jax.tiny import source as tiny_source
 
@@ -91,15 +97,37 @@ def told():
   """
   try:
     yield
+  except signals.Stopped as e:  # with several processes: all of them
+    hosts.say(e)
+    raise SystemExit(e.code) from None
   except Exception as e:
     signals.wait()
+    if jax.process_count() > 1:
+      _leave_others(e)
     if os.environ.get("VIRL_JAX_DEBUG"):
       raise
-    # Our own words are for users; of others', what they are comes first, and the first line of pages is enough.
-    said = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-    raise SystemExit(f"error: {said} (VIRL_JAX_DEBUG=1 shows where)") from e
+    raise SystemExit(f"error: {_words(e)} (VIRL_JAX_DEBUG=1 shows where)") from e
   finally:
     signals.wait()
+
+
+def _words(e: Exception) -> str:
+  """Our own words are for users; of others', what they are comes first, and the first line of pages is enough."""
+  return str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+
+
+def _leave_others(e: Exception) -> None:
+  """Says what has failed, if it is this process that knows, has the others end, and ends: a process that leaves
+  by the door would wait for them."""
+  if os.environ.get("VIRL_JAX_DEBUG"):
+    traceback.print_exception(e)
+  if not isinstance(e, hosts.Failed):
+    print(f"error: process {jax.process_index()} on {platform.node()}: {_words(e)} (VIRL_JAX_DEBUG=1 shows where)",
+          file=sys.stderr, flush=True)
+    hosts.fail(_words(e))
+  else:
+    time.sleep(hosts.FAREWELL_S)  # it hears of the other's failure sooner
+  os._exit(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +145,7 @@ class Sections:
   loss: loss.Config
   optim: optim.OptimConfig
   monitor: monitors.Config
+  watch: watch.Config
 
 
 def sections(c: config_lib.ConfigDict) -> Sections:
@@ -147,7 +176,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c.ppo, "ppo", minibatches=count, epochs=count)
   axis = (lambda v: checks.whole(-1)[0](v) and v != 0, "at least 1, or -1 for what is left")
   checks.section(c.mesh, "mesh", data=axis, fsdp=axis, tensor=axis)
-  checks.section(c.checkpoint, "checkpoint", every=some, keep=count)
+  checks.section(c.checkpoint, "checkpoint", every=some, keep=count, best=checks.text)
   checks.section(c.eval, "eval", tasks=some, temperature=checks.real(0, wanted="0 (greedy) or positive"),
                  bootstrap=count)
   checks.section(c.log, "log", gallery=some, gallery_every=some, tensorboard=checks.flag)
@@ -159,7 +188,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
       rollout=turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),
       engine=slots.Config(**c.engine), reward=reward.Config(**c.reward), credit=credit.Config(**c.credit),
       advantage=advantage.Config(**c.advantage), loss=loss.Config(**c.loss), optim=optim.OptimConfig(**c.optim),
-      monitor=monitors.Config(**c.monitor))
+      monitor=monitors.Config(**c.monitor), watch=watch.Config(**c.watch))
   _combinations(c)
   return found
 
@@ -275,7 +304,10 @@ def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec
     checks.need(heads % tensor == 0, key, f"a divisor of the model's {heads} key/value heads", tensor)
   checks.need(mesh.size % c.rollout.tensor == 0, "rollout.tensor", f"a divisor of the {mesh.size} devices",
               c.rollout.tensor)
-  rows = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches
+  rows, processes = c.rollout.prompts * c.rollout.group_size // c.ppo.minibatches, jax.process_count()
+  checks.need(devices is not None or c.rollout.prompts // c.ppo.minibatches % processes == 0, "rollout.prompts",
+              f"a multiple of config.ppo.minibatches = {c.ppo.minibatches} times the {processes} processes",
+              c.rollout.prompts)
   shards = sharding.row_shards(mesh)
   if rows % shards:
     raise ValueError(f"config.rollout.prompts * group_size / ppo.minibatches must be a multiple of the mesh's "

@@ -7,6 +7,9 @@ schedulers take back a machine.  What the main thread was doing ends as if the p
 here survives; what a `closing` does comes first.  Another Ctrl-C ends the process at once; another SIGTERM does not,
 for schedulers send several.
 
+Where several processes train together, none may save or leave by itself: there, `note` has a signal only be
+remembered, and `hosts.agree` ends all of them at the same place.
+
 Signals belong to the whole process, hence the state of this module.  Without `install` it does nothing: where a
 notebook or another program calls, Ctrl-C is Python's `KeyboardInterrupt`, and who called decides.
 """
@@ -27,6 +30,7 @@ _CODES = {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGHUP: 129}
 _PATIENCE_S = 3.0  # then it is said that the process is still closing
 
 _heard, _turn = threading.Event(), threading.Lock()
+_noted: list[int] | None = None  # signals that were only remembered; None if they end this process
 _closing: list[Callable[[], str | None]] = []
 
 
@@ -65,6 +69,36 @@ def closing(close: Callable[[], str | None]):
     wait()
 
 
+def note() -> None:
+  """From now on a signal does nothing but be remembered, for `noted`; another Ctrl-C still ends the process at once."""
+  global _noted
+  wait()
+  with _turn:
+    _noted = []
+
+
+def noted() -> int:
+  """The number of the first signal that was remembered; 0 for none."""
+  return _noted[0] if _noted else 0
+
+
+class Stopped(BaseException):
+  """All processes have agreed to stop here: what is under way unwinds, and what is finished is saved.
+
+  Attributes:
+    number: the signal that one of them has got.
+  """
+
+  def __init__(self, number: int):
+    super().__init__(f"stopped by {signal.Signals(number).name}")
+    self.number = number
+
+  @property
+  def code(self) -> int:
+    """What the process ends with."""
+    return _CODES[signal.Signals(self.number)]
+
+
 def wait() -> None:
   """Never returns if a signal has come: the process is about to end, and what fails meanwhile is no news."""
   if _heard.is_set():
@@ -81,11 +115,14 @@ def _listen(hears: socket.socket, _: socket.socket) -> None:
       continue
     if number not in _CODES:  # of another handler of this process
       continue
-    if _heard.is_set():
+    if _heard.is_set() or _noted:
       if number == signal.SIGINT:
         _end(130)
       continue
     with _turn:
+      if _noted is not None:
+        _noted.append(number)
+        continue
       _heard.set()
     threading.Thread(target=_close, args=(number,), name="closing", daemon=True).start()
     hears.settimeout(_PATIENCE_S)

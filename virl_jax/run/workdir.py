@@ -1,4 +1,7 @@
-"""The folder that a run owns: whose it is, who is using it, and what its figures are made with."""
+"""The folder that a run owns: whose it is, who is using it, and what its figures are made with.
+
+Of several processes the first writes it, and all must see it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import dataclasses
 import datetime
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,6 +21,7 @@ from typing import TextIO
 import jax
 
 from virl_jax import config as config_lib
+from virl_jax.run import hosts
 
 # What no run can change and still be that run, and why; a section stands for all its keys.
 _FIXED = {"model.path": "the checkpoints are of that model",
@@ -26,6 +31,10 @@ _FIXED = {"model.path": "the checkpoints are of that model",
           "seed": "it orders the data",
           "data": "evaluations before and after must be about the same tasks",
           "eval": "evaluations before and after must be made in the same way"}
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "virl_jax")
+_LOCK = ".lock"
 
 
 @dataclasses.dataclass
@@ -67,6 +76,44 @@ def claim(path: str, c: config_lib.ConfigDict, source=None, changes: bool | None
   Raises:
     ValueError: it is another run's, another process is using it, or it can't be made; nothing in it is touched.
   """
+  if source is not None:
+    hosts.same("data", {"fingerprint": source.fingerprint(), "content": source.describe()})
+  held: list[Claimed] = []
+
+  def hold() -> tuple[dict[str, list], str]:
+    held.append(_claim(path, c, source, changes, free))
+    return held[0].changed, (held[0].folder / _LOCK).read_text()
+
+  changed, said = hosts.first(hold)
+  lock = pathlib.Path(path) / _LOCK
+  if not lock.is_file() or lock.read_text() != said:
+    held and held[0].close()
+    raise ValueError(f"--workdir must be a folder that all processes see. Received: {path}, where process "
+                     f"{jax.process_index()} on {platform.node()} does not find what process 0 has put there")
+  return held[0] if held else Claimed(lock.parent, changed, open(os.devnull))
+
+
+def alike(c: config_lib.ConfigDict) -> None:
+  """Makes sure that all processes were given the same configuration, and run the same code.
+
+  Raises:
+    ValueError: names the first difference.
+  """
+  hosts.same("configuration", config_lib.flat(json.loads(config_lib.to_json(c))))
+  hosts.same("code", {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version(),
+                                                                      "content of virl_jax": _code()})
+
+
+def _code() -> str:
+  """A digest of this package's files."""
+  root, digest = pathlib.Path(__file__).parents[1], hashlib.blake2b(digest_size=8)
+  for file in sorted(root.rglob("*.py")):
+    digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+  return digest.hexdigest()
+
+
+def _claim(path: str, c: config_lib.ConfigDict, source, changes: bool | None, free: Collection[str] | None) -> Claimed:
+  """`claim`, of one process."""
   folder = pathlib.Path(path)
   free = config_lib.free_keys() if free is None else free
   _compare(folder, c, source, changes, free)  # before a lock is put into another run's folder
@@ -110,9 +157,8 @@ def header(c: config_lib.ConfigDict, changed: dict[str, list] | None = None) -> 
     "config", the whole of it; "versions" by package, and of Python; "device", its kind; "devices", how many; and
     "changed", if anything was.
   """
-  packages = ("jax", "jaxlib", "flax", "optax", "numpy", "virl_jax")
   return {"config": json.loads(config_lib.to_json(c)),
-          "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+          "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
           "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
           **({"changed": changed} if changed else {})}
 
@@ -179,7 +225,7 @@ def _lock(folder: pathlib.Path) -> TextIO:
   Raises:
     ValueError: another process holds it.
   """
-  file = open(folder / ".lock", "a+")
+  file = open(folder / _LOCK, "a+")
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as e:

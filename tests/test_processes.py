@@ -1,0 +1,212 @@
+"""Several processes train as one: the same numbers, one workdir, and they stop, fail and go on together."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = ("--config.rollout.prompts=4", "--config.rollout.group_size=4", "--config.data.needle.train_size=32",
+         "--config.data.needle.test_size=8", "--config.eval.tasks=6", "--config.log.tensorboard=False",
+         "--config.ppo.minibatches=2", "--config.log.gallery_every=1", "--config.mesh.fsdp=2",
+         "--config.checkpoint.every=2")
+# What a process sees of how rows lie on devices, and not of what is computed.
+OF_THE_LAYOUT = ("time/", "compile/", "tokens/padding_share", "rollout/slot_use", "rollout/weights_gib")
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+  return dict(os.environ, JAX_PLATFORMS="cpu", VIRL_JAX_CACHE=str(tmp_path_factory.mktemp("cache")),
+              PYTHONUNBUFFERED="1")
+
+
+class Run:
+  """The processes of a run, and what they have said, each by itself."""
+
+  def __init__(self, env, workdir, processes, devices, *more, port=None, only=None, each=None):
+    if port is None:
+      with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    self.logs = [pathlib.Path(f"{workdir}_{time.monotonic_ns()}.{i}.log") for i in range(processes)]
+    self.processes = []
+    for i, log in enumerate(self.logs):
+      if only is not None and i not in only:
+        continue
+      who = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"]
+      command = [sys.executable, "-m", "virl_jax.train", "--config=configs/tiny.py", f"--workdir={workdir}", *SMALL,
+                 *more, *(who if processes > 1 else ()), *(each(i) if each else ())]
+      with open(log, "w") as out:
+        self.processes.append(subprocess.Popen(command, cwd=ROOT, env=dict(env, JAX_NUM_CPU_DEVICES=str(devices)),
+                                               stdout=out, stderr=subprocess.STDOUT))
+
+  def said(self, i=0):
+    return self.logs[i].read_text()
+
+  def wait(self, timeout_s=900):
+    """Their statuses, when all have ended."""
+    try:
+      return [p.wait(timeout_s) for p in self.processes]
+    finally:
+      for p in self.processes:
+        p.kill()
+
+  def done(self):
+    codes = self.wait()
+    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in self.logs)
+
+  def until(self, text, i=0, timeout_s=600):
+    ends = time.monotonic() + timeout_s
+    while text not in self.said(i):
+      assert time.monotonic() < ends and self.processes[i].poll() is None, self.said(i)[-3000:]
+      time.sleep(0.05)
+
+
+def steps(workdir):
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [line for line in lines if "step" in line]
+
+
+def texts(file):
+  entries = map(json.loads, file.read_text().splitlines())
+  return [(e["uid"], e["rollout"], e["stop"], [turn.get("text") for turn in e["turns"]]) for e in entries]
+
+
+def same_numbers(a, b, n):
+  """Metrics to 1e-5, answers and texts exactly."""
+  mine, theirs = steps(a), steps(b)
+  assert [line["step"] for line in mine] == [line["step"] for line in theirs] == list(range(n))
+  for x, y in zip(mine, theirs):
+    for name in x.keys() | y.keys():
+      if not name.startswith(OF_THE_LAYOUT):
+        np.testing.assert_allclose(x[name], y[name], rtol=1e-5, atol=1e-5, err_msg=f"step {x['step']} {name}")
+  assert any(line["optim/grad_norm"] > 1e-3 for line in mine)
+  files = sorted(p.name for p in (a / "rollouts").iterdir())
+  assert files == sorted(p.name for p in (b / "rollouts").iterdir()) and len(files) == 2 + n - 1
+  for name in files:
+    assert texts(a / "rollouts" / name) == texts(b / "rollouts" / name)
+  for name in ("eval_before.json", "eval_after.json"):
+    outcomes = [json.loads((folder / name).read_text())["outcomes"] for folder in (a, b)]
+    assert len(outcomes[0]) == 6 and [o["uid"] for o in outcomes[0]] == [o["uid"] for o in outcomes[1]]
+    assert [o["answer"] for o in outcomes[0]] == [o["answer"] for o in outcomes[1]]
+
+
+def whole(env, folder, processes, devices, n, *more):
+  workdir = folder / f"run_{processes}x{devices}"
+  run = Run(env, workdir, processes, devices, f"--config.steps={n}", *more)
+  run.done()
+  return workdir, run
+
+
+def test_two_processes_are_one(env, tmp_path):
+  """Two steps of two updates, evaluated before and after."""
+  one, _ = whole(env, tmp_path, 1, 2, 2)
+  two, run = whole(env, tmp_path, 2, 1, 2)
+  same_numbers(one, two, 2)
+  assert "report: " in run.said(0) and (two / "report.html").is_file() and (two / "config.json").is_file()
+  assert "step 1/2" in run.said(0) and "step 1/2" not in run.said(1), "one of them speaks"
+
+
+@pytest.mark.slow
+def test_any_layout_gives_the_same_numbers(env, tmp_path):
+  """2 processes x 4 devices = 1 process x 8 devices = 1 device, five steps of two updates."""
+  alone, _ = whole(env, tmp_path, 1, 1, 5, "--config.mesh.fsdp=1")
+  for processes, devices in ((1, 8), (2, 4)):
+    same_numbers(alone, whole(env, tmp_path, processes, devices, 5)[0], 5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(env, tmp_path):
+  straight, _ = whole(env, tmp_path, 1, 2, 6)
+  workdir = tmp_path / "changing"
+  for n, (processes, devices) in zip((2, 4, 6), ((2, 1), (1, 2), (2, 2))):
+    Run(env, workdir, processes, devices, f"--config.steps={n}").done()
+  mine, theirs = steps(workdir), steps(straight)
+  assert len(mine) == len(theirs) == 6
+  for x, y in zip(mine, theirs):
+    for name in ("reward/total", "loss/policy", "optim/grad_norm", "tokens/generated", "acc_rat"):
+      np.testing.assert_allclose(x[name], y[name], rtol=1e-4, atol=1e-5, err_msg=f"step {x['step']} {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code, whom", [(signal.SIGTERM, 0, 1), (signal.SIGINT, 130, 0)])
+def test_a_signal_to_one_saves_all_at_the_same_step(env, tmp_path, number, code, whom):
+  undisturbed, _ = whole(env, tmp_path, 2, 1, 4)
+  workdir = tmp_path / "stopped"
+  how = ("--config.steps=4", "--config.checkpoint.every=0")
+  run = Run(env, workdir, 2, 1, *how)
+  run.until("step 2/4")
+  run.processes[whom].send_signal(number)
+  assert run.wait(300) == [code, code], run.said(0)[-3000:]
+  saved = re.search(r"step (\d+) is saved, the same command goes on from there", run.said(0))
+  assert saved and int(saved[1]) >= 2 and f"stopped by {number.name}" in run.said(0)
+  assert len(steps(workdir)) == int(saved[1]), "no finished step is lost"
+  again = Run(env, workdir, 2, 1, *how)
+  again.done()
+  assert f"going on from step {saved[1]}" in again.said(0)
+  same_numbers(undisturbed, workdir, 4)
+
+
+@pytest.mark.slow
+def test_when_one_is_killed_none_hangs(env, tmp_path):
+  run = Run(env, tmp_path / "killed", 2, 1, "--config.steps=400")
+  run.until("step 1/400")
+  run.processes[1].kill()
+  began = time.monotonic()
+  codes = run.wait(120)
+  assert codes[0] != 0 and codes[1] == -signal.SIGKILL and time.monotonic() - began < 90
+
+
+def test_what_they_were_given_must_be_alike(env, tmp_path):
+  """And the one that knows says it; none waits for the others for ever."""
+  workdir = tmp_path / "odd"
+  run = Run(env, workdir, 2, 1, each=lambda i: [f"--config.seed={i}"])
+  assert run.wait(120) == [1, 1]
+  assert "error: process 1" in run.said(1) and "Traceback" not in run.said(0) + run.said(1)
+  assert "must have the same configuration (seed). Received: 1 on process 1, 0 on process 0" in run.said(1)
+  assert "process 1 can't go on, and so no other" in run.said(0) and not workdir.exists()
+
+
+def test_a_workdir_in_use_is_refused_to_all(env, tmp_path):
+  from virl_jax import config as config_lib
+  from virl_jax.run import workdir as workdir_lib
+  workdir = tmp_path / "used"
+  with workdir_lib.claim(str(workdir), config_lib.default()):
+    (workdir / "config.json").unlink()
+    run = Run(env, workdir, 2, 1)
+    assert run.wait(120) == [1, 1]
+  assert "is in use by process" in run.said(0) and "process 0 can't go on" in run.said(1)
+
+
+def test_prompts_must_be_shared_out_evenly(env, tmp_path):
+  run = Run(env, tmp_path / "odd", 2, 1, "--config.rollout.prompts=6", "--config.ppo.minibatches=2")
+  assert run.wait(120) == [1, 1]
+  assert "config.rollout.prompts must be a multiple of config.ppo.minibatches = 2 times the 2 processes" in run.said(0)
+
+
+@pytest.mark.parametrize("only", [[1], [0]])
+def test_who_waits_in_vain_says_for_whom(env, tmp_path, only):
+  """The coordinator that does not answer, or the process that never comes."""
+  run = Run(env, tmp_path / "missing", 2, 1, "--join_timeout_s=3", port=1 if only == [1] else None, only=only)
+  (code,) = run.wait(120)
+  said = run.said(only[0])
+  assert code == 1 and "processes must find each other within 3 s, by the coordinator at 127.0.0.1:" in said, said
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--coordinator=host:1"], "--coordinator, --num_processes and --process_id must be given together. Missing: "
+                             "--num_processes, --process_id"),
+    (["--coordinator=host", "--num_processes=2", "--process_id=0"], "--coordinator must be HOST:PORT. Received: host"),
+    (["--coordinator=h:1", "--num_processes=2", "--process_id=2"],
+     "--process_id must be at least 0 and below --num_processes=2. Received: 2")])
+def test_flags_that_make_no_sense(env, tmp_path, more, said):
+  run = Run(env, tmp_path / "x", 1, 1, *more)
+  assert run.wait(120) == [1] and f"error: {said}" in run.said()

@@ -1,0 +1,120 @@
+"""Watches over the steps of a run: names one that takes far longer than its like, and ends a run that is stuck.
+
+What gets on says so: `beat`, at each phase of a step and each round of a rollout.  A thread looks now and then; where
+nothing has got on for too long, it writes down where all threads are, and ends the process, so that whoever started it
+starts it again.  Python can't be asked to: it may be waiting for a device, or for another process, for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import faulthandler
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import threading
+import time
+
+from virl_jax import checks
+from virl_jax.run import hosts
+
+STUCK = 75  # the status of a process that was stuck: "try again", as sendmail's family has it
+_LIKE = 20  # steps that a step is compared with
+_LEAST_LIKE = 5
+_LEAST_EXCESS_S = 5.0  # what a step must take longer than its like to be worth a line
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """See `config.py`, section `watch`."""
+
+  stuck_s: float = 3600.0
+  slow_ratio: float = 3.0
+
+  def __post_init__(self):
+    checks.section(vars(self), "watch", stuck_s=checks.real(0), slow_ratio=checks.real(0))
+
+
+@contextlib.contextmanager
+def over(folder: pathlib.Path, cfg: Config):
+  """Within it, a process that does not get on for `cfg.stuck_s` ends with a line and status `STUCK`; 0 lets it wait.
+
+  Args:
+    folder: where the threads' stacks are written.
+    cfg: how long.
+  """
+  if not cfg.stuck_s:
+    yield
+    return
+  hosts.beat("start")
+  done = threading.Event()
+  thread = threading.Thread(target=_watch, args=(folder, cfg.stuck_s, done), name="watch", daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
+
+
+def _watch(folder: pathlib.Path, stuck_s: float, done: threading.Event) -> None:
+  while not done.wait(min(10.0, stuck_s / 4)):
+    where, since = hosts.last_beat()
+    if time.monotonic() - since > stuck_s:
+      _end(folder, where, stuck_s)
+
+
+def _end(folder: pathlib.Path, where: str, stuck_s: float) -> None:
+  number = hosts.number()
+  file = folder / f"stuck_{number}.txt"
+  try:
+    with open(file, "w") as out:
+      faulthandler.dump_traceback(out, all_threads=True)
+  except OSError as e:
+    file = f"nowhere ({e})"
+  message = (f"process {number} on {platform.node()} has not got on for {stuck_s:g} s, after: {where}. Where all of "
+             f"its threads are stands in {file}. The same command goes on from the last checkpoint; if it takes so "
+             "long, give a larger --config.watch.stuck_s")
+  print(f"error: {message}", file=sys.stderr, flush=True)
+  hosts.fail(message)
+  os._exit(STUCK)
+
+
+def slow(history: Sequence[Mapping], laps: Sequence[tuple[str, Mapping[str, float]]], cfg: Config) -> str | None:
+  """What is to be said of the last step, if it took far longer than its like.
+
+  Steps that compile anything are not compared, nor are others compared with them.
+
+  Args:
+    history: lines of the log, the last step's among them.
+    laps: of each process, where it runs, and for how many seconds each phase of that step kept it waiting for others
+      (see `hosts.waited`).
+    cfg: how much longer: `slow_ratio` times the median; 0 never.
+
+  Returns:
+    A line, or None.
+  """
+  compiled = [b.get("compile/count", 0) != a.get("compile/count", 0) for a, b in zip(history, history[1:])]
+  *like, last = [line for line, odd in zip(history[1:], compiled) if not odd][-_LIKE - 1:] or [None]
+  if not cfg.slow_ratio or last is None or last is not history[-1] or len(like) < _LEAST_LIKE:
+    return None
+  phases = [name for name in last if name.startswith("time/") and name.endswith("_s") and name != "time/compile_s"
+            and not name.startswith("time/rollout_tokens")]
+  usual = {name: statistics.median(line.get(name, 0.0) for line in like) for name in phases}
+  took, due = sum(last[name] for name in phases), sum(usual.values())
+  if took < cfg.slow_ratio * due or took - due < _LEAST_EXCESS_S:
+    return None
+  worst = max(phases, key=lambda name: last[name] - usual[name])
+  excess = last[worst] - usual[worst]
+  name = worst.removeprefix("time/").removesuffix("_s")
+  said = (f"slow: step {last['step'] + 1} took {took:.1f} s, others like it {due:.1f}; most of it in {name}, "
+          f"{last[worst]:.1f} s in place of {usual[worst]:.1f}")
+  waits = [waited.get(name, 0.0) for _, waited in laps]
+  if len(laps) > 1 and max(waits) - min(waits) > excess / 2:
+    slowest = waits.index(min(waits))
+    said += f"; the others waited for process {slowest} on {laps[slowest][0]}"
+  return said
