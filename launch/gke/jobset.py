@@ -111,6 +111,7 @@ def jobset(name: str, image: str, config: str, topology: str, bucket: str, resta
              f"--workdir={MOUNT}{found[2]}/runs/{name}", *(_inside(word, found[1]) for word in train)]
   env = {"JAX_PLATFORMS": "cuda,cpu" if gpu else "tpu,cpu"}
   if gpu:
+    env["LD_LIBRARY_PATH"] = "/usr/local/nvidia/lib64"  # where GKE puts the driver's libraries
     env["XLA_FLAGS"] = "--xla_gpu_enable_latency_hiding_scheduler=true"  # lets collectives run beside compute
   if gpu and several:  # Kubernetes puts JOB_COMPLETION_INDEX in; names of pods are resolved before these are ready
     command += [f"--coordinator={name}-{JOB}-0-0.{name}:{PORT}", f"--num_processes={m.hosts}",
