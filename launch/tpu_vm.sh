@@ -30,6 +30,10 @@ act() {
   fi
 }
 
+# For a host: goes on if nothing runs there.  The lock is held for as long as anything of a run lives.
+free="mkdir -p virl_jax_run && { flock --nonblock virl_jax_run/lock true ||\
+ { echo \"\$(hostname) is running; stop it first\" >&2; exit 3; }; }"
+
 # Runs a shell command line on worker $1 (or all).
 on() {
   act gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"
@@ -127,7 +131,7 @@ install() {
   if [[ -n $repo ]]; then
     local clone
     clone=$(quoted git clone --quiet "$repo" virl_jax)
-    on all "rm -rf virl_jax && $clone && git -C virl_jax checkout --quiet $(quoted "$ref")"
+    on all "$free && rm -rf virl_jax && $clone && git -C virl_jax checkout --quiet $(quoted "$ref")"
   else
     [[ -f setup.py && -d virl_jax ]] || refuse "install copies the repository: start it in its root, not in $PWD."
     local archive=${TMPDIR:-/tmp}/virl_jax-$name.tar.gz
@@ -136,7 +140,7 @@ install() {
     fi
     act git archive --format=tar.gz --output="$archive" "$ref"
     act gcloud compute tpus tpu-vm scp "$archive" "$name:virl_jax.tar.gz" "${where[@]}" --worker=all
-    on all "rm -rf virl_jax && mkdir virl_jax && tar -xzf virl_jax.tar.gz -C virl_jax"
+    on all "$free && rm -rf virl_jax && mkdir virl_jax && tar -xzf virl_jax.tar.gz -C virl_jax"
   fi
   # The system's Python is older than 3.11; uv brings one of its own.
   on all "python3 -m pip install --quiet --user uv && cd virl_jax && ~/.local/bin/uv venv --quiet --python=3.12 .venv\
@@ -170,7 +174,8 @@ run() {
     arguments+=("$mounted")
     if [[ $mounted == --workdir=/* ]]; then shared=1; fi
   done
-  [[ -n $shared ]] || refuse "--workdir= must be what all hosts see: gs://BUCKET/DIR, or an absolute path on a disk that they share."
+  [[ -n $shared ]] ||
+    refuse "--workdir= must be what all hosts see: gs://BUCKET/DIR, or an absolute path on a disk that they share."
   for bucket in $buckets; do
     # Hosts must see at once what others write, hence no caches; a checkpoint's folder gets its name when it is whole.
     mounts+=" && { mountpoint -q /mnt/gcs/$bucket || { sudo mkdir -p /mnt/gcs/$bucket && sudo chown \"\$USER\" /mnt/gcs/$bucket\
@@ -180,9 +185,8 @@ run() {
   local line
   line=$(quoted bash launch/until_done.sh --restarts="$restarts" -- .venv/bin/python -m virl_jax.train --config="$config" \
     "${arguments[@]}")
-  # The lock is held for as long as anything of the run lives, and its process is until_done.
-  on all "mkdir -p virl_jax_run && cd virl_jax$mounts\
- && { flock --nonblock ../virl_jax_run/lock true || { echo \"a run is going on on \$(hostname)\" >&2; exit 3; }; }\
+  # nohup and flock become until_done, which so is the process that is noted and that has the lock.
+  on all "$free && cd virl_jax$mounts\
  && { JAX_PLATFORMS=tpu,cpu VIRL_JAX_DISTRIBUTED=auto nohup flock --nonblock --no-fork ../virl_jax_run/lock $line\
  > ../virl_jax_run/log 2>&1 < /dev/null & echo \$! > ../virl_jax_run/pid; }"
 }

@@ -12,6 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 POD = ("--name=pod", "--zone=us-west4-a")
 BUCKET = "--workdir=gs://my-bucket/runs/v7b"
+FREE = ('mkdir -p virl_jax_run && { flock --nonblock virl_jax_run/lock true '
+        '|| { echo "$(hostname) is running; stop it first" >&2; exit 3; }; }')
 SSH = "gcloud compute tpus tpu-vm ssh pod --zone=us-west4-a --worker=all"
 
 
@@ -60,7 +62,7 @@ def test_install_copies_what_is_committed():
   assert lines[:3] == [
       f"git archive --format=tar.gz --output={archive} HEAD",
       f"gcloud compute tpus tpu-vm scp {archive} pod:virl_jax.tar.gz --zone=us-west4-a --worker=all",
-      f"{SSH} --command='rm -rf virl_jax && mkdir virl_jax && tar -xzf virl_jax.tar.gz -C virl_jax'"]
+      f"{SSH} --command='{FREE} && rm -rf virl_jax && mkdir virl_jax && tar -xzf virl_jax.tar.gz -C virl_jax'"]
   assert all(line.startswith(SSH) for line in lines[3:]) and len(lines) == 5
   assert "pip install --quiet --python=.venv/bin/python '.[tpu]'" in remote(lines[3])
   assert remote(lines[4]).startswith("command -v gcsfuse || {")
@@ -68,7 +70,7 @@ def test_install_copies_what_is_committed():
 
 def test_install_clones():
   lines = dry("install", *POD, "--repo=https://host/a b.git", "--ref=v1")
-  assert remote(lines[0]) == ("rm -rf virl_jax && git clone --quiet 'https://host/a b.git' virl_jax "
+  assert remote(lines[0]) == (f"{FREE} && rm -rf virl_jax && git clone --quiet 'https://host/a b.git' virl_jax "
                               "&& git -C virl_jax checkout --quiet v1")
   assert len(lines) == 3
 
@@ -190,7 +192,8 @@ def test_on_a_host_a_run_starts_once_and_stops_when_told(host):
     assert ": running\n" in run("status", *POD, **env).stdout
 
     again = run("run", *POD, "configs/tiny.py", BUCKET, **env)
-    assert again.returncode == 3 and again.stderr.startswith("a run is going on on ")
+    assert again.returncode == 3 and again.stderr.endswith(" is running; stop it first\n")
+    assert run("install", *POD, "--repo=https://host/x.git", **env).returncode == 3  # which would delete it
     assert log.read_text().count("\n") == 1
   finally:
     stopped = run("stop", *POD, **env)
