@@ -113,6 +113,14 @@ def test_near_the_time_limit_a_step_that_breaks_is_queued_again(job, tmp_path):
   assert lines(tmp_path / "notes") == ["scancel --signal=TERM 17", "scontrol requeue 17"]
 
 
+def test_what_was_told_to_stop_is_queued_again(job, tmp_path):
+  process = job('trap "echo saved >> up; exit 0" TERM; echo up >> up; while true; do sleep 0.05; done')
+  until_it_runs(tmp_path)
+  os.kill(int((tmp_path / "step").read_text()), signal.SIGTERM)  # the step alone
+  process.communicate(timeout=30)
+  assert lines(tmp_path / "up") == ["up", "saved"] and lines(tmp_path / "notes") == ["scontrol requeue 17"]
+
+
 def test_a_cancelled_job_stays_so(job, tmp_path):
   process = job('trap "echo saved >> up; exit 0" TERM; echo up >> up; while true; do sleep 0.05; done')
   until_it_runs(tmp_path)
