@@ -1,5 +1,6 @@
 """The Slurm script: what it submits, and what it does within a job, with stand-ins for Slurm's commands."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -58,12 +59,18 @@ def job(tmp_path, stand_in):
   for name in ("launch", "configs"):
     (tmp_path / name).symlink_to(ROOT / name)
 
+  started = []
+
   def start(do: str, **env: str) -> subprocess.Popen:
     env = {"SLURM_JOB_ID": "17", "SLURM_GPUS_ON_NODE": "4", "PATH": f"{path}:{os.environ['PATH']}", "DO": do} | env
-    return subprocess.Popen(["bash", SCRIPT, "configs/tiny.py", "--workdir=/w"], cwd=tmp_path, env=environment(**env),
-                            stderr=subprocess.PIPE, text=True)
+    started.append(subprocess.Popen(["bash", SCRIPT, "configs/tiny.py", "--workdir=/w"], cwd=tmp_path, text=True,
+                                    env=environment(**env), stderr=subprocess.PIPE, start_new_session=True))
+    return started[-1]
 
-  return start
+  yield start
+  for process in started:  # what a failed test leaves
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
 
 
 def lines(file: pathlib.Path) -> list[str]:
