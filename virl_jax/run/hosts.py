@@ -11,6 +11,7 @@ shared out evenly, and which trajectories make a minibatch does not depend on ho
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 import os
 import pickle
@@ -32,6 +33,7 @@ from virl_jax.run import signals
 
 AUTOMATIC = "VIRL_JAX_DISTRIBUTED"  # environment: "auto" has JAX ask its cluster, as launchers set it
 _HEARTBEAT_S = 30  # of a process that is silent for so long, JAX has the others end
+_LISTEN_S = 1.0  # how often a process asks whether another one has failed
 FAREWELL_S = 5.0  # how long a process that fails waits for the others to hear of it
 _FAILED, _HEARD = "virl_jax/failed", "virl_jax/heard"  # keys of JAX's coordination service
 
@@ -86,8 +88,9 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       raise ValueError(f"--process_id must be at least 0 and below --num_processes={processes}. Received: {process}")
     if processes == 1:
       return
-  # Signals are ours: see `signals.note`.
-  jax.config.update("jax_enable_preemption_service", False)
+  # Signals are ours, see `signals.note`; older versions of JAX ask nobody.
+  if hasattr(jax.config, "jax_enable_preemption_service"):
+    jax.config.update("jax_enable_preemption_service", False)
   where = coordinator or "the address that the cluster gives"
   said = (f"the {f'{processes} ' if processes else ''}processes must find each other within {timeout_s:g} s, by the "
           f"coordinator at {where}: look whether all were started, and whether that can be reached from "
@@ -105,7 +108,11 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     patience.cancel()
   if jax.process_count() > 1:
     signals.note()
-    threading.Thread(target=_listen, name="hosts", daemon=True).start()
+    leaving = threading.Event()
+    listening = threading.Thread(target=_listen, args=(leaving,), name="hosts", daemon=True)
+    # A thread that is in JAX's service when Python goes would take the process down with it.
+    atexit.register(lambda: (leaving.set(), listening.join()))
+    listening.start()
 
 
 def _client():
@@ -127,14 +134,14 @@ def fail(message: str) -> None:
     pass
 
 
-def _listen() -> None:
+def _listen(leaving: threading.Event) -> None:
   """Ends this process when another one fails."""
   client = _client()
-  while True:
+  while not leaving.wait(_LISTEN_S):
     try:
-      said = client.blocking_key_value_get(_FAILED, 3_600_000)
+      said = client.key_value_try_get(_FAILED)
     except Exception as e:
-      if "DEADLINE_EXCEEDED" in str(e):
+      if "NOT_FOUND" in str(e):
         continue
       return  # the service is gone: JAX says so, and ends the process
     number, _, message = said.partition(" ")

@@ -30,6 +30,7 @@ _CODES = {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGHUP: 129}
 _PATIENCE_S = 3.0  # then it is said that the process is still closing
 
 _heard, _turn = threading.Event(), threading.Lock()
+_numbers: list[int] = []  # what this process hears
 _noted: list[int] | None = None  # signals that were only remembered; None if they end this process
 _closing: list[Callable[[], str | None]] = []
 
@@ -41,11 +42,10 @@ def install() -> None:
   """
   hears, tells = socket.socketpair()
   tells.setblocking(False)
-  numbers = [number for number in _CODES if signal.getsignal(number) != signal.SIG_IGN]
+  numbers = _numbers[:] = [number for number in _CODES if signal.getsignal(number) != signal.SIG_IGN]
   # Python's own handler in C writes the number there when the signal comes, whatever the main thread does.
   signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
-  for number in numbers:
-    signal.signal(number, lambda *_: None)
+  _hear(numbers)
   os.register_at_fork(after_in_child=lambda: _forget(numbers))
   atexit.register(_leave, numbers)
   threading.Thread(target=_listen, args=(hears, tells), name="signals", daemon=True).start()
@@ -69,10 +69,19 @@ def closing(close: Callable[[], str | None]):
     wait()
 
 
+def _hear(numbers: list[int]) -> None:
+  for number in numbers:
+    signal.signal(number, lambda *_: None)
+
+
 def note() -> None:
-  """From now on a signal does nothing but be remembered, for `noted`; another Ctrl-C still ends the process at once."""
+  """From now on a signal does nothing but be remembered, for `noted`; another Ctrl-C still ends the process at once.
+
+  Without `install` nothing changes.  In the main thread, after JAX has joined others: it may have taken SIGTERM.
+  """
   global _noted
   wait()
+  _hear(_numbers)
   with _turn:
     _noted = []
 
