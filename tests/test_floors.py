@@ -13,8 +13,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "run.compiles run.hlo run.log run.signals",
     "data.answers eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
     "rl.loss rl.reward rollout.slots run.ending run.workdir tiny.needle",
-    "data.images learner.optim model.attention model.cache model.layers run.hosts report.html rl.judge rollout.pack "
-    "tiny.store",
+    "data.images learner.optim model.attention model.cache model.layers report.html rl.judge rollout.pack run.bad "
+    "run.hosts tiny.store",
     "data.batches data.sources model.qwen2_5.config rollout.actions.zoom run.record run.topologies tiny.source",
     "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table",
     "data.prompt model.qwen2_5.model",

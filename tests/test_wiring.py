@@ -63,7 +63,7 @@ def played(tmp_path, monkeypatch):
     metrics = {"reward/total": pooled.Mean(jnp.float32(0))}
     return [(std_types.SimpleNamespace(batch=batch), metrics) for batch in batches]
 
-  def update(state, minibatch, cfg, frozen):
+  def update(state, minibatch, cfg, frozen, limit):
     seen.updates.append(minibatch.batch)
     params = {"marker": state.params["marker"] + 1}
     return state.replace(params=params, update=state.update + 1), {"loss/total": pooled.Mean(jnp.float32(0))}

@@ -43,13 +43,17 @@ class OptimConfig:
   clip_norm: float = 1.0
   kind: str = "adamw"
   first_moment: str = "param"
+  skip_above: float = 0.0
+  skip_window: int = 64
+  stop_after: int = 3
 
   def __post_init__(self):
     rate, decay = checks.real(0), checks.real(0, below=1)
     checks.section(vars(self), "optim", kind=checks.one_of(KINDS), learning_rate=rate, critic_learning_rate=rate,
                    warmup_steps=checks.whole(0), decay_steps=checks.whole(0), b1=decay, b2=decay,
                    eps=checks.real(above=0), first_moment=checks.one_of(FIRST_MOMENTS), weight_decay=rate,
-                   clip_norm=rate)
+                   clip_norm=rate, skip_window=checks.whole(1), stop_after=checks.whole(0),
+                   skip_above=(lambda v: rate[0](v) and (v == 0 or v > 1), "0, or above 1: in medians"))
     checks.need(self.kind != "adafactor" or self.first_moment == "param", "optim.first_moment",
                 "'param', the default, with optim.kind = 'adafactor', which has none", self.first_moment)
 

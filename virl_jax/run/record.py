@@ -15,12 +15,14 @@ from virl_jax.learner import pooled
 from virl_jax.report import gallery
 from virl_jax.rl import credit
 from virl_jax.rollout import pack
+from virl_jax.run import bad
 from virl_jax.run import compiles
 from virl_jax.run import log as log_lib
 
 
 class Recorder:
-  """Writes a workdir's metrics.jsonl, rollouts/ and tensorboard/, prints a line a step, and watches for failures.
+  """Writes a workdir's metrics.jsonl, rollouts/, bad_batches/ and tensorboard/, prints a line a step, and watches for
+  failures.
 
   Args:
     workdir: the run's folder.
@@ -31,7 +33,7 @@ class Recorder:
 
   def __init__(self, workdir: pathlib.Path, c, start: int, header: dict):
     self._workdir, self._cfg, self._watch = workdir, c.log, monitors.Config(**c.monitor)
-    self._rate = c.optim.learning_rate
+    self._optim = c.optim
     self._compiled = compiles.Counter()
     self._log = log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start, header)
     self._history = log_lib.read(str(workdir / "metrics.jsonl"))
@@ -45,6 +47,16 @@ class Recorder:
   def stopping(self) -> monitors.Alarm | None:
     """The alarm that ends the run, perhaps raised in an earlier process."""
     return monitors.stopping(self._alarms, self._watch)
+
+  @property
+  def limit(self) -> np.float32:
+    """The longest gradient that the next step's updates follow; see `bad.limit`."""
+    return bad.limit(self._history, self._optim.skip_above, self._optim.skip_window)
+
+  @property
+  def stuck(self) -> str | None:
+    """What to do if the last steps had too many updates that were not finite; such a run should end."""
+    return bad.advice(self._history, self._optim.stop_after, self._optim.learning_rate, self._workdir)
 
   @property
   def last(self) -> dict:
@@ -61,28 +73,35 @@ class Recorder:
     now = time.perf_counter()
     self._laps[f"time/{phase}_s"], self._then = now - self._then, now
 
-  def step(self, step: int, parts: Sequence[list[types.Trajectory]], scored: types.ScoredBatch,
+  def step(self, step: int, parts: Sequence[list[types.Trajectory]], minibatches: Sequence[types.ScoredBatch],
            metrics: Sequence[Sequence[pooled.Metrics]], host: dict[str, float]) -> None:
     """Records a step; waits for the device.
 
     Args:
       step: which, counted from 0.
       parts: the trajectories of each minibatch.
-      scored: the first minibatch.
-      metrics: of the device: for each kind of call the metrics of its minibatches.
+      minibatches: these, scored.
+      metrics: of the device: for each kind of call the metrics of its minibatches; updates come last.
       host: of the host, by name.
 
     Raises:
-      SystemExit: a metric is not finite.
+      SystemExit: a metric is not finite, and no update was skipped for it.
     """
-    found = {name: value for parts in metrics for name, value in pooled.merge(parts).items()}
+    found = {name: value for parts in metrics for name, value in bad.merge(parts).items()}
+    if np.isfinite(self.limit):
+      found["optim/limit"] = self.limit
     self.lap("update")
     line = self._log.write(step, found | self._laps | host | stops(sum(parts, [])) | {
         "time/compile_s": self._compiled.seconds, "compile/count": self._compiled.count})
     self._progress.line(step, line)
     if self._tensorboard is not None:
       self._tensorboard.write(step, line)
-    _check_finite(line, self._workdir, self._rate)
+    if not bad.failures(line):
+      _check_finite(line, self._workdir, self._optim.learning_rate)
+    if line.get(bad.SKIPPED):
+      at = bad.save(self._workdir, self._cfg.bad_batches, line, metrics[-1], minibatches,
+                    lambda i, which: entries(parts[i], minibatches[i], which))
+      print(bad.said(line, metrics[-1], at), flush=True)
     self._history.append(line)
     begun = monitors.begun(self._history, self._watch)
     for alarm in begun:
@@ -90,7 +109,7 @@ class Recorder:
     self._alarms += begun
     if step and self._cfg.gallery_every and step % self._cfg.gallery_every == 0:
       gallery.save(str(self._workdir / "rollouts" / f"step_{step:06d}.jsonl"),
-                   entries(parts[0][:self._cfg.gallery], scored))
+                   entries(parts[0], minibatches[0], range(min(len(parts[0]), self._cfg.gallery))))
 
   def close(self) -> None:
     """Everything is on disk when it returns."""
@@ -107,19 +126,21 @@ def stops(trajectories: Sequence[types.Trajectory]) -> dict[str, float]:
   return reasons | {"invalid_action_rate": refused / max(1, refused + taken)}
 
 
-def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch) -> list[dict]:
+def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch, which: Sequence[int]) -> list[dict]:
   """Trajectories for the report, with what training made of them.
 
   Args:
-    trajectories: the first of the batch.
+    trajectories: of the batch, in order.
     scored: the batch.
+    which: numbers of those that are wanted.
   """
   rows = list(zip(*jax.device_get((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
                                    scored.reward_B))))
   if scored.batch.order_B is not None:
     rows = [rows[i] for i in jax.device_get(scored.batch.order_B)]
   found = []
-  for traj, (iou_R, class_R, modulator_R, advantage, earned) in zip(trajectories, rows):
+  for i in which:
+    traj, (iou_R, class_R, modulator_R, advantage, earned) = trajectories[i], rows[i]
     k = len(traj.regions)
     parts = {"answer": float(traj.correct), "format": float(pack.well_formed(traj))}
     found.append(gallery.entry(traj, traj.task.image, iou_R[:k].tolist(), [credit.NAMES[int(v)] for v in class_R[:k]],
