@@ -213,8 +213,8 @@ def test_a_bad_batch_passes_by_and_the_run_can_be_resumed(places):
   for name, stops in (("bad_whole", (4,)), ("bad_resumed", (1, 2, 4))):
     workdir = places[0] / name
     for steps in stops:
-      run = subprocess.run([sys.executable, "-c", POISONED, "--config=configs/tiny.py", f"--workdir={workdir}", *options,
-                            f"--config.steps={steps}"], cwd=ROOT, env=places[1], stdout=subprocess.PIPE,
+      run = subprocess.run([sys.executable, "-c", POISONED, "--config=configs/tiny.py", f"--workdir={workdir}",
+                            *options, f"--config.steps={steps}"], cwd=ROOT, env=places[1], stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True)
       assert run.returncode == 0, run.stdout
       at = f"{workdir}/bad_batches/step_000001"
