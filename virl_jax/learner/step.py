@@ -474,9 +474,8 @@ def _apply(state: TrainState, grads: dict, critic_grads: dict | None, loss_total
                           None if critic_grads is None else optax.tree.norm(critic_grads), limit)
   # Leaf by leaf, so that it is part of the loop that writes the leaf: a branch would hold a second state.
   kept = functools.partial(jax.tree.map, functools.partial(jnp.where, made))
-  updates, next_opt_state = optim.optimizer(cfg.optim, specs).update(grads, opt_state, state.params)
+  updates, opt_state = optim.update(optim.optimizer(cfg.optim, specs), grads, opt_state, state.params, made)
   params = _pinned(kept(optax.apply_updates(state.params, updates), state.params), cfg)
-  opt_state = kept(next_opt_state, opt_state)
   if cfg.mesh is not None:
     opt_state = jax.tree.map(jax.lax.with_sharding_constraint, opt_state, lies())
   if "optimizer" in cfg.offload:
@@ -485,9 +484,10 @@ def _apply(state: TrainState, grads: dict, critic_grads: dict | None, loss_total
   metrics |= {"optim/learning_rate": pooled.Mean(optim.schedule(cfg.optim)(state.update))}
   state = state.replace(update=state.update + made, params=params, opt_state=opt_state)
   if state.critic is not None:
-    updates, critic_opt_state = optim.critic_optimizer(cfg.optim).update(critic_grads, state.critic_opt_state)
+    updates, critic_opt_state = optim.update(optim.critic_optimizer(cfg.optim), critic_grads, state.critic_opt_state,
+                                             state.critic, made)
     state = state.replace(critic=kept(optax.apply_updates(state.critic, updates), state.critic),
-                          critic_opt_state=kept(critic_opt_state, state.critic_opt_state))
+                          critic_opt_state=critic_opt_state)
   return state, metrics, made
 
 
