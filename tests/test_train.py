@@ -219,7 +219,7 @@ def test_a_bad_batch_passes_by_and_the_run_can_be_resumed(places):
       assert run.returncode == 0, run.stdout
       at = f"{workdir}/bad_batches/step_000001"
       said = f"skipped: 1 of 2 updates, 1 not finite (loss/policy, loss/total, optim/grad_norm); see {at}\n"
-      assert (said in run.stdout) == (steps != 1), run.stdout
+      assert (said in run.stdout) == (len(stops) == 1 or steps == 2), run.stdout  # where the step was done
     lines = _timeless(_steps(workdir))
     assert [line["optim/skipped"] for line in lines] == [0, 1, 0] and "nan" not in lines[1].values()
     assert [line.get("optim/limit", 0) > 0 for line in lines] == [False, True, True]
