@@ -48,6 +48,8 @@ def test_what_is_no_configuration_is_named(text, message):
     ({"loss.kind": "trpo"}, "loss.kind must be one of ppo, gspo, cispo. Received: 'trpo'"),
     ({"credit.scope": "word"}, "credit.scope must be one of turn, call, box"),
     ({"optim.kind": "lion"}, "optim.kind must be one of adamw, adafactor, muon. Received: 'lion'"),
+    ({"optim.skip_above": 0.5}, "optim.skip_above must be 0, or above 1: in medians. Received: 0.5"),
+    ({"optim.skip_above": 1.0}, "optim.skip_above must be 0, or above 1"),
     ({"optim.kind": "adafactor", "optim.first_moment": "bfloat16"}, "optim.first_moment must be 'param'"),
     ({"model.remat_keep": ("mlp",)}, r"model.remat_keep must be \(\) while model.remat is False"),
     ({"model.remat_offload": ("mlp",)}, r"model.remat_offload must be \(\) while model.remat is False"),
@@ -136,8 +138,10 @@ def test_every_knob_has_a_range(key):
 def test_every_knob_says_once_whether_it_may_change():
   known, free = config_lib.flat(config_lib.default().to_dict()), config_lib.free_keys()
   assert free < set(known) and not any("_Free" in repr(v) for v in known.values())
-  assert {"steps", "checkpoint.keep", "checkpoint.every", "log.gallery", "engine.threads", "eval.bootstrap"} <= free
-  assert not {"seed", "optim.learning_rate", "engine.slots", "pack.pad_tokens", "reward.h0", "model.path"} & free
+  assert {"steps", "checkpoint.keep", "checkpoint.every", "log.gallery", "engine.threads", "eval.bootstrap",
+          "optim.stop_after", "log.bad_batches"} <= free
+  assert not {"seed", "optim.learning_rate", "engine.slots", "pack.pad_tokens", "reward.h0", "model.path",
+              "optim.skip_above", "optim.skip_window"} & free
   assert {k for k in known if k.startswith(("warmstart.", "monitor.", "log.", "checkpoint."))} <= free
 
 

@@ -15,7 +15,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "rl.loss rl.reward rollout.slots tiny.needle",
     "data.images learner.optim model.attention model.cache model.layers run.hosts report.html rl.judge tiny.store",
     "data.batches data.sources learner.checkpoint model.qwen2_5.config rollout.actions.zoom rollout.pack "
-    "run.topologies run.watch run.workdir tiny.source",
+    "run.bad run.topologies run.watch run.workdir tiny.source",
     "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending run.record",
     "data.prompt model.qwen2_5.model",
     "model.family model.qwen tiny.demos tiny.tokenizer",

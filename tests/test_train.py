@@ -179,6 +179,57 @@ def test_an_alarm_can_end_a_run_and_the_run_can_go_on(places):
   assert header["config"]["monitor"]["stop"] == [] and header["earlier"][0]["until"] == 1
 
 
+POISONED = """
+from absl import app
+import jax.numpy as jnp
+from virl_jax import train
+from virl_jax.learner import step as step_lib
+
+threshold, score, at = train._threshold, step_lib.score, []
+
+def noted(p, step):
+  at.append(step)
+  return threshold(p, step)
+
+def poisoned(*args):  # at the second step, one trajectory of the first minibatch
+  (first, metrics), *others = score(*args)
+  if at[-1] == 1:
+    first = first.replace(advantage_BT=first.advantage_BT.at[0].set(jnp.nan))
+  return [(first, metrics), *others]
+
+train._threshold, step_lib.score = noted, poisoned
+train.define_flags()
+app.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_bad_batch_passes_by_and_the_run_can_be_resumed(places):
+  """Resumed after it, or before it: the same lines to the last bit."""
+  small = [option for option in SMALL if "eval.tasks" not in option]
+  options = (*small, "--config.eval.tasks=0", "--config.ppo.minibatches=2", "--config.optim.skip_above=50.0",
+             "--config.optim.skip_window=2")
+  found = []
+  for name, stops in (("bad_whole", (3,)), ("bad_resumed", (1, 2, 3))):
+    workdir = places[0] / name
+    for steps in stops:
+      run = subprocess.run([sys.executable, "-c", POISONED, "--config=configs/tiny.py", f"--workdir={workdir}",
+                            *options, f"--config.steps={steps}"], cwd=ROOT, env=places[1], stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True)
+      assert run.returncode == 0, run.stdout
+      at = f"{workdir}/bad_batches/step_000001"
+      said = f"skipped: 1 of 2 updates, 1 not finite (loss/policy, loss/total, optim/grad_norm); see {at}\n"
+      assert (said in run.stdout) == (len(stops) == 1 or steps == 2), run.stdout  # where the step was done
+    lines = _timeless(_steps(workdir))
+    assert [line["optim/skipped"] for line in lines] == [0, 1, 0] and "nan" not in lines[1].values()
+    assert [line.get("optim/limit", 0) > 0 for line in lines] == [False, True, True]
+    assert sorted(os.listdir(at)) == ["minibatch_0.npz", "step.json", "trajectories.jsonl"]
+    assert np.isnan(np.load(f"{at}/minibatch_0.npz")["advantage_BT"][0]).all()
+    assert "Skipped, step 1</label>" in (workdir / "report.html").read_text()
+    found.append((lines, json.loads((workdir / "bad_batches/step_000001/step.json").read_text())["updates"]))
+  assert found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_changes_on_purpose(places):
   workdir = places[0] / "changed"

@@ -32,9 +32,12 @@ def finished(task, index=0):
                           stop=types.StopReason.ANSWERED, answer="", correct=False)
 
 
-@pytest.fixture
-def played(tmp_path, monkeypatch):
-  """A run of four steps in which no model is used; what each piece was given, in order."""
+def stage(monkeypatch, failing=()):
+  """A run of four steps in which no model is used: its configuration, and what each piece is given, in order.
+
+  Args:
+    failing: the updates, counted from 0 over the run, that are not finite.
+  """
   c = config_lib.default()
   c.model.path, c.steps, c.seed = "@tiny", STEPS, 3
   c.image.max_pixels = 84 * 84
@@ -43,8 +46,10 @@ def played(tmp_path, monkeypatch):
   c.ppo.epochs, c.ppo.minibatches, c.loss.kl_coef = EPOCHS, MINIBATCHES, 0.1
   c.reward.h0, c.reward.h0_start, c.reward.h0_steps = 0.4, 0.2, 2
   c.checkpoint.every, c.log.gallery, c.log.gallery_every, c.log.tensorboard = 2, 0, 0, False
-  c.eval.bootstrap = 10
-  seen = std_types.SimpleNamespace(c=c, evaluated=[], rolled=[], further={}, informative=[], scored=[], updates=[])
+  c.eval.bootstrap, c.log.bad_batches = 10, 0
+  c.optim.skip_above, c.optim.skip_window = 2.0, 2
+  seen = std_types.SimpleNamespace(c=c, evaluated=[], rolled=[], further={}, informative=[], scored=[], updates=[],
+                                   limits=[])
 
   def rolls(policy, params, tasks, draw, key, group_size, tries, informative):
     step = len(seen.rolled)
@@ -63,10 +68,14 @@ def played(tmp_path, monkeypatch):
     metrics = {"reward/total": pooled.Mean(jnp.float32(0))}
     return [(std_types.SimpleNamespace(batch=batch), metrics) for batch in batches]
 
-  def update(state, minibatch, cfg, frozen):
+  def update(state, minibatch, cfg, frozen, limit):
+    bad = len(seen.updates) in failing
     seen.updates.append(minibatch.batch)
-    params = {"marker": state.params["marker"] + 1}
-    return state.replace(params=params, update=state.update + 1), {"loss/total": pooled.Mean(jnp.float32(0))}
+    seen.limits.append(limit)
+    params = {"marker": state.params["marker"] + 1 - bad}
+    return state.replace(params=params, update=state.update + 1 - bad), {
+        "loss/total": pooled.Mean(jnp.float32(jnp.nan if bad else 0)), "optim/grad_norm": pooled.Mean(jnp.float32(3)),
+        "optim/skipped": pooled.Sum(jnp.float32(bad)), "optim/spikes": pooled.Sum(jnp.float32(0))}
 
   def evaluate(policy, params, tasks, key, slots, temperature, cfg):
     seen.evaluated.append((float(params["marker"]), uids(tasks), data(key)))
@@ -84,8 +93,19 @@ def played(tmp_path, monkeypatch):
   monkeypatch.setattr(train.sample, "weights", lambda params, cfg, mesh: {"marker": params["marker"] + 0.5})
   monkeypatch.setattr(train.pack, "pack", lambda part, cfg: tuple((t.task.uid, t.index) for t in part))
   monkeypatch.setattr(train.html, "write", lambda workdir: "report")
-  train.train(c, str(tmp_path / "run"))
   return seen
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+  """Such a run, played to its end."""
+  seen = stage(monkeypatch)
+  train.train(seen.c, str(tmp_path / "run"))
+  return seen
+
+
+def saves(tmp_path):
+  return sorted(int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir() if f.name.isdigit())
 
 
 def test_everything_gets_what_it_should(played):
@@ -124,9 +144,26 @@ def test_everything_gets_what_it_should(played):
     assert sorted(rows) == sorted((uid, i * G + g) for i, uid in enumerate(played.rolled[step][1]) for g in range(G))
     each = EPOCHS * MINIBATCHES
     assert played.updates[step * each:(step + 1) * each] == EPOCHS * list(batches), "every minibatch, every epoch"
+    # The limit to gradients follows from the steps before, and is the step's.
+    assert [(type(v), v) for v in played.limits[step * each:(step + 1) * each]] == each * [
+        (np.float32, 6.0 if step else np.inf)]
 
 
 def test_what_is_left_of_it(played, tmp_path):
-  saved = sorted(int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir() if f.name.isdigit())
-  assert saved == [2, 4]
+  assert saves(tmp_path) == [2, 4]
   assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1 + STEPS
+
+
+def test_a_run_that_is_stuck_ends_saved_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+  each = EPOCHS * MINIBATCHES
+  seen = stage(monkeypatch, failing={1, *range(2 * each, 3 * each)} | {each + 3})  # some, some, all
+  seen.c.optim.stop_after = 3
+  with pytest.raises(SystemExit, match="^error: 3 steps in a row, from step 0 on,.* delete what is numbered 0 to 3,"):
+    train.train(seen.c, str(tmp_path / "run"))
+  assert saves(tmp_path) == [2, 3] and len(seen.evaluated) == 1
+  said = capsys.readouterr().out
+  assert said.count("skipped: 1 of 4 updates, 1 not finite (loss/total)\n") == 2 and "report: report" in said
+  train.train(seen.c, str(tmp_path / "run"))
+  assert "going on from step 3\n" in capsys.readouterr().out and saves(tmp_path) == [3, 4]
+  assert len(seen.rolled) == STEPS, "no step was done again"
+  assert [p for p, *_ in seen.rolled] == [100.5, 103.5, 106.5, 106.5]

@@ -234,6 +234,10 @@ def _knobs() -> ConfigDict:
                                    #   model.dtype [ours]
   t.weight_decay = 0.0             # an update, times the learning rate; 0 for none [ours]
   t.clip_norm = 1.0                # longer gradients are shortened to this norm; 0 for no clipping [DeepEyes]
+  # An update whose loss or gradient is not finite is skipped, always; see docs/monitors.md.
+  t.stop_after = free(3)           # steps in a row with such updates that end the run; 0 never ends it [ours]
+  t.skip_above = 0.0               # gradients longer than so many medians of their norm are skipped; 0 for none [ours]
+  t.skip_window = 64               # steps that the median is taken over; it wants half as many [ours]
 
   c.mesh = h = ConfigDict()        # devices along each axis; one of them may be -1, what is left
   h.data = free(-1)                # batches are split
@@ -273,6 +277,7 @@ def _knobs() -> ConfigDict:
   c.log = g = ConfigDict()
   g.gallery = free(8)              # trajectories kept for the report each time; 0 for none
   g.gallery_every = free(20)       # steps between kept rollouts; 0 keeps none while training
+  g.bad_batches = free(4)          # most folders in bad_batches/, a step with skipped updates each; 0 for none [ours]
   g.tensorboard = free(True)       # write scalars where TensorBoard's writer is installed
 
   c.monitor = v = ConfigDict()     # alarms while training, see docs/monitors.md; all thresholds [ours]

@@ -4,9 +4,10 @@
     python -m virl_jax.train --config=configs/tiny.py --config.seed=1 --config.steps=50
 
 A workdir holds config.json, data.json, metrics.jsonl, checkpoints/, rollouts/, eval_before.json, eval_after.json and
-report.html.  Stop it at any time and give the same command again: it goes on from the last checkpoint, and
-ends as if it had not been stopped.  Ctrl-C and SIGTERM save the last finished step first, and end it with
-status 130 and 0.  With --resume-with-changes it goes on with another learning rate, say.
+report.html, and bad_batches/ if updates were skipped (docs/monitors.md).  Stop it at any time and give the same
+command again: it goes on from the last checkpoint, and ends as if it had not been stopped.  Ctrl-C and SIGTERM save
+the last finished step first, and end it with status 130 and 0.  With --resume-with-changes it goes on with another
+learning rate, say.
 
 Several processes, each with devices of its own, train together as one: start each with the same command, and
 --coordinator=HOST:PORT --num_processes=N --process_id=I, or VIRL_JAX_DISTRIBUTED=auto where JAX knows the cluster.
@@ -137,15 +138,18 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
           _threshold(p, step), base.frozen))
       record.lap("score", minibatches)
       with kept.changing():  # until the step is finished, there is no state that could be saved
-        updates = []
+        updates, limit = [], record.limit
         for minibatch in c.ppo.epochs * minibatches:
-          state, metrics = step_lib.update_step(state, minibatch, p.step, base.frozen)
+          state, metrics = step_lib.update_step(state, minibatch, p.step, base.frozen, limit)
           updates.append(metrics)
-        record.step(step, parts, minibatches[0], (scores, updates), rolled_out | {
+        record.step(step, parts, minibatches, (scores, updates), rolled_out | {
             "data/skipped": feed.skipped, "rollout/weights_gib": gib})
         # After the log, which it never runs ahead of.
-        kept.finished(step + 1, state, last=step + 1 == c.steps or bool(record.stopping),
+        kept.finished(step + 1, state, last=step + 1 == c.steps or bool(record.stopping or record.stuck),
                       score=record.score(c.checkpoint.best, c.checkpoint.every))
+      if record.stuck:
+        hosts.say(f"report: {hosts.first(lambda: html.write(str(workdir)))}")
+        raise SystemExit(record.stuck)
 
   # --- what came of it ---------------------------------------------------------------------------------
   if stopped := record.stopping:

@@ -117,21 +117,26 @@ def _warm_start(c, base: str | None, out: str, workdir: pathlib.Path, command: s
   if start:
     print(f"going on from step {start}", flush=True)
   began, log, nll = time.time(), log_lib.MetricsLog(str(workdir / "metrics.jsonl"), start), None
+  skips = []  # of each update since the last line, whether it was skipped
   with ending.Kept(saves, start, state) as kept:
     for step, batch in enumerate(curriculum.batches(course, start, u.workers), start):
       with kept.changing():
         if step == turn:  # a new optimiser: the careful stage's schedule has run out
           state = step_lib.init_state(state.params, clumsy.optim)
         state, metrics = step_lib.imitate_step(state, batch, careful if step < turn else clumsy)
+        skips.append(metrics["optim/skipped"].value)
         last = step + 1 == u.steps
         if step % 25 == 0 or last or saves.due(step + 1):
           nll = float(metrics["loss/total"].value)
-          if not np.isfinite(nll):
-            raise SystemExit(f"error: step {step}: the loss is {nll}. Begin again with a lower config.warmstart."
-                             "learning_rate or clumsy_learning_rate, and another --workdir")
+          said, skips = jax.device_get(skips), []
+          if np.all(said) and (last or len(said) > 1):  # one alone may be an accident
+            raise SystemExit(f"error: step {step}: the loss is {nll}, and no update since the last line was finite. "
+                             "Begin again with a lower config.warmstart.learning_rate or clumsy_learning_rate, and "
+                             "another --workdir")
+          skipped = f"  {np.sum(said):.0f} updates skipped: not finite" if np.any(said) else ""
           left = (time.time() - began) / (step - start + 1) * (u.steps - step - 1)
-          print(f"step {step:5d}/{u.steps}  nll {nll:.4f} nats a token  left {left / 60:.1f} min", flush=True)
-          log.write(step, {"loss/total": nll})
+          print(f"step {step:5d}/{u.steps}  nll {nll:.4f} nats a token  left {left / 60:.1f} min{skipped}", flush=True)
+          log.write(step, {"loss/total": nll, "optim/skipped": np.sum(said)})
         kept.finished(step + 1, state, last)
   if platforms is None:
     os.environ.pop("JAX_PLATFORMS", None)

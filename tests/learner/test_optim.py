@@ -309,3 +309,47 @@ def test_a_state_stays_where_it_is(alone, kind, offload):
 def test_what_is_offloaded_needs_a_mesh(small):
   with pytest.raises(ValueError, match="parameters must be on a mesh for an optimizer that is offloaded"):
     step_lib.init_state(small.params, OPTIM, offload=("optimizer",))
+
+
+def first_steps(of, params, grads, **more):
+  state, found = of.init(params), []
+  for g in grads:
+    updates, state = of.update(g, state, params, **more)
+    found.append(updates)
+  return found, state
+
+
+@pytest.mark.parametrize("params_in, first", [("float32", "param"), ("float32", "bfloat16"), ("bfloat16", "float32"),
+                                              ("bfloat16", "param")])
+def test_adam_and_momentum_are_optax_s(params_in, first):
+  """To the last bit, with a state of the same shape."""
+  rng = np.random.default_rng(0)
+  draw = lambda: {name: jnp.asarray(rng.normal(size=shape), params_in) for name, shape in (("a_w", (5, 3)), ("b_b", 4))}
+  params, grads = draw(), [draw() for _ in range(3)]
+  cfg = optim.OptimConfig(1e-2, b2=0.98, weight_decay=0.1, first_moment=first, warmup_steps=2)
+  dtype = None if first == "param" else first
+  for ours, theirs in (
+      (optim._adamw(cfg), optax.adamw(optim.schedule(cfg), b2=0.98, weight_decay=0.1, mu_dtype=dtype,
+                                      mask=optim._decayed)),
+      (optim.critic_optimizer(cfg), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(
+          optim.schedule(cfg, cfg.critic_learning_rate), b2=0.98))),
+      (optim._momentum(cfg), optax.trace(0.95, nesterov=True, accumulator_dtype=dtype))):
+    got, want = first_steps(ours, params, grads), first_steps(theirs, params, grads)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+      assert a.dtype == b.dtype
+      np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("kind, first", [("adamw", "bfloat16"), ("adafactor", "param"), ("muon", "bfloat16")])
+def test_an_update_that_is_not_made_leaves_the_state(small, kind, first):
+  cfg, specs = optim.OptimConfig(1e-2, kind=kind, first_moment=first), qwen.specs(small.cfg)
+  grads = jax.tree.map(jnp.ones_like, small.params)
+  state = optim.optimizer(cfg, specs).init(small.params)
+  of = optim.optimizer(cfg, specs)
+  step = jax.jit(lambda grads, state, made: optim.update(of, grads, state, small.params, made)[1])
+  state = step(grads, state, True)
+  after = step(jax.tree.map(lambda g: g * jnp.nan, grads), state, False)
+  jax.tree.map(np.testing.assert_array_equal, after, state)
+  moved = jax.tree.map(lambda a, b: np.any(np.asarray(a != b)), step(grads, state, True), state)
+  assert any(jax.tree.leaves(moved))

@@ -183,6 +183,22 @@ def fresh(small):
   return step_lib.init_state(jax.tree.map(jnp.copy, small.params), OPTIM)
 
 
+def poisoned(s, value=np.nan):
+  """One token's advantage is not finite."""
+  b, t = np.argwhere(np.asarray(s.batch.sampled_BT))[-1]
+  return s.replace(advantage_BT=s.advantage_BT.at[b, t].set(value))
+
+
+def assert_skipped(state, s, cfg, frozen=None):
+  """An update that leaves the whole state as it was, to the last bit, and where it was."""
+  before, where = jax.device_get(state), [a.sharding for a in jax.tree.leaves(state)]
+  state, metrics = update_step(state, s, cfg, frozen)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+  assert all(a.sharding.is_equivalent_to(w, a.ndim) and a.sharding.memory_kind == w.memory_kind
+             for a, w in zip(jax.tree.leaves(state), where))
+  assert (metrics["optim/skipped"], metrics["optim/spikes"]) == (1, 0) and not np.isfinite(metrics["optim/grad_norm"])
+
+
 @pytest.fixture(scope="module")
 def updated(small, scored):
   """The update that every other way of computing it must give."""
@@ -268,6 +284,8 @@ def test_several_devices_compute_what_one_does(small, batch, scored, updated, si
   assert all(a.sharding.is_equivalent_to(s, a.ndim) for a, s in zip(jax.tree.leaves(state), where))
   for name, value in updated[1].items():
     np.testing.assert_allclose(update_metrics[name], value, atol=1e-4, err_msg=name)
+  if sizes == (2, 2, 2):  # one row, of one device, is not finite: all of them skip the update
+    assert_skipped(state, poisoned(got), cfg)
 
 
 LORA = tuning.Config(rank=4, alpha=8.0, freeze_vision=True)
@@ -304,6 +322,8 @@ def test_adapters_alone_are_trained(small, scored, adapters, adapted):
   assert all(np.abs(a - b).max() > 1e-6 for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(adapters)))
   assert sum(a.size for a in jax.tree.leaves(state.opt_state)) < 2.1 * sum(a.size for a in jax.tree.leaves(adapters))
   assert metrics["ppo/ratio_max"] == pytest.approx(1, abs=1e-5)
+  state = jax.tree.map(jnp.asarray, state)
+  assert_skipped(state, poisoned(s), make_config(tuned(small, LORA)), small.params)
 
 
 def test_fresh_adapters_are_the_base(small, batch, scored):
@@ -759,6 +779,83 @@ def test_what_waits_in_the_host_s_memory_changes_no_number(small, batch, scored,
     assert all(a.sharding.is_equivalent_to(w, a.ndim) for a, w in zip(jax.tree.leaves((state, ref)), where))
     assert {a.sharding.memory_kind for a in jax.tree.leaves(ref)} == {"pinned_host" if offload else "device"}
     found[offload] = jax.device_get((s.logp_ref_BT, state, metrics))
+    assert_skipped(state, poisoned(s), cfg)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found.values())
   # And what comes of it is no copy of the policy.
   assert np.abs(found[()][0] - np.asarray(s.logp_old_BT)).max() > 0.1
+
+
+# --- updates that are skipped ------------------------------------------------------------------------------------
+
+
+def test_an_update_that_is_not_finite_leaves_everything_as_it_was(small):
+  """In one microbatch of several, with a critic and a KL weight that adapts; and so does one that is too long."""
+  cfg = make_config(small, loss=loss.Config(kl_coef=0.1, kl_target=1e-6, kl_horizon=8.0),
+                    advantage=advantage.Config(kind="gae"))
+  cfg = dataclasses.replace(cfg, optim=dataclasses.replace(OPTIM, warmup_steps=5))
+  batch = packed(small, microbatch_tokens=48)
+  assert len(batch.rows.index_MUT) == 4
+  state = step_lib.init_state(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.1, small.cfg.text.hidden)
+  s, _ = score_step(state, jax.tree.map(lambda a: a * 0.9, small.params), batch, cfg)
+  state, metrics = update_step(state, s, cfg, None, step_lib.NO_LIMIT)
+  assert state.update == 1 and float(state.kl_coef) != np.float32(0.1) and np.asarray(state.critic["w"]).any()
+  assert (metrics["optim/skipped"], metrics["optim/spikes"]) == (0, 0) and metrics["critic/grad_norm"] > 0
+  norm, before = metrics["optim/grad_norm"], jax.device_get(state)
+  at = tuple(np.argwhere(batch.sampled_BT)[-1])
+  cases = {"loss": (poisoned(s), np.inf), "gradient alone": (poisoned(s, 1e30), np.inf),
+           "critic": (s.replace(return_BT=s.return_BT.at[at].set(jnp.inf)), np.inf),
+           "reference": (s.replace(logp_ref_BT=s.logp_ref_BT.at[at].set(jnp.nan)), np.inf),
+           "spike": (s, 1e-3 * norm)}
+  for name, (bad, limit) in cases.items():
+    state, m = update_step(state, bad, cfg, None, np.float32(limit))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)  # counters, too
+    assert (m["optim/skipped"], m["optim/spikes"]) == (1, name == "spike"), name
+    assert np.isfinite(m["loss/total"]) == (name in ("spike", "gradient alone")), name  # what came is said
+    assert np.isfinite(m["optim/grad_norm"]) == (name == "spike"), name
+  _, m = update_step(state, s, cfg, None, np.float32(1e3 * norm))
+  assert m["optim/skipped"] == 0 and m["optim/learning_rate"] == pytest.approx(OPTIM.learning_rate * 2 / 6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_what_is_finite_is_updated_as_if_nothing_were_skipped(small, optimized, monkeypatch, kind):
+  """To the last bit, in programs as users have them: against one that has no choice."""
+  cfg = make_config(small)
+  cfg = dataclasses.replace(cfg, optim=optim.OptimConfig(1e-2, kind=kind, weight_decay=0.1))
+  rng = np.random.default_rng(0)
+  draw = lambda tree: jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), tree)
+  params = small.params if kind == "muon" else {"layer": small.params["text"]["blocks"]}  # less to compile
+  state = step_lib.init_state(params, cfg.optim, 0.1, small.cfg.text.hidden, specs=family.tables(small.cfg)[0])
+  start, grads = jax.device_get(state), [(draw(state.params), draw(state.critic)) for _ in range(2)]
+  found, judged = [], step_lib._judged
+  for judge in (judged, lambda *args: (jnp.array(True), judged(*args)[1])):
+    monkeypatch.setattr(step_lib, "_judged", judge)
+    run = jax.jit(lambda state, *given: step_lib._apply(state, *given, step_lib.NO_LIMIT, cfg)[0], donate_argnums=0)
+    state = jax.tree.map(jnp.array, start)
+    for by, of_critic in grads:
+      state = run(state, by, of_critic, jnp.float32(0))
+    found.append(jax.device_get(state))
+  assert found[0].update == 2
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_a_critic_s_gradient_alone_is_enough():
+  one = jnp.float32(1.0)
+  for norms, limit, skipped, spikes in (((one, one), np.inf, 0, 0), ((one, one * np.inf), np.inf, 1, 0),
+                                        ((one, one * 9), 2.0, 0, 0), ((one * 3, one), 2.0, 1, 1),
+                                        ((one * 2, one), 2.0, 0, 0), ((one * np.nan, one), 2.0, 1, 0)):
+    made, metrics = step_lib._judged(one, *norms, np.float32(limit))
+    found = pooled.merge([metrics])
+    assert (bool(made), found["optim/skipped"], found["optim/spikes"]) == (not skipped, skipped, spikes)
+
+
+def test_imitation_skips_what_is_not_finite(small, batch):
+  state, metrics = step_lib.imitate_step(fresh(small), batch, make_config(small))
+  assert state.update == 1 and pooled.merge([metrics])["optim/skipped"] == 0
+  before = jax.device_get(state)
+  shown, *others = batch.rows.images
+  white = shown.replace(patches_IWQC=np.full_like(shown.patches_IWQC, np.inf))
+  state, metrics = step_lib.imitate_step(
+      state, batch.replace(rows=batch.rows.replace(images=(white, *others))), make_config(small))
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+  found = pooled.merge([metrics])
+  assert found["optim/skipped"] == 1 and np.isnan(found["loss/total"])

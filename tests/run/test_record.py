@@ -1,9 +1,21 @@
-"""What a run keeps of its steps: the stop for what is not finite can be followed."""
+"""What a run keeps of its steps: the stop for what is not finite can be followed, and skipped updates are no stop."""
 
+import json
 import math
 
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 import pytest
 
+from virl_jax import config as config_lib
+from virl_jax import types
+from virl_jax.learner import pooled
+from virl_jax.model import patches
+from virl_jax.report import html
+from virl_jax.rollout import pack
+from virl_jax.run import bad
+from virl_jax.run import log
 from virl_jax.run import record
 
 
@@ -14,3 +26,99 @@ def test_what_is_not_finite_is_named_with_a_way_on(tmp_path):
   said = str(e.value)
   assert said.startswith("error: step 7: loss/policy, optim/grad_norm not finite. ") and "\n" not in said
   assert "--config.optim.learning_rate=0.0001 --resume-with-changes. It goes on from the last checkpoint" in said
+
+
+def part(group, size=2):
+  """A minibatch's trajectories, and what scoring made of them."""
+  task = types.Task(f"task {group}", Image.new("RGB", (60, 40)), "?", ("x",))
+  ids = np.arange(5, dtype=np.int32)
+  found = [types.Trajectory(task, i, ids[:2], [types.Turn("assistant", ids, np.zeros(5, np.float32), "<answer>")],
+                            stop=types.StopReason.ANSWERED, answer="", correct=False) for i in range(size)]
+  batch = pack.pack(found, pack.Config(patches.Grid(), 99, max_rounds=2, pad_tokens=8))
+  zeros = lambda *shape: jnp.zeros((size, *shape))
+  T = batch.tokens_BT.shape[1]
+  return found, types.ScoredBatch(batch, None, None, zeros(T), zeros(2), zeros(2).astype(jnp.int32), zeros(2),
+                                  zeros() + group, zeros())
+
+
+def update(loss=1.0, norm=2.0, skipped=0, spikes=0):
+  return {"loss/total": pooled.Mean(jnp.float32(loss)), "optim/grad_norm": pooled.Mean(jnp.float32(norm)),
+          "optim/skipped": pooled.Sum(jnp.float32(skipped)), "optim/spikes": pooled.Sum(jnp.float32(spikes))}
+
+
+FAILED = update(np.nan, np.nan, 1)
+
+
+@pytest.fixture
+def run(tmp_path):
+  """Records steps of two minibatches, each given as its updates; a new process for each list of them."""
+  c = config_lib.default()
+  c.log.tensorboard, c.log.gallery_every, c.log.bad_batches = False, 0, 2
+  c.optim.skip_above, c.optim.skip_window, c.optim.learning_rate = 4.0, 4, 2e-4
+
+  def steps(start, *updates, reward=1.0):
+    recorder = record.Recorder(tmp_path, c, start, {"config": {}})
+    limits = []
+    for step, those in enumerate(updates, start):
+      trajectories, scored = zip(part(0), part(1))
+      limits.append(float(recorder.limit))
+      recorder.begin()
+      recorder.step(step, trajectories, scored, ([{"reward/total": pooled.Mean(reward)}] * 2, those), {})
+    return recorder, limits
+
+  return steps, tmp_path, c
+
+
+def test_a_skipped_update_is_said_kept_and_no_end(run, capsys):
+  steps, folder, _ = run
+  recorder, _ = steps(0, [update(), update()], [update(), FAILED], [update(), update()])
+  assert recorder.stuck is None and recorder.last["optim/skipped"] == 0
+  lines = [text for text in capsys.readouterr().out.splitlines() if not text.startswith("step ")]
+  assert lines == [f"skipped: 1 of 2 updates, 1 not finite (loss/total, optim/grad_norm); see {folder}/bad_batches/"
+                   "step_000001"]
+  _, line, _ = log.read(str(folder / "metrics.jsonl"))
+  assert (line["loss/total"], line["optim/skipped"]) == (1.0, 1)
+  (at, entries), = [(path, (path / "trajectories.jsonl").read_text().splitlines()) for _, path in bad.kept(folder)]
+  assert [json.loads(e)["uid"] for e in entries] == ["task 1"] * 2 and (at / "minibatch_1.npz").is_file()
+  assert json.loads(entries[0])["advantage"] == 1.0 and json.loads(entries[0])["image"].startswith("data:image/png")
+  html.write(str(folder))
+  page = (folder / "report.html").read_text()
+  assert "Skipped, step 1</label>" in page and "task 1" in page
+
+
+def test_steps_in_a_row_end_a_run_in_whatever_process(run, capsys):
+  steps, folder, c = run
+  recorder, _ = steps(0, [update(), update()], [FAILED, update()], [FAILED, FAILED])
+  assert recorder.stuck is None and math.isnan(recorder.last["loss/total"])
+  recorder, _ = steps(3, [update(), FAILED])
+  assert recorder.stuck.startswith("error: 3 steps in a row, from step 1 on,")
+  assert [step for step, _ in bad.kept(folder)] == [1, 2], "no more than asked for"
+  assert capsys.readouterr().out.count("skipped: ") == 3
+  recorder, _ = steps(4, [update(), update()])
+  assert recorder.stuck is None
+  recorder, _ = steps(2, [update(), update()])  # set back
+  assert recorder.stuck is None
+  c.optim.stop_after = 1
+  assert steps(3, [update(), FAILED])[0].stuck
+
+
+def test_what_no_update_was_skipped_for_ends_a_run_at_once(run):
+  steps, *_ = run
+  steps(0, [FAILED, FAILED], reward=math.nan)
+  for updates in ([update(), update()], [update(), update(norm=50.0, skipped=1, spikes=1)]):
+    with pytest.raises(SystemExit, match="step 1: reward/total not finite"):
+      steps(1, updates, reward=math.nan)
+
+
+def test_the_limit_follows_from_the_log(run, capsys):
+  """A process that goes on has the same; a spike is kept, and in the median."""
+  steps, folder, _ = run
+  spike = update(norm=100.0, skipped=1, spikes=1)
+  history = [[update(norm=n)] * 2 for n in (1.0, 1.5, 2.5, 3.0, 4.0)] + [[update(norm=2.0), spike], [update()] * 2]
+  _, whole = steps(0, *history)
+  assert whole == [math.inf, math.inf, 5.0, 6.0, 8.0, 11.0, 14.0]
+  assert "1 with a gradient longer than 11; see" in capsys.readouterr().out
+  assert [line.get("optim/limit") for line in log.read(str(folder / "metrics.jsonl"))] == [
+      None if math.isinf(v) else v for v in whole]
+  assert steps(3, *history[3:])[1] == whole[3:]
+  assert [step for step, _ in bad.kept(folder)] == [5]

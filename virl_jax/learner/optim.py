@@ -6,6 +6,10 @@ Three for the policy, all behind clipping by global norm, all with the same sche
     adafactor  of a matrix's second moment rows and columns, no first moment (Adafactor, arXiv 1804.04235)
     muon       one moment a parameter in the layers' matrices, whose update is made orthogonal (Muon, K. Jordan 2024);
                AdamW for all else
+
+Moments as large as the parameters are as they were where an update is not made (`update`).  AdamW's and Muon's first
+steps are written here for that: optax's compute an update from new moments, and chosen afterwards, old and new ones lie
+side by side, a second copy of the state.  Here the update is computed from the moments that were chosen.
 """
 
 from __future__ import annotations
@@ -43,13 +47,17 @@ class OptimConfig:
   clip_norm: float = 1.0
   kind: str = "adamw"
   first_moment: str = "param"
+  skip_above: float = 0.0
+  skip_window: int = 64
+  stop_after: int = 3
 
   def __post_init__(self):
     rate, decay = checks.real(0), checks.real(0, below=1)
     checks.section(vars(self), "optim", kind=checks.one_of(KINDS), learning_rate=rate, critic_learning_rate=rate,
                    warmup_steps=checks.whole(0), decay_steps=checks.whole(0), b1=decay, b2=decay,
                    eps=checks.real(above=0), first_moment=checks.one_of(FIRST_MOMENTS), weight_decay=rate,
-                   clip_norm=rate)
+                   clip_norm=rate, skip_window=checks.whole(1), stop_after=checks.whole(0),
+                   skip_above=(lambda v: rate[0](v) and (v == 0 or v > 1), "0, or above 1: in medians"))
     checks.need(self.kind != "adafactor" or self.first_moment == "param", "optim.first_moment",
                 "'param', the default, with optim.kind = 'adafactor', which has none", self.first_moment)
 
@@ -85,10 +93,31 @@ def optimizer(cfg: OptimConfig, specs: dict | None = None) -> optax.GradientTran
   return optax.chain(_clip(cfg), chosen)
 
 
+def update(of: optax.GradientTransformationExtraArgs, grads: dict, state: optax.OptState, params: dict, made: jax.Array
+           ) -> tuple[dict, optax.OptState]:
+  """A step of an optimiser of this file, or none.
+
+  Args:
+    of: the optimiser.
+    grads: in the parameters' dtypes.
+    state: of that optimiser.
+    params: the parameters.
+    made: bool scalar, whether the update is made.
+
+  Returns:
+    What to add to the parameters, which means nothing if the update is not made, and the next state, which then is the
+    state that came, to the last bit.
+  """
+  updates, after = of.update(grads, state, params, made=made)
+  chose = lambda node: isinstance(node, (optax.ScaleByAdamState, optax.TraceState))
+  return updates, jax.tree.map(lambda new, old: new if chose(new) else jnp.where(made, new, old), after, state,
+                               is_leaf=chose)
+
+
 def critic_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
   """Adam behind clipping of its own, for the value head, whatever the policy has."""
-  return optax.chain(_clip(cfg),
-                     optax.adam(schedule(cfg, cfg.critic_learning_rate), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
+  return optax.chain(_clip(cfg), optax.chain(
+      _adam_moments(cfg, None), optax.scale_by_learning_rate(schedule(cfg, cfg.critic_learning_rate))))
 
 
 def _clip(cfg: OptimConfig) -> optax.GradientTransformation:
@@ -108,8 +137,45 @@ def _mu_dtype(cfg: OptimConfig) -> str | None:
 
 
 def _adamw(cfg: OptimConfig) -> optax.GradientTransformation:
-  return optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay,
-                     mu_dtype=_mu_dtype(cfg), mask=_decayed)
+  return optax.chain(_adam_moments(cfg, _mu_dtype(cfg)), optax.add_decayed_weights(cfg.weight_decay, _decayed),
+                     optax.scale_by_learning_rate(schedule(cfg)))
+
+
+def _adam_moments(cfg: OptimConfig, mu_dtype: str | None) -> optax.GradientTransformationExtraArgs:
+  """`optax.scale_by_adam`, number for number; see above for why it is not that."""
+  def step(grads, state, params=None, *, made=True, **_):
+    del params
+    mu = _kept(made, optax.tree.update_moment(grads, state.mu, cfg.b1, 1), state.mu)
+    nu = _kept(made, optax.tree.update_moment_per_elem_norm(grads, state.nu, cfg.b2, 2), state.nu)
+    count = optax.safe_increment(state.count)
+    mean, square = optax.tree.bias_correction(mu, cfg.b1, count), optax.tree.bias_correction(nu, cfg.b2, count)
+    updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v + 0.0) + cfg.eps), mean, square)
+    count = jnp.where(made, count, state.count)
+    return updates, optax.ScaleByAdamState(count, _like(mu, state.mu), _like(nu, state.nu))
+
+  return optax.GradientTransformationExtraArgs(optax.scale_by_adam(mu_dtype=mu_dtype).init, step)
+
+
+def _momentum(cfg: OptimConfig) -> optax.GradientTransformationExtraArgs:
+  """`optax.trace` with Nesterov's correction, number for number; see above for why it is not that."""
+  add = lambda g, t: g + _MUON_BETA * t
+
+  def step(grads, state, params=None, *, made=True, **_):
+    del params
+    trace = _kept(made, jax.tree.map(add, grads, state.trace), state.trace)
+    return jax.tree.map(add, grads, trace), optax.TraceState(_like(trace, state.trace))
+
+  return optax.GradientTransformationExtraArgs(
+      optax.trace(_MUON_BETA, accumulator_dtype=_mu_dtype(cfg)).init, step)
+
+
+def _kept(made, new: dict, old: dict) -> dict:
+  """The new moments, or the old ones, in the dtype in which the new ones are computed: nothing is lost either way."""
+  return jax.tree.map(lambda a, b: jnp.where(made, a, b.astype(a.dtype)), new, old)
+
+
+def _like(tree: dict, old: dict) -> dict:
+  return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, old)
 
 
 def _adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
@@ -142,7 +208,7 @@ def _muon(cfg: OptimConfig, specs: dict | None) -> optax.GradientTransformation:
     return jax.tree_util.tree_map_with_path(lambda path, u: _orthogonal(u, *axes[name(path)]), updates)
 
   muon = optax.chain(
-      optax.trace(_MUON_BETA, nesterov=True, accumulator_dtype=_mu_dtype(cfg)), optax.stateless(orthogonal),
+      _momentum(cfg), optax.stateless(orthogonal),
       optax.add_decayed_weights(cfg.weight_decay), optax.scale_by_learning_rate(schedule(cfg)))
   label = lambda tree: jax.tree_util.tree_map_with_path(
       lambda path, _: "muon" if name(path) in axes else "adamw", tree)

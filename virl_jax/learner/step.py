@@ -4,6 +4,9 @@
 minibatch, with statistics of all of them.  `update_step` is one PPO update.  `imitate_step` is one step of maximum
 likelihood, for warm starts.
 All are pure; the state they update is donated.
+
+An update whose loss or gradient is not finite is skipped: what was one number becomes all parameters, moments and
+steps to come.  The device decides, leaf by leaf, and counts: "optim/skipped".
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from virl_jax import types
@@ -31,6 +35,7 @@ from virl_jax.rl import loss
 from virl_jax.rl import reward
 
 OFFLOAD = ("optimizer", "reference")
+NO_LIMIT = np.float32(np.inf)  # to the gradient's norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,7 @@ class TrainState:
   """All that training carries from step to step; no RNG, no iterator, no clock, and nothing that is frozen.
 
   Attributes:
-    update: int32 scalar, optimiser updates so far.
+    update: int32 scalar, optimiser updates so far; one that was skipped is none.
     params: what of the policy is trained; with what is frozen it is all of it, see `family.whole`.
     opt_state: the optimiser's moments and counters.
     kl_coef: float32 scalar, weight of the KL term; moves if it is adaptive.
@@ -441,9 +446,20 @@ def reference(trained: dict, frozen: dict, cfg: Config) -> dict:
   return jax.tree.map(lambda a: put(a, sharding.in_host(a.sharding)), params)
 
 
-def _apply(state: TrainState, grads: dict, critic_grads: dict | None, cfg: Config
-           ) -> tuple[TrainState, pooled.Metrics]:
-  """One step of both optimisers."""
+def _apply(state: TrainState, grads: dict, critic_grads: dict | None, loss_total: jax.Array, limit: jax.Array | float,
+           cfg: Config) -> tuple[TrainState, pooled.Metrics, jax.Array]:
+  """One step of both optimisers, or none of either.
+
+  Args:
+    state: what it begins with.
+    grads, critic_grads: of the policy and of the critic, None without one.
+    loss_total: float32 scalar, what they are gradients of.
+    limit: float32 scalar; the policy's gradient may have at most this norm.
+    cfg: static.
+
+  Returns:
+    The state, metrics, and bool scalar: whether the update was made.  If not, all of the state is as it was.
+  """
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)  # as the moments are
   opt_state, specs = state.opt_state, family.tables(cfg.model)[0]
   if cfg.mesh is not None:
@@ -454,35 +470,59 @@ def _apply(state: TrainState, grads: dict, critic_grads: dict | None, cfg: Confi
     grads, opt_state = jax.lax.optimization_barrier((grads, opt_state))
     opt_state = jax.tree.map(lambda a, where: _on_device(a) if where.memory_kind == "pinned_host" else a, opt_state,
                              lies(host=True))
-  updates, opt_state = optim.optimizer(cfg.optim, specs).update(grads, opt_state, state.params)
-  params = _pinned(optax.apply_updates(state.params, updates), cfg)
+  made, metrics = _judged(loss_total, optax.tree.norm(grads),
+                          None if critic_grads is None else optax.tree.norm(critic_grads), limit)
+  # Leaf by leaf, so that it is part of the loop that writes the leaf: a branch would hold a second state.
+  kept = functools.partial(jax.tree.map, functools.partial(jnp.where, made))
+  updates, opt_state = optim.update(optim.optimizer(cfg.optim, specs), grads, opt_state, state.params, made)
+  params = _pinned(kept(optax.apply_updates(state.params, updates), state.params), cfg)
   if cfg.mesh is not None:
     opt_state = jax.tree.map(jax.lax.with_sharding_constraint, opt_state, lies())
   if "optimizer" in cfg.offload:
     opt_state = jax.tree.map(lambda a, where: jax.device_put(a, where) if where.memory_kind == "pinned_host" else a,
                              opt_state, lies(host=True))
-  metrics = {"optim/grad_norm": pooled.Mean(optax.tree.norm(grads)),
-             "optim/learning_rate": pooled.Mean(optim.schedule(cfg.optim)(state.update))}
-  state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
+  metrics |= {"optim/learning_rate": pooled.Mean(optim.schedule(cfg.optim)(state.update))}
+  state = state.replace(update=state.update + made, params=params, opt_state=opt_state)
   if state.critic is not None:
-    updates, critic_opt_state = optim.critic_optimizer(cfg.optim).update(critic_grads, state.critic_opt_state)
-    state = state.replace(critic=optax.apply_updates(state.critic, updates), critic_opt_state=critic_opt_state)
-  return state, metrics
+    updates, critic_opt_state = optim.update(optim.critic_optimizer(cfg.optim), critic_grads, state.critic_opt_state,
+                                             state.critic, made)
+    state = state.replace(critic=kept(optax.apply_updates(state.critic, updates), state.critic),
+                          critic_opt_state=critic_opt_state)
+  return state, metrics, made
+
+
+def _judged(loss_total: jax.Array, norm: jax.Array, critic_norm: jax.Array | None, limit: jax.Array | float
+            ) -> tuple[jax.Array, pooled.Metrics]:
+  """Whether an update is made, bool scalar, and metrics that say why not; arguments as `_apply` has them."""
+  finite = jnp.isfinite(loss_total) & jnp.isfinite(norm)
+  metrics = {"optim/grad_norm": pooled.Mean(norm)}
+  if critic_norm is not None:  # its gradient may overflow by itself
+    finite &= jnp.isfinite(critic_norm)
+    metrics["critic/grad_norm"] = pooled.Mean(critic_norm)
+  spike = finite & (norm.astype(jnp.float32) > limit)
+  made = finite & ~spike
+  count = lambda yes: pooled.Sum(yes.astype(jnp.float32))
+  return made, metrics | {"optim/skipped": count(~made), "optim/spikes": count(spike)}
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config, frozen: dict | None = None
-                ) -> tuple[TrainState, pooled.Metrics]:
+def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config, frozen: dict | None = None,
+                limit: jax.Array | float = NO_LIMIT) -> tuple[TrainState, pooled.Metrics]:
   """One PPO update, of any number of microbatches: it is about the minibatch, however that is cut.
+
+  It is skipped, and leaves the state as it was to the last bit, counters too, if its loss or a gradient is not finite
+  or the policy's gradient, before it is clipped, is longer than the limit.
 
   Args:
     state: donated.
     scored: a scored minibatch.
     cfg: static.
     frozen: what of the policy is not trained; None for nothing.
+    limit: float32 scalar, the longest gradient that is followed; `NO_LIMIT` for none.
 
   Returns:
-    The next state, and metrics; check "loss/total" for finiteness.
+    The next state, and metrics: "optim/skipped" is 1 for an update that was skipped, "optim/spikes" if it was for its
+    length.  Its losses are as they came, finite or not.
 
   Source: PPO (arXiv 1707.06347), equations 7 and 9, with the token advantages of `rl.credit`.
   """
@@ -505,10 +545,11 @@ def update_step(state: TrainState, scored: types.ScoredBatch, cfg: Config, froze
   metrics = _update_metrics(losses(found, trained)[1], trained)
   if first:
     metrics |= _sampler_gap(found[0], scored.batch)
-  state, more = _apply(state, grads, critic_grads, cfg)
+  state, more, made = _apply(state, grads, critic_grads, metrics["loss/total"].value, limit, cfg)
   metrics |= more
   kl_coef = loss.next_kl_coef(state.kl_coef, metrics["loss/kl"].mean, trained.shape[0], cfg.loss)
-  return state.replace(kl_coef=kl_coef), metrics | {"loss/kl_coef": pooled.Mean(state.kl_coef)}
+  metrics |= {"loss/kl_coef": pooled.Mean(state.kl_coef)}
+  return state.replace(kl_coef=jnp.where(made, kl_coef, state.kl_coef)), metrics
 
 
 def _update_metrics(found: dict, trained_BT: jax.Array) -> pooled.Metrics:
@@ -525,7 +566,7 @@ def _update_metrics(found: dict, trained_BT: jax.Array) -> pooled.Metrics:
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
 def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[TrainState, pooled.Metrics]:
-  """One step of maximum likelihood on the batch's assistant tokens.
+  """One step of maximum likelihood on the batch's assistant tokens; skipped if it is not finite, as `update_step`.
 
   Args:
     state: donated.
@@ -537,5 +578,6 @@ def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[Tr
   """
   nll = lambda found, here_BT, whole_BT=None: -loss.masked_mean(found[0], here_BT, whole_BT)
   (grads, critic_grads), found = _gradients(state, None, batch, cfg, nll)
-  state, metrics = _apply(state, grads, critic_grads, cfg)
-  return state, metrics | {"loss/total": pooled.Mean(nll(found, mask(batch)))}
+  total = nll(found, mask(batch))
+  state, metrics, _ = _apply(state, grads, critic_grads, total, NO_LIMIT, cfg)
+  return state, metrics | {"loss/total": pooled.Mean(total)}

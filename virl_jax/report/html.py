@@ -105,7 +105,7 @@ def write(workdir: str) -> str:
 
   Args:
     workdir: may hold config.json, metrics.jsonl, eval_before.json, eval_after.json and
-      rollouts/{before,step_*,after}.jsonl; what is missing is left out of the page.
+      rollouts/{before,step_*,after}.jsonl and bad_batches/; what is missing is left out of the page.
 
   Returns:
     The page's path.
@@ -119,7 +119,7 @@ def write(workdir: str) -> str:
   metrics = log.read(metrics_path) if os.path.exists(metrics_path) else []
   before, after = (_json(os.path.join(workdir, f"eval_{when}.json")) for when in ("before", "after"))
   config = config_lib.translate(_json(os.path.join(workdir, "config.json")) or {})
-  kept = _kept_rollouts(os.path.join(workdir, "rollouts"), metrics)
+  kept = _kept_rollouts(workdir, metrics)
   page = render(config, metrics, before, after, (after or {}).get("difference"), kept,
                 os.path.basename(os.path.abspath(workdir)))
   path = os.path.join(workdir, "report.html")
@@ -139,32 +139,35 @@ def _json(path):
       raise ValueError(f"{path} must be JSON. Received: {e}") from e
 
 
-def _kept_rollouts(folder, metrics):
-  """The rollouts in order of time; where they are too many for a page, the middle of the run goes first."""
-  found = {}
-  for name in os.listdir(folder) if os.path.isdir(folder) else ():
-    match = re.fullmatch(r"(before|after|step_(\d+))\.jsonl", name)
-    if match:
-      found[match[1]] = int(match[2] or 0)
-  steps = sorted((name for name in found if name.startswith("step_")), key=found.get)
-  wanted = [name for name in ("after", "before") if name in found] + steps[::-1]
+def _kept_rollouts(workdir, metrics):
+  """The rollouts in order of time, bad batches among them; too many for a page, the middle of the run goes first."""
+  rollouts = os.path.join(workdir, "rollouts")
+  last = max((line["step"] for line in metrics if isinstance(line.get("step"), int)), default=-1) + 1
+  before, after = ((step, name.title(), os.path.join(rollouts, f"{name}.jsonl"))
+                   for step, name in ((0, "before"), (last, "after")))
+  steps = [(step, f"Step {step}", path) for step, path in _numbered(rollouts, r"step_(\d+)\.jsonl")]
+  skipped = [(step, f"Skipped, step {step}", os.path.join(path, "trajectories.jsonl"))
+             for step, path in _numbered(os.path.join(workdir, "bad_batches"), r"step_(\d+)")]
   kept, room = {}, _GALLERY_BYTES
-  for name in wanted:
+  for each in [after, before, *skipped[::-1], *steps[::-1]]:
     entries = []
-    for item in gallery.load(os.path.join(folder, f"{name}.jsonl")):
+    for item in gallery.load(each[2]) if os.path.exists(each[2]) else ():
       room -= len(json.dumps(item))
       if room < 0:
         break
       entries.append(item)
     if entries:
-      kept[name] = entries
+      kept[each] = entries
     if room < 0:
       break
-  last = max((line["step"] for line in metrics if isinstance(line.get("step"), int)), default=-1) + 1
-  in_time = [("before", 0, "Before")] + [(name, found[name], f"Step {found[name]}") for name in steps]
-  in_time.append(("after", last, "After"))
-  return [{"step": step, "label": label, "entries": kept[name]}
-          for name, step, label in in_time if name in kept]
+  return [{"step": each[0], "label": each[1], "entries": kept[each]}
+          for each in (before, *sorted([*steps, *skipped]), after) if each in kept]
+
+
+def _numbered(folder, pattern):
+  """What of a folder has a name like this: (number, path), in order."""
+  names = os.listdir(folder) if os.path.isdir(folder) else ()
+  return sorted((int(match[1]), os.path.join(folder, name)) for name in names if (match := re.fullmatch(pattern, name)))
 
 
 @functools.cache  # with the templates that it has compiled

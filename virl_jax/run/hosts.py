@@ -160,6 +160,11 @@ def number() -> int:
   return jax.process_index()
 
 
+def several() -> bool:
+  """Whether there are other processes."""
+  return jax.process_count() > 1
+
+
 def leads() -> bool:
   """Whether this process is the one that writes the workdir."""
   return jax.process_index() == 0
@@ -335,21 +340,22 @@ def place_rows(tree, mesh: Mesh):
   return jax.tree.map(lambda a: _put(a, sharding.rows(mesh)), tree)
 
 
-def fetch_rows(tree):
-  """numpy arrays of this process's rows, which are its part of the leading axis, wherever the arrays lie."""
+def fetch_rows(tree, axis: int = 0):
+  """numpy arrays of this process's rows, which are its part of an axis, wherever the arrays lie."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
-  return jax.tree.map(_rows, tree)
+  return jax.tree.map(lambda a: _rows(a, axis), tree)
 
 
-def _rows(a: jax.Array) -> np.ndarray:
-  each = a.shape[0] // jax.process_count()
+def _rows(a: jax.Array, axis: int) -> np.ndarray:
+  each = a.shape[axis] // jax.process_count()
   first = jax.process_index() * each
-  found = np.empty((each, *a.shape[1:]), a.dtype)
+  found = np.empty((*a.shape[:axis], each, *a.shape[axis + 1:]), a.dtype)
   for shard in a.addressable_shards:
-    start, stop, _ = shard.index[0].indices(a.shape[0])
-    start, stop = max(start, first), min(stop, first + each)
+    begin, end, _ = shard.index[axis].indices(a.shape[axis])
+    start, stop = max(begin, first), min(end, first + each)
     if start < stop:
-      offset = shard.index[0].indices(a.shape[0])[0]
-      found[(slice(start - first, stop - first), *shard.index[1:])] = shard.data[start - offset:stop - offset]
+      at, of = list(shard.index), [slice(None)] * a.ndim
+      at[axis], of[axis] = slice(start - first, stop - first), slice(start - begin, stop - begin)
+      found[tuple(at)] = np.asarray(shard.data)[tuple(of)]
   return found

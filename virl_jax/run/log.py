@@ -262,8 +262,13 @@ def _strict(value):
   return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def dumps(value) -> str:
+  """Strict JSON: numbers that are not finite are text, "nan", "inf" or "-inf"."""
+  return json.dumps(_strict(value), allow_nan=False)
+
+
 def _bytes(line: dict) -> bytes:
-  return json.dumps(_strict(line), allow_nan=False).encode() + b"\n"
+  return dumps(line).encode() + b"\n"
 
 
 def _rewind(path: str, start_step: int, header: dict | None) -> None:

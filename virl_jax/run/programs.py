@@ -102,7 +102,7 @@ def _update(c, p, work) -> Program:
       batch, None if p.step.single_update and not (gae or c.loss.kl_in_reward) else row(T),
       row(T) if c.loss.kl_coef or not p.step.single_update else None, row(T), row(p.pack.max_rounds),
       row(p.pack.max_rounds), row(p.pack.max_rounds), row(), row(), row(T) if gae else None, row(T) if gae else None)
-  return Program(step_lib.update_step, (_state(c, p), scored, p.step, _split(c, p)[1]), (2,))
+  return Program(step_lib.update_step, (_state(c, p), scored, p.step, _split(c, p)[1], step_lib.NO_LIMIT), (2,))
 
 
 def _score(c, p, work) -> Program:

@@ -16,6 +16,7 @@ from virl_jax.learner import pooled
 from virl_jax.report import gallery
 from virl_jax.rl import credit
 from virl_jax.rollout import pack
+from virl_jax.run import bad
 from virl_jax.run import compiles
 from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
@@ -23,7 +24,8 @@ from virl_jax.run import watch
 
 
 class Recorder:
-  """Writes a workdir's metrics.jsonl, rollouts/ and tensorboard/, prints a line a step, and watches for failures.
+  """Writes a workdir's metrics.jsonl, rollouts/, bad_batches/ and tensorboard/, prints a line a step, and watches for
+  failures.
 
   Of several processes the first does so, and all know what it has written.
 
@@ -36,7 +38,7 @@ class Recorder:
 
   def __init__(self, workdir: pathlib.Path, c, start: int, header: dict):
     self._workdir, self._cfg, self._watch = workdir, c.log, monitors.Config(**c.monitor)
-    self._rate = c.optim.learning_rate
+    self._optim = c.optim
     self._compiled = compiles.Counter()
     file = str(workdir / "metrics.jsonl")
     self._log = hosts.first(lambda: log_lib.MetricsLog(file, start, header))
@@ -53,6 +55,16 @@ class Recorder:
   def stopping(self) -> monitors.Alarm | None:
     """The alarm that ends the run, perhaps raised in an earlier process."""
     return monitors.stopping(self._alarms, self._watch)
+
+  @property
+  def limit(self) -> np.float32:
+    """The longest gradient that the next step's updates follow; see `bad.limit`."""
+    return bad.limit(self._history, self._optim.skip_above, self._optim.skip_window)
+
+  @property
+  def stuck(self) -> str | None:
+    """What to do if the last steps had too many updates that were not finite; such a run should end."""
+    return bad.advice(self._history, self._optim.stop_after, self._optim.learning_rate, self._workdir)
 
   @property
   def last(self) -> dict:
@@ -90,21 +102,23 @@ class Recorder:
     self._waits[phase], self._waited = waited - self._waited, waited
     hosts.beat(phase)
 
-  def step(self, step: int, parts: Sequence[list[types.Trajectory]], scored: types.ScoredBatch,
+  def step(self, step: int, parts: Sequence[list[types.Trajectory]], minibatches: Sequence[types.ScoredBatch],
            metrics: Sequence[Sequence[pooled.Metrics]], host: dict[str, float]) -> None:
     """Records a step; waits for the device.
 
     Args:
       step: which, counted from 0.
       parts: the trajectories of each minibatch; of this process.
-      scored: the first minibatch.
-      metrics: of the device: for each kind of call the metrics of its minibatches.
+      minibatches: these, scored.
+      metrics: of the device: for each kind of call the metrics of its minibatches; updates come last.
       host: of the host, by name; of all processes.
 
     Raises:
-      SystemExit: a metric is not finite.
+      SystemExit: a metric is not finite, and no update was skipped for it.
     """
-    found = {name: value for parts in metrics for name, value in pooled.merge(parts).items()}
+    found = {name: value for parts in metrics for name, value in bad.merge(parts).items()}
+    if np.isfinite(self.limit):
+      found["optim/limit"] = self.limit
     self.lap("update")
     found |= self._laps | host | pooled.merge(hosts.everyone(stops(sum(parts, [])))) | {
         "time/compile_s": self._compiled.seconds, "compile/count": self._compiled.count}
@@ -113,7 +127,12 @@ class Recorder:
       self._progress.line(step, line)
     if self._tensorboard is not None:
       self._tensorboard.write(step, line)
-    _check_finite(line, self._workdir, self._rate)
+    if not bad.failures(line):
+      _check_finite(line, self._workdir, self._optim.learning_rate)
+    if line.get(bad.SKIPPED):
+      at = bad.save(self._workdir, self._cfg.bad_batches, line, metrics[-1], minibatches,
+                    lambda i, which: entries(parts[i], minibatches[i], which))
+      hosts.say(bad.said(line, metrics[-1], at))
     self._history.append(line)
     if said := watch.slow(self._history, hosts.everyone((platform.node(), self._waits)), self._pace):
       hosts.say(said)
@@ -123,7 +142,7 @@ class Recorder:
     self._alarms += begun
     if step and self._cfg.gallery_every and step % self._cfg.gallery_every == 0:
       save_gallery(self._workdir / "rollouts" / f"step_{step:06d}.jsonl",
-                   entries(parts[0][:self._cfg.gallery], scored), self._cfg.gallery)
+                   entries(parts[0], minibatches[0], range(min(len(parts[0]), self._cfg.gallery))), self._cfg.gallery)
     self._then = time.perf_counter()
 
   def close(self) -> None:
@@ -147,19 +166,21 @@ def stops(trajectories: Sequence[types.Trajectory]) -> pooled.Metrics:
   return reasons | {"invalid_action_rate": pooled.Ratio(refused, refused + taken)}
 
 
-def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch) -> list[dict]:
+def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch, which: Sequence[int]) -> list[dict]:
   """Trajectories for the report, with what training made of them.
 
   Args:
-    trajectories: the first of this process's part of the batch.
+    trajectories: this process's part of the batch, in order.
     scored: the batch.
+    which: numbers of those that are wanted.
   """
   rows = list(zip(*hosts.fetch_rows((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
                                      scored.reward_B))))
   if scored.batch.order_B is not None:
     rows = [rows[i] for i in hosts.fetch_rows(scored.batch.order_B) % len(rows)]
   found = []
-  for traj, (iou_R, class_R, modulator_R, advantage, earned) in zip(trajectories, rows):
+  for i in which:
+    traj, (iou_R, class_R, modulator_R, advantage, earned) = trajectories[i], rows[i]
     k = len(traj.regions)
     parts = {"answer": float(traj.correct), "format": float(pack.well_formed(traj))}
     found.append(gallery.entry(traj, traj.task.image, iou_R[:k].tolist(), [credit.NAMES[int(v)] for v in class_R[:k]],

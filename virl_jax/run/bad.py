@@ -1,0 +1,217 @@
+"""Updates that were skipped: a step's metrics without them, what is kept of their batches, and when it is time to stop.
+
+The device skips an update that is not finite, or whose gradient is longer than a limit (`learner.step`).  What is
+decided here follows from the lines of metrics.jsonl alone: a run that was killed and resumed decides the same.
+
+A folder of `bad_batches/` holds, of one step,
+
+    step.json           the step's line, and each update's own metrics, which the line has only means of
+    trajectories.jsonl  as in rollouts/, of minibatches with a skipped update: first those with what is not finite
+    minibatch_N.npz     the arrays of such a minibatch by their names in `types`, but for pictures; where several
+                        processes train, each has a file of its own rows, minibatch_N_process_I.npz
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import re
+import shutil
+import statistics
+
+import jax
+import numpy as np
+
+from virl_jax import types
+from virl_jax.learner import pooled
+from virl_jax.report import gallery
+from virl_jax.run import hosts
+from virl_jax.run import log as log_lib
+
+SKIPPED, SPIKES = "optim/skipped", "optim/spikes"  # updates of a step, and those of them that were finite but too long
+FOLDER = "bad_batches"
+_TRAJECTORIES = 16  # of a step that are kept
+_NAME = re.compile(r"step_(\d+)")
+
+
+def failures(line: dict) -> int:
+  """How many updates of a step, or of one update's metrics, were skipped because they were not finite."""
+  return round(line.get(SKIPPED, 0.0) - line.get(SPIKES, 0.0))
+
+
+def merge(parts: Sequence[pooled.Metrics]) -> dict[str, float]:
+  """`pooled.merge`; updates that are not finite are counted, and left out of all else unless there is no other.
+
+  One of eight says nothing of the step's loss, and would make a hole in every curve.  If none was finite, what came
+  is what the line holds.
+
+  Args:
+    parts: the metrics of a step's calls of one kind; waits for the device.
+  """
+  parts = jax.device_get(list(parts))
+  whole = pooled.merge(parts)
+  good = [part for part in parts if not failures(pooled.merge([part]))]
+  if not good or len(good) == len(parts):
+    return whole
+  return pooled.merge(good) | {name: whole[name] for name in (SKIPPED, SPIKES)}
+
+
+def limit(history: Sequence[dict], above: float, window: int) -> np.float32:
+  """The longest gradient that is followed in the step after these: a multiple of the median norm.
+
+  Spikes are in the median too: where all gradients become longer for good, the limit follows within half a window.
+
+  Args:
+    history: lines of metrics.jsonl, oldest first; steps without a finite, positive norm say nothing.
+    above: medians; 0 for no limit.
+    window: steps that the median is taken over.  There is no limit before half as many have a norm.
+
+  Returns:
+    The limit, infinite for none.
+
+  Source: ours.
+  """
+  norms = [line.get("optim/grad_norm", 0.0) for line in history[-window:]]
+  norms = [norm for norm in norms if math.isfinite(norm) and norm > 0]
+  if not above or 2 * len(norms) < window:
+    return np.float32(np.inf)
+  return np.float32(min(above * statistics.median(norms), float(np.finfo(np.float32).max)))
+
+
+def advice(history: Sequence[dict], most: int, rate: float, workdir: pathlib.Path) -> str | None:
+  """What to do about steps in a row with updates that were not finite, in a line; None while there are fewer.
+
+  Args:
+    history: lines of metrics.jsonl, oldest first.
+    most: steps in a row that are too many; 0 for never.
+    rate: the learning rate.
+    workdir: the run's folder.
+  """
+  row = list(itertools.takewhile(failures, reversed(history)))
+  if not most or len(row) < most:
+    return None
+  first, saved = row[-1]["step"], row[0]["step"] + 1
+  return (
+      f"error: {len(row)} steps in a row, from step {first} on, had updates that were skipped because their loss or "
+      f"gradient was not finite; {workdir / FOLDER} shows the first such. Look at optim/grad_norm and ppo/ratio_max "
+      f"in the lines of {workdir}/metrics.jsonl before them. If they grew, the policy has gone astray: in "
+      f"{workdir}/checkpoints delete what is numbered {first} to {saved}, and give the same command with "
+      f"--config.optim.learning_rate={rate / 2:g} --resume-with-changes. It goes on from the checkpoint before, or "
+      "begins anew where there is none. If they did not, it is the batches: as it stands, the command goes on with the "
+      "next step, and ends again if that is like these")
+
+
+def said(line: dict, updates: Sequence[pooled.Metrics], at: pathlib.Path | None) -> str:
+  """A line for the terminal: how many updates of a step were skipped, why, and where the batch lies.
+
+  Args:
+    line: the step's.
+    updates: of the step, in order.
+    at: a folder that `save` made, or None.
+  """
+  found = [each for update in updates if failures(each := pooled.merge([update]))]
+  names = sorted({name for each in found for name, value in each.items() if not math.isfinite(value)})
+  why = [f"{len(found)} not finite ({', '.join(names)})"] if found else []
+  if line[SPIKES]:
+    why.append(f"{line[SPIKES]:.0f} with a gradient longer than {line['optim/limit']:.3g}")
+  where = f"; see {at}" if at else ""
+  return f"skipped: {line[SKIPPED]:.0f} of {len(updates)} updates, {' and '.join(why)}{where}"
+
+
+def save(workdir: pathlib.Path, most: int, line: dict, updates: Sequence[pooled.Metrics],
+         minibatches: Sequence[types.ScoredBatch], entries: Callable[[int, Sequence[int]], list[dict]]
+         ) -> pathlib.Path | None:
+  """Keeps the batch of a step with skipped updates, if there is room.
+
+  The first ones stay: what goes wrong later often comes of what went wrong first.  But where a spike has the last
+  place, what is not finite takes it.
+
+  Args:
+    workdir: the run's folder.
+    most: folders that there may be.
+    line: the step's.
+    updates: of the step in order, going through the minibatches again and again.
+    minibatches: all of the step.
+    entries: (number of a minibatch, numbers of its trajectories) -> what the report shows of them.
+
+  Returns:
+    The folder, or None if there was no room.
+  """
+  target = workdir / FOLDER / f"step_{line['step']:06d}"
+  temporary = target.with_name(target.name + ".tmp")
+  if not hosts.first(lambda: _make_room(target, temporary, most, bool(failures(line)))):
+    return None
+  each = [pooled.merge([update]) for update in updates]
+  chosen = sorted({i % len(minibatches) for i, one in enumerate(each) if one[SKIPPED]})
+  found = {i: _arrays(minibatches[i]) for i in chosen}
+  shown = []  # by how soon each process would show it
+  for i, arrays in found.items():
+    shown += enumerate(entries(i, _telling(arrays)[:_TRAJECTORIES]), start=len(shown))
+    of = f"_process_{hosts.number()}" if hosts.several() else ""
+    np.savez_compressed(temporary / f"minibatch_{i}{of}.npz", **arrays)
+  shown = hosts.in_order(shown)[:_TRAJECTORIES]
+  told = [{"minibatch": i % len(minibatches), "epoch": i // len(minibatches), **one} for i, one in enumerate(each)]
+
+  def finish() -> None:
+    (temporary / "step.json").write_text(log_lib.dumps({"line": line, "updates": told}) + "\n")
+    gallery.save(str(temporary / "trajectories.jsonl"), shown)
+    shutil.rmtree(target, ignore_errors=True)  # of this step, before the run was resumed
+    temporary.rename(target)
+
+  hosts.first(finish)
+  return target
+
+
+def kept(workdir: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+  """The folders there are, with their steps, in order."""
+  found = [(int(m[1]), path) for path in (workdir / FOLDER).glob("step_*") if (m := _NAME.fullmatch(path.name))]
+  return sorted(found)
+
+
+def _make_room(target: pathlib.Path, temporary: pathlib.Path, most: int, failed: bool) -> bool:
+  """Whether there is room for one more folder; makes some for what is not finite, and an empty one to write into."""
+  others = [path for _, path in kept(target.parent.parent) if path != target]
+  if len(others) >= most:
+    spikes = [path for path in others if _is_spike(path)] if failed and most else []
+    if not spikes:
+      return False
+    shutil.rmtree(spikes[-1])
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  return True
+
+
+def _is_spike(path: pathlib.Path) -> bool:
+  try:
+    return not failures(json.loads((path / "step.json").read_text())["line"])
+  except (OSError, ValueError, KeyError):  # somebody's, who may want it
+    return False
+
+
+def _arrays(scored: types.ScoredBatch) -> dict[str, np.ndarray]:
+  """The arrays of a minibatch by name, but for pictures; of several processes, this one's part."""
+  batch, rows = scored.batch, scored.batch.rows
+  fields = lambda of, but: {f.name: a for f in dataclasses.fields(of)
+                            if f.name != but and (a := getattr(of, f.name)) is not None}
+  found = hosts.fetch_rows(fields(scored, "batch") | fields(batch, "rows"))
+  if "order_B" in found:
+    found["order_B"] = found["order_B"] % len(found["order_B"])
+  return {name: np.asarray(a) for name, a in (found | hosts.fetch_rows(fields(rows, "images"), 1)).items()}
+
+
+def _telling(arrays: dict[str, np.ndarray]) -> list[int]:
+  """Numbers of a minibatch's trajectories, first those whose numbers are not all finite."""
+  valid_BT = arrays["valid_BT"]
+  odd_B = np.zeros(len(valid_BT), bool)
+  for a in arrays.values():
+    if a.dtype.kind == "f" and len(a) == len(odd_B):
+      odd = ~np.isfinite(a)
+      odd_B |= (odd & valid_BT if a.shape == valid_BT.shape else odd.reshape(len(odd_B), -1).any(-1, keepdims=True)
+                ).any(-1)
+  if "order_B" in arrays:
+    odd_B = odd_B[arrays["order_B"]]
+  return np.argsort(~odd_B, kind="stable").tolist()
