@@ -106,6 +106,7 @@ def whole(env, folder, processes, devices, n, *more):
   return workdir, run
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(env, tmp_path):
   """Two steps of two updates, evaluated before and after."""
   one, _ = whole(env, tmp_path, 1, 2, 2)
