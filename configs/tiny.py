@@ -27,7 +27,9 @@ def get_config():
   c.rollout.max_rounds = 3
   c.rollout.max_turn_tokens = 32
   c.rollout.max_total_tokens = 256
-  c.pack.join_rows = True          # half of the tokens would be padding
+  c.pack.join_rows = True          # half of the tokens would be padding; an eighth is, in
+  c.pack.pad_tokens = 128          # rows of 512,
+  c.pack.joined_share = 1 / 32     # whose number is a multiple of 4
   # With the default weights the policy stops looking twice, even where two objects are to be compared: its second
   # zooms are poor at first, and it is blamed for them before it learns that the answer needs them.
   c.reward.w_answer = 2.0
