@@ -12,7 +12,10 @@ from virl_jax import train
 from virl_jax import types
 from virl_jax.eval import harness
 from virl_jax.learner import pooled
+from virl_jax.run import goodput
 from virl_jax.run import load
+from virl_jax.run import log
+from virl_jax.run import pace
 from virl_jax.run import setup
 
 STEPS, EPOCHS, MINIBATCHES, PROMPTS, G = 4, 2, 2, 8, 4
@@ -43,6 +46,7 @@ def played(tmp_path, monkeypatch):
   c.ppo.epochs, c.ppo.minibatches, c.loss.kl_coef = EPOCHS, MINIBATCHES, 0.1
   c.reward.h0, c.reward.h0_start, c.reward.h0_steps = 0.4, 0.2, 2
   c.checkpoint.every, c.log.gallery, c.log.gallery_every, c.log.tensorboard = 2, 0, 0, False
+  c.log.peak_flops = 1e9
   c.eval.bootstrap = 10
   seen = std_types.SimpleNamespace(c=c, evaluated=[], rolled=[], further={}, informative=[], scored=[], updates=[])
 
@@ -130,3 +134,19 @@ def test_what_is_left_of_it(played, tmp_path):
   saved = sorted(int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir() if f.name.isdigit())
   assert saved == [2, 4]
   assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1 + STEPS
+
+
+def test_what_it_took(played, tmp_path):
+  """Of each step the pace, and where all time went, in the order that it went in."""
+  for line in log.read(str(tmp_path / "run" / "metrics.jsonl")):
+    assert line["tokens/total"] == PROMPTS * G * 6 and line["tokens/context"] == 3.5 and line["patches/total"] == 0
+    seconds = sum(line[f"time/{phase}_s"] for phase in pace.PHASES)
+    assert line["speed/tokens_s"] == pytest.approx(PROMPTS * G * 6 / seconds)
+    assert line["speed/tokens_s_device"] == pytest.approx(line["speed/tokens_s"] / 8)
+    assert line["speed/mfu"] > 0 and 0 <= line["speed/goodput"] <= 1 and "memory/device_peak_gib" not in line
+  events = goodput.read(str(tmp_path / "run" / "wallclock.jsonl"))
+  assert [event["spent"] for event in events] == [
+      "stopped", "startup", "evaluation", "startup", *["step"] * STEPS, "checkpoint", "evaluation"]
+  assert events[3]["resumed"] == 0 and [event["step"] for event in events[4:-2]] == list(range(STEPS))
+  line = log.read(str(tmp_path / "run" / "metrics.jsonl"))[-1]
+  assert line["speed/goodput"] == pytest.approx(goodput.share(goodput.split(events[:-2])), abs=1e-9)

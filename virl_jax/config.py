@@ -274,6 +274,7 @@ def _knobs() -> ConfigDict:
   g.gallery = free(8)              # trajectories kept for the report each time; 0 for none
   g.gallery_every = free(20)       # steps between kept rollouts; 0 keeps none while training
   g.tensorboard = free(True)       # write scalars where TensorBoard's writer is installed
+  g.peak_flops = free(0.0)         # what a device can do, bfloat16 operations/s, for speed/mfu; 0 by its name [ours]
 
   c.monitor = v = ConfigDict()     # alarms while training, see docs/monitors.md; all thresholds [ours]
   v.window = free(8)               # steps that means and medians are taken over [ours]
