@@ -126,7 +126,8 @@ class Clock:
 
   def _add(self, event: dict) -> None:
     last = self._events[-1]["at"] if self._events else event["at"]
-    event["at"] = max(round(event["at"], 3), last)  # clocks are set, and another machine's is another
+    event = {key: round(value, 3) if isinstance(value, float) else value for key, value in event.items()}
+    event["at"] = max(event["at"], last)  # clocks are set, and another machine's is another
     self._events.append(event)
     if "resumed" in event:  # earlier steps may have turned out to be in vain
       self._parts = split(self._events)

@@ -50,7 +50,7 @@ class Recorder:
     self._tensorboard = log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard and hosts.leads(),
                                                    start)
     self._laps: dict[str, float] = {}
-    self._waits, self._waited, self._slow = {}, 0.0, watch.Config(**c.watch)
+    self._waits, self._waited, self._pace = {}, 0.0, watch.Config(**c.watch)
     self._compiled_s, self._then = 0.0, time.perf_counter()
 
   @property
@@ -121,7 +121,7 @@ class Recorder:
       self._tensorboard.write(step, line)
     _check_finite(line, self._workdir, self._rate)
     self._history.append(line)
-    if said := watch.slow(self._history, hosts.everyone((platform.node(), self._waits)), self._slow):
+    if said := watch.slow(self._history, hosts.everyone((platform.node(), self._waits)), self._pace):
       hosts.say(said)
     begun = monitors.begun(self._history, self._watch)
     for alarm in begun if hosts.leads() else ():
