@@ -274,6 +274,8 @@ MUTANTS = [Mutant(*m) for m in (
      "steps that are done again count each time"),
     ("run/goodput.py", "if path is not None and not _ends_whole(path):", "if False:",
      "a start's first line is lost behind a line that was cut off"),
+    ("train.py", 'clock.lap("startup", resumed=start)', 'clock.lap("startup")',
+     "nobody knows which steps are done again"),
 )]
 
 
