@@ -30,13 +30,15 @@ import time
 
 import timing  # of this folder
 
+from virl_jax.run import log as log_lib
+
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ("--config.rollout.prompts=4", "--config.rollout.group_size=4", "--config.eval.tasks=8", "--config.mesh.fsdp=2",
          "--config.data.needle.train_size=64", "--config.data.needle.test_size=16", "--config.log.tensorboard=False",
          "--config.log.gallery_every=0", "--join_timeout_s=60")
 KINDS = ("kill", "term", "damage", "disk", "coordinator")
 DAMAGES = ("cut short", "inverted", "no manifest")
-TIMES = ("time/", "compile/", "speed/", "memory/")
+TIMES = log_lib.MEASURED
 DISK_BYTES = 800 * 2 ** 20
 LONELY_S = 100.0  # a process may outlive the other for so long
 DIGEST = """

@@ -24,6 +24,8 @@ import time
 
 import timing  # of this folder
 
+from virl_jax.run import log as log_lib
+
 ROOT = pathlib.Path(__file__).parents[1]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGKILL: -signal.SIGKILL}
 SMALL = ("--config.rollout.prompts=8", "--config.rollout.group_size=4", "--config.eval.tasks=16",
@@ -47,7 +49,7 @@ def log_of(workdir: pathlib.Path) -> str:
 def outcome(workdir: pathlib.Path) -> tuple[list[dict], dict]:
   """What a run's steps and its last evaluation are, but for times."""
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  timeless = lambda line: {k: v for k, v in line.items() if not k.startswith(("time/", "compile/"))}
+  timeless = lambda line: {k: v for k, v in line.items() if not k.startswith(log_lib.MEASURED)}
   return [timeless(line) for line in lines if "step" in line], json.loads((workdir / "eval_after.json").read_text())
 
 

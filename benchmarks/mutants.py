@@ -289,6 +289,19 @@ MUTANTS = [Mutant(*m) for m in (
      "what waits beside a program counts for nothing"),
     ("run/programs.py", 'beside = c.ppo.minibatches * found["batch"]', 'beside = found["batch"]',
      "the other minibatches take no room"),
+    # --- what it costs ------------------------------------------------------------------------------------------
+    ("run/pace.py", "scored = (not alone) + (c.loss.kl_coef > 0)", "scored = 1 + (c.loss.kl_coef > 0)",
+     "the only update's forward pass counts as scoring, too"),
+    ("run/pace.py", "sum(n * (n + 1) // 2 for n in lengths)", "sum(n * n for n in lengths)",
+     "tokens count for seeing what comes after them"),
+    ("run/pace.py", "{id(image): math.prod(image.grid_hw)", "{(id(t), id(image)): math.prod(image.grid_hw)",
+     "a group's picture counts once a trajectory"),
+    ("run/goodput.py", 'found["useful" if event["step"] < kept else "redone"] += seconds', 'found["useful"] += seconds',
+     "steps that are done again count each time"),
+    ("run/goodput.py", "if path is not None and not _ends_whole(path):", "if False:",
+     "a start's first line is lost behind a line that was cut off"),
+    ("train.py", 'clock.lap("startup", resumed=start)', 'clock.lap("startup")',
+     "nobody knows which steps are done again"),
 )]
 
 

@@ -12,16 +12,16 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
     "run.compiles run.hlo run.log run.signals",
     "data.answers eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
-    "rl.loss rl.reward rollout.slots tiny.needle",
+    "rl.loss rl.reward rollout.slots run.goodput tiny.needle",
     "data.images learner.optim model.attention model.cache model.layers run.hosts report.html rl.judge tiny.store",
     "data.batches data.sources learner.checkpoint model.qwen2_5.config rollout.actions.zoom rollout.pack "
     "run.bad run.topologies run.watch run.workdir tiny.source",
-    "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending run.record",
+    "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
     "data.prompt model.qwen2_5.model",
     "model.family model.qwen tiny.demos tiny.tokenizer",
     "model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
-    "learner.step rollout.sample run.load run.serving",
-    "rollout.turns",
+    "learner.step rollout.sample run.load run.pace run.serving",
+    "rollout.turns run.record",
     "rollout.chunks run.setup",
     "export warmstart rollout.engine run.programs",
     "eval.harness plan rollout.dynamic",

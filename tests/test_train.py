@@ -19,7 +19,9 @@ from virl_jax import export
 from virl_jax import train
 from virl_jax.model import tuning
 from virl_jax.model import weights
+from virl_jax.run import goodput
 from virl_jax.run import load
+from virl_jax.run import log
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
@@ -53,7 +55,7 @@ def _steps(workdir):
 
 
 def _timeless(lines):
-  return [{k: v for k, v in line.items() if not k.startswith(("time/", "compile/"))} for line in lines]
+  return [{k: v for k, v in line.items() if not k.startswith(log.MEASURED)} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +75,17 @@ def test_a_run_leaves_what_it_should(six_steps):
   assert [line["step"] for line in lines] == list(range(6))
   wanted = {"reward/total", "reward/answer", "reward/fidelity", "acc_ans", "acc_rat", "rationale_count", "hit_rate",
             "mean_iou", "loss/policy", "loss/kl", "ppo/clip_frac", "ppo/ratio_max", "rollout/logp_gap_max",
-            "time/rollout_s", "time/update_s", "tokens/generated"}
+            "time/rollout_s", "time/update_s", "tokens/generated", "tokens/total", "patches/total", "speed/tokens_s",
+            "speed/tokens_s_device", "speed/goodput"}
   assert wanted <= lines[0].keys()
+  assert not {"speed/mfu", "memory/device_peak_gib"} & lines[0].keys(), "a CPU has no peak, and tells of no memory"
+  for line in lines:
+    assert line["tokens/total"] > line["tokens/generated"] and line["patches/total"] > line["patches/of_image"] > 0
   for name in ("config.json", "eval_before.json", "eval_after.json", "report.html", "rollouts/before.jsonl",
-               "rollouts/step_000002.jsonl", "rollouts/after.jsonl"):
+               "rollouts/step_000002.jsonl", "rollouts/after.jsonl", "wallclock.jsonl"):
     assert (workdir / name).is_file(), name
-  assert "acc_rat" in out and "95% intervals" in out and "left" in out
+  assert "acc_rat" in out and "95% intervals" in out and "left" in out and "\ngoodput " in out
+  assert "Where the time went" in (workdir / "report.html").read_text()
   after = json.loads((workdir / "eval_after.json").read_text())
   assert after["n"] == 8 and {"value", "low", "high"} <= after["difference"]["acc_rat"].keys()
 
@@ -107,6 +114,14 @@ def test_killed_and_started_again_ends_the_same(places, six_steps):
   assert again.returncode == 0, out
   assert "going on from step" in out, f"killed after step {at}"
   assert _timeless(_lines(workdir)) == _timeless(_lines(six_steps[0])), f"killed after step {at}"
+  events = goodput.read(str(workdir / "wallclock.jsonl"))
+  starts = [i for i, event in enumerate(events) if event["spent"] == "stopped"]
+  assert len(starts) == 2, "the second start has not forgotten the first"
+  done = [[event["step"] for event in part if event["spent"] == "step"] for part in
+          (events[:starts[1]], events[starts[1]:])]
+  resumed = next(event["resumed"] for event in events[starts[1]:] if "resumed" in event)
+  assert len(done[0]) > at and done == [list(range(len(done[0]))), list(range(resumed, 6))], f"killed after step {at}"
+  assert goodput.split(events)["stopped"] > 0
   ours, theirs = (json.loads((w / "eval_after.json").read_text()) for w in (workdir, six_steps[0]))
   assert ours == theirs, f"killed after step {at}"
 

@@ -12,7 +12,10 @@ from virl_jax import train
 from virl_jax import types
 from virl_jax.eval import harness
 from virl_jax.learner import pooled
+from virl_jax.run import goodput
 from virl_jax.run import load
+from virl_jax.run import log
+from virl_jax.run import pace
 from virl_jax.run import setup
 
 STEPS, EPOCHS, MINIBATCHES, PROMPTS, G = 4, 2, 2, 8, 4
@@ -46,6 +49,7 @@ def stage(monkeypatch, failing=()):
   c.ppo.epochs, c.ppo.minibatches, c.loss.kl_coef = EPOCHS, MINIBATCHES, 0.1
   c.reward.h0, c.reward.h0_start, c.reward.h0_steps = 0.4, 0.2, 2
   c.checkpoint.every, c.log.gallery, c.log.gallery_every, c.log.tensorboard = 2, 0, 0, False
+  c.log.peak_flops = 1e9
   c.eval.bootstrap, c.log.bad_batches = 10, 0
   c.optim.skip_above, c.optim.skip_window = 2.0, 2
   seen = std_types.SimpleNamespace(c=c, evaluated=[], rolled=[], further={}, informative=[], scored=[], updates=[],
@@ -167,3 +171,19 @@ def test_a_run_that_is_stuck_ends_saved_and_the_same_command_goes_on(tmp_path, m
   assert "going on from step 3\n" in capsys.readouterr().out and saves(tmp_path) == [3, 4]
   assert len(seen.rolled) == STEPS, "no step was done again"
   assert [p for p, *_ in seen.rolled] == [100.5, 103.5, 106.5, 106.5]
+
+
+def test_what_it_took(played, tmp_path):
+  """Of each step the pace, and where all time went, in the order that it went in."""
+  for line in log.read(str(tmp_path / "run" / "metrics.jsonl")):
+    assert line["tokens/total"] == PROMPTS * G * 6 and line["tokens/context"] == 3.5 and line["patches/total"] == 0
+    seconds = sum(line[f"time/{phase}_s"] for phase in pace.PHASES)
+    assert line["speed/tokens_s"] == pytest.approx(PROMPTS * G * 6 / seconds)
+    assert line["speed/tokens_s_device"] == pytest.approx(line["speed/tokens_s"] / 8)
+    assert line["speed/mfu"] > 0 and 0 <= line["speed/goodput"] <= 1 and "memory/device_peak_gib" not in line
+  events = goodput.read(str(tmp_path / "run" / "wallclock.jsonl"))
+  assert [event["spent"] for event in events] == [
+      "stopped", "startup", "evaluation", "startup", *["step"] * STEPS, "checkpoint", "evaluation"]
+  assert events[3]["resumed"] == 0 and [event["step"] for event in events[4:-2]] == list(range(STEPS))
+  line = log.read(str(tmp_path / "run" / "metrics.jsonl"))[-1]
+  assert line["speed/goodput"] == pytest.approx(goodput.share(goodput.split(events[:-2])), abs=1e-9)

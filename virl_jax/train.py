@@ -3,11 +3,11 @@
     python -m virl_jax.train --config=configs/tiny.py --workdir=runs/tiny
     python -m virl_jax.train --config=configs/tiny.py --config.seed=1 --config.steps=50
 
-A workdir holds config.json, data.json, metrics.jsonl, checkpoints/, rollouts/, eval_before.json, eval_after.json and
-report.html, and bad_batches/ if updates were skipped (docs/monitors.md).  Stop it at any time and give the same
-command again: it goes on from the last checkpoint, and ends as if it had not been stopped.  Ctrl-C and SIGTERM save
-the last finished step first, and end it with status 130 and 0.  With --resume-with-changes it goes on with another
-learning rate, say.
+A workdir holds config.json, data.json, metrics.jsonl, wallclock.jsonl, checkpoints/, rollouts/, eval_before.json,
+eval_after.json, report.html, and bad_batches/ if updates were skipped (docs/monitors.md).  Stop it at any time and
+give the same command again: it goes on from the last checkpoint, and ends as if it had not been stopped.  Ctrl-C and
+SIGTERM save the last finished step first, and end it with status 130 and 0.  With --resume-with-changes it goes on
+with another learning rate, say.
 
 Several processes, each with devices of its own, train together as one: start each with the same command, and
 --coordinator=HOST:PORT --num_processes=N --process_id=I, or VIRL_JAX_DISTRIBUTED=auto where JAX knows the cluster.
@@ -47,9 +47,11 @@ from virl_jax.rollout import pack
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 from virl_jax.run import ending
+from virl_jax.run import goodput
 from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import memory
+from virl_jax.run import pace
 from virl_jax.run import record as record_lib
 from virl_jax.run import setup
 from virl_jax.run import watch
@@ -72,18 +74,20 @@ def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
   Raises:
     ValueError: if the configuration, the model, the data or the workdir won't do, or the devices are too small.
   """
+  began = time.time()
   workdir_lib.alike(c)
   p = setup.pieces(c)
   plan.check(c, p)
   source = setup.source(c, "train")
   with (workdir_lib.claim(workdir, c, source, resume_with_changes) as claimed,
         watch.over(claimed.folder, watch.Config(**c.watch))):
-    return _train(c, p, source, claimed)
+    return _train(c, p, source, claimed, began)
 
 
-def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
+def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed, began: float) -> dict:
   # --- what is fixed -----------------------------------------------------------------------------------
   workdir = claimed.folder
+  clock = goodput.Clock(str(workdir / "wallclock.jsonl") if hosts.leads() else None, began)
   hosts.say(source.describe())
   for caution in setup.cautions(c):
     hosts.say(f"WARNING: {caution}")
@@ -97,7 +101,9 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   # --- how good is the base? ---------------------------------------------------------------------------
   fits = functools.partial(turns.check, p.policy)
   held_out = _held_out(c, fits) if c.eval.tasks else None
+  clock.lap("startup")
   before = _evaluate(c, p, base.params, held_out, root_key, workdir, "before")
+  clock.lap("evaluation")
 
   # --- where are we? -----------------------------------------------------------------------------------
   state = step_lib.init_state(base.trained, p.step.optim, c.loss.kl_coef,
@@ -111,9 +117,11 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
   rows = c.rollout.prompts * c.rollout.group_size
   hosts.say(memory.cache_size(p.policy.model, c.rollout.max_total_tokens, c.engine.slots, rows, p.policy.mesh,
                               memory.free_bytes()))
-  record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed))
+  learner = pace.learner(c, p.step.model, jax.devices())
+  record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed), learner, clock)
   feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels, fits)
   feed.skipped = record.last.get("data/skipped", 0)  # what an earlier process passed over
+  clock.lap("startup", resumed=start)
 
   # --- the loop ----------------------------------------------------------------------------------------
   with contextlib.closing(feed), ending.Kept(checkpoints, start, state, record.close) as kept:
@@ -152,12 +160,15 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed) -> dict:
         raise SystemExit(record.stuck)
 
   # --- what came of it ---------------------------------------------------------------------------------
+  clock.lap("checkpoint")
   if stopped := record.stopping:
     hosts.say(f"stopped by {stopped.name}, which began at step {stopped.step + 1}. To go on, give the same command "
               "with --config.monitor.stop='()'")
   after = _evaluate(c, p, policy(state), held_out, root_key, workdir, "after", before)
+  clock.lap("evaluation")
   if after is not None:
     hosts.say("\n" + outcome.format_table(before, after, after["difference"]) + "\n")
+  hosts.say(goodput.said(clock.parts))
   hosts.say(f"report: {hosts.first(lambda: html.write(str(workdir)))}")
   return record.last
 

@@ -80,8 +80,9 @@ def _entropies(*stretches):
   return [{"step": i, "loss/entropy": v} for i, v in enumerate(v for n, v in stretches for _ in range(n))]
 
 
-def _render(config=None, metrics=(), before=None, after=None, difference=None, kept=(), title="run"):
-  return page_html.render(config or {}, list(metrics), before, after, difference, list(kept), title)
+def _render(config=None, metrics=(), before=None, after=None, difference=None, kept=(), title="run",
+            clock=()):
+  return page_html.render(config or {}, list(metrics), before, after, difference, list(kept), title, clock)
 
 
 def _kept(*items, label="After"):
@@ -445,3 +446,21 @@ def test_page_keeps_first_last_and_newest_when_there_is_too_much(tmp_path, monke
   text = (tmp_path / "report.html").read_text(encoding="utf-8")
   there = [name for name in ("before", "step_000020", "step_000100", "after") if f"task of {name}<" in text]
   assert there == ["before", "step_000100", "after"]
+
+
+def test_where_the_time_went():
+  step = {"spent": "step", "compile_s": 1.0, "checkpoint_s": 0.0}
+  clock = [{"at": 0.0, "spent": "stopped"}, {"at": 5.0, "spent": "startup", "resumed": 0},
+           {"at": 16.0, "step": 0, **step}, {"at": 100.0, "spent": "stopped"}]
+  page = _Page(_render(clock=clock))
+  assert "Goodput 10.0%: steps that count, of 1m40s since the first start, in 2 starts." in page.text
+  assert ("steps that count 10s 10.0% compiling in steps 1s 1.0% starting up 5s 5.0% between starts 1m24s 84.0%"
+          in page.text)
+  assert [a["class"] for a in page.all("i") if "style" in a] == ["useful", "compile", "startup", "stopped"]
+  assert [a["style"] for a in page.all("i") if "style" in a][0] == "flex-grow:0.1000"
+  assert all("Where the time went" not in _render(clock=none) for none in ((), clock[:1]))
+
+
+def test_a_folder_with_a_clock(tmp_path):
+  (tmp_path / "wallclock.jsonl").write_text('{"at": 1, "spent": "stopped"}\n{"at": 3, "spent": "evaluation"}\n{"at"')
+  assert "evaluation" in _Page(pathlib.Path(page_html.write(str(tmp_path))).read_text()).text

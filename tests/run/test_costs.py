@@ -11,6 +11,7 @@ from virl_jax import types
 from virl_jax.model import family
 from virl_jax.model import layers
 from virl_jax.model import patches
+from virl_jax.model import tuning
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.run import costs
 from virl_jax.run import topologies
@@ -59,6 +60,22 @@ def test_the_vision_tower(wide):
   work = costs.Work(tokens=0, patches=2 * windows * Q, of_image=windows * Q)
   assert counted(run, params, images) == pytest.approx(costs.flops(cfg, work), rel=0.1)
   assert patches.bucket((windows, windows * grid.window ** 2), grid)[0] == windows
+
+
+def test_a_patch_sees_no_more_than_its_image(wide):
+  """A picture smaller than a window is seen whole, by every block: 2 products of 256 for each patch and block."""
+  cfg, _ = wide
+  flops = lambda of_image: costs.flops(cfg, costs.Work(tokens=0, patches=1, of_image=of_image))
+  window = (cfg.vision.grid.window * cfg.vision.merge) ** 2
+  assert flops(5) - flops(4) == 3 * 2 * 2 * 256
+  assert flops(window + 1) - flops(window) == 1 * 2 * 2 * 256, "one block of three sees all of a larger one"
+
+
+@pytest.mark.parametrize("tuned, passes", [
+    (tuning.Config(), (3, 3)), (tuning.Config(rank=4), (2, 2)), (tuning.Config(freeze_vision=True), (3, 1)),
+    (tuning.Config(rank=4, freeze_vision=True), (2, 1))])
+def test_what_an_update_is_worth(tuned, passes):
+  assert costs.update_passes(tuned) == passes
 
 
 def test_the_released_7b():

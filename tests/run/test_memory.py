@@ -54,3 +54,18 @@ def test_the_cache_of_7b():
   assert tight.slots == 2048 and "set config.engine.slots=164" in str(tight)
   small = memory.cache_size(cfg, 100, 3, 3, mesh)
   assert small.tokens_row == 128 and small.slots == 4 and "fit" not in str(small)
+
+
+class Device:
+  """Says of its memory what it is given."""
+
+  def __init__(self, **stats):
+    self.memory_stats = lambda: stats or None
+
+
+def test_the_most_that_a_device_has_held():
+  gib = 2 ** 30
+  told = [Device(bytes_limit=80 * gib, bytes_in_use=gib, peak_bytes_in_use=peak * gib) for peak in (3, 7, 5)]
+  assert memory.peak_gib(told) == 7.0
+  assert memory.peak_gib([*told, Device()]) is None, "as of a CPU"
+  assert memory.peak_gib([*told, Device(bytes_limit=gib, bytes_in_use=0)]) is None

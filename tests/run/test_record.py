@@ -12,10 +12,13 @@ from virl_jax import config as config_lib
 from virl_jax import types
 from virl_jax.learner import pooled
 from virl_jax.model import patches
+from virl_jax.model.qwen2_5 import config as qwen
 from virl_jax.report import html
 from virl_jax.rollout import pack
 from virl_jax.run import bad
+from virl_jax.run import goodput
 from virl_jax.run import log
+from virl_jax.run import pace
 from virl_jax.run import record
 
 
@@ -57,7 +60,8 @@ def run(tmp_path):
   c.optim.skip_above, c.optim.skip_window, c.optim.learning_rate = 4.0, 4, 2e-4
 
   def steps(start, *updates, reward=1.0):
-    recorder = record.Recorder(tmp_path, c, start, {"config": {}})
+    recorder = record.Recorder(tmp_path, c, start, {"config": {}}, pace.Learner(qwen.SIZES["3b"], 3.0, 3.0, 8, None),
+                               goodput.Clock(None, 0.0))
     limits = []
     for step, those in enumerate(updates, start):
       trajectories, scored = zip(part(0), part(1))

@@ -24,3 +24,12 @@ def test_a_missing_package_is_named(monkeypatch):
     topologies.prepare(topologies.parse("v5e:2x2"))
   with pytest.raises(ValueError, match="needs jax-cuda12-plugin"):
     topologies.prepare(topologies.parse("h100:8"))
+
+
+@pytest.mark.parametrize("kind, flops", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12),
+    ("TPU v5", 459e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12), ("TPU v6e", 918e12),
+    ("cpu", None), ("NVIDIA H100 PCIe", None), ("", None)])
+def test_what_a_device_can_do_by_its_name(kind, flops):
+  """What the table does not have is not known: an H100 for PCIe is slower than one on a board."""
+  assert topologies.peak_flops(kind) == flops

@@ -7,6 +7,7 @@ what can't be seen; only what is `Markup` here goes through as it is, and says w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import importlib.resources
@@ -22,6 +23,7 @@ from virl_jax.eval import monitors
 from virl_jax.report import curves
 from virl_jax.report import gallery
 from virl_jax.report import trajectory
+from virl_jax.run import goodput
 from virl_jax.run import log
 
 _GALLERY_BYTES = 13_500_000  # keeps a page below 15 MB: curves and tables need far less than the rest
@@ -54,7 +56,10 @@ _CHARTS = (
                       ("ppo/clip_frac", "Clipped share", {"zero": True}))),
     ("Machine", (("rollout/logp_gap_max", "Sampler–trainer gap", {"log": True}),
                  ("time/rollout_s", "Rollout, s", {"zero": True, "cap": 4.0}),
-                 ("time/update_s", "Update, s", {"zero": True, "cap": 4.0}))))
+                 ("time/update_s", "Update, s", {"zero": True, "cap": 4.0}),
+                 ("speed/tokens_s", "Tokens a second", {"zero": True}),
+                 ("speed/mfu", "Model FLOPs utilisation", {"zero": True}),
+                 ("speed/goodput", "Goodput", {"zero": True}))))
 
 _ALARM_STEPS = 8       # beginnings of one alarm that are listed; the curves show all
 _LONGEST_TEXT = 12000  # characters shown of one turn
@@ -68,7 +73,7 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202
 
 
 def render(config: dict, metrics: list[dict], before: dict | None, after: dict | None,
-           difference: dict | None, gallery: list[dict], title: str) -> str:
+           difference: dict | None, gallery: list[dict], title: str, clock: Sequence[dict] = ()) -> str:
   """Makes the page.
 
   Args:
@@ -80,6 +85,7 @@ def render(config: dict, metrics: list[dict], before: dict | None, after: dict |
     gallery: kept rollouts, each {"step": int, "label": str, "entries": [gallery.entry(...), ...]};
       the last one is shown first.
     title: of the page.
+    clock: the lines of wallclock.jsonl, as `goodput.read` gives them.
 
   Returns:
     A whole HTML document.  What is empty or None is left out.
@@ -93,6 +99,7 @@ def render(config: dict, metrics: list[dict], before: dict | None, after: dict |
       "cards": _cards(config, *summaries, difference or {}, ended) if before or after else None,
       "by_kind": _by_kind(*summaries, ended), "others": _others(*summaries, ended),
       "alarms": [_alarm(of_one) for of_one in alarms] if metrics else None,
+      "wall": _wall(clock),
       "training": _training(metrics, *summaries, alarms) if metrics else None,
       "kept": [{"label": each["label"], "entries": [trajectory.view(item) for item in each["entries"]]}
                for each in gallery],
@@ -104,7 +111,7 @@ def write(workdir: str) -> str:
   """Makes report.html from what a run has left in its folder so far.
 
   Args:
-    workdir: may hold config.json, metrics.jsonl, eval_before.json, eval_after.json and
+    workdir: may hold config.json, metrics.jsonl, wallclock.jsonl, eval_before.json, eval_after.json and
       rollouts/{before,step_*,after}.jsonl and bad_batches/; what is missing is left out of the page.
 
   Returns:
@@ -121,7 +128,7 @@ def write(workdir: str) -> str:
   config = config_lib.translate(_json(os.path.join(workdir, "config.json")) or {})
   kept = _kept_rollouts(workdir, metrics)
   page = render(config, metrics, before, after, (after or {}).get("difference"), kept,
-                os.path.basename(os.path.abspath(workdir)))
+                os.path.basename(os.path.abspath(workdir)), goodput.read(os.path.join(workdir, "wallclock.jsonl")))
   path = os.path.join(workdir, "report.html")
   with open(f"{path}.tmp", "w", encoding="utf-8") as f:
     f.write(page)
@@ -309,6 +316,18 @@ def _alarm(of_one):
 
 def _spoken(alarm):
   return alarm.name.replace("_", " ")
+
+
+def _wall(clock):
+  """Where the time since the first start went: each part that took any, with its share."""
+  parts = goodput.split(clock)
+  total = sum(parts.values())
+  if not total:
+    return None
+  rows = [{"key": key, "name": goodput.PARTS[key], "time": log.duration(seconds), "share": seconds / total}
+          for key, seconds in parts.items() if seconds]
+  starts = sum(event["spent"] == "stopped" for event in clock)
+  return {"rows": rows, "goodput": goodput.share(parts), "total": log.duration(total), "starts": starts}
 
 
 def _training(metrics, before, after, alarms):

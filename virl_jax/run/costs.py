@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from virl_jax.model import family
+from virl_jax.model import tuning
 from virl_jax.run import topologies
 
 
@@ -18,7 +19,7 @@ class Work:
     context: that each of them sees, on average.
     head_tokens: that logits are computed for.
     patches: that go through the vision tower, padding too.
-    of_image: patches of an image, which its full layers see.
+    of_image: patches of an image, which its full layers see; the others see a window, or all of it if that is less.
     passes: forward passes' worth of it: 1, or 3 with gradients, or 4 with those and recomputation.
     vision_passes: the same of the vision tower.
     bytes_device: that a device reads of its own memory: weights and cache.
@@ -49,13 +50,26 @@ def flops(model: family.Config, work: Work) -> float:
   seen = 2 * t.heads * t.head_size * work.context
   text = 2 * t.layers * (layer + seen) * work.tokens + 2 * t.hidden * t.vocab * work.head_tokens
   block = 4 * v.hidden ** 2 + 3 * v.hidden * v.intermediate
-  window = (v.grid.window * v.merge) ** 2
+  window = min((v.grid.window * v.merge) ** 2, work.of_image)
   full = len(v.full_blocks)
   attention = 2 * v.hidden * (full * work.of_image + (v.depth - full) * window)
   wide = v.hidden * v.merge ** 2
   merger = (wide * wide + wide * v.out) / v.merge ** 2
   vision = 2 * (v.grid.values * v.hidden + v.depth * block + attention + merger) * work.patches
   return text * work.passes + vision * work.vision_passes
+
+
+def update_passes(tuned: tuning.Config) -> tuple[float, float]:
+  """Forward passes' worth of products that an update makes of a token, and of a patch, with nothing computed twice.
+
+  Forward it is one.  Backward, it is one for what came in, and one for weights that are trained; adapters' own products
+  count for nothing, and a tower that is frozen has no backward pass.
+
+  Args:
+    tuned: which parameters are trained.
+  """
+  text = 3.0 - (tuned.rank > 0)
+  return text, 1.0 if tuned.freeze_vision else text
 
 
 def seconds(chip: topologies.Chip, count: int, operations: float, bytes_device: float, received: float) -> float:

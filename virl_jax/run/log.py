@@ -14,6 +14,9 @@ import time
 
 import numpy as np
 
+# Beginnings of the names of metrics that tell of the machine and the time: the same steps done again have others.
+MEASURED = ("time/", "compile/", "speed/", "memory/")
+
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _TIMED_STEPS = 20  # the estimate of the time left follows changes of pace within this many steps
 

@@ -143,6 +143,14 @@ def free_bytes() -> int | None:
   return found and min(f["bytes_limit"] - f["bytes_in_use"] for f in found)
 
 
+def peak_gib(devices) -> float | None:
+  """The most that the fullest of some devices has held since this process began, or None where one does not say."""
+  found = _stats(devices)
+  if not found or not all("peak_bytes_in_use" in f for f in found):
+    return None
+  return max(f["peak_bytes_in_use"] for f in found) / 2 ** 30
+
+
 def _stats(devices) -> list[dict] | None:
   """What each of some devices says of its memory; None if one says nothing."""
   found = [d.memory_stats() for d in devices]

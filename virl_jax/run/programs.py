@@ -269,12 +269,12 @@ def cost(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> co
     tokens = float(rows * at_once * width(c))
     batch = _batch(c, p, work)
     # What is kept is not computed again, and a bound counts nothing that may be left out.
-    remat = 1 if c.model.remat and not (c.model.remat_keep or c.model.remat_offload) else 0
     update = name == "update"
-    # Backward, there are products for what came in, and for weights that are trained.
-    passes = 3.0 + remat - (how.rank > 0) if update else 1.0
-    again = 1.0 if update and c.model.patches_together else 0.0
-    of_vision = 1.0 if how.freeze_vision else passes + again
+    passes, of_vision = costs.update_passes(how) if update else (1.0, 1.0)
+    remat = float(update and c.model.remat and not (c.model.remat_keep or c.model.remat_offload))
+    again = float(update and c.model.patches_together > 0)
+    passes += remat
+    of_vision += 0.0 if how.freeze_vision else remat + again
     held = _device_bytes(family.whole(*family.abstract(p.step.model, c.model.compute_dtype, p.mesh), p.step.model))
     slots = sum(math.prod(b.window_IWQ.shape[1:]) for b in batch.rows.images)
     biggest = max(math.prod(b.window_IWQ.shape[2:]) for b in batch.rows.images)

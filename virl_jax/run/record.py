@@ -18,8 +18,10 @@ from virl_jax.rl import credit
 from virl_jax.rollout import pack
 from virl_jax.run import bad
 from virl_jax.run import compiles
+from virl_jax.run import goodput
 from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
+from virl_jax.run import pace
 from virl_jax.run import watch
 
 
@@ -34,12 +36,14 @@ class Recorder:
     c: the configuration.
     start: the first step that will be recorded; what the folder holds of it and later ones is forgotten.
     header: what the figures are made with; see `log.MetricsLog`.
+    learner: what it runs on, and what steps take.
+    clock: writes down where time goes.
   """
 
-  def __init__(self, workdir: pathlib.Path, c, start: int, header: dict):
+  def __init__(self, workdir: pathlib.Path, c, start: int, header: dict, learner: pace.Learner, clock: goodput.Clock):
     self._workdir, self._cfg, self._watch = workdir, c.log, monitors.Config(**c.monitor)
     self._optim = c.optim
-    self._compiled = compiles.Counter()
+    self._compiled, self._learner, self._clock = compiles.Counter(), learner, clock
     file = str(workdir / "metrics.jsonl")
     self._log = hosts.first(lambda: log_lib.MetricsLog(file, start, header))
     self._history = hosts.first(lambda: log_lib.read(file))
@@ -49,7 +53,7 @@ class Recorder:
                                                    start)
     self._laps: dict[str, float] = {}
     self._waits, self._waited, self._pace = {}, 0.0, watch.Config(**c.watch)
-    self._then = time.perf_counter()
+    self._compiled_s, self._then = 0.0, time.perf_counter()
 
   @property
   def stopping(self) -> monitors.Alarm | None:
@@ -120,8 +124,10 @@ class Recorder:
     if np.isfinite(self.limit):
       found["optim/limit"] = self.limit
     self.lap("update")
-    found |= self._laps | host | pooled.merge(hosts.everyone(stops(sum(parts, [])))) | {
+    mine = stops(sum(parts, [])) | pace.work(parts) | pace.device_memory(jax.local_devices())
+    found |= self._laps | host | pooled.merge(hosts.everyone(mine)) | {
         "time/compile_s": self._compiled.seconds, "compile/count": self._compiled.count}
+    found |= pace.metrics(found, self._learner) | self._goodput(step)
     line = hosts.first(lambda: self._log.write(step, found))
     if hosts.leads():
       self._progress.line(step, line)
@@ -144,6 +150,13 @@ class Recorder:
       save_gallery(self._workdir / "rollouts" / f"step_{step:06d}.jsonl",
                    entries(parts[0], minibatches[0], range(min(len(parts[0]), self._cfg.gallery))), self._cfg.gallery)
     self._then = time.perf_counter()
+
+  def _goodput(self, step: int) -> dict[str, float]:
+    """What of all time since the run's first start went into steps that count, this one included."""
+    compile_s = self._compiled.seconds - self._compiled_s
+    self._compiled_s = self._compiled.seconds
+    self._clock.lap("step", step=step, compile_s=compile_s, checkpoint_s=self._laps["time/checkpoint_s"])
+    return {"speed/goodput": goodput.share(self._clock.parts)}
 
   def close(self) -> None:
     """Everything is on disk when it returns."""

@@ -54,6 +54,7 @@ CHIPS = {
     "v6e": Chip("tpu", 31.25, 918e12, 1.64e12, 448e9, "TPU v6 lite"),
     "cpu": Chip("cpu", kind="cpu"),
 }
+_ALSO = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}  # other names of the same
 # Nothing runs on a chip, so that several processes may have the compiler at once.
 _TPU_ENVIRONMENT = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                     "TPU_WORKER_ID": "0"}
@@ -112,8 +113,28 @@ def here(devices: list, memory_gib: float) -> Topology:
     memory_gib: that programs can have of each.
   """
   kind = devices[0].device_kind
-  chip = next((chip for chip in CHIPS.values() if chip.kind == kind), Chip(sharding.platform(devices[0]), kind=kind))
+  chip = known(kind) or Chip(sharding.platform(devices[0]), kind=kind)
   return Topology(f"{len(devices)} x {kind}", dataclasses.replace(chip, memory_gib=memory_gib), len(devices), "")
+
+
+def known(kind: str) -> Chip | None:
+  """The chip of the table that JAX calls so, or None.
+
+  Args:
+    kind: `jax.Device.device_kind`.  What a TPU is called has changed with versions of libtpu.
+  """
+  kind = _ALSO.get(kind, kind)
+  return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
+
+
+def peak_flops(kind: str) -> float | None:
+  """bfloat16 matrix products a second that a device called so can do, dense; None if that is not known.
+
+  Args:
+    kind: `jax.Device.device_kind`.
+  """
+  chip = known(kind)
+  return None if chip is None or math.isnan(chip.flops) else chip.flops
 
 
 def prepare(topology: Topology) -> None:

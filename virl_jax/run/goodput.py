@@ -1,0 +1,168 @@
+"""How much of a run's wall-clock time went into steps that count, over all of its starts.
+
+metrics.jsonl holds no clock, and forgets steps that are done again.  So a file of its own, wallclock.jsonl, is appended
+to and never rewritten: what a line says lasted from the line before it to its own moment.  A kill loses no line, and
+the time from the last one to the next start is known to be lost.  No training reads the file.
+
+    {"at": 1764192569.12, "spent": "stopped"}                                          a start
+    {"at": 1764192581.75, "spent": "startup", "resumed": 40}                           it goes on from step 40
+    {"at": 1764192612.03, "spent": "step", "step": 40, "compile_s": 8.5, "checkpoint_s": 0.1}
+
+Source: ours.  The word is that of "ML Productivity Goodput" (arXiv 2502.06982), whose scheduling and runtime goodput
+this multiplies: time with no process counts as time lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import json
+import math
+import os
+import time
+
+from virl_jax.run import log
+
+# What a line can say that the time before it went into.
+SPENT = ("stopped", "startup", "evaluation", "checkpoint", "step")
+# What becomes of that, in the order that it is shown in, and what people call it.
+PARTS = {"useful": "steps that count", "redone": "steps done again", "compile": "compiling in steps",
+         "checkpoint": "checkpoints", "evaluation": "evaluation", "startup": "starting up", "stopped": "between starts"}
+
+
+def split(events: Sequence[dict]) -> dict[str, float]:
+  """Where the time from the first line to the last went.
+
+  Args:
+    events: lines as `read` gives them, in order.
+
+  Returns:
+    Seconds by the keys of `PARTS`; together they are all of the time.
+    useful: steps whose result the run's state still holds; without their compiling and saving.
+    redone: steps after which no checkpoint was left when the run started again.
+    compile, checkpoint: of all steps, and the wait for the last checkpoint.
+    evaluation, startup: what compiles there is part of it.
+    stopped: from a start's last line to the next start: a step that was cut off, and all time with no process.
+  """
+  found, kept = dict.fromkeys(PARTS, 0.0), math.inf
+  for before, event in reversed(list(zip(events, events[1:]))):
+    seconds = max(0.0, event["at"] - before["at"])
+    kept = min(kept, event.get("resumed", math.inf))  # a later start went on from there
+    if event["spent"] != "step":
+      found[event["spent"]] += seconds
+      continue
+    for part in ("checkpoint", "compile"):  # threads may compile side by side, for more seconds than passed
+      took = min(event.get(f"{part}_s", 0.0), seconds)
+      found[part] += took
+      seconds -= took
+    found["useful" if event["step"] < kept else "redone"] += seconds
+  return found
+
+
+def share(parts: dict[str, float]) -> float:
+  """Goodput, in [0, 1]: useful seconds over all of them; 0 before any have passed.
+
+  Args:
+    parts: seconds, as `split` gives them.
+  """
+  return parts["useful"] / (sum(parts.values()) or 1.0)
+
+
+def said(parts: dict[str, float]) -> str:
+  """A line for people: the share, and what took the rest, the largest first.
+
+  Args:
+    parts: seconds, as `split` gives them.
+  """
+  total = sum(parts.values()) or 1.0
+  rest = sorted((part for part in PARTS if part != "useful"), key=lambda part: -parts[part])
+  lost = [f"{PARTS[part]} {log.duration(parts[part])}" for part in rest if parts[part] >= 0.005 * total]
+  return (f"goodput {100 * share(parts):.0f} % of {log.duration(sum(parts.values()))}"
+          + (f"; the rest: {', '.join(lost)}" if lost else ""))
+
+
+def read(path: str) -> list[dict]:
+  """The lines of a file that `Clock` writes; none if there is no such file.
+
+  What is no such line is left out, and its time is the next one's: a power cut may leave anything, and a run is not
+  to fail for it.
+  """
+  if not os.path.exists(path):
+    return []
+  with open(path, "rb") as f:
+    return [event for raw in f.read().split(b"\n") if (event := _event(raw))]
+
+
+class Clock:
+  """Writes down what time went into.
+
+  Args:
+    path: the file; None writes none.
+    began: when this start of the run began, seconds since 1970.
+    now: the clock, the same.
+  """
+
+  def __init__(self, path: str | None, began: float, now: Callable[[], float] = time.time):
+    self._path, self._now = path, now
+    self._events = [] if path is None else read(path)
+    self._parts = split(self._events)
+    if path is not None and not _ends_whole(path):
+      _append(path, b"\n")
+    self._add({"at": began, "spent": "stopped"})
+
+  def lap(self, spent: str, **more: float) -> None:
+    """What has passed since the last call went into this.
+
+    Args:
+      spent: one of `SPENT`.
+      more: of a "step" its number, "step", and of its seconds "compile_s" and "checkpoint_s"; "resumed" where it is
+        known which step comes next, and that all later ones will be done again.
+    """
+    self._add({"at": self._now(), "spent": spent, **more})
+
+  @property
+  def parts(self) -> dict[str, float]:
+    """`split` of all there is so far; without a file, of this start alone."""
+    return dict(self._parts)
+
+  def _add(self, event: dict) -> None:
+    last = self._events[-1]["at"] if self._events else event["at"]
+    event = {key: round(value, 3) if isinstance(value, float) else value for key, value in event.items()}
+    event["at"] = max(event["at"], last)  # clocks are set, and another machine's is another
+    self._events.append(event)
+    if "resumed" in event:  # earlier steps may have turned out to be in vain
+      self._parts = split(self._events)
+    else:
+      self._parts = {part: self._parts[part] + more for part, more in split(self._events[-2:]).items()}
+    if self._path is not None:
+      _append(self._path, json.dumps(event).encode() + b"\n")
+
+
+def _event(raw: bytes) -> dict | None:
+  """A line, if it is one."""
+  try:
+    event = json.loads(raw)
+  except ValueError:
+    return None
+  if not isinstance(event, dict) or event.get("spent") not in SPENT or not _is_number(event.get("at")):
+    return None
+  if event["spent"] == "step" and not _is_number(event.get("step")):
+    return None
+  return event if all(_is_number(value) for key, value in event.items() if key != "spent") else None
+
+
+def _is_number(value: object) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _ends_whole(path: str) -> bool:
+  """Whether a file's last line is whole, so that another may follow."""
+  if not os.path.exists(path) or not os.path.getsize(path):
+    return True
+  with open(path, "rb") as f:
+    f.seek(-1, os.SEEK_END)
+    return f.read() == b"\n"
+
+
+def _append(path: str, content: bytes) -> None:
+  with open(path, "ab") as f:
+    f.write(content)
