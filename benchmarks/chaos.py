@@ -227,7 +227,8 @@ def main():
   out = args.out.resolve()
   out.mkdir(parents=True, exist_ok=True)
   env = os.environ | {"VIRL_JAX_CACHE": str(out / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                      "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1"}
+                      "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1",
+                      "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # compiling costs more than running does
   rng = random.Random(args.seed)
   todo = [(kind, i) for kind in KINDS for i in range(getattr(args, f"{kind}s"))]
   rng.shuffle(todo)
