@@ -22,6 +22,7 @@ from virl_jax.eval import monitors
 from virl_jax.report import curves
 from virl_jax.report import gallery
 from virl_jax.report import trajectory
+from virl_jax.run import files
 from virl_jax.run import log
 
 _GALLERY_BYTES = 13_500_000  # keeps a page below 15 MB: curves and tables need far less than the rest
@@ -113,36 +114,33 @@ def write(workdir: str) -> str:
   Raises:
     ValueError: `workdir` is no folder, or a file in it is not what its name says.
   """
-  if not os.path.isdir(workdir):
+  folder = files.path(workdir)
+  if not files.is_dir(folder):
     raise ValueError(f"workdir must be a folder. Received: {workdir!r}")
-  metrics_path = os.path.join(workdir, "metrics.jsonl")
-  metrics = log.read(metrics_path) if os.path.exists(metrics_path) else []
-  before, after = (_json(os.path.join(workdir, f"eval_{when}.json")) for when in ("before", "after"))
-  config = config_lib.translate(_json(os.path.join(workdir, "config.json")) or {})
-  kept = _kept_rollouts(os.path.join(workdir, "rollouts"), metrics)
+  metrics_path = folder / "metrics.jsonl"
+  metrics = log.read(str(metrics_path)) if files.exists(metrics_path) else []
+  before, after = (_json(folder / f"eval_{when}.json") for when in ("before", "after"))
+  config = config_lib.translate(_json(folder / "config.json") or {})
+  kept = _kept_rollouts(folder / "rollouts", metrics)
   page = render(config, metrics, before, after, (after or {}).get("difference"), kept,
-                os.path.basename(os.path.abspath(workdir)))
-  path = os.path.join(workdir, "report.html")
-  with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-    f.write(page)
-  os.replace(f"{path}.tmp", path)
-  return path
+                files.absolute(folder).name)
+  files.write_text(folder / "report.html", page)
+  return str(folder / "report.html")
 
 
 def _json(path):
-  if not os.path.exists(path):
+  if not files.exists(path):
     return None
-  with open(path, encoding="utf-8") as f:
-    try:
-      return json.load(f)
-    except ValueError as e:
-      raise ValueError(f"{path} must be JSON. Received: {e}") from e
+  try:
+    return json.loads(files.read_text(path))
+  except ValueError as e:
+    raise ValueError(f"{path} must be JSON. Received: {e}") from e
 
 
 def _kept_rollouts(folder, metrics):
   """The rollouts in order of time; where they are too many for a page, the middle of the run goes first."""
   found = {}
-  for name in os.listdir(folder) if os.path.isdir(folder) else ():
+  for name in files.names(folder):
     match = re.fullmatch(r"(before|after|step_(\d+))\.jsonl", name)
     if match:
       found[match[1]] = int(match[2] or 0)
@@ -151,7 +149,7 @@ def _kept_rollouts(folder, metrics):
   kept, room = {}, _GALLERY_BYTES
   for name in wanted:
     entries = []
-    for item in gallery.load(os.path.join(folder, f"{name}.jsonl")):
+    for item in gallery.load(str(folder / f"{name}.jsonl")):
       room -= len(json.dumps(item))
       if room < 0:
         break
