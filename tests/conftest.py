@@ -103,6 +103,31 @@ def _few_maps():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def _bucket():
+  pytest.importorskip("gcsfs", reason="needs the extra gcs")
+  from tests import bucket
+  with pytest.MonkeyPatch.context() as patch, bucket.serve(patch) as found:
+    yield found
+
+
+@pytest.fixture
+def bucket(_bucket):
+  """An empty bucket, gs://my-bucket, for this process and those that it starts: see `tests/bucket.py`."""
+  _bucket.objects.clear()
+  yield _bucket
+  _bucket.refuse = lambda method, path: None
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path):
+  """Where a workdir may be made, as a user writes it: on a disk, and in a bucket."""
+  if request.param == "disk":
+    return str(tmp_path / "run")
+  request.getfixturevalue("bucket")
+  return "gs://my-bucket/team/run"
+
+
 @pytest.fixture
 def optimized():
   """For tests that run one program many times: what they compile is optimised."""

@@ -12,8 +12,8 @@ is no longer what it was (a checkpoint without Orbax's commit_success.txt is non
 | `lock` | the kernel lets go | a lease: free when it was not renewed for `LEASE_S` |
 
 Paths are etils' `epath.Path`, which Orbax takes too; a `pathlib.Path` would make gs:/ of gs://.  Buckets are read and
-written through gcsfs, as epath does, but without its memory of what a folder holds: TensorStore and other processes
-write there as well.  The lease needs google-cloud-storage, which gcsfs brings.  TensorFlow is not needed.
+written through gcsfs, as epath does; the lease needs google-cloud-storage, which gcsfs brings.  TensorFlow is not
+needed.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def path(where: str | os.PathLike) -> epath.Path:
   """The path that a user or a caller means.
 
   Raises:
-    ValueError: it is an address of another kind than gs://BUCKET.
+    ValueError: it is an address of another kind than gs://BUCKET, or the packages for these are not installed.
   """
   text = os.fspath(where)
   if not _OTHER.match(text):
     found = epath.Path(where)
-    if is_local(found) or not _OTHER.match(os.fspath(found)):
+    if is_local(found) or _store() and not _OTHER.match(os.fspath(found)):  # epath takes /s3/BUCKET for s3://BUCKET
       return found
   raise ValueError(f"a workdir must be a folder, or gs://BUCKET/DIR. Received: {text}")
 
@@ -331,7 +331,10 @@ class _Lease:
       try:
         if self._write():
           continue
-        holder, _ = self._read()
+        holder, generation = self._read()
+        if not generation:  # deleted by hand
+          self._generation = 0
+          continue
       except Exception:  # no network, perhaps: another try comes
         continue
       self._lost(f"{self._path.parent} is now used by {holder}, for this process had not renewed its lock for "
@@ -357,7 +360,10 @@ def _store():
     raise ValueError(f"a workdir in a bucket needs packages that are missing ({e}): pip install 'virl-jax[gcs]'") from e
   # It says at each call so if this account may not ask what kind of bucket it is, which is of no matter here.
   logging.getLogger("gcsfs").setLevel(logging.ERROR)
-  return fsspec.filesystem("gs", use_listings_cache=False)
+  # What a folder holds is never remembered, here and in epath: TensorStore and other processes write there as well.
+  for name in ("gs", "gcs"):
+    fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+  return fsspec.filesystem("gs")
 
 
 @contextlib.contextmanager
