@@ -12,7 +12,6 @@ import hashlib
 import http.server
 import itertools
 import json
-import os
 import re
 import threading
 import urllib.parse
@@ -211,11 +210,12 @@ def serve(patch):
 
   server = Server(("127.0.0.1", 0), _Handler)
   server.store = Bucket()
-  where = os.environ.get("VIRL_JAX_TEST_BUCKET", f"http://127.0.0.1:{server.server_port}")
+  where = f"http://127.0.0.1:{server.server_port}"
   patch.setenv("STORAGE_EMULATOR_HOST", where)      # gcsfs and google-cloud-storage
   patch.setenv("TENSORSTORE_GCS_HTTP_URL", where)
   patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # TensorStore
   patch.setenv("NO_GCE_CHECK", "true")              # google-auth asks no machine of Google's
+  patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # nor does gcsfs, at each call
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
   try:
