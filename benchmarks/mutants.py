@@ -298,7 +298,7 @@ MUTANTS = [Mutant(*m) for m in (
      "a group's picture counts once a trajectory"),
     ("run/goodput.py", 'found["useful" if event["step"] < kept else "redone"] += seconds', 'found["useful"] += seconds',
      "steps that are done again count each time"),
-    ("run/goodput.py", "if path is not None and not _ends_whole(path):", "if False:",
+    ("run/goodput.py", "if path is not None and not (_content(path) or b\"\\n\").endswith(b\"\\n\"):", "if False:",
      "a start's first line is lost behind a line that was cut off"),
     ("train.py", 'clock.lap("startup", resumed=start)', 'clock.lap("startup")',
      "nobody knows which steps are done again"),

@@ -12,9 +12,9 @@
 # All take --project=PROJECT, and --dry-run, which prints the commands and runs none.  docs/launch.md goes through it.
 #
 # `run` starts the command on all hosts and returns.  Each host restarts it after a crash (--restarts=N), until it is done
-# or told to stop.  All hosts must see one workdir: every gs://BUCKET/... among the arguments becomes /mnt/gcs/BUCKET/...,
-# where `run` mounts the bucket.  The VMs of a spot slice that is taken back are gone; create, install and run it again
-# with the same workdir, and it goes on.
+# or told to stop.  All hosts must see one workdir, in a bucket or on a disk that they share.  Any other gs://BUCKET/...
+# among the arguments becomes /mnt/gcs/BUCKET/..., where `run` mounts the bucket.  The VMs of a spot slice that is taken
+# back are gone; create, install and run it again with the same workdir, and it goes on.
 set -euo pipefail
 
 commands="create install run status stop collect delete"
@@ -144,7 +144,7 @@ install() {
   fi
   # The system's Python is older than 3.11; uv brings one of its own.
   on all "python3 -m pip install --quiet --user uv && cd virl_jax && ~/.local/bin/uv venv --quiet --python=3.12 .venv\
- && ~/.local/bin/uv pip install --quiet --python=.venv/bin/python '.[tpu]'"
+ && ~/.local/bin/uv pip install --quiet --python=.venv/bin/python '.[tpu,gcs]'"
   local packages=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
   on all "command -v gcsfuse || { curl -fsS $packages/doc/apt-key.gpg | sudo tee $key > /dev/null\
  && echo \"deb [signed-by=$key] $packages gcsfuse-\$(lsb_release -cs) main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list\
@@ -170,14 +170,18 @@ run() {
   [[ $restarts =~ ^[0-9]+$ ]] || refuse "--restarts must be a whole number.  Received: '$restarts'."
   local arguments=() argument mounted buckets='' bucket mounts='' shared=''
   for argument in ${train[@]+"${train[@]}"}; do
-    mount_of "$argument"
+    # train writes to a bucket as it is; what else lies in one, it reads as files.
+    if [[ $argument =~ ^--workdir=(/|gs://[a-z0-9][a-z0-9._-]*/) ]]; then
+      shared=1 mounted=$argument
+    else
+      mount_of "$argument"
+    fi
     arguments+=("$mounted")
-    if [[ $mounted == --workdir=/* ]]; then shared=1; fi
   done
   [[ -n $shared ]] ||
     refuse "--workdir= must be what all hosts see: gs://BUCKET/DIR, or an absolute path on a disk that they share."
   for bucket in $buckets; do
-    # Hosts must see at once what others write, hence no caches; a checkpoint's folder gets its name when it is whole.
+    # Hosts see at once what is put there, hence no caches.
     mounts+=" && { mountpoint -q /mnt/gcs/$bucket || { sudo mkdir -p /mnt/gcs/$bucket && sudo chown \"\$USER\" /mnt/gcs/$bucket\
  && gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0\
  $bucket /mnt/gcs/$bucket; }; }"

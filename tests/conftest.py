@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import tempfile
@@ -101,6 +102,32 @@ def _few_maps():
   maps = pathlib.Path("/proc/self/maps")
   if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def _bucket():
+  if importlib.util.find_spec("gcsfs") is None:  # it reads the environment when it is imported
+    pytest.skip("needs the extra gcs")
+  from tests import bucket
+  with pytest.MonkeyPatch.context() as patch, bucket.serve(patch) as found:
+    yield found
+
+
+@pytest.fixture
+def bucket(_bucket):
+  """An empty bucket, gs://my-bucket, for this process and those that it starts: see `tests/bucket.py`."""
+  _bucket.objects.clear()
+  yield _bucket
+  _bucket.refuse = lambda method, path: None
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path):
+  """Where a workdir may be made, as a user writes it: on a disk, and in a bucket."""
+  if request.param == "disk":
+    return str(tmp_path / "run")
+  request.getfixturevalue("bucket")
+  return "gs://my-bucket/team/run"
 
 
 @pytest.fixture

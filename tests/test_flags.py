@@ -59,7 +59,7 @@ def test_each_takes_its_flags(name, monkeypatch):
   if name == "plan":
     assert (values.topology, values.programs, values.json) == ("cpu:8", ["update", "decode"], "f")
   if name == "export":
-    assert (values.step, values.dtype) == (4, "float32")
+    assert (values.step, values.dtype) == ("4", "float32")
 
 
 @pytest.mark.parametrize("options, said", [

@@ -10,12 +10,12 @@ ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "checks config shapes types data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
-    "run.compiles run.hlo run.log run.signals",
+    "run.compiles run.files run.hlo run.signals",
     "data.answers eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
-    "rl.loss rl.reward rollout.slots run.goodput tiny.needle",
-    "data.images learner.optim model.attention model.cache model.layers run.hosts report.html rl.judge tiny.store",
-    "data.batches data.sources learner.checkpoint model.qwen2_5.config rollout.actions.zoom rollout.pack "
-    "run.bad run.topologies run.watch run.workdir tiny.source",
+    "rl.loss rl.reward rollout.slots run.log tiny.needle",
+    "data.images learner.optim model.attention model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
+    "data.batches data.sources learner.checkpoint model.qwen2_5.config report.html rollout.actions.zoom "
+    "rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
     "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
     "data.prompt model.qwen2_5.model",
     "model.family model.qwen tiny.demos tiny.tokenizer",

@@ -159,6 +159,20 @@ def test_a_signal_to_one_saves_all_at_the_same_step(env, tmp_path, number, code,
 
 
 @pytest.mark.slow
+def test_two_processes_write_one_bucket_and_go_on(env, bucket, tmp_path):
+  env = dict(os.environ, **{name: env[name] for name in ("JAX_PLATFORMS", "VIRL_JAX_CACHE", "PYTHONUNBUFFERED")})
+  for last in (2, 3):
+    run = Run(env, tmp_path / f"until_{last}", 2, 1, "--workdir=gs://my-bucket/runs/two", f"--config.steps={last}")
+    run.done()
+    left = bucket.files("runs/two")
+    lines = map(json.loads, left["metrics.jsonl"].splitlines())
+    assert [line["step"] for line in lines if "step" in line] == list(range(last))
+    assert f"checkpoints/{last}/commit_success.txt" in left and f"checkpoints/{last}/checksums.json" in left
+    assert ".lock" not in left and {"eval_after.json", "report.html"} <= left.keys()
+  assert "going on from step 2" in run.said()
+
+
+@pytest.mark.slow
 def test_when_one_is_killed_none_hangs(env, tmp_path):
   run = Run(env, tmp_path / "killed", 2, 1, "--config.steps=400")
   run.until("step 1/400")

@@ -313,6 +313,39 @@ def test_adapters_train_go_on_and_come_out(places, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(places, six_steps, bucket, tmp_path):
+  """Stopped and started again, with real clients of a bucket that can neither append nor rename; and exported."""
+  workdir, places = "gs://my-bucket/runs/tiny", (places[0], dict(os.environ, **{
+      name: places[1][name] for name in ("JAX_PLATFORMS", "VIRL_JAX_CACHE", "PYTHONUNBUFFERED")}))
+  lines = lambda: [json.loads(line) for line in bucket.files("runs/tiny").get("metrics.jsonl", b"").splitlines()]
+  run = _start(places, workdir, *SMALL, "--config.steps=6")
+  while len(lines()) < 3 and run.poll() is None:
+    time.sleep(0.02)
+  assert bucket.files("runs/tiny")[".lock"].startswith(f"process {run.pid} on ".encode())
+  run.send_signal(signal.SIGTERM)
+  out, _ = run.communicate(timeout=600)
+  assert run.returncode == 0 and "the same command goes on from there" in out, out
+  assert ".lock" not in bucket.files("runs/tiny")
+  run = _start(places, workdir, *SMALL, "--config.steps=6")
+  out, _ = run.communicate(timeout=600)
+  assert run.returncode == 0 and "going on from step" in out and f"report: {workdir}/report.html" in out, out
+  assert _timeless(lines()) == _timeless(_lines(six_steps[0]))
+  left = bucket.files("runs/tiny")
+  assert json.loads(left["eval_after.json"]) == json.loads((six_steps[0] / "eval_after.json").read_text())
+  on_disk = {f.relative_to(six_steps[0]).as_posix() for f in six_steps[0].rglob("*") if f.is_file()} - {".lock"}
+  of_the_run = lambda names: {name for name in names if not name.startswith("checkpoints/")}
+  assert of_the_run(left) == of_the_run(on_disk)
+  steps = lambda names: {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
+  assert steps(left) == steps(on_disk)
+  assert export.export(workdir, str(tmp_path / "hf"), None, "float32") == 6
+  export.export(str(six_steps[0]), str(tmp_path / "same"), None, "float32")
+  for file in (tmp_path / "same").iterdir():
+    assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
+  with pytest.raises(ValueError, match="an HF folder must be written to a disk"):
+    export.export(workdir, "gs://my-bucket/hf")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs (shared/realdata) are not here")
 def test_real_photographs_run_through(places):
   workdir = places[0] / "photos"

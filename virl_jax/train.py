@@ -3,11 +3,11 @@
     python -m virl_jax.train --config=configs/tiny.py --workdir=runs/tiny
     python -m virl_jax.train --config=configs/tiny.py --config.seed=1 --config.steps=50
 
-A workdir holds config.json, data.json, metrics.jsonl, wallclock.jsonl, checkpoints/, rollouts/, eval_before.json,
-eval_after.json, report.html, and bad_batches/ if updates were skipped (docs/monitors.md).  Stop it at any time and
-give the same command again: it goes on from the last checkpoint, and ends as if it had not been stopped.  Ctrl-C and
-SIGTERM save the last finished step first, and end it with status 130 and 0.  With --resume-with-changes it goes on
-with another learning rate, say.
+A workdir, which may be gs://BUCKET/DIR, holds config.json, data.json, metrics.jsonl, wallclock.jsonl, checkpoints/,
+rollouts/, eval_before.json, eval_after.json, report.html, and bad_batches/ if updates were skipped (docs/monitors.md).
+Stop it at any time and give the same command again: it goes on from the last checkpoint, and ends as if it had not
+been stopped.  Ctrl-C and SIGTERM save the last finished step first, and end it with status 130 and 0.  With
+--resume-with-changes it goes on with another learning rate, say.
 
 Several processes, each with devices of its own, train together as one: start each with the same command, and
 --coordinator=HOST:PORT --num_processes=N --process_id=I, or VIRL_JAX_DISTRIBUTED=auto where JAX knows the cluster.
@@ -28,6 +28,7 @@ import time
 
 from absl import app
 from absl import flags
+from etils import epath
 import jax
 from ml_collections import config_flags
 import numpy as np
@@ -47,6 +48,7 @@ from virl_jax.rollout import pack
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 from virl_jax.run import ending
+from virl_jax.run import files
 from virl_jax.run import goodput
 from virl_jax.run import hosts
 from virl_jax.run import load
@@ -65,7 +67,7 @@ def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
 
   Args:
     c: the configuration, as `config.default` has it.
-    workdir: the folder that the run owns.
+    workdir: the folder that the run owns, or gs://BUCKET/DIR.
     resume_with_changes: whether the configuration may differ from the one that the workdir holds; see `workdir.claim`.
 
   Returns:
@@ -180,13 +182,13 @@ def _held_out(c, fits) -> list:
   return drawn.tasks
 
 
-def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, before: dict | None = None
+def _evaluate(c, p, params, tasks, root_key, workdir: epath.Path, when: str, before: dict | None = None
               ) -> dict | None:
   """Evaluates unless the workdir already has the answer; keeps a few trajectories for the report."""
   file = workdir / f"eval_{when}.json"
   if tasks is None:
     return None
-  if when == "before" and (kept := hosts.first(lambda: _of_these(file, tasks) if file.exists() else None)):
+  if when == "before" and (kept := hosts.first(lambda: _of_these(file, tasks) if files.exists(file) else None)):
     return kept
   hosts.say(f"evaluating {when} training: {len(tasks)} held-out tasks")
   began = time.perf_counter()
@@ -199,15 +201,15 @@ def _evaluate(c, p, params, tasks, root_key, workdir: pathlib.Path, when: str, b
                                               c.eval.bootstrap)
   record_lib.save_gallery(workdir / "rollouts" / f"{when}.jsonl", [j.entry for j in judged[:c.log.gallery]],
                           c.log.gallery)
-  hosts.first(lambda: workdir_lib.write_text(file, json.dumps(result) + "\n"))
+  hosts.first(lambda: files.write_text(file, json.dumps(result) + "\n"))
   hosts.say(f"evaluated in {time.perf_counter() - began:.0f} s")
   return result
 
 
-def _of_these(file: pathlib.Path, tasks) -> dict:
+def _of_these(file: epath.Path, tasks) -> dict:
   """A kept evaluation, if it is about the tasks that there are now."""
   try:
-    result = json.loads(file.read_text())
+    result = json.loads(files.read_text(file))
     kept = {o.uid for o in harness.outcomes(result, tasks)}
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise ValueError(f"{file} must be an evaluation as a run writes it ({type(e).__name__}: {e}); delete it, and the "
@@ -232,7 +234,8 @@ def _threshold(p, step: int) -> np.float32:
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines what the command line takes; not on import, for other commands have flags of the same names."""
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-  flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME_OF_CONFIG by default.", flag_values=values)
+  flags.DEFINE_string("workdir", None, "Where the run lives, a folder or gs://BUCKET/DIR; runs/NAME_OF_CONFIG by "
+                      "default.", flag_values=values)
   flags.DEFINE_bool("resume-with-changes", False, "Go on though the configuration differs from the workdir's, as long "
                     "as model, data and evaluation do not; metrics.jsonl keeps what it was.", flag_values=values)
   hosts.define_flags(values)

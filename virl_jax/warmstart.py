@@ -24,10 +24,12 @@ import os
 import pathlib
 import shlex
 import sys
+import tempfile
 import time
 
 from absl import app
 from absl import flags
+from etils import epath
 import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
@@ -45,6 +47,7 @@ from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.run import ending
+from virl_jax.run import files
 from virl_jax.run import load
 from virl_jax.run import log as log_lib
 from virl_jax.run import serving
@@ -66,13 +69,15 @@ def optim_config(c, turn: int, clumsy: bool) -> optim.OptimConfig:
       warmup_steps=20 if clumsy else 50, decay_steps=c.warmstart.steps - turn if clumsy else turn, b2=0.98)
 
 
-def begin(c, folder: str | None, workdir: pathlib.Path):
+def begin(c, folder: str | None, workdir: epath.Path):
   """What training goes on from, a base's folder or nothing: (folder with the tokenizer, model, parameters)."""
   if folder:
     return folder, *weights.load_hf(folder)
-  tokenizer = tiny_tokenizer.build(workdir / "tokenizer", c.prompt.system)
+  # Its files are read by name, which a bucket can't have.  They are the same each time.
+  kept = pathlib.Path(workdir if files.is_local(workdir) else tempfile.mkdtemp()) / "tokenizer"
+  tokenizer = tiny_tokenizer.build(kept, c.prompt.system)
   cfg = qwen.tiny(-(-len(tokenizer) // 64) * 64, tiny_tokenizer.token_ids(tokenizer))
-  return str(workdir / "tokenizer"), cfg, params_lib.init(qwen.specs(cfg), jax.random.key(c.seed), jnp.float32)
+  return str(kept), cfg, params_lib.init(qwen.specs(cfg), jax.random.key(c.seed), jnp.float32)
 
 
 def warm_start(c, out: str, workdir: str, command: str) -> None:
@@ -94,7 +99,7 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
     _warm_start(c, base, out, claimed.folder, command)
 
 
-def _warm_start(c, base: str | None, out: str, workdir: pathlib.Path, command: str) -> None:
+def _warm_start(c, base: str | None, out: str, workdir: epath.Path, command: str) -> None:
   u = c.warmstart
   platforms = os.environ.get("JAX_PLATFORMS")
   jax.devices()  # settle on a platform before the environment is changed for the workers

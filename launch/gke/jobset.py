@@ -4,7 +4,8 @@
     python launch/gke/jobset.py --config=configs/v7b.py --topology=h100:8x4 ...       (4 nodes of 8 GPUs)
 
 With --dry-run it prints the YAML and starts nothing.  What it does not know, --config.KEY=VALUE say, goes to train;
-every gs:// address among it must lie in the bucket, which pods see under /mnt/gcs.  The run lives in BUCKET/runs/NAME.
+every gs:// address among it must lie in the bucket, which pods see under /mnt/gcs.  The run lives in BUCKET/runs/NAME,
+and is written there without the mount.
 
 A pod is a process, and a host has one.  SIGTERM, by which a node is drained, has train save the last finished step;
 launch/until_done.sh then ends with 75, and the JobSet starts all pods again without counting it.  Crashes count.  The
@@ -108,7 +109,7 @@ def jobset(name: str, image: str, config: str, topology: str, bucket: str, resta
   m = machine(topology)
   gpu, several = m.resource == "nvidia.com/gpu", m.hosts > 1
   command = ["python", "-m", "virl_jax.train", f"--config={config}",
-             f"--workdir={MOUNT}{found[2]}/runs/{name}", *(_inside(word, found[1]) for word in train)]
+             f"--workdir=gs://{found[1]}{found[2]}/runs/{name}", *(_inside(word, found[1]) for word in train)]
   env = {"JAX_PLATFORMS": "cuda,cpu" if gpu else "tpu,cpu"}
   if gpu:
     env["LD_LIBRARY_PATH"] = "/usr/local/nvidia/lib64"  # where GKE puts the driver's libraries
@@ -120,7 +121,7 @@ def jobset(name: str, image: str, config: str, topology: str, bucket: str, resta
     env["VIRL_JAX_DISTRIBUTED"] = "auto"  # GKE tells JAX who the others are
 
   volumes = {
-      # Pods must see at once what others write, hence no caches; a checkpoint's folder gets its name when it is whole.
+      # For data and weights; train writes its workdir to the bucket as it is.  No caches: what is put there is seen.
       "bucket": (MOUNT, {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {
           "bucketName": found[1],
           "mountOptions": f"implicit-dirs,uid={UID},gid={UID},file-system:rename-dir-limit:200000,"

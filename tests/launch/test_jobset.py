@@ -143,7 +143,7 @@ def test_the_command_and_where_the_run_lives():
   c = container(result)
   assert c["command"] == ["bash", "launch/until_done.sh", "--"] and c["image"] == "registry/virl_jax:1"
   assert c["args"] == ["python", "-m", "virl_jax.train", "--config=configs/v7b.py",
-                       "--workdir=/mnt/gcs/team/a/runs/v7b", "--config.data.path=/mnt/gcs/r.jsonl",
+                       "--workdir=gs://my-bucket/team/a/runs/v7b", "--config.data.path=/mnt/gcs/r.jsonl",
                        "--config.note=$$(HOME) $HOME"]  # Kubernetes replaces $(...) and gives $$( back as $(
   volumes = {v["name"]: v for v in pod(result)["volumes"]}
   mounts = {m["name"]: m["mountPath"] for m in c["volumeMounts"]}

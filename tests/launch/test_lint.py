@@ -69,7 +69,8 @@ def test_the_image_is_pinned_small_and_not_roots():
 
 
 @pytest.mark.parametrize("accelerator, package", [
-    ("cpu", "."), ("tpu", ".[tpu]"), ("cuda12", ".[cuda12]"), ("cuda13", ".[cuda13]"), ("", None), ("rocm", None)])
+    ("cpu", ".[gcs]"), ("tpu", ".[tpu,gcs]"), ("cuda12", ".[cuda12,gcs]"),
+    ("cuda13", ".[cuda13,gcs]"), ("", None), ("rocm", None)])
 def test_the_accelerator_becomes_the_extra(accelerator, package, stand_in):
   [step] = [what for name, what in dockerfile() if name == "RUN" and "pip" in what]
   path = stand_in(pip='echo "$@"')

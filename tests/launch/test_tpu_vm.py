@@ -64,7 +64,7 @@ def test_install_copies_what_is_committed():
       f"gcloud compute tpus tpu-vm scp {archive} pod:virl_jax.tar.gz --zone=us-west4-a --worker=all",
       f"{SSH} --command='{FREE} && rm -rf virl_jax && mkdir virl_jax && tar -xzf virl_jax.tar.gz -C virl_jax'"]
   assert all(line.startswith(SSH) for line in lines[3:]) and len(lines) == 5
-  assert "pip install --quiet --python=.venv/bin/python '.[tpu]'" in remote(lines[3])
+  assert "pip install --quiet --python=.venv/bin/python '.[tpu,gcs]'" in remote(lines[3])
   assert remote(lines[4]).startswith("command -v gcsfuse || {")
 
 
@@ -75,7 +75,7 @@ def test_install_clones():
   assert len(lines) == 3
 
 
-def test_run_mounts_each_bucket_once_and_passes_the_rest_on():
+def test_run_mounts_each_bucket_of_data_once_and_passes_the_rest_on():
   [line] = dry("run", *POD, "--restarts=2", "configs/v7b.py", BUCKET, "--config.data.path=gs://my-bucket/r.jsonl",
                "--config.model.path=gs://weights/7b", "--config.monitor.stop=('a', 'b')")
   assert line.startswith(SSH)
@@ -83,13 +83,14 @@ def test_run_mounts_each_bucket_once_and_passes_the_rest_on():
   assert told.count(" my-bucket /mnt/gcs/my-bucket; }; }") == told.count(" weights /mnt/gcs/weights; }; }") == 1
   assert ("JAX_PLATFORMS=tpu,cpu VIRL_JAX_DISTRIBUTED=auto nohup flock --nonblock --no-fork ../virl_jax_run/lock "
           "bash launch/until_done.sh --restarts=2 -- .venv/bin/python -m virl_jax.train --config=configs/v7b.py "
-          "--workdir=/mnt/gcs/my-bucket/runs/v7b --config.data.path=/mnt/gcs/my-bucket/r.jsonl "
+          "--workdir=gs://my-bucket/runs/v7b --config.data.path=/mnt/gcs/my-bucket/r.jsonl "
           "--config.model.path=/mnt/gcs/weights/7b --config.monitor.stop='('\\''a'\\'', '\\''b'\\'')' ") in told
 
 
-def test_run_on_a_disk_that_hosts_share_mounts_nothing():
-  [line] = dry("run", *POD, "configs/v7b.py", "--workdir=/nfs/v7b")
-  assert "gcsfuse" not in line and "--workdir=/nfs/v7b" in line
+@pytest.mark.parametrize("workdir", ["/nfs/v7b", "gs://my-bucket/runs/v7b"])
+def test_run_mounts_nothing_for_the_workdir(workdir):
+  [line] = dry("run", *POD, "configs/v7b.py", f"--workdir={workdir}")
+  assert "gcsfuse" not in line and f"--workdir={workdir}" in line
 
 
 def test_status_stop_collect_delete():
@@ -128,6 +129,8 @@ def test_status_stop_collect_delete():
     (("run", *POD, "configs/tiny.py"),
      "--workdir= must be what all hosts see: gs://BUCKET/DIR, or an absolute path on a disk that they share."),
     (("run", *POD, "configs/tiny.py", "--workdir=runs/x"),
+     "--workdir= must be what all hosts see: gs://BUCKET/DIR, or an absolute path on a disk that they share."),
+    (("run", *POD, "configs/tiny.py", "--workdir=gs://bucket"),
      "--workdir= must be what all hosts see: gs://BUCKET/DIR, or an absolute path on a disk that they share."),
     (("run", *POD, "configs/tiny.py", "--workdir=gs://"),
      "A bucket's address must look like gs://BUCKET/DIR.  Received: '--workdir=gs://'."),
@@ -181,12 +184,13 @@ def _until(condition, seconds=20):
 def test_on_a_host_a_run_starts_once_and_stops_when_told(host):
   home, env = host
   log = home / "virl_jax_run" / "log"
-  begun = run("run", *POD, "configs/tiny.py", BUCKET, **env)
+  data = "--config.data.path=gs://my-bucket/r.jsonl"
+  begun = run("run", *POD, "configs/tiny.py", BUCKET, data, **env)
   assert begun.returncode == 0, begun.stderr
   try:
     _until(lambda: log.exists() and log.read_text())
     assert log.read_text() == ("tpu,cpu auto -m virl_jax.train --config=configs/tiny.py "
-                               "--workdir=/mnt/gcs/my-bucket/runs/v7b\n")
+                               "--workdir=gs://my-bucket/runs/v7b --config.data.path=/mnt/gcs/my-bucket/r.jsonl\n")
     calls = (home / "calls").read_text().splitlines()
     assert calls[0] == "sudo mkdir -p /mnt/gcs/my-bucket" and calls[-1].endswith(" my-bucket /mnt/gcs/my-bucket")
     assert ": running\n" in run("status", *POD, **env).stdout

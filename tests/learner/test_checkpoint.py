@@ -280,3 +280,58 @@ def test_what_a_killed_save_leaves_behind_does_not_count(tmp_path):
   saves.wait()
   same(saves.restore(2, make_state()), make_state(seed=2))
   saves.close()
+
+
+def test_in_a_bucket_checkpoints_are_kept_verified_and_put_aside(bucket, capsys):
+  """The same as on a disk, with Orbax and TensorStore as they are."""
+  folder, states = "gs://my-bucket/run/checkpoints", two("gs://my-bucket/run/checkpoints")
+  kept = bucket.files("run/checkpoints")
+  sums = json.loads(kept["2/checksums.json"])
+  assert sums.keys() == {name.removeprefix("2/") for name in kept if name.startswith("2/default/")} and sums
+  saves = checkpoint.Checkpoints(folder, 1, 2)
+  assert saves.steps() == [1, 2]
+  same(saves.restore(2, make_state()), states[2])
+  other = checkpoint.Checkpoints(folder, 1, 2)
+  jax.tree.map(np.testing.assert_array_equal, other.restore_params(2, make_state().params), states[2].params)
+  other.close()
+  largest = max((name for name in kept if name.startswith("2/default/")), key=lambda name: len(kept[name]))
+  bucket.put(f"run/checkpoints/{largest}", bytes(255 - b for b in kept[largest]))
+  capsys.readouterr()
+  step, state = saves.resume(make_state())
+  assert step == 1 and saves.steps() == [1]
+  same(state, states[1])
+  said = capsys.readouterr().out.splitlines()
+  assert said[0] == f"WARNING: checkpoint 2 in {folder} is damaged: {largest[2:]} is not what was written"
+  assert said[1:] == ["WARNING: checkpoint 1, the one before, is used instead", f"put aside: {folder}_damaged/2"]
+  assert set(bucket.files("run/checkpoints_damaged")) == {name for name in kept if name.startswith("2/")}
+  for step in (2, 3):
+    assert saves.maybe_save(step, states[2])
+  saves.wait()
+  same(saves.restore(3, make_state()), states[2])
+  assert saves.steps() == [2, 3] and not any(name.startswith("1/") for name in bucket.files("run/checkpoints"))
+  saves.close()
+
+
+@pytest.mark.parametrize("gone", ["commit_success.txt", "checksums.json"])
+def test_in_a_bucket_what_a_killed_save_leaves_behind_does_not_count(bucket, gone):
+  """Nothing can be renamed there: what is being written has its name already, but is not said to be whole."""
+  folder, _ = "gs://my-bucket/run/checkpoints", two("gs://my-bucket/run/checkpoints")
+  del bucket.objects["run/checkpoints/2/commit_success.txt"]
+  bucket.objects.pop(f"run/checkpoints/2/{gone}", None)
+  saves = checkpoint.Checkpoints(folder, 1, 5)
+  assert saves.steps() == [1] and saves.latest() == 1
+  step, _ = saves.resume(make_state())
+  assert step == 1
+  assert saves.maybe_save(2, make_state(seed=5))
+  saves.wait()
+  assert saves.steps() == [1, 2]
+  same(saves.restore(2, make_state()), make_state(seed=5))
+  saves.close()
+
+
+def test_in_a_bucket_checksums_come_before_a_checkpoint_counts(bucket, monkeypatch):
+  whole, seal = [], checkpoint.Checkpoints._seal
+  monkeypatch.setattr(checkpoint.Checkpoints, "_seal", lambda self: (whole.append(
+      f"run/checkpoints/{self._saving}/commit_success.txt" in bucket.objects), seal(self)))
+  two("gs://my-bucket/run/checkpoints")
+  assert whole == [False, False]

@@ -9,14 +9,15 @@ from collections.abc import Callable
 import concurrent.futures
 import hashlib
 import json
-import pathlib
-import shutil
+import os
 from typing import TypeVar
 
+from etils import epath
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from virl_jax.run import files
 from virl_jax.run import hosts
 
 _SUMS = "checksums.json"  # in a checkpoint's folder: file in the folders below it -> BLAKE2b of its bytes
@@ -45,13 +46,14 @@ class Checkpoints:
     best: whether to keep the best as well, by the scores that they are saved with.
   """
 
-  def __init__(self, folder: str | pathlib.Path, every: int, keep: int, best: bool = False):
-    self.folder, self.every = pathlib.Path(folder).absolute(), every
+  def __init__(self, folder: str | os.PathLike, every: int, keep: int, best: bool = False):
+    self.folder, self.every = files.absolute(files.path(folder)), every
     self._saving: int | None = None
     kept = [policies.LatestN(n=keep)]
     if best:
       kept.append(policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False))
-    # Orbax writes to a temporary name and renames: a killed save leaves the older checkpoints whole.
+    # Orbax writes to a temporary name and renames; in a bucket, where nothing can be renamed, it writes last the file
+    # without which a folder is no checkpoint.  A killed save leaves the older ones whole.
     self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept), best_fn=_score, create=True,
         async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)))
@@ -108,15 +110,13 @@ class Checkpoints:
     self._manager.reload()
     return step, found
 
-  def _put_aside(self, step: int) -> list[pathlib.Path]:
+  def _put_aside(self, step: int) -> list[epath.Path]:
     """Moves the checkpoints after a step into a folder beside this one."""
     moved = []
     for later in self.steps():
       if later > step:
         aside = self.folder.with_name(f"{self.folder.name}_damaged") / str(later)
-        shutil.rmtree(aside, ignore_errors=True)  # of the same step, damaged before
-        aside.parent.mkdir(exist_ok=True)
-        (self.folder / str(later)).rename(aside)
+        files.move(self.folder / str(later), aside)  # over one of the same step, damaged before
         moved.append(aside)
     return moved
 
@@ -177,7 +177,7 @@ class Checkpoints:
   def _restore(self, step: int, args):
     self.wait()  # a checkpoint that is being written has no folder yet
     name = f"checkpoint {step} in {self.folder}"
-    if not (self.folder / str(step)).is_dir():
+    if not files.is_dir(self.folder / str(step)):
       raise ValueError(f"{name} must be one of those there are. Received: {self.steps()}")
     sealed = self._verify(step, name)
     found = told = cause = None
@@ -197,10 +197,10 @@ class Checkpoints:
     name, so that no checkpoint is without them."""
     if not hosts.leads():
       return
-    for folder in self.folder.glob(f"{self._saving}*"):
-      if folder.name.partition(".")[0] == str(self._saving):
-        (folder / _SUMS).unlink(missing_ok=True)
-        (folder / _SUMS).write_text(json.dumps(_sums(folder), indent=1) + "\n")
+    for name in files.names(self.folder):
+      if name.partition(".")[0] == str(self._saving):
+        folder = self.folder / name
+        files.write_text(folder / _SUMS, json.dumps(_sums(folder), indent=1) + "\n")
 
   def _verify(self, step: int, name: str) -> bool:
     """Whether a checkpoint has checksums, as all have but those of older versions.
@@ -209,12 +209,12 @@ class Checkpoints:
       Damaged: it is not what they are of.
     """
     folder = self.folder / str(step)
-    if not (folder / _SUMS).exists():
+    if not files.exists(folder / _SUMS):
       hosts.say(f"{name} is of an older version, without checksums: whether it is whole is not known")
       return False
     wanted, changed, told = {}, [], None
     try:
-      wanted = json.loads((folder / _SUMS).read_text())
+      wanted = json.loads(files.read_text(folder / _SUMS))
       mine = {file: wanted[file] for number, file in enumerate(sorted(wanted)) if hosts.mine(number)}
       found = _sums(folder, mine)
       changed = [file for file in mine if mine[file] != found[file]]
@@ -240,16 +240,15 @@ class Checkpoints:
     self._manager.close()
 
 
-def _sums(folder: pathlib.Path, files=None) -> dict[str, str]:
+def _sums(folder: epath.Path, names=None) -> dict[str, str]:
   """The checksum of each file in the folders below a folder, by its path there, or of these files.
 
   What lies in the folder itself says when it was written, and is written last of all."""
-  if files is None:
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*/**/*") if p.is_file())
+  names = files.below(folder) if names is None else names
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    return dict(zip(files, pool.map(lambda file: _sum(folder / file), files)))
+    return dict(zip(names, pool.map(lambda name: _sum(folder / name), names)))
 
 
-def _sum(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
+def _sum(path: epath.Path) -> str:
+  with files.opened(path) as file:
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -25,13 +25,15 @@ def check(out: str | pathlib.Path, keep: tuple[str | pathlib.Path, ...] = ()) ->
   """
   folder = pathlib.Path(out)
   need = lambda ok, why: _need(ok, folder, why)
+  if "://" in os.fspath(out):
+    raise ValueError(f"an HF folder must be written to a disk, and can be copied from there. Received: {out}")
   whole = folder.resolve()
   need(not folder.is_symlink(), "it is a symbolic link")
   need(not folder.exists() or folder.is_dir(), "it is a file")
   above = next((p for p in whole.parents if p.exists()), whole)
   need(above.is_dir() and os.access(above, os.W_OK), f"nothing can be made in {above}")
   for path, what in [(pathlib.Path.cwd(), "this process is"), (pathlib.Path.home(), "the home folder is"),
-                     *((pathlib.Path(path), f"{path} is") for path in keep)]:
+                     *((pathlib.Path(path), f"{path} is") for path in keep if "://" not in os.fspath(path))]:
     need(not path.resolve().is_relative_to(whole), f"{what} in it")
   if folder.is_dir():
     there = sorted(folder.iterdir())

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import io
 import json
 import math
-import os
 import typing
 
 from PIL import Image
+
+from virl_jax.run import files
 
 if typing.TYPE_CHECKING:
   from virl_jax import types
@@ -98,11 +99,9 @@ def data_uri(image: Image.Image, max_side_px: int) -> str:
 
 def save(path: str, entries: list[dict]) -> None:
   """Writes entries, one JSON object a line, replacing the file whole."""
-  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-  temporary = f"{path}.tmp"
-  with open(temporary, "w", encoding="utf-8") as f:
-    f.writelines(json.dumps(item, allow_nan=False) + "\n" for item in entries)
-  os.replace(temporary, path)
+  file = files.path(path)
+  files.make(file.parent)
+  files.write_text(file, "".join(json.dumps(item, allow_nan=False) + "\n" for item in entries))
 
 
 def load(path: str) -> list[dict]:
@@ -112,12 +111,11 @@ def load(path: str) -> list[dict]:
     ValueError: a line is not JSON.
   """
   entries = []
-  with open(path, encoding="utf-8") as f:
-    for number, raw in enumerate(f, start=1):
-      try:
-        entries.append(json.loads(raw))
-      except ValueError as e:
-        raise ValueError(f"{path}, line {number}, must be JSON. Received: {raw[:80]!r}") from e
+  for number, raw in enumerate(io.StringIO(files.read_text(files.path(path))), start=1):
+    try:
+      entries.append(json.loads(raw))
+    except ValueError as e:
+      raise ValueError(f"{path}, line {number}, must be JSON. Received: {raw[:80]!r}") from e
   return entries
 
 

@@ -23,6 +23,7 @@ from virl_jax.eval import monitors
 from virl_jax.report import curves
 from virl_jax.report import gallery
 from virl_jax.report import trajectory
+from virl_jax.run import files
 from virl_jax.run import goodput
 from virl_jax.run import log
 
@@ -120,45 +121,41 @@ def write(workdir: str) -> str:
   Raises:
     ValueError: `workdir` is no folder, or a file in it is not what its name says.
   """
-  if not os.path.isdir(workdir):
+  folder = files.path(workdir)
+  if not files.is_dir(folder):
     raise ValueError(f"workdir must be a folder. Received: {workdir!r}")
-  metrics_path = os.path.join(workdir, "metrics.jsonl")
-  metrics = log.read(metrics_path) if os.path.exists(metrics_path) else []
-  before, after = (_json(os.path.join(workdir, f"eval_{when}.json")) for when in ("before", "after"))
-  config = config_lib.translate(_json(os.path.join(workdir, "config.json")) or {})
-  kept = _kept_rollouts(workdir, metrics)
+  metrics_path = folder / "metrics.jsonl"
+  metrics = log.read(str(metrics_path)) if files.exists(metrics_path) else []
+  before, after = (_json(folder / f"eval_{when}.json") for when in ("before", "after"))
+  config = config_lib.translate(_json(folder / "config.json") or {})
+  kept = _kept_rollouts(folder, metrics)
   page = render(config, metrics, before, after, (after or {}).get("difference"), kept,
-                os.path.basename(os.path.abspath(workdir)), goodput.read(os.path.join(workdir, "wallclock.jsonl")))
-  path = os.path.join(workdir, "report.html")
-  with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-    f.write(page)
-  os.replace(f"{path}.tmp", path)
-  return path
+                files.absolute(folder).name, goodput.read(str(folder / "wallclock.jsonl")))
+  files.write_text(folder / "report.html", page)
+  return str(folder / "report.html")
 
 
 def _json(path):
-  if not os.path.exists(path):
+  if not files.exists(path):
     return None
-  with open(path, encoding="utf-8") as f:
-    try:
-      return json.load(f)
-    except ValueError as e:
-      raise ValueError(f"{path} must be JSON. Received: {e}") from e
+  try:
+    return json.loads(files.read_text(path))
+  except ValueError as e:
+    raise ValueError(f"{path} must be JSON. Received: {e}") from e
 
 
-def _kept_rollouts(workdir, metrics):
+def _kept_rollouts(folder, metrics):
   """The rollouts in order of time, bad batches among them; too many for a page, the middle of the run goes first."""
-  rollouts = os.path.join(workdir, "rollouts")
+  rollouts = folder / "rollouts"
   last = max((line["step"] for line in metrics if isinstance(line.get("step"), int)), default=-1) + 1
-  before, after = ((step, name.title(), os.path.join(rollouts, f"{name}.jsonl"))
-                   for step, name in ((0, "before"), (last, "after")))
+  before, after = ((step, name.title(), rollouts / f"{name}.jsonl") for step, name in ((0, "before"), (last, "after")))
   steps = [(step, f"Step {step}", path) for step, path in _numbered(rollouts, r"step_(\d+)\.jsonl")]
-  skipped = [(step, f"Skipped, step {step}", os.path.join(path, "trajectories.jsonl"))
-             for step, path in _numbered(os.path.join(workdir, "bad_batches"), r"step_(\d+)")]
+  skipped = [(step, f"Skipped, step {step}", path / "trajectories.jsonl")
+             for step, path in _numbered(folder / "bad_batches", r"step_(\d+)")]
   kept, room = {}, _GALLERY_BYTES
   for each in [after, before, *skipped[::-1], *steps[::-1]]:
     entries = []
-    for item in gallery.load(each[2]) if os.path.exists(each[2]) else ():
+    for item in gallery.load(str(each[2])) if files.exists(each[2]) else ():
       room -= len(json.dumps(item))
       if room < 0:
         break
@@ -173,8 +170,8 @@ def _kept_rollouts(workdir, metrics):
 
 def _numbered(folder, pattern):
   """What of a folder has a name like this: (number, path), in order."""
-  names = os.listdir(folder) if os.path.isdir(folder) else ()
-  return sorted((int(match[1]), os.path.join(folder, name)) for name in names if (match := re.fullmatch(pattern, name)))
+  found = [(int(match[1]), name) for name in files.names(folder) if (match := re.fullmatch(pattern, name))]
+  return [(number, folder / name) for number, name in sorted(found)]
 
 
 @functools.cache  # with the templates that it has compiled

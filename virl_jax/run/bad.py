@@ -15,20 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import io
 import itertools
 import json
 import math
-import pathlib
+import os
 import re
-import shutil
 import statistics
 
+from etils import epath
 import jax
 import numpy as np
 
 from virl_jax import types
 from virl_jax.learner import pooled
 from virl_jax.report import gallery
+from virl_jax.run import files
 from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
 
@@ -82,7 +84,7 @@ def limit(history: Sequence[dict], above: float, window: int) -> np.float32:
   return np.float32(min(above * statistics.median(norms), float(np.finfo(np.float32).max)))
 
 
-def advice(history: Sequence[dict], most: int, rate: float, workdir: pathlib.Path) -> str | None:
+def advice(history: Sequence[dict], most: int, rate: float, workdir: os.PathLike) -> str | None:
   """What to do about steps in a row with updates that were not finite, in a line; None while there are fewer.
 
   Args:
@@ -105,7 +107,7 @@ def advice(history: Sequence[dict], most: int, rate: float, workdir: pathlib.Pat
       "next step, and ends again if that is like these")
 
 
-def said(line: dict, updates: Sequence[pooled.Metrics], at: pathlib.Path | None) -> str:
+def said(line: dict, updates: Sequence[pooled.Metrics], at: os.PathLike | None) -> str:
   """A line for the terminal: how many updates of a step were skipped, why, and where the batch lies.
 
   Args:
@@ -122,9 +124,9 @@ def said(line: dict, updates: Sequence[pooled.Metrics], at: pathlib.Path | None)
   return f"skipped: {line[SKIPPED]:.0f} of {len(updates)} updates, {' and '.join(why)}{where}"
 
 
-def save(workdir: pathlib.Path, most: int, line: dict, updates: Sequence[pooled.Metrics],
+def save(workdir: os.PathLike, most: int, line: dict, updates: Sequence[pooled.Metrics],
          minibatches: Sequence[types.ScoredBatch], entries: Callable[[int, Sequence[int]], list[dict]]
-         ) -> pathlib.Path | None:
+         ) -> epath.Path | None:
   """Keeps the batch of a step with skipped updates, if there is room.
 
   The first ones stay: what goes wrong later often comes of what went wrong first.  But where a spike has the last
@@ -141,9 +143,8 @@ def save(workdir: pathlib.Path, most: int, line: dict, updates: Sequence[pooled.
   Returns:
     The folder, or None if there was no room.
   """
-  target = workdir / FOLDER / f"step_{line['step']:06d}"
-  temporary = target.with_name(target.name + ".tmp")
-  if not hosts.first(lambda: _make_room(target, temporary, most, bool(failures(line)))):
+  target = files.path(workdir) / FOLDER / f"step_{line['step']:06d}"
+  if not hosts.first(lambda: _make_room(target, most, bool(failures(line)))):
     return None
   each = [pooled.merge([update]) for update in updates]
   chosen = sorted({i % len(minibatches) for i, one in enumerate(each) if one[SKIPPED]})
@@ -152,42 +153,42 @@ def save(workdir: pathlib.Path, most: int, line: dict, updates: Sequence[pooled.
   for i, arrays in found.items():
     shown += enumerate(entries(i, _telling(arrays)[:_TRAJECTORIES]), start=len(shown))
     of = f"_process_{hosts.number()}" if hosts.several() else ""
-    np.savez_compressed(temporary / f"minibatch_{i}{of}.npz", **arrays)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    files.write_bytes(target / f"minibatch_{i}{of}.npz", packed.getvalue())
   shown = hosts.in_order(shown)[:_TRAJECTORIES]
   told = [{"minibatch": i % len(minibatches), "epoch": i // len(minibatches), **one} for i, one in enumerate(each)]
 
   def finish() -> None:
-    (temporary / "step.json").write_text(log_lib.dumps({"line": line, "updates": told}) + "\n")
-    gallery.save(str(temporary / "trajectories.jsonl"), shown)
-    shutil.rmtree(target, ignore_errors=True)  # of this step, before the run was resumed
-    temporary.rename(target)
+    gallery.save(str(target / "trajectories.jsonl"), shown)
+    files.write_text(target / "step.json", log_lib.dumps({"line": line, "updates": told}) + "\n")
 
   hosts.first(finish)
   return target
 
 
-def kept(workdir: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+def kept(workdir: os.PathLike) -> list[tuple[int, epath.Path]]:
   """The folders there are, with their steps, in order."""
-  found = [(int(m[1]), path) for path in (workdir / FOLDER).glob("step_*") if (m := _NAME.fullmatch(path.name))]
-  return sorted(found)
+  folder = files.path(workdir) / FOLDER
+  return sorted((int(m[1]), folder / name) for name in files.names(folder) if (m := _NAME.fullmatch(name)))
 
 
-def _make_room(target: pathlib.Path, temporary: pathlib.Path, most: int, failed: bool) -> bool:
+def _make_room(target: epath.Path, most: int, failed: bool) -> bool:
   """Whether there is room for one more folder; makes some for what is not finite, and an empty one to write into."""
   others = [path for _, path in kept(target.parent.parent) if path != target]
   if len(others) >= most:
     spikes = [path for path in others if _is_spike(path)] if failed and most else []
     if not spikes:
       return False
-    shutil.rmtree(spikes[-1])
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
+    files.remove(spikes[-1])
+  files.remove(target)  # of this step, before the run was resumed
+  files.make(target)
   return True
 
 
-def _is_spike(path: pathlib.Path) -> bool:
+def _is_spike(path: epath.Path) -> bool:
   try:
-    return not failures(json.loads((path / "step.json").read_text())["line"])
+    return not failures(json.loads(files.read_text(path / "step.json"))["line"])
   except (OSError, ValueError, KeyError):  # somebody's, who may want it
     return False
 

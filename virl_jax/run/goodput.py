@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import json
 import math
-import os
 import time
 
+from virl_jax.run import files
 from virl_jax.run import log
 
 # What a line can say that the time before it went into.
@@ -86,10 +86,7 @@ def read(path: str) -> list[dict]:
   What is no such line is left out, and its time is the next one's: a power cut may leave anything, and a run is not
   to fail for it.
   """
-  if not os.path.exists(path):
-    return []
-  with open(path, "rb") as f:
-    return [event for raw in f.read().split(b"\n") if (event := _event(raw))]
+  return [event for raw in _content(path).split(b"\n") if (event := _event(raw))]
 
 
 class Clock:
@@ -105,8 +102,8 @@ class Clock:
     self._path, self._now = path, now
     self._events = [] if path is None else read(path)
     self._parts = split(self._events)
-    if path is not None and not _ends_whole(path):
-      _append(path, b"\n")
+    if path is not None and not (_content(path) or b"\n").endswith(b"\n"):
+      _append(path, b"\n")  # the last line is cut off
     self._add({"at": began, "spent": "stopped"})
 
   def lap(self, spent: str, **more: float) -> None:
@@ -154,15 +151,13 @@ def _is_number(value: object) -> bool:
   return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _ends_whole(path: str) -> bool:
-  """Whether a file's last line is whole, so that another may follow."""
-  if not os.path.exists(path) or not os.path.getsize(path):
-    return True
-  with open(path, "rb") as f:
-    f.seek(-1, os.SEEK_END)
-    return f.read() == b"\n"
+def _content(path: str) -> bytes:
+  """Of a file; nothing if there is none."""
+  try:
+    return files.read_bytes(files.path(path))
+  except FileNotFoundError:
+    return b""
 
 
 def _append(path: str, content: bytes) -> None:
-  with open(path, "ab") as f:
-    f.write(content)
+  files.append(files.path(path), content)

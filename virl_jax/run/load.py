@@ -6,7 +6,6 @@ import dataclasses
 import importlib.resources
 import json
 import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from virl_jax.model import params as params_lib
 from virl_jax.model import sharding
 from virl_jax.model import tuning
 from virl_jax.model import weights
+from virl_jax.run import files
 from virl_jax.run import workdir as workdir_lib
 
 _ADAPTERS = 2 ** 31 - 2  # folded into the run's key; no step is ever numbered so
@@ -149,8 +149,8 @@ def trained(workdir: str, step: int | str | None = None, mesh: jax.sharding.Mesh
   c = workdir_lib.config(workdir)
   hf_dir = model_dir(c.model.path)
   model = of_config(c, weights.read_config(hf_dir))
-  folder = pathlib.Path(workdir) / "checkpoints"
-  saves = checkpoint.Checkpoints(folder, c.checkpoint.every, c.checkpoint.keep) if folder.is_dir() else None
+  folder = files.path(workdir) / "checkpoints"
+  saves = checkpoint.Checkpoints(folder, c.checkpoint.every, c.checkpoint.keep) if files.is_dir(folder) else None
   steps = saves.steps() if saves else []
   if step == "best" and steps:
     step = saves.best()
@@ -183,7 +183,7 @@ def of_config(c: config_lib.ConfigDict, model: family.Config) -> family.Config:
 def _is_run(path: str) -> bool:
   """Whether a folder's config.json is a run's, not a model's."""
   try:
-    found = json.loads((pathlib.Path(path) / "config.json").read_text())
+    found = json.loads(files.read_text(files.path(path) / "config.json"))
   except (OSError, ValueError):
     return False
   return isinstance(found, dict) and "rollout" in found and "model_type" not in found

@@ -12,7 +12,10 @@ import statistics
 import sys
 import time
 
+from etils import epath
 import numpy as np
+
+from virl_jax.run import files
 
 # Beginnings of the names of metrics that tell of the machine and the time: the same steps done again have others.
 MEASURED = ("time/", "compile/", "speed/", "memory/")
@@ -26,7 +29,7 @@ _SHOWN = (("reward", "reward/total", "+.2f"), ("acc_ans", "acc_ans", ".2f"),
 
 
 class MetricsLog:
-  """Appends one JSON object a step to a file, which is open only while a line is written."""
+  """Appends one JSON object a step to a file, which is open only while a line is written; see `files.append`."""
 
   def __init__(self, path: str, start_step: int, header: dict | None = None):
     """Opens the file, forgetting what a resumed run will do again.
@@ -44,9 +47,9 @@ class MetricsLog:
     Raises:
       ValueError: a line other than the last is not a JSON object.
     """
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    _rewind(path, start_step, header)
-    self._path = path
+    self._path = files.path(path)
+    files.make(self._path.parent)
+    _rewind(self._path, start_step, header)
     self._next_step = start_step
 
   def write(self, step: int, metrics: dict) -> dict:
@@ -69,10 +72,7 @@ class MetricsLog:
       if not isinstance(value, str) and getattr(value, "shape", ()) != ():
         raise ValueError(f"metrics[{name!r}] must be a scalar. Received: shape {tuple(value.shape)}")
     line = {"step": int(step), **{k: _plain(v) for k, v in metrics.items() if k != "step"}}
-    with open(self._path, "ab") as f:
-      f.write(_bytes(line))
-      f.flush()
-      os.fsync(f.fileno())
+    files.append(self._path, _bytes(line))
     self._next_step = step + 1
     return line
 
@@ -90,7 +90,7 @@ def read(path: str) -> list[dict]:
     ValueError: a line other than the last is not a JSON object.
   """
   return [{k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in line.items()}
-          for _, line in _parse(path, _content(path)) if not _is_header(line)]
+          for _, line in _parse(path, files.read_bytes(files.path(path))) if not _is_header(line)]
 
 
 def header(path: str) -> dict | None:
@@ -106,7 +106,7 @@ def header(path: str) -> dict | None:
   Raises:
     ValueError: a line other than the last is not a JSON object.
   """
-  return next((line for _, line in _parse(path, _content(path)) if _is_header(line)), None)
+  return next((line for _, line in _parse(path, files.read_bytes(files.path(path))) if _is_header(line)), None)
 
 
 class Progress:
@@ -162,7 +162,8 @@ def duration(seconds: float) -> str:
 
 
 class TensorBoard:
-  """Writes scalars for TensorBoard, in a thread of the library's: the files are about a second behind."""
+  """Writes scalars for TensorBoard, in a thread of the library's: the files are about a second behind, in a bucket half
+  a minute."""
 
   def __init__(self, writer):
     """Takes the library's writer; see `tensorboard_writer`."""
@@ -201,7 +202,8 @@ def tensorboard_writer(logdir: str, enabled: bool, start_step: int = 0) -> Tenso
   # A metric that is not finite is no news to warn of each step: TensorBoard shows it, and so does metrics.jsonl.
   logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
   # The name of a file has whole seconds: the step keeps two starts within one of them apart, and in order.
-  return TensorBoard(library.SummaryWriter(logdir, purge_step=start_step, flush_secs=1,
+  flush_secs = 1 if files.is_local(logdir) else 30  # in a bucket, all that there is so far is written each time
+  return TensorBoard(library.SummaryWriter(logdir, purge_step=start_step, flush_secs=flush_secs,
                                            filename_suffix=f".{start_step:08d}"))
 
 
@@ -212,7 +214,7 @@ def _plain(value):
   return int(array) if array.dtype.kind in "iub" else float(array)
 
 
-def _parse(path: str, content: bytes) -> list[tuple[bytes, dict]]:
+def _parse(path: str | os.PathLike, content: bytes) -> list[tuple[bytes, dict]]:
   """The whole lines of a file's content, each as its bytes and as a dict; blank ones are left out."""
   lines = content.split(b"\n")
   parsed = []
@@ -274,24 +276,16 @@ def _bytes(line: dict) -> bytes:
   return dumps(line).encode() + b"\n"
 
 
-def _rewind(path: str, start_step: int, header: dict | None) -> None:
-  content = _content(path) if os.path.exists(path) else b""
+def _rewind(path: epath.Path, start_step: int, header: dict | None) -> None:
+  try:
+    content = files.read_bytes(path)
+  except FileNotFoundError:
+    content = b""
   lines = _parse(path, content)
   kept = b"".join(raw + b"\n" for raw, line in lines if not (header and _is_header(line))
                   and (not isinstance(line.get("step"), int) or line["step"] < start_step))
   if header:
     old = next((line for _, line in lines if _is_header(line)), None)
     kept = _bytes(_succeed(old, _strict(header), start_step)) + kept
-  if kept == content:
-    return
-  temporary = f"{path}.tmp"
-  with open(temporary, "wb") as f:
-    f.write(kept)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
-
-
-def _content(path: str) -> bytes:
-  with open(path, "rb") as f:
-    return f.read()
+  if kept != content:
+    files.write_bytes(path, kept)

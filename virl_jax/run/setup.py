@@ -184,6 +184,9 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c.warmstart, "warmstart", base=checks.text, p_direct=share, p_clumsy=share, p_count=share,
                  steps=count, pictures=count, marks=checks.some_of(needle.MARKS, 1), learning_rate=checks.real(0),
                  clumsy_learning_rate=checks.real(0), workers=count, save_every=some)
+  for key, path in (("model.path", c.model.path), ("data.path", c.data.path), ("warmstart.base", c.warmstart.base)):
+    checks.need("://" not in path, key, "on a disk, for only a workdir may lie in a bucket: copy it, or mount that",
+                path)
   found = Sections(
       needle=needle.Config(**c.data.needle), image=images.Config(**c.image), prompt=prompt.Config(**c.prompt),
       rollout=turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),

@@ -12,17 +12,21 @@ import contextlib
 import dataclasses
 import faulthandler
 import os
-import pathlib
 import platform
 import statistics
 import sys
+import tempfile
 import threading
 import time
 
+from etils import epath
+
 from virl_jax import checks
+from virl_jax.run import files
 from virl_jax.run import hosts
 
 STUCK = 75  # the status of a process that was stuck: "try again", as sendmail's family has it
+_UPLOAD_S = 20.0
 _LIKE = 20  # steps that a step is compared with
 _LEAST_LIKE = 5
 _LEAST_EXCESS_S = 5.0  # what a step must take longer than its like to be worth a line
@@ -40,7 +44,7 @@ class Config:
 
 
 @contextlib.contextmanager
-def over(folder: pathlib.Path, cfg: Config):
+def over(folder: epath.Path, cfg: Config):
   """Within it, a process that does not get on for `cfg.stuck_s` ends with a line and status `STUCK`; 0 lets it wait.
 
   Args:
@@ -61,19 +65,18 @@ def over(folder: pathlib.Path, cfg: Config):
     thread.join()
 
 
-def _watch(folder: pathlib.Path, stuck_s: float, done: threading.Event) -> None:
+def _watch(folder: epath.Path, stuck_s: float, done: threading.Event) -> None:
   while not done.wait(min(10.0, stuck_s / 4)):
     where, since = hosts.last_beat()
     if time.monotonic() - since > stuck_s:
       _end(folder, where, stuck_s)
 
 
-def _end(folder: pathlib.Path, where: str, stuck_s: float) -> None:
+def _end(folder: epath.Path, where: str, stuck_s: float) -> None:
   number = hosts.number()
   file = folder / f"stuck_{number}.txt"
   try:
-    with open(file, "w") as out:
-      faulthandler.dump_traceback(out, all_threads=True)
+    _write_stacks(file)
   except OSError as e:
     file = f"nowhere ({e})"
   message = (f"process {number} on {platform.node()} has not got on for {stuck_s:g} s, after: {where}. Where all of "
@@ -82,6 +85,33 @@ def _end(folder: pathlib.Path, where: str, stuck_s: float) -> None:
   print(f"error: {message}", file=sys.stderr, flush=True)
   hosts.fail(message)
   os._exit(STUCK)
+
+
+def _write_stacks(file: epath.Path) -> None:
+  """Writes where all threads are.  A bucket may be what they wait for: this process does so only for a while."""
+  if files.is_local(file):
+    with open(file, "w") as out:
+      faulthandler.dump_traceback(out, all_threads=True)
+    return
+  with tempfile.TemporaryFile() as out:
+    faulthandler.dump_traceback(out, all_threads=True)
+    out.seek(0)
+    stacks = out.read()
+  failed: list[OSError] = [OSError(f"{file} can't be written within {_UPLOAD_S:g} s")]
+
+  def upload():
+    try:
+      files.write_bytes(file, stacks)
+      failed.clear()
+    except OSError as e:
+      failed[:] = [e]
+
+  thread = threading.Thread(target=upload, daemon=True)
+  thread.start()
+  thread.join(_UPLOAD_S)
+  if failed:
+    sys.stderr.write(stacks.decode(errors="replace"))
+    raise failed[0]
 
 
 def slow(history: Sequence[Mapping], laps: Sequence[tuple[str, Mapping[str, float]]], cfg: Config) -> str | None:

@@ -1,27 +1,27 @@
 """The folder that a run owns: whose it is, who is using it, and what its figures are made with.
 
-Of several processes the first writes it, and all must see it.
+It may lie in a bucket: see `run/files.py`.  Of several processes the first writes it, and all must see it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+import contextlib
 import dataclasses
-import datetime
-import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-from typing import TextIO
 
+from etils import epath
 import jax
 
 from virl_jax import config as config_lib
+from virl_jax.run import files
 from virl_jax.run import hosts
+from virl_jax.run import signals
 
 # What no run can change and still be that run, and why; a section stands for all its keys.
 _FIXED = {"model.path": "the checkpoints are of that model",
@@ -46,15 +46,18 @@ class Claimed:
     changed: knobs that were changed on purpose at this start, key -> [old, new].
   """
 
-  folder: pathlib.Path
+  folder: epath.Path
   changed: dict[str, list]
-  _lock: TextIO
+  _lock: files.Lock
+  _signals: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
   def __enter__(self) -> Claimed:
+    self._signals.enter_context(signals.closing(self.close))  # a bucket's lock does not end with the process
     return self
 
   def __exit__(self, *_) -> None:
     self.close()
+    self._signals.close()
 
   def close(self) -> None:
     """Leaves the folder to others."""
@@ -82,11 +85,11 @@ def claim(path: str, c: config_lib.ConfigDict, source=None, changes: bool | None
 
   def hold() -> tuple[dict[str, list], str]:
     held.append(_claim(path, c, source, changes, free))
-    return held[0].changed, (held[0].folder / _LOCK).read_text()
+    return held[0].changed, files.read_text(held[0].folder / _LOCK)
 
   changed, said = hosts.first(hold)
-  lock = pathlib.Path(path) / _LOCK
-  if not lock.is_file() or lock.read_text() != said:
+  lock = files.path(path) / _LOCK
+  if not files.is_file(lock) or files.read_text(lock) != said:
     held and held[0].close()
     raise ValueError(f"--workdir must be a folder that all processes see. Received: {path}, where process "
                      f"{jax.process_index()} on {platform.node()} does not find what process 0 has put there")
@@ -114,36 +117,38 @@ def _code() -> str:
 
 def _claim(path: str, c: config_lib.ConfigDict, source, changes: bool | None, free: Collection[str] | None) -> Claimed:
   """`claim`, of one process."""
-  folder = pathlib.Path(path)
+  folder = files.path(path)
   free = config_lib.free_keys() if free is None else free
-  _compare(folder, c, source, changes, free)  # before a lock is put into another run's folder
   try:
-    (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
+    _compare(folder, c, source, changes, free)  # before a lock is put into another run's folder
+    files.make(folder / "rollouts")
+    lock = files.lock(folder / _LOCK, _lost)
+  except files.Held as e:
+    raise ValueError(f"{folder} is in use by {e}; stop it or use another --workdir") from None
   except OSError as e:
     raise ValueError(f"--workdir must be a folder that can be made and written to. Received: {path} ({e})") from e
   try:
     changed = _compare(folder, c, source, changes, free)
-    write_text(folder / "config.json", config_lib.to_json(c))
+    files.write_text(folder / "config.json", config_lib.to_json(c))
     if source is not None:
       data = {"fingerprint": source.fingerprint(), "was": source.describe()}
-      write_text(folder / "data.json", json.dumps(data) + "\n")
+      files.write_text(folder / "data.json", json.dumps(data) + "\n")
   except BaseException:
     lock.close()
     raise
   return Claimed(folder, changed, lock)
 
 
-def config(path: str | pathlib.Path) -> config_lib.ConfigDict:
+def config(path: str | os.PathLike) -> config_lib.ConfigDict:
   """The configuration of a run, under today's names whatever version made it.
 
   Raises:
     ValueError: the folder holds no run.
   """
-  file = pathlib.Path(path) / "config.json"
-  if not file.is_file():
+  file = files.path(path) / "config.json"
+  if not files.is_file(file):
     raise ValueError(f"--workdir must be a run's folder, with a config.json. Received: {path}")
-  return config_lib.from_json(file.read_text(), str(file))
+  return config_lib.from_json(files.read_text(file), str(file))
 
 
 def header(c: config_lib.ConfigDict, changed: dict[str, list] | None = None) -> dict:
@@ -163,17 +168,7 @@ def header(c: config_lib.ConfigDict, changed: dict[str, list] | None = None) -> 
           **({"changed": changed} if changed else {})}
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  tmp = path.with_name(path.name + ".tmp")
-  with open(tmp, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())  # else the new name may outlive a power cut, and the content not
-  os.replace(tmp, path)
-
-
-def _compare(folder: pathlib.Path, c: config_lib.ConfigDict, source, changes: bool | None, free: Collection[str]
+def _compare(folder: epath.Path, c: config_lib.ConfigDict, source, changes: bool | None, free: Collection[str]
              ) -> dict[str, list]:
   """What of a folder's configuration this one changes on purpose, key -> [old, new].
 
@@ -181,8 +176,8 @@ def _compare(folder: pathlib.Path, c: config_lib.ConfigDict, source, changes: bo
     ValueError: the folder is another run's.
   """
   file = folder / "config.json"
-  if not file.is_file():
-    if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+  if not files.is_file(file):
+    if any(files.exists(folder / name) for name in ("metrics.jsonl", "checkpoints")):
       raise ValueError(f"{folder} holds a run but no config.json to tell whose; use another --workdir")
     return {}
   try:
@@ -207,40 +202,23 @@ def _compare(folder: pathlib.Path, c: config_lib.ConfigDict, source, changes: bo
   return differ
 
 
-def _fingerprint(folder: pathlib.Path) -> dict | None:
+def _fingerprint(folder: epath.Path) -> dict | None:
   """What data.json holds; None for a folder without one, as runs left them once."""
   file = folder / "data.json"
-  if not file.is_file():
+  if not files.is_file(file):
     return None
   try:
-    found = json.loads(file.read_text())
+    found = json.loads(files.read_text(file))
     return {"fingerprint": found["fingerprint"], "was": found["was"]}
   except (ValueError, KeyError, TypeError) as e:
     raise ValueError(f"{file} must hold a fingerprint as a run writes it ({e}); use another --workdir") from e
 
 
-def _lock(folder: pathlib.Path) -> TextIO:
-  """Locks the folder for as long as the returned file is open: the kernel lets go of it when the process ends.
-
-  Raises:
-    ValueError: another process holds it.
-  """
-  file = open(folder / _LOCK, "a+")
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError as e:
-    if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
-      file.seek(0)
-      who = file.read().strip() or "another process"
-      file.close()
-      raise ValueError(f"{folder} is in use by {who}; stop it or use another --workdir") from None
-    print(f"{folder} can't be locked ({e}): see to it yourself that one process uses it", flush=True)
-  file.seek(0)
-  file.truncate()
-  now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-  file.write(f"process {os.getpid()} on {platform.node()} since {now}\n")
-  file.flush()
-  return file
+def _lost(message: str) -> None:
+  """Ends this process, whose workdir is another's now: it must not write there any more."""
+  print(f"error: {message}", flush=True)
+  hosts.fail(message)
+  os._exit(1)
 
 
 def _version(package: str) -> str:
