@@ -203,6 +203,22 @@ def test_runs_that_start_together_draw_the_same_set(tmp_path, monkeypatch):
   assert [p.name for p in folder.iterdir()] == ["needle"]  # what the others drew is gone
 
 
+def test_a_set_that_another_draws_meanwhile_is_read(tmp_path, monkeypatch):
+  """Between the look for it and the reading of it."""
+  from virl_jax.tiny import store
+  real, looked = store.Needle, []
+
+  def builder(cfg, folder):
+    made = real(cfg, folder)
+    if not looked:
+      looked.append(folder)
+      source.load(str(tmp_path), "test", FEW)
+    return made
+
+  monkeypatch.setattr(store, "Needle", builder)
+  assert len(source.load(str(tmp_path), "train", FEW)) == FEW.train_size and looked
+
+
 def test_sets_go_to_the_cache_unless_told_otherwise(tmp_path, monkeypatch):
   monkeypatch.setenv("VIRL_JAX_CACHE", str(tmp_path / "cache"))
   assert len(source.load("", "test", FEW)) == 3

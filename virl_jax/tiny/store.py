@@ -59,8 +59,7 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
     split: "train" or "test".
     cfg: what to draw if need be.
   """
-  builder = Needle(cfg, folder)
-  kept = pathlib.Path(builder.data_dir)
+  kept = pathlib.Path(Needle(cfg, folder).data_dir)
   if not kept.exists():
     # Elsewhere first, then all at once: of runs that start together each draws, and what the first has drawn is kept.
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -73,5 +72,5 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
       except OSError:
         if not kept.exists():
           raise
-    builder = Needle(cfg, folder)
-  return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+  # Anew, whoever has drawn it: a builder knows the splits that were there when it was made.
+  return Needle(cfg, folder).as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
