@@ -269,7 +269,8 @@ def after_two_steps(kind, mesh=None, offload=()):
   values = params_lib.map_specs(lambda s: rng.standard_normal(s.shape, np.float32), specs)
   params = jax.device_put(values, sharding.param_shardings(specs, mesh) if mesh else None)
   cfg = step_lib.Config(WIDE, 1, optim=of(kind, weight_decay=0.1), mesh=mesh, offload=offload)
-  apply = jax.jit(lambda state, grads: step_lib._apply(state, grads, None, cfg)[0], donate_argnums=0)
+  apply = jax.jit(lambda state, grads: step_lib._apply(state, grads, None, jnp.float32(1), step_lib.NO_LIMIT, cfg)[0],
+                  donate_argnums=0)
   state = step_lib.init_state(params, cfg.optim, offload=offload, specs=specs)
   like = step_lib.abstract_state(params, cfg.optim, offload=offload, specs=specs)
   jax.tree.map(lambda a, s: np.testing.assert_equal((a.shape, a.dtype), (s.shape, s.dtype)), state, like)

@@ -65,7 +65,7 @@ def test_nothing_is_saved_before_the_first_step(tmp_path):
 def test_what_ended_the_loop_is_what_is_raised(tmp_path, monkeypatch, capsys):
   save = checkpoint.Checkpoints.maybe_save
 
-  def full(self, step, state, last=False):
+  def full(self, step, state, last=False, score=None):
     if last:
       raise OSError("no space left")
     return save(self, step, state)

@@ -43,19 +43,20 @@ class Checkpoints:
     folder: where; created if absent.
     every: steps between saves; 0 for none but the last.
     keep: how many of the newest to keep.
-    best: whether to keep the best as well, by the scores that they are saved with.
+    best: whether to keep the best as well, by the scores that they are saved with; without it none is known.
   """
 
   def __init__(self, folder: str | os.PathLike, every: int, keep: int, best: bool = False):
     self.folder, self.every = files.absolute(files.path(folder)), every
     self._saving: int | None = None
+    self._best = best
     kept = [policies.LatestN(n=keep)]
     if best:
       kept.append(policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False))
     # Orbax writes to a temporary name and renames; in a bucket, where nothing can be renamed, it writes last the file
     # without which a folder is no checkpoint.  A killed save leaves the older ones whole.
     self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(kept), best_fn=_score, create=True,
+        preservation_policy=policies.AnyPreservationPolicy(kept), best_fn=_score if best else None, create=True,
         async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)))
 
   def latest(self) -> int | None:
@@ -64,7 +65,7 @@ class Checkpoints:
 
   def best(self) -> int | None:
     """The step with the highest score, of those that were saved with one; None if none was."""
-    return self._manager.best_step()
+    return self._manager.best_step() if self._best else None
 
   def steps(self) -> list[int]:
     """Every saved step, oldest first."""

@@ -150,7 +150,9 @@ def trained(workdir: str, step: int | str | None = None, mesh: jax.sharding.Mesh
   hf_dir = model_dir(c.model.path)
   model = of_config(c, weights.read_config(hf_dir))
   folder = files.path(workdir) / "checkpoints"
-  saves = checkpoint.Checkpoints(folder, c.checkpoint.every, c.checkpoint.keep) if files.is_dir(folder) else None
+  saves = None
+  if files.is_dir(folder):
+    saves = checkpoint.Checkpoints(folder, c.checkpoint.every, c.checkpoint.keep, step == "best")
   steps = saves.steps() if saves else []
   if step == "best" and steps:
     step = saves.best()
