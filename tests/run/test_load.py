@@ -44,6 +44,24 @@ def test_one_way_in(run):
     np.testing.assert_array_equal(b, d)
 
 
+def test_the_best_policy_of_a_run_may_be_asked_for(run, tmp_path):
+  _, params = run
+  c = config_lib.default()
+  c.model.path, c.model.freeze_vision = "@tiny", False
+  (tmp_path / "config.json").write_text(config_lib.to_json(c))
+  saves = checkpoint.Checkpoints(tmp_path / "checkpoints", 1, 1, best=True)
+  for step, score in ((1, 0.5), (2, 0.9), (3, 0.1)):
+    saves.maybe_save(step, step_lib.init_state(jax.tree.map(lambda a, by=step: by * a, params), optim.OptimConfig()),
+                     score=score)
+  saves.close()
+  assert load.trained(str(tmp_path)).step == 3
+  best = load.trained(str(tmp_path), "best")
+  assert best.step == 2
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * np.asarray(b)), best.params, params)
+  with pytest.raises(ValueError, match="must hold a checkpoint with a score, .* Received: steps .10., none with one"):
+    load.trained(str(run[0]), "best")
+
+
 @pytest.mark.parametrize("changes", [{"lora.rank": 2}, {"model.freeze_vision": True}], ids=["adapters", "frozen tower"])
 def test_of_the_base_only_what_is_frozen_is_read_again(tmp_path, changes):
   """What is trained comes out of the checkpoint."""
