@@ -91,6 +91,9 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
   # Signals are ours, see `signals.note`; older versions of JAX ask nobody.
   if hasattr(jax.config, "jax_enable_preemption_service"):
     jax.config.update("jax_enable_preemption_service", False)
+  # A CPU runs programs that do not wait for each other at once; the order in which their sums over processes begin is
+  # each process's own: they would wait for one another for ever.  Accelerators run one program after the other.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   where = coordinator or "the address that the cluster gives"
   said = (f"the {f'{processes} ' if processes else ''}processes must find each other within {timeout_s:g} s, by the "
           f"coordinator at {where}: look whether all were started, and whether that can be reached from "
