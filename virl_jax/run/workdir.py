@@ -79,7 +79,7 @@ def claim(path: str, c: config_lib.ConfigDict, source=None, changes: bool | None
   Raises:
     ValueError: it is another run's, another process is using it, or it can't be made; nothing in it is touched.
   """
-  if source is not None:
+  if source is not None and hosts.several():
     hosts.same("data", {"fingerprint": source.fingerprint(), "content": source.describe()})
   held: list[Claimed] = []
 
@@ -102,6 +102,8 @@ def alike(c: config_lib.ConfigDict) -> None:
   Raises:
     ValueError: names the first difference.
   """
+  if not hosts.several():  # nor are all files of the package read for nothing
+    return
   hosts.same("configuration", config_lib.flat(json.loads(config_lib.to_json(c))))
   hosts.same("code", {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version(),
                                                                       "content of virl_jax": _code()})
