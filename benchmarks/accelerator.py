@@ -409,7 +409,7 @@ def update(args, config: str) -> dict:
   this = case(config, args.smoke)
   program = this.program("update")
   batch, filled = minibatch(this, program, args.microbatches)
-  state, scored, frozen = program.arrays
+  state, scored, frozen, limit = program.arrays
   state = arrays(state).replace(params=arrays(state.params, STD))
   sign = np.where(np.arange(len(batch.row_mask_B)) % 2, -0.5, 1.0)
   usual = -math.log(this.p.step.model.text.vocab)  # what random weights think of a token, about
@@ -423,7 +423,7 @@ def update(args, config: str) -> dict:
 
   def run():
     nonlocal state, metrics
-    state, metrics = jax.block_until_ready(side.run(state, scored, frozen))
+    state, metrics = jax.block_until_ready(side.run(state, scored, frozen, limit))
 
   run()  # and another one, that `interleaved` throws away
   seconds = timing.interleaved({"": run}, args.repeat)[""]

@@ -85,7 +85,16 @@ def _own_cache(tmp_path_factory):
     yield
 
 
-_MANY_MAPS = 20_000
+_MANY_MAPS, _MANY_PROGRAMS = 20_000, 100
+_compiled = 0
+
+
+def _count(event: str, seconds: float, **_) -> None:
+  global _compiled
+  _compiled += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,8 +106,15 @@ def _forget_programs():
 
 @pytest.fixture(autouse=True)
 def _few_maps():
-  """Each program compiled for the CPU holds memory maps, of which Linux grants a process 65,530: then XLA crashes."""
+  """Each program compiled for the CPU holds memory maps, of which Linux grants a process 65,530: then XLA crashes.
+
+  Counting them takes a while, and is done now and then.
+  """
+  global _compiled
   yield
+  if _compiled < _MANY_PROGRAMS:
+    return
+  _compiled = 0
   maps = pathlib.Path("/proc/self/maps")
   if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
     jax.clear_caches()

@@ -252,8 +252,9 @@ def test_masked_rows_leave_the_others_advantages_alone(small, batch):
   assert not np.asarray(s.advantage_BT)[3].any()
 
 
-@pytest.mark.parametrize("sizes, micro, together", [((8, 1, 1), 1, 0), ((1, 8, 1), 1, 0), ((2, 2, 2), 1, 0),
-                                                    ((1, 2, 4), 2, 0), ((1, 2, 1), 4, 16)])
+@pytest.mark.parametrize("sizes, micro, together", [
+    pytest.param((8, 1, 1), 1, 0, marks=pytest.mark.slow), pytest.param((1, 8, 1), 1, 0, marks=pytest.mark.slow),
+    ((2, 2, 2), 1, 0), ((1, 2, 4), 2, 0), ((1, 2, 1), 4, 16)])
 def test_several_devices_compute_what_one_does(small, batch, scored, updated, sizes, micro, together):
   """Each sees the images of its own rows alone, some at a time or all; any number of microbatches."""
   mesh = sharding.make(*sizes, devices=jax.devices()[:np.prod(sizes)])
@@ -354,7 +355,9 @@ def test_an_adapters_gradient_is_the_matrixs(small, scored):
     assert not np.asarray(by["a"]).any() and np.abs(by["b"]).max() > 0
 
 
-@pytest.mark.parametrize("sizes, micro", [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 2), ((1, 2, 4), 4)])
+@pytest.mark.parametrize("sizes, micro", [
+    pytest.param((8, 1, 1), 1, marks=pytest.mark.slow), pytest.param((1, 8, 1), 1, marks=pytest.mark.slow),
+    pytest.param((2, 2, 2), 2, marks=pytest.mark.slow), ((1, 2, 4), 4)])
 def test_adapters_on_several_devices(small, adapters, adapted, sizes, micro):
   """The update and the log-probabilities of one, however they are placed and in whatever microbatches."""
   s, want, want_metrics = adapted
@@ -391,8 +394,10 @@ def test_what_is_frozen_stays_and_the_rest_learns_as_ever(small, batch, scored):
 
 
 @pytest.mark.parametrize("loss_cfg, critic", [
-    (dict(aggregate="token", entropy_coef=0.1, kl_coef=0.1), True), (dict(aggregate="sequence"), False),
-    (dict(aggregate="constant", norm_tokens=7), False), (dict(kind="gspo", aggregate="sequence"), False)])
+    pytest.param(dict(aggregate="token", entropy_coef=0.1, kl_coef=0.1), True, marks=pytest.mark.slow),
+    (dict(aggregate="sequence"), False),
+    pytest.param(dict(aggregate="constant", norm_tokens=7), False, marks=pytest.mark.slow),
+    pytest.param(dict(kind="gspo", aggregate="sequence"), False, marks=pytest.mark.slow)])
 def test_any_number_of_microbatches_gives_the_same_update(small, loss_cfg, critic):
   """The mean is over the tokens of the minibatch, masked rows or not, whatever microbatch they are in."""
   o = loss.Config(**loss_cfg)
@@ -464,7 +469,7 @@ def test_a_critic_values_tokens_of_joined_rows_as_of_their_own(small, batch):
     assert not np.asarray(got)[:, 0].any()
 
 
-@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("reference", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_single_update_computes_the_old_log_probabilities_itself(small, batch, scored, reference):
   """Scoring leaves them out, and what comes of the update, metrics among it, is the same."""
   ref = jax.tree.map(lambda a: a * 0.9, small.params) if reference else None
@@ -576,7 +581,8 @@ def parts_of(small, batch):
 
 
 @pytest.mark.parametrize("kwargs", [
-    dict(advantage=advantage.Config(kind="batch")), dict(advantage=advantage.Config(kind="gae")),
+    dict(advantage=advantage.Config(kind="batch")),
+    pytest.param(dict(advantage=advantage.Config(kind="gae")), marks=pytest.mark.slow),
     dict(credit=credit.Config(keep_scale=True)),
     dict(advantage=advantage.Config(kind="gae"), credit=credit.Config(keep_scale=True))])
 def test_statistics_are_of_the_batch_and_not_of_a_minibatch(small, batch, score, kwargs):
@@ -761,6 +767,7 @@ def test_a_critic_learns_what_to_expect(small, batch):
   np.testing.assert_allclose(losses[0], 0.5 * np.square(np.asarray(s.return_BT)[batch.sampled_BT]).mean(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_waits_in_the_host_s_memory_changes_no_number(small, batch, scored, updated):
   """Moments, and the reference for the KL term; the state is where it was, and the reference, too."""
   mesh = sharding.make(1, 2, 1, devices=jax.devices()[:2])

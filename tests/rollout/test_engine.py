@@ -110,6 +110,7 @@ def test_the_step_key_changes_samples_and_greedy_ignores_it(base):
   assert all(np.array_equal(x.ids, y.ids) for x, y in zip(a, b))
 
 
+@pytest.mark.slow
 def test_slots_do_not_matter(base):
   policy, params, _ = base
   tasks = draw_tasks(6) + draw_tasks(3, "pair_pattern")

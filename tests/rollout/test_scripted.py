@@ -134,6 +134,7 @@ def test_no_work_twice(small, slots, monkeypatch):
   assert len(encoded) == len(set(encoded)) == len({id(im) for t in got for im in t.images})
 
 
+@pytest.mark.slow
 def test_a_hundred_rollouts_compile_few_programs(small):
   """Whatever the lengths and sizes: decode in 2 row counts, chunks in row counts x tokens x windows."""
   counter, counts = compiles.Counter(), []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Sequence
+import contextlib
 import os
 import pickle
 import platform
@@ -34,7 +35,8 @@ from virl_jax.run import signals
 AUTOMATIC = "VIRL_JAX_DISTRIBUTED"  # environment: "auto" has JAX ask its cluster, as launchers set it
 _HEARTBEAT_S = 30  # of a process that is silent for so long, JAX has the others end
 _LISTEN_S = 1.0  # how often a process asks whether another one has failed
-FAREWELL_S = 5.0  # how long a process that fails waits for the others to hear of it
+FAREWELL_S = 5.0  # how long a process that knows of a failure waits for the others to hear of it
+_LEAVING_S = 0.5  # and then, for those who have heard to end
 _FAILED, _HEARD = "virl_jax/failed", "virl_jax/heard"  # keys of JAX's coordination service
 
 # Of this process, as `signals` has it.
@@ -110,6 +112,10 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
   finally:
     patience.cancel()
   if jax.process_count() > 1:
+    if jax.default_backend() == "cpu":
+      # Sums that do not depend on each other go in the order that the compiler gave them.  A program that is read from
+      # the disk does not keep it: one process that has read what the other has compiled, they wait for ever.
+      jax.config.update("jax_enable_compilation_cache", False)
     signals.note()
     leaving = threading.Event()
     listening = threading.Thread(target=_listen, args=(leaving,), name="hosts", daemon=True)
@@ -125,16 +131,30 @@ def _client():
 
 
 def fail(message: str) -> None:
-  """Tells all other processes that this one can't go on; they end, and none waits for it for ever."""
+  """Tells all other processes that this one can't go on, for the caller to end it; none waits for it for ever."""
   if jax.process_count() == 1 or (client := _client()) is None:
     return
-  try:
-    client.key_value_set(_FAILED, f"{jax.process_index()} {message}")
-    until = time.monotonic() + FAREWELL_S  # process 0 is whom the others hear it from
+  _tell(client, _FAILED, f"{jax.process_index()} {message}")
+  _farewell(client)
+
+
+def _tell(client, key: str, value: str) -> None:
+  with contextlib.suppress(Exception):  # it is told already, or there is nobody left to be told
+    client.key_value_set(key, value)
+
+
+def _farewell(client) -> None:
+  """Says that this process knows, and waits until all do: one that goes sooner tears the others' sums.
+
+  Process 0, whom they hear it from, goes last: JAX aborts a process whose service is gone.
+  """
+  _tell(client, f"{_HEARD}/{jax.process_index()}", "")
+  until = time.monotonic() + FAREWELL_S
+  with contextlib.suppress(Exception):  # one is gone, or does not answer
     for other in set(range(jax.process_count())) - {jax.process_index()}:
       client.blocking_key_value_get(f"{_HEARD}/{other}", max(1, round(1000 * (until - time.monotonic()))))
-  except Exception:  # another was faster, or there is nobody left to be told
-    pass
+  if leads():
+    time.sleep(_LEAVING_S)
 
 
 def _listen(leaving: threading.Event) -> None:
@@ -151,7 +171,7 @@ def _listen(leaving: threading.Event) -> None:
     if int(number) == jax.process_index():
       return
     print(f"error: process {number} can't go on, and so no other: {message}", flush=True)
-    client.key_value_set(f"{_HEARD}/{jax.process_index()}", "")
+    _farewell(client)
     os._exit(1)
 
 
