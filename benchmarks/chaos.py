@@ -34,6 +34,9 @@ from virl_jax.run import log as log_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ("--config.rollout.prompts=4", "--config.rollout.group_size=4", "--config.eval.tasks=8", "--config.mesh.fsdp=2",
+         # Few programs, which are compiled anew at each start.
+         "--config.rollout.max_rounds=2", "--config.engine.slots=8", "--config.pack.joined_share=0.5",
+         "--config.pack.crops_share=1.0",
          "--config.data.needle.train_size=64", "--config.data.needle.test_size=16", "--config.log.tensorboard=False",
          "--config.log.gallery_every=0", "--join_timeout_s=60")
 KINDS = ("kill", "term", "damage", "disk", "coordinator")

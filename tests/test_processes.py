@@ -18,9 +18,9 @@ from virl_jax.run import log as log_lib
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ("--config.rollout.prompts=4", "--config.rollout.group_size=4", "--config.data.needle.train_size=32",
          "--config.data.needle.test_size=8", "--config.pack.joined_share=0.5", "--config.pack.crops_share=1.0",
-         "--config.rollout.max_rounds=2", "--config.engine.slots=8", "--config.eval.tasks=6", "--config.log.tensorboard=False",
-         "--config.ppo.minibatches=2", "--config.log.gallery_every=1", "--config.mesh.fsdp=2",
-         "--config.checkpoint.every=2")
+         "--config.rollout.max_rounds=2", "--config.engine.slots=8", "--config.eval.tasks=6",
+         "--config.log.tensorboard=False", "--config.ppo.minibatches=2", "--config.log.gallery_every=1",
+         "--config.mesh.fsdp=2", "--config.checkpoint.every=2")
 # What a process sees of how rows lie on devices, and not of what is computed.
 OF_THE_LAYOUT = (*log_lib.MEASURED, "tokens/padding_share", "rollout/slot_use", "rollout/weights_gib")
 

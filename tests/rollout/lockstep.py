@@ -13,8 +13,8 @@ def main(process, processes, port, out):
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 4 // int(processes))
   jax.config.update("jax_disable_most_optimizations", True)
-  if int(processes) > 1:
-    jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
+  from virl_jax.run import hosts
+  hosts.join(f"127.0.0.1:{port}", int(processes), int(process))
   from tests.rollout import test_engine
   from virl_jax.model import sharding
   from virl_jax.rollout import engine
