@@ -69,7 +69,7 @@ def test_a_decode_step_and_the_copy(tmp_path):
   assert "--parts=decode_1 --here" in decode["command"] and "jax" in decode["versions"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_part(tmp_path, accelerator):
   found, done = run(tmp_path / "out.jsonl")
   assert done.returncode == 0, done.stderr[-2000:]

@@ -119,7 +119,7 @@ def straight(env, tmp_path_factory):
   return whole(env, tmp_path_factory.mktemp("straight"), 1, 2, 4)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_any_layout_gives_the_same_numbers(env, tmp_path):
   """2 processes x 4 devices = 1 process x 8 devices = 1 device, five steps of two updates."""
   alone, _ = whole(env, tmp_path, 1, 1, 5, "--config.mesh.fsdp=1")
@@ -130,7 +130,7 @@ def test_any_layout_gives_the_same_numbers(env, tmp_path):
   assert "step 1/5" in run.said(0) and "step 1/5" not in run.said(1), "one of them speaks"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_processes(env, straight, tmp_path):
   workdir = tmp_path / "changing"
   for n, (processes, devices) in zip((1, 2, 4), ((2, 1), (1, 2), (2, 2))):
@@ -159,7 +159,7 @@ def test_a_signal_to_one_saves_all_at_the_same_step(env, straight, tmp_path):
   same_numbers(straight, workdir, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_write_one_bucket_and_go_on(env, bucket, tmp_path):
   env = dict(os.environ, **{name: env[name] for name in ("JAX_PLATFORMS", "VIRL_JAX_CACHE", "PYTHONUNBUFFERED")})
   for last in (2, 3):
