@@ -176,7 +176,7 @@ def test_two_processes_write_one_bucket_and_go_on(env, bucket, tmp_path):
 @pytest.mark.slow
 def test_when_one_is_killed_none_hangs(env, tmp_path):
   run = Run(env, tmp_path / "killed", 2, 1, "--config.steps=400")
-  run.until("step 1/400")
+  run.until("1/400  reward")
   run.processes[1].kill()
   began = time.monotonic()
   codes = run.wait(120)
