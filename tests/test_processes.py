@@ -61,8 +61,11 @@ class Run:
     except subprocess.TimeoutExpired:
       raise AssertionError("\n".join(log.read_text()[-3000:] for log in self.logs if log.exists())) from None
     finally:
-      for p in self.processes:
-        p.kill()
+      self.kill()
+
+  def kill(self):
+    for p in self.processes:
+      p.kill()
 
   def done(self):
     codes = self.wait()
@@ -72,7 +75,7 @@ class Run:
     ends = time.monotonic() + timeout_s
     while text not in self.said(i):
       if time.monotonic() > ends or self.processes[i].poll() is not None:
-        self.wait(1)
+        self.kill()
         raise AssertionError(f"{text!r} was not said:\n{self.said(i)[-3000:]}")
       time.sleep(0.05)
 

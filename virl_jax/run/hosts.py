@@ -113,8 +113,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     patience.cancel()
   if jax.process_count() > 1:
     if jax.default_backend() == "cpu":
-      # Sums that do not depend on each other go in the order that the compiler gave them.  A program that is read from
-      # the disk does not keep it: one process that has read what the other has compiled, they wait for ever.
+      # Where one had read its programs from the disk and the other had compiled its own, they have waited for each
+      # other for ever.  It seems that what is read does not keep the order of sums that are independent.
       jax.config.update("jax_enable_compilation_cache", False)
     signals.note()
     leaving = threading.Event()
