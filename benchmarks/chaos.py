@@ -18,6 +18,7 @@ run, and its metrics but for times, are in the end those of a run that nobody di
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -46,6 +47,10 @@ KINDS = ("kill", "term", "damage", "disk", "coordinator")
 DAMAGES = ("cut short", "inverted", "no manifest")
 TIMES = log_lib.MEASURED
 STEP = re.compile(r"^step +(\d+)/", re.MULTILINE)
+# As tests/conftest.py has them, and for its reasons.
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+  FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 DISK_BYTES = 800 * 2 ** 20
 LONELY_S = 100.0  # a process may outlive the other for so long
 DIGEST = """
@@ -252,7 +257,8 @@ def main():
   out.mkdir(parents=True, exist_ok=True)
   env = os.environ | {"VIRL_JAX_CACHE": str(out / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                       "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1",
-                      "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # compiling costs more than running does
+                      "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # compiling costs more than running does
+                      "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()}
   rng = random.Random(args.seed)
   todo = [(kind, i) for kind in KINDS for i in range(getattr(args, f"{kind}s"))]
   rng.shuffle(todo)

@@ -44,13 +44,13 @@ class Machine:
     host_chips: of a host.
     slice_chips: that are wired together at the speed of `Chip.link`.
     between: bytes a second and chip between slices, or between machines of GPUs.
-    rollout_tensor: over how many chips a copy of the weights is split in rollouts; docs/scaling.md's rows.
+    least_tensor: over how many chips a copy of the weights must be split in rollouts; docs/scaling.md's rows.
   """
 
   host_chips: int
   slice_chips: int
   between: float
-  rollout_tensor: int
+  least_tensor: int
 
 
 # Google Cloud's pages of TPU v5e, v5p, v6e (largest slice; 200 Gbit/s a host of four chips, taken for all);
@@ -59,7 +59,8 @@ MACHINES = {"v5e": Machine(4, 256, 6.25e9, 4), "v5p": Machine(4, 6144, 6.25e9, 1
             "h100": Machine(8, 8, 50e9, 1)}
 PRODUCTS = 0.40    # of the peak: MaxText reports 0.455 for an 8B model on v6e-256, EasyR1 0.08 to 0.27
 MEMORY = 0.70      # of the bandwidth, while decoding
-BEYOND = 1.15      # received, by the least: the ratio of compiled programs (docs/scaling.md)
+BEYOND = 1.25      # received, by the least: the ratio of compiled programs (docs/scaling.md)
+SUM_S = 10e-6      # of a sum over a few chips, however small, while decoding: two a layer
 STORAGE = 1e9      # bytes a second that a host writes to a bucket
 HOST_CORES = 100   # of a host, that decode pictures
 SLOTS = 8          # of a device, or of the devices that share a copy of the weights: times as many
@@ -71,7 +72,7 @@ class Step:
 
   chips: int
   mesh: str
-  idle: float
+  over: int
   products: float
   links: float
   score: float
@@ -130,28 +131,33 @@ def step(c: config_lib.ConfigDict, kind: str, chips: int, picture_s: float) -> S
     received = BEYOND * scaling.least_gib(cfg, row, inside, tensor) * plan.GIB / chip.link
     slices = math.ceil(chips / machine.slice_chips)
     received += 4 * params_lib.count(family.of(cfg).specs(cfg)) / inside / tensor * 2 * (slices - 1) / machine.between
-  over = machine.rollout_tensor
-  copies = chips / over
-  weights = 2 * params_lib.count(family.of(cfg).specs(cfg)) / over
+  whole = 2 * params_lib.count(family.of(cfg).specs(cfg))
   shown_tokens, crop_tokens = (n / cfg.vision.merge ** 2 for n in (shown, crop))
   prompt = shown_tokens + 300  # the question, and the tool's description
   sampled = work.trajectory_tokens - prompt - work.crops * crop_tokens
   longest = (c.rollout.max_rounds + 1) * c.rollout.max_turn_tokens
-  a_token = 2 * 2 * cfg.text.layers * cfg.text.kv_heads * cfg.text.head_size / over  # bytes of the cache
-  slots = min(SLOTS * over, math.ceil(trajectories / copies))
-  token_s = (weights + slots * work.trajectory_tokens / 2 * a_token) / (chip.bandwidth * MEMORY)
-  tail = max(0.0, longest - sampled) * token_s
-  decode = trajectories / copies / slots * sampled * token_s + tail
+  a_token = 2 * 2 * cfg.text.layers * cfg.text.kv_heads * cfg.text.head_size  # bytes of the cache
+
+  def rollout(over: int) -> tuple[float, float, int]:
+    """Seconds of decoding, those of the longest trajectory beyond the mean, and over how many chips a copy is split."""
+    each = trajectories / (chips / over)  # trajectories of a copy
+    slots = min(SLOTS * over, math.ceil(each))
+    token_s = ((whole + slots * work.trajectory_tokens / 2 * a_token) / over / (chip.bandwidth * MEMORY)
+               + (2 * cfg.text.layers * SUM_S if over > 1 else 0.0))
+    tail = max(0.0, longest - sampled) * token_s
+    return each / slots * sampled * token_s + tail, tail, over
+
+  decode, tail, over = min(rollout(over) for over in (1, 2, 4) if machine.least_tensor <= over <= chips)
   read = costs.flops(cfg, costs.Work(c.rollout.prompts * prompt, prompt / 2, 0, c.rollout.prompts * shown, shown)) + \
       costs.flops(cfg, costs.Work(trajectories * work.crops * crop_tokens, work.trajectory_tokens / 2, 0,
                                   trajectories * work.crops * crop, crop))
   hosts = math.ceil(chips / machine.host_chips)
   state = 3 * 4 * params_lib.count(family.of(cfg).specs(cfg))
   return Step(
-      chips, f"{fsdp} x {tensor}", 1 - min(1.0, rows / (micro * chips / tensor)),
+      chips, f"{fsdp} x {tensor}", over,
       turns * of_row(passes + c.model.remat) / tensor / speed, turns * received,
       0.0 if c.ppo.minibatches == 1 else turns * of_row(1.0) / tensor / speed, read / chips / speed, decode, tail,
-      weights / chip.link, trajectories * picture_s / hosts / HOST_CORES,
+      whole / over / chip.link, trajectories * picture_s / hosts / HOST_CORES,
       state / hosts / STORAGE / c.checkpoint.every)
 
 
@@ -189,9 +195,9 @@ def main():
   least = MACHINES[args.chip].host_chips
   steps = [step(c, args.chip, n, picture_s) for n in (least * 2 ** i for i in range(11)) if n <= 1024]
   first = steps[0]
-  header = ["chips", "fsdp x tensor", "products", "links", "score", "prompts, crops", "decode", "of it the longest",
-            "copy", "pictures", "checkpoint", "step, s", "efficiency", "slowest"]
-  shown = [[s.chips, s.mesh, f"{s.products:.1f}", f"{s.links:.1f}", f"{s.score:.1f}", f"{s.prompts:.1f}",
+  header = ["chips", "fsdp x tensor", "rollout.tensor", "products", "links", "score", "prompts, crops", "decode",
+            "of it the longest", "copy", "pictures", "checkpoint", "step, s", "efficiency", "slowest"]
+  shown = [[s.chips, s.mesh, s.over, f"{s.products:.1f}", f"{s.links:.1f}", f"{s.score:.1f}", f"{s.prompts:.1f}",
             f"{s.decode:.1f}", f"{s.tail:.1f}", f"{s.copy:.2f}", f"{s.host:.2f}", f"{s.checkpoint:.2f}",
             f"{s.total:.0f}", f"{first.total * first.chips / s.total / s.chips:.2f}", s.slowest] for s in steps]
   print(f"a trajectory's pictures: {picture_s:.3f} s of a core")
