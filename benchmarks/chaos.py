@@ -249,7 +249,7 @@ def main():
   p.add_argument("--processes", type=int, default=2)
   p.add_argument("--steps", type=int, default=40, help="of a run; another begins when one is done")
   p.add_argument("--every", type=int, default=3, help="steps between checkpoints")
-  p.add_argument("--span_s", type=float, default=8.0, help="how long after the start trouble may come")
+  p.add_argument("--span_s", type=float, default=30.0, help="how long after the first step trouble may come")
   p.add_argument("--seed", type=int, default=0, help="draws kinds and moments")
   p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs") / "chaos", help="programs are kept there")
   args = p.parse_args()
