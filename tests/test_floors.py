@@ -13,7 +13,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "run.compiles run.files run.hlo run.signals",
     "data.answers eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
     "rl.loss rl.reward rollout.slots run.log tiny.needle",
-    "data.images learner.optim model.attention model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
+    "data.images data.sources.records data.sources.sets learner.optim model.attention model.cache model.layers "
+    "run.goodput run.hosts rl.judge tiny.store",
     "data.batches data.sources learner.checkpoint model.qwen2_5.config report.html rollout.actions.zoom "
     "rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
     "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",

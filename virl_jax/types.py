@@ -49,6 +49,11 @@ class Task:
     options: the texts of the options A, B, C ... or None for a free answer.
     kind: the family the task belongs to, for metrics by kind.
     match: the rule by which an answer is right, a key of `data.answers.RULES`.
+    source: the set that the record is from, such as "gqa"; "" if nobody said.
+    split: the side of its publisher's split, such as "train".
+    licence: of the record, as its publisher states it; "" if unknown.
+    provenance: what the task is made of, as a hash: of the image file's bytes, the question, the answers, the options,
+      the boxes and the rule; see `data.sources.records`.  The same task has the same wherever it lies; "" if unknown.
   """
 
   uid: str
@@ -59,6 +64,10 @@ class Task:
   options: tuple[str, ...] | None = None
   kind: str = ""
   match: str = "exact"
+  source: str = ""
+  split: str = ""
+  licence: str = ""
+  provenance: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
