@@ -15,9 +15,9 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "rl.loss rl.reward rollout.slots run.log tiny.needle",
     "data.images data.sources.records data.sources.sets learner.optim model.attention model.cache model.layers "
     "run.goodput run.hosts rl.judge tiny.store",
-    "data.batches data.sources learner.checkpoint model.qwen2_5.config report.html rollout.actions.zoom "
-    "rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
-    "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
+    "data.batches data.sources.jsonl data.sources.stream learner.checkpoint model.qwen2_5.config report.html "
+    "rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
+    "data.sources model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
     "data.prompt model.qwen2_5.model",
     "model.family model.qwen tiny.demos tiny.tokenizer",
     "model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
