@@ -15,13 +15,15 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "rl.loss rl.reward rollout.slots run.log tiny.needle",
     "data.images data.sources.records data.sources.sets learner.optim model.attention model.cache model.layers "
     "run.goodput run.hosts rl.judge tiny.store",
-    "data.batches data.sources.jsonl data.sources.stream learner.checkpoint model.qwen2_5.config report.html "
-    "rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
-    "data.sources model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
-    "data.prompt model.qwen2_5.model",
-    "model.family model.qwen tiny.demos tiny.tokenizer",
-    "model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
-    "learner.step rollout.sample run.load run.pace run.serving",
+    "data.batches data.sources.fields data.sources.jsonl data.sources.stream learner.checkpoint model.qwen2_5.config "
+    "report.html rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
+    "data.sources.deepeyes data.sources.gqa data.sources.hf_parquet data.sources.lines data.sources.mini_o3 "
+    "data.sources.pixel_reasoner data.sources.treevgr data.sources.visual7w data.sources.visual_cot "
+    "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
+    "data.prompt data.sources.grit data.sources.textvqa model.qwen2_5.model",
+    "data.sources.docvqa model.family model.qwen tiny.demos tiny.tokenizer",
+    "data.sources.infographicsvqa model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
+    "data.sources.table learner.step rollout.sample run.load run.pace run.serving",
     "rollout.turns run.record",
     "rollout.chunks run.setup",
     "export warmstart rollout.engine run.programs",

@@ -290,6 +290,42 @@ def files(root: str, patterns: Iterable[str], what: str, exclude: str = "") -> l
   raise ValueError(f"{what} must be in {root}: {' or '.join(patterns)}. Received: {there(root)}")
 
 
+def splits(root: str, split: str, endings: str, what: str) -> list[str]:
+  """The data files of a raw folder, or of the folders in it, whose names say no other split than the one asked for.
+
+  A file without a split in its name is of "train".
+
+  Args:
+    root: the raw folder.
+    split: "train", "val" or "test".
+    endings: of the files' names, the best first, with blanks between.
+    what: the source and what is wanted, for the error.
+
+  Raises:
+    ValueError: there are none.
+  """
+  words = {"train": "train", "val": "val|valid|validation|dev", "test": "test"}
+  others = "|".join(word for name, word in words.items() if name != split)
+  named = lambda word: rf"(?:^|[^a-z])(?:{word})(?:[^a-z]|$)"
+  found = files(root, [f"{folder}*.{ending}" for ending in endings.split() for folder in ("", "data/", "*/")],
+                f"{what} of the {split} split",
+                exclude=named(others) if split == "train" else rf"^(?!.*{named(words[split])})")
+  return found
+
+
+def any_objects(path: str, wanted: Iterable[str]) -> Iterator[tuple[str, dict | records.Reject]]:
+  """The records of a file of JSON (a list or lines) or parquet; see `objects`."""
+  wanted, name = tuple(wanted), os.path.basename(path)
+  if path.endswith(".parquet"):
+    yield from rows(path, wanted)
+  elif path.endswith(".jsonl") or not is_list(path):
+    yield from objects(lines(path), path, wanted)
+  else:
+    for number, value in objects(items(path), path, wanted):
+      where = f"{name}:{number}"
+      yield where, value if isinstance(value, dict) else records.Reject(where, value.reason, value.detail)
+
+
 def folder(root: str, candidates: Iterable[str]) -> str:
   """The first of some folders, relative to a raw folder, that is there; the first of all if none is."""
   candidates = tuple(candidates)
