@@ -24,9 +24,9 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.sources.docvqa model.family model.qwen tiny.demos tiny.tokenizer",
     "data.sources.infographicsvqa model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
     "data.sources.table learner.step rollout.sample run.load run.pace run.serving",
-    "rollout.turns run.record",
+    "data.curation.build rollout.turns run.record",
     "rollout.chunks run.setup",
-    "export warmstart rollout.engine run.programs",
+    "curate export warmstart rollout.engine run.programs",
     "eval.harness plan rollout.dynamic",
     "train",
 )) for prefix in prefixes.split()]

@@ -73,8 +73,8 @@ def _phrases(item, where, root, folder, split):
   except fields.Unusable as error:
     yield fields.reject(where, error)
     return
-  image = next((path for path in (f"{folder}/{key}.jpg", f"{folder}/{key[:5]}/{key}.jpg")
-                if os.path.isfile(os.path.join(root, path))), f"{folder}/{key}.jpg")
+  places = [os.path.normpath(path) for path in (f"{folder}/{key}.jpg", f"{folder}/{key[:5]}/{key}.jpg")]
+  image = next((path for path in places if os.path.isfile(os.path.join(root, path))), places[0])
   for kind in KINDS:
     boxes = {}  # by phrase: a phrase may have several
     for entry in item[kind] or ():

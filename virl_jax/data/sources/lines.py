@@ -42,9 +42,10 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
       try:
         if isinstance(item, records.Reject):
           raise fields.Unusable(item.reason, item.detail)
-        word = lambda name, default: (fields.texts(item.get(name)) or (default,))[0]  # noqa: B023, used at once
+        word = lambda name, default: item[name] if records.is_text(item.get(name)) else default  # noqa: B023
+        name = item.get("id")
         yield records.Raw(
-            uid=word("id", where), image=fields.beside(folder, path, fields.picture(item["image"])),
+            uid=where if name is None else str(name), image=fields.beside(folder, path, fields.picture(item["image"])),
             question=fields.text(item["question"]), answers=fields.texts(item["answers"]),
             boxes=fields.box_lists(item.get("boxes")), options=fields.texts(item.get("options")) or None,
             match=word("match", "exact"), kind=word("task", NAME), source=word("source", NAME),
