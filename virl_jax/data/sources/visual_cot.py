@@ -9,7 +9,7 @@ Both of its layouts are read:
 The items' boxes are whole numbers, which for some sets are floats cut off: where a metadata file has the same set it is
 read instead, and where benchmark_det has the same item its box is taken, if it is the one that was cut off.  Boxes are
 corners in pixels of the original image; the normalised box in the conversation, of the image padded to a square, is
-not used.  Images lie in images/cot/SET/, cot/SET/, cot_image_data/SET/ or SET/; textcap's lie with textvqa's.
+not used.  Images lie in images/cot/SET/, cot/SET/, cot_image_data/SET/ or images/SET/; textcap's with textvqa's.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """
   lines, items = _files(root, split)
   files(root, split)
-  prefix = stream.folder(root, ("images/cot", "cot", "images", "cot_image_data", ""))
+  prefix = stream.folder(root, ("images/cot", "cot", "cot_image_data", "images"))
   named = {_set_of(path) for path in lines}
   for path in lines:
     for where, line in stream.objects(stream.lines(path), path, _LINE):
@@ -139,7 +139,7 @@ def join_key(image: str, question: str) -> tuple[str, str]:
 
 
 def _patterns(split):
-  return (f"*_cot_{split}.jsonl", *(["viscot_363k.json"] if split == "train" else []),
+  return (f"metadata/*_cot_{split}.jsonl", *(["viscot_363k.json"] if split == "train" else []),
           *(["viscot_benchmark/benchmark/*.json"] if split == "val" else []))
 
 
