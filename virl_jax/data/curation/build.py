@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -38,6 +39,7 @@ _CHUNK_BYTES = 64 << 20   # of encoded pictures
 _SEEN_PENDING = 1 << 18   # new ids before they are sorted in
 _PICTURES = 1 << 17       # whose size and hash a process remembers
 _EXAMPLES = 3
+_ADDRESS = re.compile(r" ?<?[\w.]+ object at 0x[0-9a-f]+>?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,30 +201,29 @@ def make_part(job: Job, chunk: Chunk) -> int:
   return number
 
 
-def pipeline(job: Job, options: list[str]):
+def pipeline(job: Job, options: list[str], runner=None):
   """The Beam pipeline that makes a job's parts; it is not run.
 
   Args:
     job: what; DIR must be a file system that all workers see.
     options: of Beam, such as --runner=FlinkRunner and --flink_master=HOST:PORT.
+    runner: an object of Beam's that takes the place of the options' runner.
 
   Raises:
-    ValueError: Beam is not installed, or there is no such runner.
+    ValueError: Beam is not installed, or has no such runner.
   """
   try:
     import apache_beam as beam
     from apache_beam.options import pipeline_options
-    from apache_beam.runners import runner as runners
   except ImportError as error:
     raise ValueError("--runner needs Apache Beam: pip install 'virl-jax[curate]'") from error
-  parsed = pipeline_options.PipelineOptions(options)
-  name = parsed.view_as(pipeline_options.StandardOptions).runner
-  if name and name not in runners.ALL_KNOWN_RUNNERS and name not in [
-      known.rpartition(".")[2] for known in runners.ALL_KNOWN_RUNNERS]:
-    raise ValueError(f"--runner must be one of {', '.join(sorted(runners.ALL_KNOWN_RUNNERS))}. Received: {name!r}")
-  made = beam.Pipeline(options=parsed)
+  try:
+    made = beam.Pipeline(runner, options=pipeline_options.PipelineOptions(options))
+  except (ImportError, ValueError) as error:  # no such runner, or one that needs more of Beam's own extras
+    raise ValueError(f"--runner and --beam must be a runner of Apache Beam and its options. Received: {options} "
+                     f"({error})") from error
   _ = (made | "source" >> beam.Create([job]) | "read" >> beam.FlatMap(_due)
-       | "deal" >> beam.Reshuffle() | "make" >> beam.Map(lambda due: make_part(*due)))
+       | "deal" >> beam.Reshuffle() | "make" >> beam.MapTuple(make_part))
   return made
 
 
@@ -363,7 +364,7 @@ def _of_bytes(data, decode):
   try:
     size = images.decode(data).size if decode else images.upright_size(data)
   except ValueError as error:
-    return str(error)
+    return _ADDRESS.sub("", str(error))  # Pillow names an object in memory, at another address each time
   return records.Picture(size, records.digest(data))
 
 
