@@ -13,11 +13,14 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from virl_jax import config
 from virl_jax import curate
+from virl_jax.data import batches
 from virl_jax.data import images
 from virl_jax.data.curation import build
 from virl_jax.data.sources import records
 from virl_jax.data.sources import sets
+from virl_jax.run import setup
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -337,3 +340,21 @@ def test_without_beam_the_extra_is_named(raw, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
   with pytest.raises(ValueError, match=r"--runner needs Apache Beam: pip install 'virl-jax\[curate\]'"):
     build.run(job(raw, tmp_path / "out"), beam_options=["--runner=DirectRunner"])
+
+
+def test_a_run_s_source_is_a_set(raw, tmp_path):
+  build.run(job(raw, tmp_path / "out"))
+  c = config.default()
+  c.data.source, c.data.path, c.data.eval_fraction = "set", str(tmp_path / "out"), 0.3
+  setup.sections(c)
+  train, test = (setup.source(c, split) for split in ("train", "test"))
+  assert len(train) + len(test) == WANT["tasks"] and len(test) and train.fingerprint() == test.fingerprint()
+  # One picture is cut off, which its header does not say: another task stands in for it.
+  drawn = batches.train(train, 0, 0, len(train), 10 ** 6)
+  assert len(drawn.tasks) == len(train) and all(task.image.mode == "RGB" for task in drawn.tasks)
+  c.data.path = ""
+  with pytest.raises(ValueError, match="config.data.path must be the folder of a finished set when"):
+    setup.sections(c)
+  c.data.path = str(raw)
+  with pytest.raises(ValueError, match="data.path must be a finished set.*which holds img, r.jsonl"):
+    setup.source(c, "train")
