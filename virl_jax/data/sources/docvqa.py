@@ -9,7 +9,6 @@ It has no boxes of its own; they can be joined from Visual-CoT by image and ques
 from __future__ import annotations
 
 from collections.abc import Iterator
-import os
 
 from virl_jax.data.sources import fields
 from virl_jax.data.sources import records
@@ -61,10 +60,9 @@ def read_rrc(path: str, split: str, boxes_from: str, name: str, wanted: tuple[st
     image: item -> path of its image, relative to the raw folder.
   """
   boxes = visual_cot.boxes_by_question(boxes_from, name) if boxes_from else None
-  for number, item in stream.objects(stream.items(path, "data"), path, wanted):
-    where = f"{os.path.basename(path)}:{number}"
+  for where, item in stream.listed(path, wanted, "data"):
     if isinstance(item, records.Reject):
-      yield records.Reject(where, item.reason, item.detail)
+      yield item
       continue
     try:
       if item.get("data_split", split) != split:

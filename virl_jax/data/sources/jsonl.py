@@ -35,6 +35,7 @@ import PIL.Image
 from virl_jax import types
 from virl_jax.data import answers as answers_lib
 from virl_jax.data import images
+from virl_jax.data.sources import records
 
 SPLITS = ("train", "test", "all")
 _MOST_OPTIONS = 26  # as many as there are letters
@@ -221,8 +222,8 @@ def _digest(path, tasks):
 
 def _held_out(path, tasks, eval_fraction, seed):
   """The images of the test side: the first of a shuffled list, up to the nearest to the fraction."""
-  records = collections.Counter(task.image for task in tasks)
-  if len(records) < 2:
+  counts = collections.Counter(task.image for task in tasks)
+  if len(counts) < 2:
     raise ValueError("path must have usable records on at least 2 images for a train and a test split. "
                      f"Received: {path}, with 1 image")
   folder = os.path.realpath(os.path.dirname(path))
@@ -231,19 +232,9 @@ def _held_out(path, tasks, eval_fraction, seed):
     name = os.path.relpath(image, folder)  # so that the folder can move without changing the split
     return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
-  ranked = sorted(records, key=rank)
-  held = np.cumsum([records[image] for image in ranked[:-1]])
+  ranked = sorted(counts, key=rank)
+  held = np.cumsum([counts[image] for image in ranked[:-1]])
   return set(ranked[:1 + int(np.argmin(np.abs(held - eval_fraction * len(tasks))))])
-
-
-def _is_text(value):
-  if not isinstance(value, str) or not value.strip() or "\0" in value:
-    return False
-  try:
-    value.encode("utf-8")  # JSON can spell lone surrogates, which no tokenizer takes
-  except UnicodeEncodeError:
-    return False
-  return True
 
 
 def _is_list(value):
@@ -251,17 +242,17 @@ def _is_list(value):
 
 
 def _is_texts(value):
-  return _is_list(value) and all(_is_text(item) for item in value)
+  return _is_list(value) and all(records.is_text(item) for item in value)
 
 
 _CHECKS = {
-    "image": _is_text,
-    "question": _is_text,
+    "image": records.is_text,
+    "question": records.is_text,
     "answers": _is_texts,
     "boxes": lambda value: value is None or _is_list(value),
     "options": lambda value: value is None or _is_texts(value),
-    "task": lambda value: value is None or _is_text(value),
-    "id": lambda value: value is None or isinstance(value, int) or _is_text(value),
+    "task": lambda value: value is None or records.is_text(value),
+    "id": lambda value: value is None or isinstance(value, int) or records.is_text(value),
 }
 
 

@@ -39,9 +39,10 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   for path in files(root, split):
     folder = os.path.dirname(path) if os.path.isfile(root) else root
     for where, item in stream.objects(stream.lines(path), path, _FIELDS):
+      if isinstance(item, records.Reject):
+        yield item
+        continue
       try:
-        if isinstance(item, records.Reject):
-          raise fields.Unusable(item.reason, item.detail)
         word = lambda name, default: item[name] if records.is_text(item.get(name)) else default  # noqa: B023
         name = item.get("id")
         yield records.Raw(

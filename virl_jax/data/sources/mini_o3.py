@@ -38,11 +38,11 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """
   for path in files(root, split):
     ids = set()
-    for number, item in stream.objects(stream.items(path), path, _FIELDS):
-      where = f"{os.path.basename(path)}:{number}"
+    for where, item in stream.listed(path, _FIELDS):
+      if isinstance(item, records.Reject):
+        yield item
+        continue
       try:
-        if isinstance(item, records.Reject):
-          raise fields.Unusable(item.reason, item.detail)
         question, options = fields.question(item["problem"])
         name, family = item.get("doc_id"), fields.texts(item.get("data_source"))
         # doc_id is 0 wherever nobody gave one.

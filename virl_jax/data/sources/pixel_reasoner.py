@@ -41,9 +41,10 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
     base = fields.beside(root, path, "")
     folder = stream.folder(root, (os.path.join(base, "images"), base or "."))
     for where, item in stream.any_objects(path, _FIELDS):
+      if isinstance(item, records.Reject):
+        yield item
+        continue
       try:
-        if isinstance(item, records.Reject):
-          raise fields.Unusable(item.reason, item.detail)
         if item.get("is_video"):
           raise fields.Unusable("a video", f"one image is wanted. Received: {str(item['image'])[:100]}")
         question, options = fields.question(item["question"])

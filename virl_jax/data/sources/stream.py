@@ -313,17 +313,21 @@ def splits(root: str, split: str, endings: str, what: str) -> list[str]:
   return found
 
 
+def listed(path: str, wanted: Iterable[str], key: str | None = None) -> Iterator[tuple[str, dict | records.Reject]]:
+  """The objects of a JSON list, with the file's name and their number, from 0, for where; see `items` and `objects`."""
+  name = os.path.basename(path)
+  yield from objects(((f"{name}:{number}", value) for number, value in items(path, key)), path, wanted)
+
+
 def any_objects(path: str, wanted: Iterable[str]) -> Iterator[tuple[str, dict | records.Reject]]:
   """The records of a file of JSON (a list or lines) or parquet; see `objects`."""
-  wanted, name = tuple(wanted), os.path.basename(path)
+  wanted = tuple(wanted)
   if path.endswith(".parquet"):
     yield from rows(path, wanted)
   elif path.endswith(".jsonl") or not is_list(path):
     yield from objects(lines(path), path, wanted)
   else:
-    for number, value in objects(items(path), path, wanted):
-      where = f"{name}:{number}"
-      yield where, value if isinstance(value, dict) else records.Reject(where, value.reason, value.detail)
+    yield from listed(path, wanted)
 
 
 def folder(root: str, candidates: Iterable[str]) -> str:

@@ -53,13 +53,9 @@ def read(root: str, split: str, boxes_from: str = "") -> Iterator[records.Raw | 
   folder = stream.folder(root, ("test_images", "train_images") if split == "test" else (
       "train_images", "train_val_images/train_images", "images"))
   wanted = ("question", "image") if is_old else ("question", "image_id")
-  for number, item in stream.objects(stream.items(path, "data"), path, wanted):
-    where = f"{os.path.basename(path)}:{number}"
-    if isinstance(item, records.Reject):
-      yield records.Reject(where, item.reason, item.detail)
-      continue
+  for where, item in stream.listed(path, wanted, "data"):
     try:
-      yield _record(item, where, split, boxes, folder)
+      yield item if isinstance(item, records.Reject) else _record(item, where, split, boxes, folder)
     except fields.Unusable as error:
       yield fields.reject(where, error)
 

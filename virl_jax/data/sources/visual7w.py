@@ -14,7 +14,6 @@ of their own.  A pointing question asks for its answer's box.
 from __future__ import annotations
 
 from collections.abc import Iterator
-import os
 
 from virl_jax.data.sources import fields
 from virl_jax.data.sources import records
@@ -51,14 +50,14 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   for path in _find(root, _TELLING):
     boxes = {}
     for answers in _find(root, _BOXES):
-      for _, box in stream.objects(stream.items(answers, "boxes"), answers, ("qa_id", "x", "y", "width", "height")):
+      for _, box in stream.listed(answers, ("qa_id", "x", "y", "width", "height"), "boxes"):
         if not isinstance(box, records.Reject):
           boxes.setdefault(box["qa_id"], []).append(_xywh(box))
     for where, image, pair in _pairs(path, split):
       yield pair if isinstance(pair, records.Reject) else _telling(where, image, pair, boxes, folder, split)
   for path in _find(root, _POINTING):
-    boxes = {box["box_id"]: _xywh(box) for _, box in stream.objects(
-        stream.items(path, "boxes"), path, ("box_id", "x", "y", "width", "height")) if isinstance(box, dict)}
+    boxes = {box["box_id"]: _xywh(box) for _, box in stream.listed(
+        path, ("box_id", "x", "y", "width", "height"), "boxes") if isinstance(box, dict)}
     for where, image, pair in _pairs(path, split):
       yield pair if isinstance(pair, records.Reject) else _pointing(where, image, pair, boxes, folder, split)
 
@@ -72,11 +71,10 @@ def _find(root, name):
 
 def _pairs(path, split):
   """Where, the image's file name, and the question-answer pair or a reject."""
-  name, found = os.path.basename(path), set()
-  for number, image in stream.objects(stream.items(path, "images"), path, ("filename", "split", "qa_pairs")):
-    where = f"{name}:{number}"
+  found = set()
+  for where, image in stream.listed(path, ("filename", "split", "qa_pairs"), "images"):
     if isinstance(image, records.Reject):
-      yield where, "", records.Reject(where, image.reason, image.detail)
+      yield where, "", image
       continue
     found.add(str(image["split"]))
     if image["split"] != split:

@@ -63,10 +63,9 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
       yield line if isinstance(line, records.Reject) else from_line(line, where, split, prefix)
   for path in items:
     detected = _detected(path)
-    for number, item in stream.objects(stream.items(path), path, _ITEM):
-      where = f"{os.path.basename(path)}:{number}"
+    for where, item in stream.listed(path, _ITEM):
       if isinstance(item, records.Reject):
-        yield records.Reject(where, item.reason, item.detail)
+        yield item
       elif _SETS.get(item["dataset"], item["dataset"]) not in named:
         yield _from_item(item, where, split, prefix, detected)
 
