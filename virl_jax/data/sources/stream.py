@@ -20,7 +20,7 @@ _MOST_CHARS = 1 << 27   # of one record; more is a file of another kind
 _NEAR_CHARS = 64        # an error this close to the end of what was read may be for want of the rest
 _EXAMPLES = 3
 _BLANK = re.compile(r"[ \t\n\r]*")
-_ROWS = 256             # of a parquet file, at a time: rows may hold images
+_ROWS = 32              # of a parquet file, at a time: rows may hold large images
 
 
 class _Window:
