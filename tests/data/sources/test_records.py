@@ -34,8 +34,8 @@ def settle(**fields):
     ("corners", "1234", None, "unusable"),
     ("corners", ("1", "2", "3.5", "4"), (1, 2, 3.5, 4), "ok"),  # digits of a table
     ("corners", None, None, "unusable"),
-    ("xywh", (10, 10, 20, 20), (10, 10, 30, 30), "ok"),
-    ("xywh", (-1, -1, 20, 20), (0, 0, 19, 19), "clipped"),
+    ("xywh", (10, 10, 20, 5), (10, 10, 30, 15), "ok"),
+    ("xywh", (-1, -1, 20, 7), (0, 0, 19, 6), "clipped"),
     ("xywh", (10, 10, 0, 5), None, "unusable"),
     ("unit", (0.25, 0.5, 0.5, 1.0), (25, 25, 50, 50), "ok"),
     ("unit", (0.25, 0.5, 0.5, 1.2), (25, 25, 50, 50), "clipped")])
