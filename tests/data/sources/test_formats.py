@@ -134,13 +134,15 @@ def cot_item(dataset="vsr", number=3, box="[343, 94, 396, 126]", **fields):
 def test_visual_cot_s_lines(tmp_path):
   put(tmp_path, "metadata/vsr_cot_train.jsonl", [
       cot_line(), cot_line(bboxs=[[1, 1, 5, 5], [2, 2, 6, 6]], possible_answers=["tv", "television"]),
-      cot_line(split="val"), "nonsense", cot_line(answer=3, dataset="v7w"), cot_line(bboxs="none")])
+      cot_line(split="val"), "nonsense", cot_line(answer=3, dataset="v7w"), cot_line(bboxs="none"),
+      cot_line(dataset="textcap")])
   got = read("visual_cot", tmp_path)
   assert got[0] == records.Raw(
       "vsr_cot_train.jsonl:1", "images/cot/vsr/1.jpg", "What is across from the truck?", ("tv",),
       ((343.87, 94.03, 396.81, 126.06),), kind="vsr", source="visual_cot", split="train", size_px=(640, 354))
   assert (got[1].answers, len(got[1].boxes)) == (("tv", "television"), 2)
   assert (got[4].answers, got[4].kind, got[4].image) == (("3",), "visual7w", "images/cot/v7w/1.jpg")
+  assert (got[6].kind, got[6].image) == ("textcap", "images/cot/textvqa/1.jpg")
   assert reasons(got) == ["another split", "broken line", "bad boxes"]
 
 

@@ -140,6 +140,15 @@ def test_an_end_that_was_cut_off_is_repeated(tmp_path):
   assert [t.uid for t in sets.load(folder, "all", 0.5, 0).tasks] == ["t0", "t1", "t2"]
 
 
+def test_a_set_that_is_half_replaced_is_none(tmp_path, monkeypatch):
+  write(tmp_path / "s", [a_task(i) for i in range(6)])
+  monkeypatch.setattr(np, "save", lambda *args: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    write(tmp_path / "s", [a_task(i) for i in range(6, 12)])
+  with pytest.raises(ValueError, match="must be a finished set"):
+    sets.load(tmp_path / "s", "all", 0.5, 0)
+
+
 @pytest.mark.parametrize("damage, said", [
     (lambda f: (f / "dataset_info.json").unlink(), "must be a finished set: a folder with dataset_info.json"),
     (lambda f: (f / "index.npy").write_bytes(b"nonsense"), "must be a finished set, as `curate build` writes it"),
