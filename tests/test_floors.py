@@ -8,11 +8,14 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
-    "checks config shapes types data.order eval.outcome learner.pooled model.hf "
+    "checks config shapes types data.exact data.official "
+    "data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
     "run.compiles run.files run.hlo run.signals",
-    "data.answers eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
+    "data.choice data.quantity "
+    "eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
     "rl.loss rl.reward rollout.slots run.log tiny.needle",
+    "data.answers data.judge_model "
     "data.images learner.optim model.attention model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
     "data.batches data.sources learner.checkpoint model.qwen2_5.config report.html rollout.actions.zoom "
     "rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
