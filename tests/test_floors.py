@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
-    "checks config shapes types data.exact data.official "
+    "checks config shapes types data.exact data.official data.tables "
     "data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
     "run.compiles run.files run.hlo run.signals",
@@ -17,10 +17,15 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "rl.loss rl.reward rollout.slots run.log tiny.needle",
     "data.answers data.judge_model "
     "data.images learner.optim model.attention model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
+    "eval.benchmarks.rows "
     "data.batches data.sources learner.checkpoint model.qwen2_5.config report.html rollout.actions.zoom "
     "rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
+    "eval.benchmarks.choices eval.benchmarks.docvqa eval.benchmarks.mme_realworld eval.benchmarks.pope "
+    "eval.benchmarks.records eval.benchmarks.textvqa eval.benchmarks.visualprobe "
     "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
+    "eval.benchmarks.hrbench eval.benchmarks.infographicsvqa eval.benchmarks.treebench eval.benchmarks.vstar "
     "data.prompt model.qwen2_5.model",
+    "eval.benchmarks.table eval.predictions "
     "model.family model.qwen tiny.demos tiny.tokenizer",
     "model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
     "learner.step rollout.sample run.load run.pace run.serving",
@@ -28,7 +33,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "rollout.chunks run.setup",
     "export warmstart rollout.engine run.programs",
     "eval.harness plan rollout.dynamic",
-    "train",
+    "evaluate train",
 )) for prefix in prefixes.split()]
 DEVICE_ONLY = {"__future__", "dataclasses", "flax", "jax", "virl_jax.checks", "virl_jax.rl"}
 

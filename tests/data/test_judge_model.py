@@ -76,7 +76,8 @@ def server():
 
 
 def _judge(server, cache="", **more):
-  return judge_model.Judge(judge_model.Config(server.url, "judge", str(cache), wait_s=0.01, **{"timeout_s": 0.5} | more))
+  settings = {"timeout_s": 0.5, "wait_s": 0.01} | more
+  return judge_model.Judge(judge_model.Config(server.url, "judge", str(cache), **settings))
 
 
 def test_verdicts(server, monkeypatch):
@@ -128,7 +129,7 @@ def test_nobody_listens():
 
 def test_a_wrong_request_is_not_tried_again(server):
   server.faults = [404]
-  with pytest.raises(ValueError, match="judge.url must be an endpoint that takes chat .* of 'judge'.*404.*busy"):
+  with pytest.raises(ValueError, match="must be an endpoint that takes chat .*judge.*404.*busy"):
     _judge(server, in_flight=1).verdicts(ASKED[:1])
   assert len(server.bodies) == 1
 

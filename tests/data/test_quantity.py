@@ -55,7 +55,7 @@ def test_a_number_is_itself_and_no_other(value, unit):
 @pytest.mark.parametrize("answer, accepted, score", [
     ("red, green and blue", "blue, red, green", 1), ("red; green\nblue", "red, green, & blue", 1),
     ("- red\n- green", "red, green", 1), ("1. red\n2. green", "green and red", 1), ("1,000, 2,000", "2000; 1000", 1),
-    ("red", "red, green", 1 / 2), ("red, green, blue, pink", "red, green, blue", 3 / 4), 
+    ("red", "red, green", 1 / 2), ("red, green, blue, pink", "red, green, blue", 3 / 4),
     ("a cat, dogs", "cat; dog", 1 / 2),
     ("red, red", "red, green", 1 / 2), ("red, red", "red", 1 / 2), ("salt and pepper", "salt", 1 / 2),
     ("red green", "red, green", 0), ("", "red", 0), (None, "red", 0), (", ,", "red", 0)])
