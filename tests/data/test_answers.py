@@ -196,6 +196,8 @@ def test_what_can_be_had_of_a_task():
   assert answers.attainable("exact", ("cat",)) == 1.0 and answers.attainable("exact", ()) == 0.0
   assert answers.attainable("options", ("cow",), OPTIONS) == answers.attainable("options", ("cat",)) == 0.0
   assert answers.attainable("yes_no", ("perhaps",)) == answers.attainable("number", ("many",)) == 0.0
+  for match in ("exact", "options"):
+    assert answers.attainable(match, ("B",), ("B", "A", "C")) == 1.0, "a text that looks like another's letter"
   assert answers.attainable("vqa", ("one person's",)) == 0.0, "of one person, none of the others said so"
   assert answers.attainable("vqa", ("red",) * 3 + ("blue",) * 7) == 1.0
   assert answers.attainable("vqa", ("red",) * 10) == answers.attainable("number:1%", ("3 km",)) == 1.0

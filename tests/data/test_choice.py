@@ -64,3 +64,9 @@ def test_yes_and_no_of_tasks_that_want_neither_or_both():
   assert choice.yes_no("yes", ("red",)) == choice.yes_no("yes", ("yes", "no")) == choice.yes_no("yes", ()) == 0.0
   assert choice.yes_no("yes", ("yes", "Yes.")) == 1.0
   assert choice.yes_no("B", ("no",), ("yes", "no")) == 1.0
+
+
+def test_options_whose_texts_look_like_something_else():
+  options = ("option 3", "answer: 7", "B", "A house")
+  assert [choice.option(text, (text,), options) for text in options] == [1.0, 1.0, 0.0, 1.0], "a letter comes first"
+  assert choice.option("C", ("B",), options) == choice.option("B", ("answer: 7",), options) == 1.0

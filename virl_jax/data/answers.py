@@ -42,6 +42,7 @@ RULES: dict[str, Callable[[str | None, tuple[str, ...], tuple[str, ...] | None],
     "anls": official.anls_of_words,
     "vqa": official.vqa,
 }
+_PICKS = (exact.matches, choice.option, choice.yes_no)  # rules that pick one of the options, if there are some
 # Which may have something behind a colon, and what reads it into the rule's further argument.
 _ARGUMENTS = {"number": quantity.tolerance}
 
@@ -72,7 +73,9 @@ def attainable(match: str, answers: tuple[str, ...], options: tuple[str, ...] | 
     options: the texts of options A, B, C ..., or None.
   """
   judge = rule(match)
-  return max((float(judge(answer, answers, options)) for answer in answers), default=0.0)
+  if options and judge in _PICKS:  # the text of an option may look like the letter of another
+    return float(bool(exact.right(answers, options)))
+  return max((float(judge(answer, answers, options)) for answer in set(answers)), default=0.0)
 
 
 def grade(trajectories: Sequence[types.Trajectory],

@@ -67,8 +67,7 @@ def option(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...
   index = letter(answer, options)
   if index is not None:
     return float(index in right)
-  text = _SPOKEN.sub("", answer.strip())
-  return float(exact.matches(text, answers, options))
+  return float(any(exact.matches(text, answers, options) for text in (answer, _SPOKEN.sub("", answer.strip()))))
 
 
 def yes_no(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...] | None = None) -> float:

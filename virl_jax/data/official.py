@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 
 ANLS_LEAST = 0.5  # a lower similarity counts as none; exactly this one counts
@@ -88,6 +89,7 @@ def vqa(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...] |
   return (said * min(1.0, (said - 1) / _PEOPLE) + (n - said) * min(1.0, said / _PEOPLE)) / n if said else 0.0
 
 
+@functools.lru_cache(1 << 14)  # ten people say much the same
 def vqa_normal(text: str) -> str:
   """The form in which the VQA challenges compare answers.
 

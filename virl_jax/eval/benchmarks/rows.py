@@ -180,11 +180,10 @@ class Reader:
         raise tables.Unusable("a box is not four numbers")
       x1, y1, x2, y2 = map(float, box)
       if size is not None:
-        inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[0])), min(y2, float(size[1]))
-        self.clipped += inside != (x1, y1, x2, y2)
-        x1, y1, x2, y2 = inside
+        x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[0])), min(y2, float(size[1]))
       if x1 >= x2 or y1 >= y2:
         raise tables.Unusable("a box without area in the picture")
+      self.clipped += (x1, y1, x2, y2) != tuple(map(float, box))
       made.append(types.Box(x1, y1, x2, y2))
     return tuple(made)
 

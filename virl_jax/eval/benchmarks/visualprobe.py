@@ -69,7 +69,7 @@ def _task(reader, row, uid):
   names = names if isinstance(names, list) else [names]
   if len(names) != 1 or not isinstance(names[0], str):
     raise tables.Unusable("not one image")
-  return types.Task(uid, reader.file(names[0], os.path.basename(names[0])),
-                    tables.text(row, "problem").replace("<image>", "").strip(),
+  question = tables.text({"problem": tables.text(row, "problem").replace("<image>", "")}, "problem").strip()
+  return types.Task(uid, reader.file(names[0], os.path.basename(names[0])), question,
                     (tables.text(row, "solution", "ground_truth"),),
                     kind=tables.text(row, "data_source") if "data_source" in row else "visualprobe")
