@@ -33,6 +33,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "rollout.chunks run.setup",
     "export warmstart rollout.engine run.programs",
     "eval.harness plan rollout.dynamic",
+    "eval.asked",
     "evaluate train",
 )) for prefix in prefixes.split()]
 DEVICE_ONLY = {"__future__", "dataclasses", "flax", "jax", "virl_jax.checks", "virl_jax.rl"}

@@ -1,17 +1,21 @@
-"""Scores predictions on public benchmarks, by the rules that these are known by.
+"""Evaluates a policy on public benchmarks, or scores the predictions of any, by the rules that these are known by.
 
+    python -m virl_jax.evaluate --model=runs/v7b --benchmark=vstar,hrbench4k --data=VSTAR,HR/hr_bench_4k.tsv --out=DIR
     python -m virl_jax.evaluate --score=PREDICTIONS --benchmark=pope --data=POPE/output/coco [--out=DIR]
     python -m virl_jax.evaluate --score=result_direct_attributes.jsonl --benchmark=vstar
 
-No model is needed.  Which benchmarks and which files of predictions there are, and what rule each is scored by, is in
-docs/evaluation.md.  --data is the benchmark's own file or folder; it may be left out where the predictions hold their
-questions and references themselves.  Pictures are not looked at.
+Which benchmarks, layouts and files of predictions there are, and what rule each is scored by, is in docs/evaluation.md.
+--data is each benchmark's own file or folder, in the order of --benchmark.
 
-It prints the figures, what could not be used and why, and last a line of JSON.  With --out, DIR/NAME/results.json has
-the same, and DIR/NAME/rows.jsonl what each prediction was worth.
+--model is a run's folder, whose own configuration says how it is asked, or an HF folder, with --config=FILE for that.
+DIR/NAME/ then has meta.json, predictions.jsonl (raw text, boxes, seed), results.json and rows.jsonl.  Stop it at any
+time and give the same command again: it goes on, and ends as if it had not been stopped.
 
---judge=http://HOST:PORT/v1 --judge_model=NAME has a language model judge free answers that are not literally the
-reference (V*, VisualProbe, records); verdicts are kept in DIR/verdicts.jsonl.
+--score needs no model and looks at no picture; --data may be left out where the predictions hold their questions and
+references themselves.  --judge=http://HOST:PORT/v1 --judge_model=NAME has a language model judge answers that are not
+literally the reference (V*, VisualProbe, records, ...); verdicts are kept in DIR/verdicts.jsonl.
+
+It prints the figures, what could not be used and why, and last a line of JSON for each benchmark.
 """
 
 from __future__ import annotations
@@ -26,13 +30,22 @@ import os
 
 from absl import app
 from absl import flags
+from ml_collections import config_flags
 
+from virl_jax import config as config_lib
 from virl_jax.data import judge_model
+from virl_jax.eval import asked
+from virl_jax.eval import outcome
 from virl_jax.eval import predictions
 from virl_jax.eval.benchmarks import rows as rows_lib
 from virl_jax.eval.benchmarks import table
+from virl_jax.model import weights as weights_lib
+from virl_jax.rollout import sample
 from virl_jax.run import files
+from virl_jax.run import hosts
+from virl_jax.run import load
 from virl_jax.run import setup
+from virl_jax.run import workdir as workdir_lib
 
 # Those whose own rule is none that a judge could stand in for.
 _WITHOUT_JUDGE = ("pope", "textvqa", "docvqa", "infographicsvqa")
@@ -56,11 +69,7 @@ def score(path: str, benchmark: str, data: str | None = None, judge: judge_model
     judge_model.Unreachable: the judge gives no reply.
   """
   module = named(benchmark)
-  loaded = None
-  if data is not None:
-    loaded = module.load(data, rows_lib.How(need_images=False, seed=None))
-    if not loaded.tasks:
-      raise ValueError(f"{data} must have rows of {benchmark} that can be used. Received: {loaded.describe()}")
+  loaded = None if data is None else _usable(data, benchmark, rows_lib.How(need_images=False, seed=None))
   read = predictions.read(path, benchmark, loaded)
   found = read.predictions
   if judge is not None:
@@ -68,6 +77,61 @@ def score(path: str, benchmark: str, data: str | None = None, judge: judge_model
       raise ValueError(f"--judge must be left out for {benchmark}: it is scored by a rule of its own")
     found = _judged(read.loaded, found, judge)
   return module.score(read.loaded, found) | {"benchmark": benchmark}, read
+
+
+def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: asked.Config = asked.Config(),
+             c: config_lib.ConfigDict | None = None, how: rows_lib.How = rows_lib.How(), limit: int = 0) -> list[dict]:
+  """Asks a policy, and scores what it says.
+
+  Args:
+    model: a run's folder, an HF folder, or "@tiny".
+    benchmarks: keys of `table.BENCHMARKS`.
+    data: the file or folder of each.
+    out: folder for results; a folder for each benchmark in it.
+    cfg: how it is asked.
+    c: how prompts are worded and images shown, for an HF folder; None for the defaults.  A run has its own.
+    how: how benchmarks are read.
+    limit: of each benchmark only so many tasks, the first; 0 for all.
+
+  Returns:
+    What each benchmark's `score` gives, with "summary" (`outcome.summary`) of the same predictions.
+
+  Raises:
+    ValueError: there is no such benchmark or model, or a folder has other predictions.
+  """
+  if len(data) != len(benchmarks):
+    raise ValueError(f"--data must have a path for each of the {len(benchmarks)} benchmarks. Received: {len(data)}")
+  for name in benchmarks:
+    named(name)
+  loaded = load.policy(model, (c or config_lib.default()).model.dtype)
+  if loaded.config is None:
+    c = config_lib.ConfigDict((c or config_lib.default()).to_dict())
+    c.model.path = model
+  else:
+    c = loaded.config
+  p = setup.assemble(c, weights_lib.read_config(loaded.hf_dir), load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
+  params = sample.weights(loaded.params, p.policy.model, p.policy.mesh)
+  found = []
+  for name, path in zip(benchmarks, data):
+    about = _usable(path, name, how)
+    if limit:
+      about = dataclasses.replace(about, tasks=about.tasks[:limit])
+    hosts.say(f"{name}: {about.describe()}")
+    folder = files.path(out) / name
+    header = workdir_lib.header(c)
+    asked_by = config_lib.flat({k: header["config"][k] for k in ("model", "image", "prompt", "rollout")})
+    meta = {"fixed": {"benchmark": name, "model": model, "step": loaded.step, "options_seed": how.seed,
+                      "config": asked_by, "h0": c.reward.h0},
+            **{k: header[k] for k in ("versions", "device", "devices")}}
+    entries = asked.ask(p.policy, params, about.tasks, folder, cfg, p.step.reward, meta)
+    read = predictions.read(str(folder / "predictions.jsonl"), name, about)
+    result = named(name).score(read.loaded, read.predictions) | {"benchmark": name}
+    result["summary"] = outcome.summary(asked.outcomes(entries, about.tasks), c.reward.h0, c.eval.bootstrap)
+    hosts.first(lambda result=result, read=read: _write(out, result, read))
+    found.append((result, read))
+  for result, read in found:
+    _tell(result, read)
+  return [result for result, _ in found]
 
 
 def named(benchmark: str):
@@ -79,6 +143,14 @@ def named(benchmark: str):
   if benchmark not in table.BENCHMARKS:
     raise ValueError(f"--benchmark must be one of {', '.join(table.BENCHMARKS)}. Received: {benchmark or 'nothing'}")
   return table.BENCHMARKS[benchmark]
+
+
+def _usable(path: str, benchmark: str, how: rows_lib.How) -> rows_lib.Loaded:
+  """A benchmark's tasks, if there are any."""
+  loaded = named(benchmark).load(path, how)
+  if not loaded.tasks:
+    raise ValueError(f"{path} must have rows of {benchmark} that can be used. Received: {loaded.describe()}")
+  return loaded
 
 
 def _judged(loaded: rows_lib.Loaded, found: rows_lib.Predictions, judge: judge_model.Judge) -> rows_lib.Predictions:
@@ -96,12 +168,24 @@ def _write(out: str, result: dict, read: predictions.Read) -> None:
   """The result, and what each prediction was worth."""
   folder = files.path(out) / result["benchmark"]
   files.make(folder)
-  rows = "".join(json.dumps(row) + "\n" for row in result["rows"])
-  files.write_text(folder / "rows.jsonl", rows)
-  named_ = {"layout": read.layout, "strange_predictions": list(read.strange),
-            "rejected_rows": [dataclasses.asdict(r) for r in read.loaded.rejects],
-            "rejected_predictions": [dataclasses.asdict(r) for r in read.rejects]}
-  files.write_text(folder / "results.json", json.dumps(_bare(result) | named_, indent=1) + "\n")
+  files.write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in result["rows"]))
+  lost = {"layout": read.layout, "strange_predictions": list(read.strange),
+          "rejected_rows": [dataclasses.asdict(r) for r in read.loaded.rejects],
+          "rejected_predictions": [dataclasses.asdict(r) for r in read.rejects]}
+  files.write_text(folder / "results.json", json.dumps(_bare(result) | lost, indent=1) + "\n")
+
+
+def _tell(result: dict, read: predictions.Read) -> None:
+  """Prints the figures, what could not be used, and a line of JSON."""
+  lost = {"rows": read.loaded.describe() if read.loaded.rejects else "",
+          "predictions for no row": _some(read.strange),
+          "predictions that cannot be used": _some([f"row {r.row}: {r.cause}" for r in read.rejects])}
+  hosts.say("\n".join([rows_lib.table(result), *(f"  {what}: {found}" for what, found in lost.items() if found)]))
+  hosts.say(json.dumps(_bare(result)))
+
+
+def _some(names) -> str:
+  return "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _bare(result: dict) -> dict:
@@ -111,46 +195,67 @@ def _bare(result: dict) -> dict:
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines what the command line takes; not on import, for other commands have flags of the same names."""
   text = lambda name, words: flags.DEFINE_string(name, None, words, flag_values=values)
-  text("score", "File of predictions to score.")
-  text("benchmark", f"Which benchmark: {', '.join(table.BENCHMARKS)}.")
-  text("data", "The benchmark's own file or folder.")
-  text("out", "Folder for results; none by default.")
+  number = lambda name, default, least, words: flags.DEFINE_integer(name, default, words, least, flag_values=values)
+  several = lambda name, words: flags.DEFINE_list(name, [], words, flag_values=values)
+  text("score", "File of predictions to score, in place of asking a model.")
+  text("model", "A run's folder, or an HF folder.")
+  several("benchmark", f"Which benchmarks: {', '.join(table.BENCHMARKS)}.")
+  several("data", "Each benchmark's own file or folder.")
+  text("images", "Folder of the pictures, where they do not lie beside --data.")
+  text("out", "Folder for results.")
+  flags.DEFINE_enum("options", "shuffled", ["shuffled", "native"], "Whether options are shuffled where a benchmark has "
+                    "the right one in a place of its own.", flag_values=values)
+  number("seed", 0, 0, "Shuffles options, and draws samples.")
+  flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 is greedy.", 0.0, flag_values=values)
+  number("samples", 1, 1, "Of each task.")
+  number("slots", 64, 1, "Tasks that are asked at a time.")
+  number("limit", 0, 0, "Of each benchmark only so many tasks; 0 for all.")
   text("judge", "Address of an OpenAI-compatible endpoint, http://HOST:PORT/v1, that judges free answers.")
   text("judge_model", "What the endpoint calls the model.")
+  config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+  hosts.define_flags(values)
 
 
 def main(argv):
+  args = flags.FLAGS
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  args = flags.FLAGS
-  if not args.score or not args.benchmark:
-    raise app.UsageError("--score=PREDICTIONS and --benchmark=NAME are needed")
-  if (args.judge is None) != (args.judge_model is None):
-    raise app.UsageError("--judge and --judge_model go together")
+  if (args.score is None) == (args.model is None) or not args.benchmark:
+    raise app.UsageError("--benchmark=NAME and either --score=PREDICTIONS or --model=DIR are needed")
+  if (args.judge is None) != (args.judge_model is None) or args.judge and args.model:
+    raise app.UsageError("--judge and --judge_model go together, and with --score")
+  if args.model:
+    if not args.out or not args.data:
+      raise app.UsageError("--model needs --data and --out")
+    setup.begin()
+    with setup.told():
+      hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
+      how = rows_lib.How(args.images, seed=args.seed if args.options == "shuffled" else None,
+                         store=os.path.join(args.out, "images"))
+      cfg = asked.Config(args.seed, args.temperature, args.samples, args.slots)
+      evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit)
+    return
   with setup.told():
-    judge = None
-    if args.judge:
-      if args.out:
-        os.makedirs(args.out, exist_ok=True)
-      cache = os.path.join(args.out, "verdicts.jsonl") if args.out else ""
-      judge = judge_model.Judge(judge_model.Config(args.judge, args.judge_model, cache))
-    result, read = score(args.score, args.benchmark, args.data, judge)
+    if len(args.benchmark) > 1 or len(args.data) > 1:
+      raise ValueError("--score must be of one benchmark. Received: "
+                       f"{', '.join(args.benchmark)} and {len(args.data)} paths as --data")
+    judge = _judge(args) if args.judge else None
+    result, read = score(args.score, args.benchmark[0], args.data[0] if args.data else None, judge)
     if judge is not None:
       result["judge"] = {"model": args.judge_model, "prompt": judge_model.PROMPT_VERSION, "asked": judge.asked,
                          "unclear": judge.unclear}
     if args.out:
       _write(args.out, result, read)
-    print(rows_lib.table(result))
-    for what, found in (("rows", read.loaded.describe() if read.loaded.rejects else ""),
-                        ("predictions for no row", ", ".join(read.strange[:3]) + (
-                            f" and {len(read.strange) - 3} more" if len(read.strange) > 3 else "")),
-                        ("predictions that cannot be used", "; ".join(f"row {r.row}: {r.cause}" for r in
-                                                                      read.rejects[:3]))):
-      if found:
-        print(f"  {what}: {found}")
-    print(json.dumps(_bare(result)))
+    _tell(result, read)
+
+
+def _judge(args) -> judge_model.Judge:
+  if args.out:
+    os.makedirs(args.out, exist_ok=True)
+  cache = os.path.join(args.out, "verdicts.jsonl") if args.out else ""
+  return judge_model.Judge(judge_model.Config(args.judge, args.judge_model, cache))
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=setup.parse)

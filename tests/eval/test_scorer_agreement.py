@@ -48,8 +48,9 @@ def answered(rng, task):
   """As policies answer: a letter, a letter and a text (also another one's), a text, or words that name no option."""
   letter, text = rng.choice("ABCDE"), rng.choice(task.options)
   return rng.choice((letter, f"({letter})", f"{letter}.", f"{letter}. {text}", f"{letter}) {text}",
-                     f"({letter}) {text}", f" {letter}\n", text, text.lower(), text.rstrip("."), f"{letter}: {text}", "I cannot see it.",
-                     "None of them", "", "A thing that is not there", "It is blue", f"{letter}\nas one can see"))
+                     f"({letter}) {text}", f" {letter}\n", text, text.lower(), text.rstrip("."), f"{letter}: {text}",
+                     "I cannot see it.", "None of them", "", "A thing that is not there", "It is blue",
+                     f"{letter}\nas one can see"))
 
 
 def right_by_letter(task, text):
@@ -184,7 +185,8 @@ def blurred(rng, text):
   for _ in range(rng.randrange(3)):
     text = rng.choice((text.upper(), text + ".", f"the {text}", text + "!", text.replace("'", ""), f" {text} ",
                        text + "?", text.replace(" ", "  "), f"({text})", text + "s", text[1:], text.replace("-", " "),
-                       f"{text}; ok", text.replace(",", ""), f"'{text}'", text.replace("2", "two"), f"a {text}", text + "\n"))
+                       f"{text}; ok", text.replace(",", ""), f"'{text}'", text.replace("2", "two"), f"a {text}",
+                       text + "\n"))
   return text
 
 

@@ -156,6 +156,8 @@ def _ours(it: _Found, _):
   it.need("ours")
 
   def take(_, row):
+    if isinstance(row, dict) and "skipped" in row:
+      raise tables.Unusable(f"skipped: {row['skipped']}")
     answer = tables.get(row, "answer", "text")
     if answer is not None and not isinstance(answer, str):
       raise tables.Unusable("answer is not text")
