@@ -60,7 +60,7 @@ def test_each_takes_its_flags(name, monkeypatch):
   if name == "plan":
     assert (values.topology, values.programs, values.json) == ("cpu:8", ["update", "decode"], "f")
   if name == "evaluate":
-    assert (values.score, values.benchmark, values.data, values.judge_model) == ("p", "pope", "d", "m")
+    assert (values.score, values.benchmark, values.data, values.judge_model) == ("p", ["pope"], ["d"], "m")
   if name == "export":
     assert (values.step, values.dtype) == ("4", "float32")
 

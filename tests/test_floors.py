@@ -20,7 +20,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "eval.benchmarks.rows "
     "data.batches data.sources learner.checkpoint model.qwen2_5.config report.html rollout.actions.zoom "
     "rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
-    "eval.benchmarks.choices eval.benchmarks.docvqa eval.benchmarks.mme_realworld eval.benchmarks.pope "
+    "eval.benchmarks.choices eval.benchmarks.docvqa eval.benchmarks.mme_realworld "
+    "eval.benchmarks.needle eval.benchmarks.pope "
     "eval.benchmarks.records eval.benchmarks.textvqa eval.benchmarks.visualprobe "
     "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
     "eval.benchmarks.hrbench eval.benchmarks.infographicsvqa eval.benchmarks.treebench eval.benchmarks.vstar "

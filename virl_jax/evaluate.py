@@ -101,22 +101,22 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
   """
   if len(data) != len(benchmarks):
     raise ValueError(f"--data must have a path for each of the {len(benchmarks)} benchmarks. Received: {len(data)}")
-  for name in benchmarks:
-    named(name)
+  there = [_usable(path, name, how) for name, path in zip(benchmarks, data)]
   loaded = load.policy(model, (c or config_lib.default()).model.dtype)
   if loaded.config is None:
     c = config_lib.ConfigDict((c or config_lib.default()).to_dict())
     c.model.path = model
+  elif c is not None:
+    raise ValueError(f"--config must be left out for {model}: a run has its own")
   else:
     c = loaded.config
   p = setup.assemble(c, weights_lib.read_config(loaded.hf_dir), load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
   params = sample.weights(loaded.params, p.policy.model, p.policy.mesh)
   found = []
-  for name, path in zip(benchmarks, data):
-    about = _usable(path, name, how)
-    if limit:
-      about = dataclasses.replace(about, tasks=about.tasks[:limit])
+  for name, about in zip(benchmarks, there):
     hosts.say(f"{name}: {about.describe()}")
+    if limit:
+      about = dataclasses.replace(about, tasks=about.tasks[:limit], rejects=())
     folder = files.path(out) / name
     header = workdir_lib.header(c)
     asked_by = config_lib.flat({k: header["config"][k] for k in ("model", "image", "prompt", "rollout")})
@@ -126,7 +126,8 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
     entries = asked.ask(p.policy, params, about.tasks, folder, cfg, p.step.reward, meta)
     read = predictions.read(str(folder / "predictions.jsonl"), name, about)
     result = named(name).score(read.loaded, read.predictions) | {"benchmark": name}
-    result["summary"] = outcome.summary(asked.outcomes(entries, about.tasks), c.reward.h0, c.eval.bootstrap)
+    result |= {"model": model, "step": loaded.step, "limit": limit,
+               "summary": outcome.summary(asked.outcomes(entries, about.tasks), c.reward.h0, c.eval.bootstrap)}
     hosts.first(lambda result=result, read=read: _write(out, result, read))
     found.append((result, read))
   for result, read in found:

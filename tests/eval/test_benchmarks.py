@@ -422,7 +422,13 @@ def test_options_in_a_text():
   assert choices.asked("Which?\nTwo lines\n(A) x\n(B) y\nAnswer.") == ("Which?\nTwo lines", ("x", "y"))
 
 
-@pytest.mark.parametrize("name", table.BENCHMARKS)
+def test_needle_is_drawn():
+  loaded = table.BENCHMARKS["needle"].load("")
+  again = {t.uid: (t.image, t.answers) for t in table.BENCHMARKS["needle"].load("").tasks}
+  assert len(again) == len(loaded.tasks) == 512 and again == {t.uid: (t.image, t.answers) for t in loaded.tasks}
+
+
+@pytest.mark.parametrize("name", [name for name in table.BENCHMARKS if name != "needle"])
 def test_what_is_there_is_said_where_nothing_is(name, tmp_path):
   with pytest.raises(ValueError):
     table.BENCHMARKS[name].load(str(tmp_path / "nothing.json"))

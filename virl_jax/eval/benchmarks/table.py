@@ -4,6 +4,7 @@ from virl_jax.eval.benchmarks import docvqa
 from virl_jax.eval.benchmarks import hrbench
 from virl_jax.eval.benchmarks import infographicsvqa
 from virl_jax.eval.benchmarks import mme_realworld
+from virl_jax.eval.benchmarks import needle
 from virl_jax.eval.benchmarks import pope
 from virl_jax.eval.benchmarks import records
 from virl_jax.eval.benchmarks import textvqa
@@ -24,4 +25,5 @@ BENCHMARKS = {
     "treebench": treebench,
     "visualprobe": visualprobe,
     "records": records,
+    "needle": needle,
 }
