@@ -120,15 +120,19 @@ def test_a_policy_s_own(tmp_path):
   """The tiny base on needle: it reads nothing from there, and writes what another run goes on with."""
   c = tiny.get_config()
   cfg, out = asked.Config(slots=8), str(tmp_path / "out")
-  ask = lambda out: evaluate.evaluate("@tiny", ["needle"], ["-"], out, cfg, c, limit=12)[0]
-  result = ask(out)
+  ask = lambda out, **more: evaluate.evaluate("@tiny", ["needle"], ["-"], out, cfg, c, limit=12, **more)
+  result, without = ask(out, zooms="both")
   assert result["n"] == 12 and result["evaluated"]["share"] == 1.0 and result["limit"] == 12
   assert result["score"] == pytest.approx(result["summary"]["acc_ans"]["value"]), "the benchmark's rule is the task's"
   assert result["summary"]["rationale_count"]["value"] > 0
   file = tmp_path / "out" / "needle" / "predictions.jsonl"
   whole = file.read_bytes()
   file.write_bytes(whole[:len(whole) * 3 // 4])
-  assert ask(out) == result and file.read_bytes() == whole
+  assert ask(out) == [result] and file.read_bytes() == whole
   again, read = evaluate.score(str(file), "needle", "-")
   assert again["score"] == result["score"] and read.layout == "ours"
   assert again["evaluated"]["without_prediction"] == 500
+  assert (result["zoom"], without["zoom"]) == (True, False)
+  assert without["summary"]["rationale_count"]["value"] == 0 and without["zooming_gap"]["n"] == 12
+  assert without["zooming_gap"]["acc_ans"]["value"] == pytest.approx(result["score"] - without["score"])
+  assert (tmp_path / "out" / "needle_without_zoom" / "results.json").exists()

@@ -30,6 +30,7 @@ import os
 
 from absl import app
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from virl_jax import config as config_lib
@@ -41,12 +42,14 @@ from virl_jax.eval.benchmarks import rows as rows_lib
 from virl_jax.eval.benchmarks import table
 from virl_jax.model import weights as weights_lib
 from virl_jax.rollout import sample
+from virl_jax.rollout import turns
 from virl_jax.run import files
 from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
+_ZOOMS = {"on": (True,), "off": (False,), "both": (True, False)}
 # Those whose own rule is none that a judge could stand in for.
 _WITHOUT_JUDGE = ("pope", "textvqa", "docvqa", "infographicsvqa")
 
@@ -80,7 +83,8 @@ def score(path: str, benchmark: str, data: str | None = None, judge: judge_model
 
 
 def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: asked.Config = asked.Config(),
-             c: config_lib.ConfigDict | None = None, how: rows_lib.How = rows_lib.How(), limit: int = 0) -> list[dict]:
+             c: config_lib.ConfigDict | None = None, how: rows_lib.How = rows_lib.How(), limit: int = 0,
+             zooms: str = "on") -> list[dict]:
   """Asks a policy, and scores what it says.
 
   Args:
@@ -92,9 +96,11 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
     c: how prompts are worded and images shown, for an HF folder; None for the defaults.  A run has its own.
     how: how benchmarks are read.
     limit: of each benchmark only so many tasks, the first; 0 for all.
+    zooms: "on", "off", or "both", one after the other.
 
   Returns:
-    What each benchmark's `score` gives, with "summary" (`outcome.summary`) of the same predictions.
+    What each benchmark's `score` gives, with "summary" (`outcome.summary`) of the same predictions and, of the second
+    of both, "zooming_gap" (`outcome.difference`), with zooms less without.
 
   Raises:
     ValueError: there is no such benchmark or model, or a folder has other predictions.
@@ -102,37 +108,58 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
   if len(data) != len(benchmarks):
     raise ValueError(f"--data must have a path for each of the {len(benchmarks)} benchmarks. Received: {len(data)}")
   there = [_usable(path, name, how) for name, path in zip(benchmarks, data)]
-  loaded = load.policy(model, (c or config_lib.default()).model.dtype)
-  if loaded.config is None:
-    c = config_lib.ConfigDict((c or config_lib.default()).to_dict())
-    c.model.path = model
-  elif c is not None:
-    raise ValueError(f"--config must be left out for {model}: a run has its own")
-  else:
-    c = loaded.config
-  p = setup.assemble(c, weights_lib.read_config(loaded.hf_dir), load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
+  c, loaded, p = _policy(model, c)
   params = sample.weights(loaded.params, p.policy.model, p.policy.mesh)
-  found = []
+  header = workdir_lib.header(c)
+  fixed = {"model": model, "step": loaded.step, "options_seed": how.seed, "h0": c.reward.h0, "config": config_lib.flat(
+      {section: header["config"][section] for section in ("model", "image", "prompt", "rollout")})}
+  results = []
   for name, about in zip(benchmarks, there):
     hosts.say(f"{name}: {about.describe()}")
     if limit:
       about = dataclasses.replace(about, tasks=about.tasks[:limit], rejects=())
-    folder = files.path(out) / name
-    header = workdir_lib.header(c)
-    asked_by = config_lib.flat({k: header["config"][k] for k in ("model", "image", "prompt", "rollout")})
-    meta = {"fixed": {"benchmark": name, "model": model, "step": loaded.step, "options_seed": how.seed,
-                      "config": asked_by, "h0": c.reward.h0},
-            **{k: header[k] for k in ("versions", "device", "devices")}}
-    entries = asked.ask(p.policy, params, about.tasks, folder, cfg, p.step.reward, meta)
-    read = predictions.read(str(folder / "predictions.jsonl"), name, about)
-    result = named(name).score(read.loaded, read.predictions) | {"benchmark": name}
-    result |= {"model": model, "step": loaded.step, "limit": limit,
-               "summary": outcome.summary(asked.outcomes(entries, about.tasks), c.reward.h0, c.eval.bootstrap)}
-    hosts.first(lambda result=result, read=read: _write(out, result, read))
-    found.append((result, read))
-  for result, read in found:
-    _tell(result, read)
-  return [result for result, _ in found]
+    found = {}
+    for zoom in _ZOOMS[zooms]:
+      policy, folder = (p.policy, name) if zoom else (_without_zoom(p.policy), f"{name}_without_zoom")
+      hosts.say(f"asking with{'' if zoom else 'out'} zooms: {len(about.tasks)} tasks")
+      meta = {"fixed": fixed | {"benchmark": name, "zoom": zoom}} | {
+          key: header[key] for key in ("versions", "device", "devices")}
+      entries = asked.ask(policy, params, about.tasks, files.path(out) / folder, cfg, p.step.reward, meta)
+      read = predictions.read(str(files.path(out) / folder / "predictions.jsonl"), name, about)
+      found[zoom] = asked.outcomes(entries, about.tasks)
+      result = named(name).score(read.loaded, read.predictions) | {
+          "benchmark": name, "zoom": zoom, "model": model, "step": loaded.step, "limit": limit,
+          "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap)}
+      if len(found) > 1:
+        result["zooming_gap"] = _gap(found[False], found[True], c)
+      hosts.first(lambda folder=folder, result=result, read=read: _write(files.path(out) / folder, result, read))
+      _tell(result, read)
+      results.append(result)
+  return results
+
+
+def _policy(model: str, c: config_lib.ConfigDict | None):
+  """Configuration, weights and pieces of what --model and --config name."""
+  loaded = load.policy(model, (c or config_lib.default()).model.dtype)
+  if loaded.config is not None and c is not None:
+    raise ValueError(f"--config must be left out for {model}: a run has its own")
+  c = config_lib.ConfigDict((loaded.config or c or config_lib.default()).to_dict())
+  if loaded.config is None:
+    c.model.path = model
+  model_config = weights_lib.read_config(loaded.hf_dir)
+  return c, loaded, setup.assemble(c, model_config, load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
+
+
+def _without_zoom(policy: turns.Policy) -> turns.Policy:
+  """The same policy, told of no visual action, and whose calls are refused."""
+  return dataclasses.replace(policy, actions={}, prompt=dataclasses.replace(policy.prompt, describe_tool=False))
+
+
+def _gap(without: list[outcome.Outcome], with_: list[outcome.Outcome], c) -> dict:
+  """What zooming is worth on the tasks that were asked both ways."""
+  both = {o.uid for o in without} & {o.uid for o in with_}
+  return outcome.difference(*([o for o in found if o.uid in both] for found in (without, with_)), c.reward.h0,
+                            c.eval.bootstrap)
 
 
 def named(benchmark: str):
@@ -165,9 +192,8 @@ def _judged(loaded: rows_lib.Loaded, found: rows_lib.Predictions, judge: judge_m
   return out
 
 
-def _write(out: str, result: dict, read: predictions.Read) -> None:
+def _write(folder: epath.Path, result: dict, read: predictions.Read) -> None:
   """The result, and what each prediction was worth."""
-  folder = files.path(out) / result["benchmark"]
   files.make(folder)
   files.write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in result["rows"]))
   lost = {"layout": read.layout, "strange_predictions": list(read.strange),
@@ -181,6 +207,10 @@ def _tell(result: dict, read: predictions.Read) -> None:
   lost = {"rows": read.loaded.describe() if read.loaded.rejects else "",
           "predictions for no row": _some(read.strange),
           "predictions that cannot be used": _some([f"row {r.row}: {r.cause}" for r in read.rejects])}
+  if gap := result.get("zooming_gap"):
+    value, low, high = (gap["acc_ans"][key] for key in ("value", "low", "high"))
+    lost[f"acc_ans with zooms less without, {gap['n']} tasks"] = (
+        "" if value is None else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
   hosts.say("\n".join([rows_lib.table(result), *(f"  {what}: {found}" for what, found in lost.items() if found)]))
   hosts.say(json.dumps(_bare(result)))
 
@@ -209,6 +239,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   number("seed", 0, 0, "Shuffles options, and draws samples.")
   flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 is greedy.", 0.0, flag_values=values)
   number("samples", 1, 1, "Of each task.")
+  flags.DEFINE_enum("zoom", "on", list(_ZOOMS), "Whether the policy may zoom; both: one after the other, and the "
+                    "difference.", flag_values=values)
   number("slots", 64, 1, "Tasks that are asked at a time.")
   number("limit", 0, 0, "Of each benchmark only so many tasks; 0 for all.")
   text("judge", "Address of an OpenAI-compatible endpoint, http://HOST:PORT/v1, that judges free answers.")
@@ -231,10 +263,10 @@ def main(argv):
     setup.begin()
     with setup.told():
       hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
-      how = rows_lib.How(args.images, seed=args.seed if args.options == "shuffled" else None,
-                         store=os.path.join(args.out, "images"))
+      store = os.path.join(args.out, "images") if files.is_local(args.out) else None
+      how = rows_lib.How(args.images, seed=args.seed if args.options == "shuffled" else None, store=store)
       cfg = asked.Config(args.seed, args.temperature, args.samples, args.slots)
-      evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit)
+      evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit, args.zoom)
     return
   with setup.told():
     if len(args.benchmark) > 1 or len(args.data) > 1:
@@ -246,7 +278,7 @@ def main(argv):
       result["judge"] = {"model": args.judge_model, "prompt": judge_model.PROMPT_VERSION, "asked": judge.asked,
                          "unclear": judge.unclear}
     if args.out:
-      _write(args.out, result, read)
+      _write(files.path(args.out) / result["benchmark"], result, read)
     _tell(result, read)
 
 

@@ -69,8 +69,8 @@ def test_what_is_written(tmp_path, played):
   assert "decodable file" in found[1]["skipped"] and found[3]["skipped"] == "its prompt must leave room for a turn"
   assert found[0] == {
       "uid": "t0", "sample": 0, "answer": "t0 0", "text": "<answer>t0 0</answer>", "options": ["x", "y"],
-      "boxes": [[0, 0, 2, 2]], "ious": [0.5], "classes": ["correct"], "refused": 0, "stop": "answered", "correct": False,
-      "score": 0.25, "seed": 0, "tokens": 3}
+      "boxes": [[0, 0, 2, 2]], "ious": [0.5], "classes": ["correct"], "refused": 0, "stop": "answered",
+      "correct": False, "score": 0.25, "seed": 0, "tokens": 3}
   meta = json.loads((tmp_path / "meta.json").read_text())
   assert meta["versions"] == {"jax": "x"} and meta["fixed"]["n"] == 5 and meta["fixed"]["temperature"] == 0.0
 
