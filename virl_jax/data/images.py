@@ -90,7 +90,7 @@ def upright_size(image: bytes | str) -> tuple[int, int]:
   """Width and height, pixels, of what `decode` makes of a file, from the file's header.
 
   Args:
-    image: the file's bytes, or its path.
+    image: the file's path, or its bytes.
 
   Raises:
     ValueError: if the file is absent, is no image, is too large for Pillow to open, or of deep grey without a known
