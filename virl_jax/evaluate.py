@@ -24,6 +24,7 @@ if __name__ == "__main__":
   from virl_jax.run import signals
   signals.install()
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
@@ -84,7 +85,7 @@ def score(path: str, benchmark: str, data: str | None = None, judge: judge_model
 
 def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: asked.Config = asked.Config(),
              c: config_lib.ConfigDict | None = None, how: rows_lib.How = rows_lib.How(), limit: int = 0,
-             zooms: str = "on") -> list[dict]:
+             zooms: str = "on", options: str = "shuffled", tables: Sequence[str] = ()) -> list[dict]:
   """Asks a policy, and scores what it says.
 
   Args:
@@ -97,44 +98,53 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
     how: how benchmarks are read.
     limit: of each benchmark only so many tasks, the first; 0 for all.
     zooms: "on", "off", or "both", one after the other.
+    options: "shuffled" by `how.seed`, "native", or "both", where a benchmark has the right one in a place of its own.
+    tables: which of `predictions.TABLES` to write, too.
 
   Returns:
-    What each benchmark's `score` gives, with "summary" (`outcome.summary`) of the same predictions and, of the second
-    of both, "zooming_gap" (`outcome.difference`), with zooms less without.
+    What each benchmark's `score` gives, for each way it was asked, with "summary" (`outcome.summary`) of the same
+    predictions and, where it was asked without zooms too, "zooming_gap" (`outcome.difference`), with less without.
 
   Raises:
     ValueError: there is no such benchmark or model, or a folder has other predictions.
   """
   if len(data) != len(benchmarks):
     raise ValueError(f"--data must have a path for each of the {len(benchmarks)} benchmarks. Received: {len(data)}")
-  there = [_usable(path, name, how) for name, path in zip(benchmarks, data)]
+  seeds = {"shuffled": (how.seed,), "native": (None,), "both": (how.seed, None)}[options]
+  there = [[_usable(path, name, dataclasses.replace(how, seed=seed)) for seed in seeds]
+           for name, path in zip(benchmarks, data)]
   c, loaded, p = _policy(model, c)
   params = sample.weights(loaded.params, p.policy.model, p.policy.mesh)
   header = workdir_lib.header(c)
-  fixed = {"model": model, "step": loaded.step, "options_seed": how.seed, "h0": c.reward.h0, "config": config_lib.flat(
+  fixed = {"model": model, "step": loaded.step, "h0": c.reward.h0, "config": config_lib.flat(
       {section: header["config"][section] for section in ("model", "image", "prompt", "rollout")})}
+  told = {key: header[key] for key in ("versions", "device", "devices")}
   results = []
-  for name, about in zip(benchmarks, there):
-    hosts.say(f"{name}: {about.describe()}")
+  for name, orders in zip(benchmarks, there):
+    hosts.say(f"{name}: {orders[0].describe()}")
     if limit:
-      about = dataclasses.replace(about, tasks=about.tasks[:limit], rejects=())
-    found = {}
-    for zoom in _ZOOMS[zooms]:
-      policy, folder = (p.policy, name) if zoom else (_without_zoom(p.policy), f"{name}_without_zoom")
-      hosts.say(f"asking with{'' if zoom else 'out'} zooms: {len(about.tasks)} tasks")
-      meta = {"fixed": fixed | {"benchmark": name, "zoom": zoom}} | {
-          key: header[key] for key in ("versions", "device", "devices")}
-      entries = asked.ask(policy, params, about.tasks, files.path(out) / folder, cfg, p.step.reward, meta)
-      read = predictions.read(str(files.path(out) / folder / "predictions.jsonl"), name, about)
-      found[zoom] = asked.outcomes(entries, about.tasks)
-      result = named(name).score(read.loaded, read.predictions) | {
-          "benchmark": name, "zoom": zoom, "model": model, "step": loaded.step, "limit": limit,
-          "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap)}
-      if len(found) > 1:
-        result["zooming_gap"] = _gap(found[False], found[True], c)
-      hosts.first(lambda folder=folder, result=result, read=read: _write(files.path(out) / folder, result, read))
-      _tell(result, read)
-      results.append(result)
+      orders = [dataclasses.replace(about, tasks=about.tasks[:limit], rejects=()) for about in orders]
+    for about, seed in zip(orders, seeds):
+      if about is not orders[0] and asked.fingerprint(about.tasks) == asked.fingerprint(orders[0].tasks):
+        continue  # nothing of this benchmark is shuffled
+      found = {}
+      for zoom in _ZOOMS[zooms]:
+        policy = p.policy if zoom else _without_zoom(p.policy)
+        folder = files.path(out) / "_".join([name, *(["native_options"] if about is not orders[0] else []),
+                                             *([] if zoom else ["without_zoom"])])
+        hosts.say(f"{folder.name}: asking {len(about.tasks)} tasks")
+        meta = {"fixed": fixed | {"benchmark": name, "zoom": zoom, "options_seed": seed}} | told
+        entries = asked.ask(policy, params, about.tasks, folder, cfg, p.step.reward, meta)
+        read = predictions.read(str(folder / "predictions.jsonl"), name, about)
+        found[zoom] = asked.outcomes(entries, about.tasks)
+        result = named(name).score(read.loaded, read.predictions) | {
+            "benchmark": name, "zoom": zoom, "options_seed": seed, "model": model, "step": loaded.step, "limit": limit,
+            "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap)}
+        if len(found) > 1:
+          result["zooming_gap"] = _gap(found[False], found[True], c)
+        hosts.first(lambda folder=folder, result=result, read=read: _write(folder, result, read, tables))
+        _tell(result, read)
+        results.append(result)
   return results
 
 
@@ -192,9 +202,11 @@ def _judged(loaded: rows_lib.Loaded, found: rows_lib.Predictions, judge: judge_m
   return out
 
 
-def _write(folder: epath.Path, result: dict, read: predictions.Read) -> None:
-  """The result, and what each prediction was worth."""
+def _write(folder: epath.Path, result: dict, read: predictions.Read, tables: Sequence[str] = ()) -> None:
+  """The result, and what each prediction was worth; and tables for others' programs."""
   files.make(folder)
+  for name in tables:
+    files.write_text(folder / f"{name}.tsv", predictions.table(read, predictions.TABLES[name]))
   files.write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in result["rows"]))
   lost = {"layout": read.layout, "strange_predictions": list(read.strange),
           "rejected_rows": [dataclasses.asdict(r) for r in read.loaded.rejects],
@@ -234,14 +246,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   several("data", "Each benchmark's own file or folder.")
   text("images", "Folder of the pictures, where they do not lie beside --data.")
   text("out", "Folder for results.")
-  flags.DEFINE_enum("options", "shuffled", ["shuffled", "native"], "Whether options are shuffled where a benchmark has "
-                    "the right one in a place of its own.", flag_values=values)
+  flags.DEFINE_enum("options", "shuffled", ["shuffled", "native", "both"], "Whether options are shuffled where a "
+                    "benchmark has the right one in a place of its own.", flag_values=values)
   number("seed", 0, 0, "Shuffles options, and draws samples.")
   flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 is greedy.", 0.0, flag_values=values)
   number("samples", 1, 1, "Of each task.")
   flags.DEFINE_enum("zoom", "on", list(_ZOOMS), "Whether the policy may zoom; both: one after the other, and the "
                     "difference.", flag_values=values)
   number("slots", 64, 1, "Tasks that are asked at a time.")
+  flags.DEFINE_multi_enum("table", [], list(predictions.TABLES), "Tables of the predictions for others' programs.",
+                          flag_values=values)
   number("limit", 0, 0, "Of each benchmark only so many tasks; 0 for all.")
   text("judge", "Address of an OpenAI-compatible endpoint, http://HOST:PORT/v1, that judges free answers.")
   text("judge_model", "What the endpoint calls the model.")
@@ -264,9 +278,10 @@ def main(argv):
     with setup.told():
       hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
       store = os.path.join(args.out, "images") if files.is_local(args.out) else None
-      how = rows_lib.How(args.images, seed=args.seed if args.options == "shuffled" else None, store=store)
+      how = rows_lib.How(args.images, seed=args.seed, store=store)
       cfg = asked.Config(args.seed, args.temperature, args.samples, args.slots)
-      evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit, args.zoom)
+      evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit, args.zoom,
+               args.options, args.table)
     return
   with setup.told():
     if len(args.benchmark) > 1 or len(args.data) > 1:
@@ -278,7 +293,7 @@ def main(argv):
       result["judge"] = {"model": args.judge_model, "prompt": judge_model.PROMPT_VERSION, "asked": judge.asked,
                          "unclear": judge.unclear}
     if args.out:
-      _write(files.path(args.out) / result["benchmark"], result, read)
+      _write(files.path(args.out) / result["benchmark"], result, read, args.table)
     _tell(result, read)
 
 

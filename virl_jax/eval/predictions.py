@@ -18,7 +18,9 @@ mean the options of their own prompts.
 from __future__ import annotations
 
 from collections.abc import Callable
+import csv
 import dataclasses
+import io
 import os
 import re
 
@@ -33,6 +35,9 @@ from virl_jax.eval.benchmarks import vstar
 
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 _BARE = rows_lib.How(need_images=False, seed=None)
+
+# Tables that others' programs read, and whether where the policy looked stands in the text of a prediction.
+TABLES = {"vlmevalkit": False, "treebench": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,32 @@ def prediction(raw: str) -> rows_lib.Prediction:
   TreeBench's form."""
   answers = _ANSWER.findall(raw)
   return rows_lib.Prediction(answers[-1].strip() if answers else raw, treebench.written(raw))
+
+
+def table(found: Read, with_boxes: bool) -> str:
+  """Predictions as VLMEvalKit's programs read them: index, question, options, answer, category, prediction.
+
+  Args:
+    found: predictions and tasks; of several samples, the first.
+    with_boxes: whether where the policy looked stands before the answer, whole pixels of the original, in the only form
+      that TreeBench reads: <think><box>[x1,y1,x2,y2]</box></think>.
+
+  Returns:
+    A table with tabs between its columns.
+  """
+  letters = rows_lib.LETTERS[:max((len(t.options or ()) for t in found.loaded.tasks), default=0)]
+  out = io.StringIO()
+  write = csv.writer(out, delimiter="\t", lineterminator="\n").writerow
+  write(["index", "question", *letters, "answer", "category", "prediction"])
+  for task in found.loaded.tasks:
+    for said in found.predictions.get(task.uid, ())[:1]:
+      options = list(task.options or ())
+      answer = next(iter(task.answers), "")
+      right = letters[options.index(answer)] if answer in options else answer
+      boxes = "".join(f"<box>[{','.join(str(round(v)) for v in box)}]</box>" for box in said.boxes)
+      text = f"<think>{boxes}</think><answer>{said.text}</answer>" if with_boxes else said.text
+      write([task.uid, task.question, *options, *[""] * (len(letters) - len(options)), right, task.kind, text])
+  return out.getvalue()
 
 
 class _Found:
