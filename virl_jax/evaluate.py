@@ -135,7 +135,7 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
         hosts.say(f"{folder.name}: asking {len(about.tasks)} tasks")
         meta = {"fixed": fixed | {"benchmark": name, "zoom": zoom, "options_seed": seed}} | told
         entries = asked.ask(policy, params, about.tasks, folder, cfg, p.step.reward, meta)
-        read = predictions.read(str(folder / "predictions.jsonl"), name, about)
+        read = predictions.of_rows(entries, str(folder / "predictions.jsonl"), name, about)
         found[zoom] = asked.outcomes(entries, about.tasks)
         result = named(name).score(read.loaded, read.predictions) | {
             "benchmark": name, "zoom": zoom, "options_seed": seed, "model": model, "step": loaded.step, "limit": limit,

@@ -72,6 +72,11 @@ def read(path: str, benchmark: str, loaded: rows_lib.Loaded | None) -> Read:
       go with them.
   """
   found = list(tables.tsv(path, ())) if path.endswith(".tsv") else tables.json_rows(path)
+  return of_rows(found, path, benchmark, loaded)
+
+
+def of_rows(found: list, path: str, benchmark: str, loaded: rows_lib.Loaded | None) -> Read:
+  """`read`, of rows that have been read already."""
   first = next((row for row in found if isinstance(row, dict)), {})
   layouts = _LAYOUTS.get(benchmark, ()) + _ALWAYS
   for name, keys, reader in layouts:
@@ -174,9 +179,10 @@ def _collect(name, reader, found, path, loaded) -> Read:
   known = {task.uid for task in about.tasks} | {r.name for r in about.rejects}
   strange = tuple(uid for uid in it.predictions if uid not in known)
   if not set(it.predictions) & known:
+    such = ", ".join(map(repr, strange[:3])) or "; ".join(f"row {r.row}: {r.cause}" for r in rejects[:3])
     raise ValueError(f"{path} must have predictions for the benchmark's tasks. Received: none of {len(found)} rows is "
-                     f"about one ({name}: {', '.join(map(repr, strange[:3])) or 'no row can be used'}; tasks are named "
-                     f"as {', '.join(repr(t.uid) for t in about.tasks[:3])})")
+                     f"about one ({name}: {such or 'no row'}; tasks are named as "
+                     f"{', '.join(repr(t.uid) for t in about.tasks[:3])})")
   return Read(name, about, it.predictions, strange, tuple(rejects))
 
 
