@@ -115,6 +115,8 @@ def test_a_judge_decides_what_the_rule_refuses(tmp_path):
     judged, _ = evaluate.score(str(path), "visualprobe", str(data), judge)
     assert [r["score"] for r in plain["rows"]] == [0, 0, 1] and [r["score"] for r in judged["rows"]] == [1, 0, 1]
     assert len(server.bodies) == 2, "what is literally right is not asked"
+    assert judged["judge"] == {"model": "judge", "prompt": judge_model.PROMPT_VERSION, "asked": 2, "unclear": 0}
+    assert "judge" not in plain
   finally:
     server.close()
 

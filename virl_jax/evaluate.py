@@ -12,8 +12,8 @@ DIR/NAME/ then has meta.json, predictions.jsonl (raw text, boxes, seed), results
 time and give the same command again: it goes on, and ends as if it had not been stopped.
 
 --score needs no model and looks at no picture; --data may be left out where the predictions hold their questions and
-references themselves.  --judge=http://HOST:PORT/v1 --judge_model=NAME has a language model judge answers that are not
-literally the reference (V*, VisualProbe, records, ...); verdicts are kept in DIR/verdicts.jsonl.
+references themselves.  With either, --judge=http://HOST:PORT/v1 --judge_model=NAME has a language model judge answers
+that are not literally the reference (V*, VisualProbe, records, ...); verdicts are kept in DIR/verdicts.jsonl.
 
 It prints the figures, what could not be used and why, and last a line of JSON for each benchmark.
 """
@@ -72,20 +72,16 @@ def score(path: str, benchmark: str, data: str | None = None, judge: judge_model
     ValueError: there is no such benchmark, or a file is of no use.
     judge_model.Unreachable: the judge gives no reply.
   """
-  module = named(benchmark)
+  named(benchmark)
   loaded = None if data is None else _usable(data, benchmark, rows_lib.How(need_images=False, seed=None))
   read = predictions.read(path, benchmark, loaded)
-  found = read.predictions
-  if judge is not None:
-    if benchmark in _WITHOUT_JUDGE:
-      raise ValueError(f"--judge must be left out for {benchmark}: it is scored by a rule of its own")
-    found = _judged(read.loaded, found, judge)
-  return module.score(read.loaded, found) | {"benchmark": benchmark}, read
+  return _scored(benchmark, read, judge), read
 
 
 def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: asked.Config = asked.Config(),
              c: config_lib.ConfigDict | None = None, how: rows_lib.How = rows_lib.How(), limit: int = 0,
-             zooms: str = "on", options: str = "shuffled", tables: Sequence[str] = ()) -> list[dict]:
+             zooms: str = "on", options: str = "shuffled", tables: Sequence[str] = (),
+             judge: judge_model.Judge | None = None) -> list[dict]:
   """Asks a policy, and scores what it says.
 
   Args:
@@ -100,6 +96,7 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
     zooms: "on", "off", or "both", one after the other.
     options: "shuffled" by `how.seed`, "native", or "both", where a benchmark has the right one in a place of its own.
     tables: which of `predictions.TABLES` to write, too.
+    judge: as for `score`; the summary is by the rules of the tasks all the same.
 
   Returns:
     What each benchmark's `score` gives, for each way it was asked, with "summary" (`outcome.summary`) of the same
@@ -107,6 +104,7 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
 
   Raises:
     ValueError: there is no such benchmark or model, or a folder has other predictions.
+    judge_model.Unreachable: the judge gives no reply; what the policy said is kept.
   """
   if len(data) != len(benchmarks):
     raise ValueError(f"--data must have a path for each of the {len(benchmarks)} benchmarks. Received: {len(data)}")
@@ -137,8 +135,8 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
         entries = asked.ask(policy, params, about.tasks, folder, cfg, p.step.reward, meta)
         read = predictions.of_rows(entries, str(folder / "predictions.jsonl"), name, about)
         found[zoom] = asked.outcomes(entries, about.tasks)
-        result = named(name).score(read.loaded, read.predictions) | {
-            "benchmark": name, "zoom": zoom, "options_seed": seed, "model": model, "step": loaded.step, "limit": limit,
+        result = _scored(name, read, judge) | {
+            "zoom": zoom, "options_seed": seed, "model": model, "step": loaded.step, "limit": limit,
             "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap)}
         if len(found) > 1:
           result["zooming_gap"] = _gap(found[False], found[True], c)
@@ -189,6 +187,23 @@ def _usable(path: str, benchmark: str, how: rows_lib.How) -> rows_lib.Loaded:
   if not loaded.tasks:
     raise ValueError(f"{path} must have rows of {benchmark} that can be used. Received: {loaded.describe()}")
   return loaded
+
+
+def _scored(benchmark: str, read: predictions.Read, judge: judge_model.Judge | None) -> dict:
+  """What predictions are worth, by the benchmark's rule or, where that does not take them, by a judge."""
+  if judge is None:
+    return named(benchmark).score(read.loaded, read.predictions) | {"benchmark": benchmark}
+  _judgeable(benchmark)
+  asked_before, unclear_before = judge.asked, judge.unclear
+  result = named(benchmark).score(read.loaded, _judged(read.loaded, read.predictions, judge))
+  return result | {"benchmark": benchmark, "judge": {
+      "model": judge.model, "prompt": judge_model.PROMPT_VERSION, "asked": judge.asked - asked_before,
+      "unclear": judge.unclear - unclear_before}}
+
+
+def _judgeable(benchmark: str) -> None:
+  if benchmark in _WITHOUT_JUDGE:
+    raise ValueError(f"--judge must be left out for {benchmark}: it is scored by a rule of its own")
 
 
 def _judged(loaded: rows_lib.Loaded, found: rows_lib.Predictions, judge: judge_model.Judge) -> rows_lib.Predictions:
@@ -269,8 +284,8 @@ def main(argv):
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   if (args.score is None) == (args.model is None) or not args.benchmark:
     raise app.UsageError("--benchmark=NAME and either --score=PREDICTIONS or --model=DIR are needed")
-  if (args.judge is None) != (args.judge_model is None) or args.judge and args.model:
-    raise app.UsageError("--judge and --judge_model go together, and with --score")
+  if (args.judge is None) != (args.judge_model is None):
+    raise app.UsageError("--judge and --judge_model go together")
   if args.model:
     if not args.out or not args.data:
       raise app.UsageError("--model needs --data and --out")
@@ -281,26 +296,29 @@ def main(argv):
       how = rows_lib.How(args.images, seed=args.seed, store=store)
       cfg = asked.Config(args.seed, args.temperature, args.samples, args.slots)
       evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit, args.zoom,
-               args.options, args.table)
+               args.options, args.table, _judge(args))
     return
   with setup.told():
     if len(args.benchmark) > 1 or len(args.data) > 1:
       raise ValueError("--score must be of one benchmark. Received: "
                        f"{', '.join(args.benchmark)} and {len(args.data)} paths as --data")
-    judge = _judge(args) if args.judge else None
+    judge = _judge(args)
     result, read = score(args.score, args.benchmark[0], args.data[0] if args.data else None, judge)
-    if judge is not None:
-      result["judge"] = {"model": args.judge_model, "prompt": judge_model.PROMPT_VERSION, "asked": judge.asked,
-                         "unclear": judge.unclear}
     if args.out:
       _write(files.path(args.out) / result["benchmark"], result, read, args.table)
     _tell(result, read)
 
 
-def _judge(args) -> judge_model.Judge:
-  if args.out:
+def _judge(args) -> judge_model.Judge | None:
+  """Whom the flags name; its verdicts are kept where results go, if that is a disk."""
+  if not args.judge:
+    return None
+  for name in args.benchmark:
+    _judgeable(name)
+  cache = ""
+  if args.out and files.is_local(args.out):
     os.makedirs(args.out, exist_ok=True)
-  cache = os.path.join(args.out, "verdicts.jsonl") if args.out else ""
+    cache = os.path.join(args.out, "verdicts.jsonl")
   return judge_model.Judge(judge_model.Config(args.judge, args.judge_model, cache))
 
 
