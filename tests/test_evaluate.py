@@ -5,17 +5,30 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from absl import app
 from absl import flags
+import numpy as np
 import pytest
 
 from configs import tiny
 from tests.data.test_judge_model import Server
+from tests.eval.test_benchmarks import picture
 from tests.eval.test_benchmarks import pope_file
+from tests.eval.test_benchmarks import vstar_json
+from virl_jax import config
 from virl_jax import evaluate
+from virl_jax import types
+from virl_jax.data import answers
+from virl_jax.data import images
 from virl_jax.data import judge_model
+from virl_jax.data import prompt
 from virl_jax.eval import asked
+from virl_jax.eval import harness
+from virl_jax.rl import reward
+from virl_jax.rollout import turns
+from virl_jax.run import load
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -102,6 +115,8 @@ def test_a_judge_decides_what_the_rule_refuses(tmp_path):
     judged, _ = evaluate.score(str(path), "visualprobe", str(data), judge)
     assert [r["score"] for r in plain["rows"]] == [0, 0, 1] and [r["score"] for r in judged["rows"]] == [1, 0, 1]
     assert len(server.bodies) == 2, "what is literally right is not asked"
+    assert judged["judge"] == {"model": "judge", "prompt": judge_model.PROMPT_VERSION, "asked": 2, "unclear": 0}
+    assert "judge" not in plain
   finally:
     server.close()
 
@@ -113,6 +128,50 @@ def test_a_dead_judge_is_an_error_and_no_wrong_answer(tmp_path):
   judge = judge_model.Judge(judge_model.Config("http://127.0.0.1:9/v1", "m", tries=1))
   with pytest.raises(judge_model.Unreachable):
     evaluate.score(str(path), "vstar", None, judge)
+
+
+def test_every_way_of_asking(tmp_path, monkeypatch):
+  """A policy that always says A, on V*, whose right option is always A until it is shuffled; and on POPE."""
+  for i in range(6):
+    vstar_json(tmp_path / "vstar" / "direct_attributes" / f"x{i}.json")
+    (tmp_path / "vstar" / "direct_attributes" / f"x{i}.jpg").write_bytes(picture())
+  pope_file(tmp_path / "pope" / "coco_pope_random.json", [("cup", "yes"), ("dog", "no")])
+  (tmp_path / "pope" / "a.png").write_bytes(picture())
+  asked_of = []
+
+  def run(policy, params, tasks, key, slots, temperature, cfg):
+    asked_of.append((len(tasks), len(policy.actions), policy.prompt.describe_tool))
+    made = [types.Trajectory(t, i, np.zeros(1, np.int32), [], [], types.StopReason.ANSWERED, "A")
+            for i, t in enumerate(tasks)]
+    answers.grade(made)
+    return [harness.Judged(t, (), ()) for t in made]
+
+  c = config.default()
+  policy = turns.Policy(None, None, prompt.Config(), images.Config(), turns.Config(), None)
+  loaded = load.Loaded(None, {}, {}, "")
+  monkeypatch.setattr(load.Loaded, "params", {})
+  monkeypatch.setattr(evaluate, "_policy", lambda model, given: (c, loaded, pieces_of(policy)))
+  monkeypatch.setattr(evaluate.sample, "weights", lambda *args: {})
+  monkeypatch.setattr(turns, "check", lambda policy, task: None)
+  monkeypatch.setattr(harness, "run", run)
+  cfg = asked.Config(slots=4)
+  found = evaluate.evaluate("m", ["vstar", "pope"], [str(tmp_path / "vstar"), str(tmp_path / "pope")],
+                            str(tmp_path / "out"), cfg, zooms="both", options="both", tables=("vlmevalkit",))
+  told = [(r["benchmark"], r["zoom"], r["options_seed"]) for r in found]
+  assert told == [("vstar", True, 0), ("vstar", False, 0), ("vstar", True, None), ("vstar", False, None),
+                  ("pope", True, 0), ("pope", False, 0)], "nothing of POPE is shuffled"
+  assert found[2]["score"] == found[3]["score"] == 1.0 > found[0]["score"] == found[1]["score"]
+  assert {(actions, described) for _, actions, described in asked_of} == {(1, True), (0, False)}
+  assert found[3]["zooming_gap"]["acc_ans"]["value"] == 0.0 and "zooming_gap" not in found[2]
+  names = sorted(p.name for p in (tmp_path / "out").iterdir())
+  assert names == ["pope", "pope_without_zoom", "vstar", "vstar_native_options", "vstar_native_options_without_zoom",
+                   "vstar_without_zoom"]
+  assert all((tmp_path / "out" / name / "vlmevalkit.tsv").exists() for name in names)
+
+
+def pieces_of(policy):
+  """What of `setup.Pieces` is asked for."""
+  return SimpleNamespace(policy=policy, step=SimpleNamespace(reward=reward.Config()))
 
 
 @pytest.mark.slow

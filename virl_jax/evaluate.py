@@ -12,8 +12,8 @@ DIR/NAME/ then has meta.json, predictions.jsonl (raw text, boxes, seed), results
 time and give the same command again: it goes on, and ends as if it had not been stopped.
 
 --score needs no model and looks at no picture; --data may be left out where the predictions hold their questions and
-references themselves.  --judge=http://HOST:PORT/v1 --judge_model=NAME has a language model judge answers that are not
-literally the reference (V*, VisualProbe, records, ...); verdicts are kept in DIR/verdicts.jsonl.
+references themselves.  With either, --judge=http://HOST:PORT/v1 --judge_model=NAME has a language model judge answers
+that are not literally the reference (V*, VisualProbe, records, ...); verdicts are kept in DIR/verdicts.jsonl.
 
 It prints the figures, what could not be used and why, and last a line of JSON for each benchmark.
 """
@@ -24,6 +24,7 @@ if __name__ == "__main__":
   from virl_jax.run import signals
   signals.install()
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
@@ -71,20 +72,16 @@ def score(path: str, benchmark: str, data: str | None = None, judge: judge_model
     ValueError: there is no such benchmark, or a file is of no use.
     judge_model.Unreachable: the judge gives no reply.
   """
-  module = named(benchmark)
+  named(benchmark)
   loaded = None if data is None else _usable(data, benchmark, rows_lib.How(need_images=False, seed=None))
   read = predictions.read(path, benchmark, loaded)
-  found = read.predictions
-  if judge is not None:
-    if benchmark in _WITHOUT_JUDGE:
-      raise ValueError(f"--judge must be left out for {benchmark}: it is scored by a rule of its own")
-    found = _judged(read.loaded, found, judge)
-  return module.score(read.loaded, found) | {"benchmark": benchmark}, read
+  return _scored(benchmark, read, judge), read
 
 
 def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: asked.Config = asked.Config(),
              c: config_lib.ConfigDict | None = None, how: rows_lib.How = rows_lib.How(), limit: int = 0,
-             zooms: str = "on") -> list[dict]:
+             zooms: str = "on", options: str = "shuffled", tables: Sequence[str] = (),
+             judge: judge_model.Judge | None = None) -> list[dict]:
   """Asks a policy, and scores what it says.
 
   Args:
@@ -97,44 +94,55 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
     how: how benchmarks are read.
     limit: of each benchmark only so many tasks, the first; 0 for all.
     zooms: "on", "off", or "both", one after the other.
+    options: "shuffled" by `how.seed`, "native", or "both", where a benchmark has the right one in a place of its own.
+    tables: which of `predictions.TABLES` to write, too.
+    judge: as for `score`; the summary is by the rules of the tasks all the same.
 
   Returns:
-    What each benchmark's `score` gives, with "summary" (`outcome.summary`) of the same predictions and, of the second
-    of both, "zooming_gap" (`outcome.difference`), with zooms less without.
+    What each benchmark's `score` gives, for each way it was asked, with "summary" (`outcome.summary`) of the same
+    predictions and, where it was asked without zooms too, "zooming_gap" (`outcome.difference`), with less without.
 
   Raises:
     ValueError: there is no such benchmark or model, or a folder has other predictions.
+    judge_model.Unreachable: the judge gives no reply; what the policy said is kept.
   """
   if len(data) != len(benchmarks):
     raise ValueError(f"--data must have a path for each of the {len(benchmarks)} benchmarks. Received: {len(data)}")
-  there = [_usable(path, name, how) for name, path in zip(benchmarks, data)]
+  seeds = {"shuffled": (how.seed,), "native": (None,), "both": (how.seed, None)}[options]
+  there = [[_usable(path, name, dataclasses.replace(how, seed=seed)) for seed in seeds]
+           for name, path in zip(benchmarks, data)]
   c, loaded, p = _policy(model, c)
   params = sample.weights(loaded.params, p.policy.model, p.policy.mesh)
   header = workdir_lib.header(c)
-  fixed = {"model": model, "step": loaded.step, "options_seed": how.seed, "h0": c.reward.h0, "config": config_lib.flat(
+  fixed = {"model": model, "step": loaded.step, "h0": c.reward.h0, "config": config_lib.flat(
       {section: header["config"][section] for section in ("model", "image", "prompt", "rollout")})}
+  told = {key: header[key] for key in ("versions", "device", "devices")}
   results = []
-  for name, about in zip(benchmarks, there):
-    hosts.say(f"{name}: {about.describe()}")
+  for name, orders in zip(benchmarks, there):
+    hosts.say(f"{name}: {orders[0].describe()}")
     if limit:
-      about = dataclasses.replace(about, tasks=about.tasks[:limit], rejects=())
-    found = {}
-    for zoom in _ZOOMS[zooms]:
-      policy, folder = (p.policy, name) if zoom else (_without_zoom(p.policy), f"{name}_without_zoom")
-      hosts.say(f"asking with{'' if zoom else 'out'} zooms: {len(about.tasks)} tasks")
-      meta = {"fixed": fixed | {"benchmark": name, "zoom": zoom}} | {
-          key: header[key] for key in ("versions", "device", "devices")}
-      entries = asked.ask(policy, params, about.tasks, files.path(out) / folder, cfg, p.step.reward, meta)
-      read = predictions.read(str(files.path(out) / folder / "predictions.jsonl"), name, about)
-      found[zoom] = asked.outcomes(entries, about.tasks)
-      result = named(name).score(read.loaded, read.predictions) | {
-          "benchmark": name, "zoom": zoom, "model": model, "step": loaded.step, "limit": limit,
-          "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap)}
-      if len(found) > 1:
-        result["zooming_gap"] = _gap(found[False], found[True], c)
-      hosts.first(lambda folder=folder, result=result, read=read: _write(files.path(out) / folder, result, read))
-      _tell(result, read)
-      results.append(result)
+      orders = [dataclasses.replace(about, tasks=about.tasks[:limit], rejects=()) for about in orders]
+    for about, seed in zip(orders, seeds):
+      if about is not orders[0] and asked.fingerprint(about.tasks) == asked.fingerprint(orders[0].tasks):
+        continue  # nothing of this benchmark is shuffled
+      found = {}
+      for zoom in _ZOOMS[zooms]:
+        policy = p.policy if zoom else _without_zoom(p.policy)
+        folder = files.path(out) / "_".join([name, *(["native_options"] if about is not orders[0] else []),
+                                             *([] if zoom else ["without_zoom"])])
+        hosts.say(f"{folder.name}: asking {len(about.tasks)} tasks")
+        meta = {"fixed": fixed | {"benchmark": name, "zoom": zoom, "options_seed": seed}} | told
+        entries = asked.ask(policy, params, about.tasks, folder, cfg, p.step.reward, meta)
+        read = predictions.of_rows(entries, str(folder / "predictions.jsonl"), name, about)
+        found[zoom] = asked.outcomes(entries, about.tasks)
+        result = _scored(name, read, judge) | {
+            "zoom": zoom, "options_seed": seed, "model": model, "step": loaded.step, "limit": limit,
+            "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap)}
+        if len(found) > 1:
+          result["zooming_gap"] = _gap(found[False], found[True], c)
+        hosts.first(lambda folder=folder, result=result, read=read: _write(folder, result, read, tables))
+        _tell(result, read)
+        results.append(result)
   return results
 
 
@@ -181,6 +189,23 @@ def _usable(path: str, benchmark: str, how: rows_lib.How) -> rows_lib.Loaded:
   return loaded
 
 
+def _scored(benchmark: str, read: predictions.Read, judge: judge_model.Judge | None) -> dict:
+  """What predictions are worth, by the benchmark's rule or, where that does not take them, by a judge."""
+  if judge is None:
+    return named(benchmark).score(read.loaded, read.predictions) | {"benchmark": benchmark}
+  _judgeable(benchmark)
+  asked_before, unclear_before = judge.asked, judge.unclear
+  result = named(benchmark).score(read.loaded, _judged(read.loaded, read.predictions, judge))
+  return result | {"benchmark": benchmark, "judge": {
+      "model": judge.model, "prompt": judge_model.PROMPT_VERSION, "asked": judge.asked - asked_before,
+      "unclear": judge.unclear - unclear_before}}
+
+
+def _judgeable(benchmark: str) -> None:
+  if benchmark in _WITHOUT_JUDGE:
+    raise ValueError(f"--judge must be left out for {benchmark}: it is scored by a rule of its own")
+
+
 def _judged(loaded: rows_lib.Loaded, found: rows_lib.Predictions, judge: judge_model.Judge) -> rows_lib.Predictions:
   """Predictions with the verdicts of a judge."""
   pairs = [(task, i, p) for task in loaded.tasks if task.answers for i, p in enumerate(found.get(task.uid, ()))]
@@ -192,9 +217,11 @@ def _judged(loaded: rows_lib.Loaded, found: rows_lib.Predictions, judge: judge_m
   return out
 
 
-def _write(folder: epath.Path, result: dict, read: predictions.Read) -> None:
-  """The result, and what each prediction was worth."""
+def _write(folder: epath.Path, result: dict, read: predictions.Read, tables: Sequence[str] = ()) -> None:
+  """The result, and what each prediction was worth; and tables for others' programs."""
   files.make(folder)
+  for name in tables:
+    files.write_text(folder / f"{name}.tsv", predictions.table(read, predictions.TABLES[name]))
   files.write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in result["rows"]))
   lost = {"layout": read.layout, "strange_predictions": list(read.strange),
           "rejected_rows": [dataclasses.asdict(r) for r in read.loaded.rejects],
@@ -234,14 +261,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   several("data", "Each benchmark's own file or folder.")
   text("images", "Folder of the pictures, where they do not lie beside --data.")
   text("out", "Folder for results.")
-  flags.DEFINE_enum("options", "shuffled", ["shuffled", "native"], "Whether options are shuffled where a benchmark has "
-                    "the right one in a place of its own.", flag_values=values)
+  flags.DEFINE_enum("options", "shuffled", ["shuffled", "native", "both"], "Whether options are shuffled where a "
+                    "benchmark has the right one in a place of its own.", flag_values=values)
   number("seed", 0, 0, "Shuffles options, and draws samples.")
   flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 is greedy.", 0.0, flag_values=values)
   number("samples", 1, 1, "Of each task.")
   flags.DEFINE_enum("zoom", "on", list(_ZOOMS), "Whether the policy may zoom; both: one after the other, and the "
                     "difference.", flag_values=values)
   number("slots", 64, 1, "Tasks that are asked at a time.")
+  flags.DEFINE_multi_enum("table", [], list(predictions.TABLES), "Tables of the predictions for others' programs.",
+                          flag_values=values)
   number("limit", 0, 0, "Of each benchmark only so many tasks; 0 for all.")
   text("judge", "Address of an OpenAI-compatible endpoint, http://HOST:PORT/v1, that judges free answers.")
   text("judge_model", "What the endpoint calls the model.")
@@ -255,8 +284,8 @@ def main(argv):
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   if (args.score is None) == (args.model is None) or not args.benchmark:
     raise app.UsageError("--benchmark=NAME and either --score=PREDICTIONS or --model=DIR are needed")
-  if (args.judge is None) != (args.judge_model is None) or args.judge and args.model:
-    raise app.UsageError("--judge and --judge_model go together, and with --score")
+  if (args.judge is None) != (args.judge_model is None):
+    raise app.UsageError("--judge and --judge_model go together")
   if args.model:
     if not args.out or not args.data:
       raise app.UsageError("--model needs --data and --out")
@@ -264,28 +293,32 @@ def main(argv):
     with setup.told():
       hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
       store = os.path.join(args.out, "images") if files.is_local(args.out) else None
-      how = rows_lib.How(args.images, seed=args.seed if args.options == "shuffled" else None, store=store)
+      how = rows_lib.How(args.images, seed=args.seed, store=store)
       cfg = asked.Config(args.seed, args.temperature, args.samples, args.slots)
-      evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit, args.zoom)
+      evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit, args.zoom,
+               args.options, args.table, _judge(args))
     return
   with setup.told():
     if len(args.benchmark) > 1 or len(args.data) > 1:
       raise ValueError("--score must be of one benchmark. Received: "
                        f"{', '.join(args.benchmark)} and {len(args.data)} paths as --data")
-    judge = _judge(args) if args.judge else None
+    judge = _judge(args)
     result, read = score(args.score, args.benchmark[0], args.data[0] if args.data else None, judge)
-    if judge is not None:
-      result["judge"] = {"model": args.judge_model, "prompt": judge_model.PROMPT_VERSION, "asked": judge.asked,
-                         "unclear": judge.unclear}
     if args.out:
-      _write(files.path(args.out) / result["benchmark"], result, read)
+      _write(files.path(args.out) / result["benchmark"], result, read, args.table)
     _tell(result, read)
 
 
-def _judge(args) -> judge_model.Judge:
-  if args.out:
+def _judge(args) -> judge_model.Judge | None:
+  """Whom the flags name; its verdicts are kept where results go, if that is a disk."""
+  if not args.judge:
+    return None
+  for name in args.benchmark:
+    _judgeable(name)
+  cache = ""
+  if args.out and files.is_local(args.out):
     os.makedirs(args.out, exist_ok=True)
-  cache = os.path.join(args.out, "verdicts.jsonl") if args.out else ""
+    cache = os.path.join(args.out, "verdicts.jsonl")
   return judge_model.Judge(judge_model.Config(args.judge, args.judge_model, cache))
 
 

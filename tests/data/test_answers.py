@@ -203,6 +203,11 @@ def test_what_can_be_had_of_a_task():
   assert answers.attainable("vqa", ("red",) * 10) == answers.attainable("number:1%", ("3 km",)) == 1.0
 
 
+def test_blanks_are_not_paid():
+  """As the challenge's script would: it divides by the length of what came."""
+  assert answers.rule("anls")("x" + " " * 1000, ("cat",)) == 0.0 and answers.rule("anls")(" cat ", ("cat",)) == 1.0
+
+
 def test_a_judge_is_asked_about_its_own_tasks_alone():
   tasks = [types.Task(m, b"", "?", ("red",), match=m) for m in ("exact", "judge", "judge")]
   found = [types.Trajectory(task, i, np.zeros(1, np.int32), answer=a) for i, (task, a) in enumerate(

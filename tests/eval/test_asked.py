@@ -16,6 +16,7 @@ from virl_jax.eval import harness
 from virl_jax.eval import outcome
 from virl_jax.rl import reward
 from virl_jax.rollout import turns
+from virl_jax.run import files
 
 META = {"fixed": {"model": "m"}, "versions": {"jax": "x"}}
 
@@ -97,6 +98,15 @@ def test_stopped_anywhere_it_ends_as_if_it_had_not_been(tmp_path, played, cfg):
   played.clear()
   assert len(ask(tmp_path / "whole", these, **cfg)) == 8 * cfg.get("samples", 1)
   assert not played, "nothing is left to ask"
+
+
+def test_on_a_disk_and_in_a_bucket(place, played):
+  folder, these = files.path(place) / "vstar", tasks(5)
+  whole = asked.ask(Policy(), {}, these, folder, asked.Config(slots=2), reward.Config(), META)
+  data = files.read_bytes(folder / "predictions.jsonl")
+  files.write_bytes(folder / "predictions.jsonl", data[:len(data) // 2])
+  assert asked.ask(Policy(), {}, these, folder, asked.Config(slots=2), reward.Config(), META) == whole
+  assert files.read_bytes(folder / "predictions.jsonl") == data
 
 
 def test_what_was_written_is_not_asked_again(tmp_path, played):

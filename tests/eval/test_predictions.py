@@ -5,6 +5,7 @@ import json
 import pytest
 
 from virl_jax import types
+from virl_jax.data import tables
 from virl_jax.eval import predictions
 from virl_jax.eval.benchmarks import docvqa
 from virl_jax.eval.benchmarks import hrbench
@@ -220,3 +221,24 @@ def test_pope_scores_what_was_read(tmp_path):
   read = predictions.read(lines(tmp_path, [{"question_id": i, **row} for i, row in enumerate(rows)]), "pope",
                           pope_tasks(2, ("random",)))
   assert pope.score(read.loaded, read.predictions)["score"] == 1.0
+
+
+def test_tables_for_others_programs(tmp_path):
+  tasks = (task("7", ("blue",), boxes=(types.Box(0, 0, 9, 9),), kind="Perception/OCR"), task("8"), task("9"),
+           types.Task("10", "", "Free,\t\"quoted\"?", ("x",)))
+  said = {"7": [rows_lib.Prediction("B", (types.Box(0.4, 1.6, 3, 4), types.Box(5, 6, 7, 8)))],
+          "8": [rows_lib.Prediction("two\nlines"), rows_lib.Prediction("A")], "10": [rows_lib.Prediction("x")]}
+  read = predictions.Read("ours", loaded(*tasks), said)
+  path = tmp_path / "t.tsv"
+  path.write_text(predictions.table(read, False))
+  found = list(tables.tsv(str(path), ("index", "question", "A", "B", "answer", "category", "prediction")))
+  assert [(r["index"], r["A"], r["B"], r["answer"], r["prediction"]) for r in found] == [
+      ("7", "red", "blue", "B", "B"), ("8", "red", "blue", "A", "two\nlines"), ("10", "", "", "x", "x")]
+  assert found[2]["question"] == "Free,\t\"quoted\"?" and found[0]["category"] == "Perception/OCR"
+  again = predictions.read(str(path), "treebench", read.loaded)
+  assert again.layout == "VLMEvalKit" and texts(again) == {"7": ["B"], "8": ["two\nlines"], "10": ["x"]}
+  path.write_text(predictions.table(read, True))
+  boxed = predictions.read(str(path), "treebench", read.loaded)
+  assert next(tables.tsv(str(path), ()))["prediction"] == (
+      "<think><box>[0,2,3,4]</box><box>[5,6,7,8]</box></think><answer>B</answer>")
+  assert boxed.predictions["7"][0] == rows_lib.Prediction("B", (types.Box(0, 2, 3, 4), types.Box(5, 6, 7, 8)))

@@ -109,6 +109,11 @@ class Judge:
     self._kept = _read(cfg.cache) if cfg.cache else {}
     self.asked = self.unclear = 0
 
+  @property
+  def model(self) -> str:
+    """Who judges."""
+    return self._cfg.model
+
   def verdicts(self, asked: Sequence[Asked]) -> list[float | None]:
     """What each answer is worth: 1, 0, or None where the model said neither yes nor no.
 

@@ -18,7 +18,9 @@ mean the options of their own prompts.
 from __future__ import annotations
 
 from collections.abc import Callable
+import csv
 import dataclasses
+import io
 import os
 import re
 
@@ -33,6 +35,9 @@ from virl_jax.eval.benchmarks import vstar
 
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 _BARE = rows_lib.How(need_images=False, seed=None)
+
+# Tables that others' programs read, and whether where the policy looked stands in the text of a prediction.
+TABLES = {"vlmevalkit": False, "treebench": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,11 @@ def read(path: str, benchmark: str, loaded: rows_lib.Loaded | None) -> Read:
       go with them.
   """
   found = list(tables.tsv(path, ())) if path.endswith(".tsv") else tables.json_rows(path)
+  return of_rows(found, path, benchmark, loaded)
+
+
+def of_rows(found: list, path: str, benchmark: str, loaded: rows_lib.Loaded | None) -> Read:
+  """`read`, of rows that have been read already."""
   first = next((row for row in found if isinstance(row, dict)), {})
   layouts = _LAYOUTS.get(benchmark, ()) + _ALWAYS
   for name, keys, reader in layouts:
@@ -82,6 +92,32 @@ def prediction(raw: str) -> rows_lib.Prediction:
   TreeBench's form."""
   answers = _ANSWER.findall(raw)
   return rows_lib.Prediction(answers[-1].strip() if answers else raw, treebench.written(raw))
+
+
+def table(found: Read, with_boxes: bool) -> str:
+  """Predictions as VLMEvalKit's programs read them: index, question, options, answer, category, prediction.
+
+  Args:
+    found: predictions and tasks; of several samples, the first.
+    with_boxes: whether where the policy looked stands before the answer, whole pixels of the original, in the only form
+      that TreeBench reads: <think><box>[x1,y1,x2,y2]</box></think>.
+
+  Returns:
+    A table with tabs between its columns.
+  """
+  letters = rows_lib.LETTERS[:max((len(t.options or ()) for t in found.loaded.tasks), default=0)]
+  out = io.StringIO()
+  write = csv.writer(out, delimiter="\t", lineterminator="\n").writerow
+  write(["index", "question", *letters, "answer", "category", "prediction"])
+  for task in found.loaded.tasks:
+    for said in found.predictions.get(task.uid, ())[:1]:
+      options = list(task.options or ())
+      answer = next(iter(task.answers), "")
+      right = letters[options.index(answer)] if answer in options else answer
+      boxes = "".join(f"<box>[{','.join(str(round(v)) for v in box)}]</box>" for box in said.boxes)
+      text = f"<think>{boxes}</think><answer>{said.text}</answer>" if with_boxes else said.text
+      write([task.uid, task.question, *options, *[""] * (len(letters) - len(options)), right, task.kind, text])
+  return out.getvalue()
 
 
 class _Found:
@@ -143,9 +179,10 @@ def _collect(name, reader, found, path, loaded) -> Read:
   known = {task.uid for task in about.tasks} | {r.name for r in about.rejects}
   strange = tuple(uid for uid in it.predictions if uid not in known)
   if not set(it.predictions) & known:
+    such = ", ".join(map(repr, strange[:3])) or "; ".join(f"row {r.row}: {r.cause}" for r in rejects[:3])
     raise ValueError(f"{path} must have predictions for the benchmark's tasks. Received: none of {len(found)} rows is "
-                     f"about one ({name}: {', '.join(map(repr, strange[:3])) or 'no row can be used'}; tasks are named "
-                     f"as {', '.join(repr(t.uid) for t in about.tasks[:3])})")
+                     f"about one ({name}: {such or 'no row'}; tasks are named as "
+                     f"{', '.join(repr(t.uid) for t in about.tasks[:3])})")
   return Read(name, about, it.predictions, strange, tuple(rejects))
 
 
