@@ -1,7 +1,9 @@
 """The tiny run of two processes, in all kinds of trouble, started again by a loop each time: what is lost, how it ends.
 
-    python benchmarks/chaos.py                                   # all of it, under an hour
-    python benchmarks/chaos.py --kills=2 --terms=1 --damages=1 --disks=1 --coordinators=1
+    python benchmarks/chaos.py                                   # all of it: an hour and a half with nothing beside it
+    python benchmarks/chaos.py --kills=2 --terms=1 --damages=1 --disks=1 --coordinators=1 --steps=12
+
+What it has found it keeps, run by run: the same command goes on from there.
 
 At random moments a random process gets SIGKILL, or SIGTERM; the coordinator is killed; both are killed and the newest
 checkpoint is damaged (cut short, bytes inverted, its manifest gone); the disk runs full (the workdir's, a small tmpfs,
@@ -16,11 +18,13 @@ run, and its metrics but for times, are in the end those of a run that nobody di
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,6 +46,11 @@ SMALL = ("--config.rollout.prompts=4", "--config.rollout.group_size=4", "--confi
 KINDS = ("kill", "term", "damage", "disk", "coordinator")
 DAMAGES = ("cut short", "inverted", "no manifest")
 TIMES = log_lib.MEASURED
+STEP = re.compile(r"^step +(\d+)/", re.MULTILINE)
+# As tests/conftest.py has them, and for its reasons.
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+  FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 DISK_BYTES = 800 * 2 ** 20
 LONELY_S = 100.0  # a process may outlive the other for so long
 DIGEST = """
@@ -115,6 +124,16 @@ def digest(workdir: pathlib.Path, env: dict[str, str]) -> str:
                         capture_output=True, text=True).stdout.strip().rpartition("\n")[2]
 
 
+def differences(parameters: str, steps: list[dict], others: str, other_steps: list[dict]) -> list[str]:
+  """What tells two runs apart, the first few things of it."""
+  found = [] if parameters == others else ["parameters"]
+  if len(steps) != len(other_steps):
+    found.append(f"{len(steps)} and {len(other_steps)} steps")
+  for a, b in zip(steps, other_steps):
+    found += [f"step {a['step']}: {k} {a.get(k)} and {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+  return found[:8]
+
+
 def damage(folder: pathlib.Path, how: str) -> None:
   """Harms a checkpoint."""
   files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -168,13 +187,13 @@ def event(workdir: pathlib.Path, kind: str, number: int, args, env, rng: random.
   # From the first moment to some steps after the start: what comes before has little to lose.
   moment_s = rng.uniform(0.3, 1.0) * (startup_s + args.span_s) if kind in ("kill", "term", "coordinator") else None
   began = time.monotonic()
-  wanted = len(saved(workdir)) + 1 if kind in ("damage", "disk") else None
   while life.running():
     if moment_s is not None and time.monotonic() - began > moment_s:
       break
-    if wanted is not None and len(steps_of(workdir)) and len(saved(workdir)) >= min(wanted, 2):
+    # A checkpoint to harm, and one to fall back on; and a step of its own, to see where it began.
+    if moment_s is None and begins_at(life.said()) is not None and STEP.search(life.said()) and len(saved(workdir)) > 1:
       break
-    time.sleep(0.02)
+    time.sleep(0.02 if moment_s is not None else 0.2)
   if not life.running():
     codes, _ = life.wait()
     if not any(codes) and "report: " in life.said():
@@ -193,14 +212,21 @@ def event(workdir: pathlib.Path, kind: str, number: int, args, env, rng: random.
   if filler is not None:
     filler.unlink()
   return {"kind": kind, "what": what, "moment_s": moment_s, "codes": codes, "lonely_s": lonely_s, "steps": steps,
-          "saved": whole, "lines": [line for line in said.splitlines() if line.startswith(("error:", "stopped by"))]}
+          "saved": whole, "stepped": bool(STEP.search(said)),
+          "lines": [line for line in said.splitlines() if line.startswith(("error:", "stopped by"))]}
 
 
-def check(found: dict, after: str, args) -> dict:
-  """Adds what the next start has lost, and what is wrong."""
-  resumed = re.search(r"going on from step (\d+)", after)
-  begins = int(resumed[1]) if resumed else 0
-  lost = found["steps"] - begins
+def begins_at(said: str) -> int | None:
+  """The step that a start goes on from, by what it says; None if it has not come so far."""
+  resumed = re.search(r"going on from step (\d+)", said)
+  first = STEP.search(said)
+  return int(resumed[1]) if resumed else int(first[1]) - 1 if first else None
+
+
+def check(found: dict, after: str, begins: int, args) -> dict:
+  """Adds what the next start that came so far has lost, and what is wrong."""
+  # A start that ended before its first step had nothing to lose: its log has steps that an earlier one lost.
+  lost = found["steps"] - begins if found["stepped"] else 0
   most = {"term": 0, "damage": 2 * args.every}.get(found["kind"], args.every)
   wrong = []
   if lost > most:
@@ -231,7 +257,8 @@ def main():
   out.mkdir(parents=True, exist_ok=True)
   env = os.environ | {"VIRL_JAX_CACHE": str(out / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                       "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1",
-                      "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # compiling costs more than running does
+                      "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # compiling costs more than running does
+                      "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()}
   rng = random.Random(args.seed)
   todo = [(kind, i) for kind in KINDS for i in range(getattr(args, f"{kind}s"))]
   rng.shuffle(todo)
@@ -260,24 +287,39 @@ def _run(runs: pathlib.Path, todo: list, rng: random.Random, args, env) -> None:
   if (digest(runs / "whole_1", env), steps_of(runs / "whole_1")) != wanted:
     raise SystemExit("error: two undisturbed runs differ")
   print(f"undisturbed: first step after {startup_s:.0f} s; parameters {wanted[0]}", flush=True)
-  found, ends, n = [], [], 0
+  kept = args.out / "found.jsonl"
+  found = [e for line in kept.read_text().splitlines() for e in json.loads(line)["events"]] if kept.exists() else []
+  ends = [json.loads(line)["same"] for line in kept.read_text().splitlines()] if kept.exists() else []
+  for done in found:
+    todo.remove((done["kind"], done["number"]))
+  n = len(ends)
   while todo:
-    workdir, last = runs / f"run_{n}", None
+    workdir, open_, closed = runs / f"run_{n}", [], []
     n += 1
-    while todo and (got := event(workdir, *todo[-1], args, env, rng, startup_s)) is not None:
-      todo.pop()
-      if last is not None:
-        found.append(check(last, after_of(workdir, last), args))
-        print(f"[{len(found)}] {found[-1]}", flush=True)
-      last = got | {"at": pathlib.Path(f"{workdir}.log").stat().st_size}
-    life = Life(workdir, args, env)
-    codes, _ = life.wait()
-    if last is not None:
-      found.append(check(last, after_of(workdir, last), args))
-      print(f"[{len(found)}] {found[-1]}", flush=True)
-    same = not any(codes) and digest(workdir, env) == wanted[0] and steps_of(workdir) == wanted[1]
-    ends.append(same)
-    print(f"run {n} ended with {codes}, {'as' if same else 'NOT as'} the undisturbed one", flush=True)
+    running = True
+    while running:
+      got = event(workdir, *todo[-1], args, env, rng, startup_s) if todo else None
+      running = got is not None
+      if running:
+        open_.append(got | {"number": todo.pop()[1], "at": pathlib.Path(f"{workdir}.log").stat().st_size})
+      else:
+        life = Life(workdir, args, env)  # to the end, if it is not there
+        codes, _ = life.wait()
+      # Where a start says what it goes on from, those before it are seen to the end.
+      for one in [*open_]:
+        after = after_of(workdir, one)
+        if (begins := begins_at(after)) is None and (running or "report: " not in after):
+          continue
+        open_.remove(one)
+        closed.append(check(one, after, one["steps"] if begins is None else begins, args))
+        print(f"[{len(found) + len(closed)}] {closed[-1]}", flush=True)
+    differs = [] if any(codes) else differences(wanted[0], wanted[1], digest(workdir, env), steps_of(workdir))
+    same = not any(codes) and not open_ and not differs
+    found, ends = found + closed, [*ends, same]
+    with open(kept, "a") as file:
+      file.write(json.dumps({"same": same, "events": closed}) + "\n")
+    print(f"run {n} ended with {codes}, {'as' if same else 'NOT as'} the undisturbed one; {differs}", flush=True)
+    shutil.rmtree(workdir)  # the disk is small
   rows = [[kind, len(these := [f for f in found if f["kind"] == kind]), sum(f["lost"] for f in these),
            max((f["lost"] for f in these), default=0), f"{max((f['lonely_s'] for f in these), default=0):.0f}",
            sum(bool(f["wrong"]) for f in these)] for kind in KINDS]

@@ -9,11 +9,11 @@ collectives are read off.  The model has the widths of the 7B, and few layers: w
 many there are.
 
 The least, received by a device of `fsdp` x `tensor`, for parameters of P elements, 2 bytes each as they are computed
-with, gradients of 4:
+with, gradients too, but for the head's, which are added up in 4:
 
     fsdp    weights of layers come for the forward pass and again for the backward pass, which computes layers again:
-            2 x 2 P (fsdp - 1) / fsdp; the head's once; gradients go once: 4 P (fsdp - 1) / fsdp; all over tensor.  The
-            embedding need not move
+            2 x 2 P (fsdp - 1) / fsdp; the head's once; gradients go once: 2 P (fsdp - 1) / fsdp, 4 of the head; all
+            over tensor.  The embedding need not move
     tensor  two sums of [tokens, D] a layer each way, and two more in what is computed again: 6 x 2 D tokens x
             2 (tensor - 1) / tensor, of the decoder
 
@@ -62,13 +62,18 @@ def config(fsdp: int, tensor: int) -> config_lib.ConfigDict:
   return c
 
 
-def least_gib(fsdp: int, tensor: int) -> float:
-  """What a device must receive; see above."""
-  cfg = model()
+def least_gib(cfg: family.Config, row_tokens: int, fsdp: int, tensor: int) -> float:
+  """What a device must receive for a microbatch, GiB; see above.
+
+  Args:
+    cfg: shapes.
+    row_tokens: of a microbatch, that the device and those it shares its layers with compute.
+    fsdp, tensor: the mesh.
+  """
   one = cfg.text.hidden * cfg.text.vocab  # the embedding, and the head
   layers = params_lib.count(family.of(cfg).specs(cfg)) - 2 * one
-  sharded = ((2 * 2 + 4) * layers + (2 + 4) * one) * (fsdp - 1) / fsdp / tensor
-  sums = 6 * LAYERS * 2 * cfg.text.hidden * ROW_TOKENS * 2 * (tensor - 1) / tensor
+  sharded = ((2 * 2 + 2) * layers + (2 + 4) * one) * (fsdp - 1) / fsdp / tensor
+  sums = 6 * cfg.text.layers * 2 * cfg.text.hidden * row_tokens * 2 * (tensor - 1) / tensor
   return (sharded + sums) / plan.GIB
 
 
@@ -85,10 +90,11 @@ def main():
   args = p.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
   plan.model_of = lambda c: model()
-  rows = []
-  for name in args.topologies.split(","):
-    topology = topologies.parse(name)
-    devices = topologies.devices(topology)
+  rows, wanted = [], [topologies.parse(name) for name in args.topologies.split(",")]
+  for topology in sorted(wanted, key=lambda t: t.count):  # the largest last: a CPU has as many devices as it asks for
+    topologies.prepare(topology)
+  for topology in wanted:
+    name, devices = topology.name, topologies.devices(topology)
     for fsdp, tensor in meshes(topology.count):
       file = args.out / f"{name.replace(':', '_')}_{fsdp}x{tensor}.json"
       if not file.exists():
@@ -96,7 +102,7 @@ def main():
         if not row.compile_s or row.error and not row.peak_gib:
           raise SystemExit(f"error: {name}, fsdp {fsdp} x tensor {tensor}: {row.error}")
         file.write_text(json.dumps(dataclasses.asdict(row)))
-      found, least = json.loads(file.read_text()), least_gib(fsdp, tensor)
+      found, least = json.loads(file.read_text()), least_gib(model(), ROW_TOKENS, fsdp, tensor)
       rows.append({"topology": name, "fsdp": fsdp, "tensor": tensor, "least_gib": least,
                    "received_gib": found["collective_gib"], "kinds": found["collectives"],
                    "compile_s": found["compile_s"]})

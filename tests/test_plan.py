@@ -65,6 +65,7 @@ def test_what_is_said(rows):
   assert all(name in said for name in programs.NAMES) and "XLA" in said
 
 
+@pytest.mark.slow
 def test_what_waits_on_the_host_is_not_the_device_s(of_small, rows):
   """Moments and reference, in the programs and among what there is."""
   devices = topologies.devices(CPU)
@@ -99,6 +100,7 @@ def test_nothing_is_gathered_whole(rows, small):
     assert sum(kept.values()) * plan.GIB < 4096, (name, kept)
 
 
+@pytest.mark.slow
 def test_the_tower_comes_once_for_all_parts_of_the_pictures(of_small, rows):
   """And so does its gradient go."""
   c = made(model__patches_together=16, model__gather_vision=True)

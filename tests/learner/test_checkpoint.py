@@ -312,7 +312,7 @@ def test_in_a_bucket_checkpoints_are_kept_verified_and_put_aside(bucket, capsys)
   saves.close()
 
 
-@pytest.mark.parametrize("gone", ["commit_success.txt", "checksums.json"])
+@pytest.mark.parametrize("gone", [pytest.param("commit_success.txt", marks=pytest.mark.slow), "checksums.json"])
 def test_in_a_bucket_what_a_killed_save_leaves_behind_does_not_count(bucket, gone):
   """Nothing can be renamed there: what is being written has its name already, but is not said to be whole."""
   folder, _ = "gs://my-bucket/run/checkpoints", two("gs://my-bucket/run/checkpoints")

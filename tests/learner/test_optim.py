@@ -292,7 +292,7 @@ def alone():
 
 
 @KINDS
-@pytest.mark.parametrize("offload", [(), ("optimizer",)])
+@pytest.mark.parametrize("offload", [pytest.param((), marks=pytest.mark.slow), ("optimizer",)])
 def test_a_state_stays_where_it_is(alone, kind, offload):
   """On a mesh, in the host's memory or not: the second step finds its program, and numbers are one device's."""
   states, found, compiled = after_two_steps(kind, sharding.make(2, 2, 2), offload)

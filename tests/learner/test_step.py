@@ -254,7 +254,7 @@ def test_masked_rows_leave_the_others_advantages_alone(small, batch):
 
 @pytest.mark.parametrize("sizes, micro, together", [
     pytest.param((8, 1, 1), 1, 0, marks=pytest.mark.slow), pytest.param((1, 8, 1), 1, 0, marks=pytest.mark.slow),
-    ((2, 2, 2), 1, 0), ((1, 2, 4), 2, 0), ((1, 2, 1), 4, 16)])
+    pytest.param((2, 2, 2), 1, 0, marks=pytest.mark.slow), ((1, 2, 4), 2, 0), ((1, 2, 1), 4, 16)])
 def test_several_devices_compute_what_one_does(small, batch, scored, updated, sizes, micro, together):
   """Each sees the images of its own rows alone, some at a time or all; any number of microbatches."""
   mesh = sharding.make(*sizes, devices=jax.devices()[:np.prod(sizes)])
@@ -584,7 +584,8 @@ def parts_of(small, batch):
     dict(advantage=advantage.Config(kind="batch")),
     pytest.param(dict(advantage=advantage.Config(kind="gae")), marks=pytest.mark.slow),
     dict(credit=credit.Config(keep_scale=True)),
-    dict(advantage=advantage.Config(kind="gae"), credit=credit.Config(keep_scale=True))])
+    pytest.param(dict(advantage=advantage.Config(kind="gae"), credit=credit.Config(keep_scale=True)),
+                 marks=pytest.mark.slow)])
 def test_statistics_are_of_the_batch_and_not_of_a_minibatch(small, batch, score, kwargs):
   whole, _ = score(**kwargs)
   parts = score(batches=parts_of(small, batch), **kwargs)

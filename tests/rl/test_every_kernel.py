@@ -247,7 +247,9 @@ def compiled(name: str):
   return jax.jit(kernel), jax.jit(jax.vmap(kernel)), jax.jit(gradients)
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+# Without rounds all is compiled once more.
+@pytest.mark.parametrize("regime", [pytest.param(r, marks=pytest.mark.slow) if r == "no rounds" else r
+                                    for r in REGIMES])
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_slow_loop_plain_compiled_and_mapped(name, regime):
   case, (jitted, mapped, gradients) = CASES[name], compiled(name)

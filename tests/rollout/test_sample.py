@@ -242,7 +242,7 @@ def test_what_is_frozen_is_not_copied_for_rollouts(small):
   assert w.a.dtype == w.b.dtype == jnp.bfloat16 and got["vision"]["patch_embed"] is base["vision"]["patch_embed"]
 
 
-@pytest.mark.parametrize("how", ["plain", "adapters"])
+@pytest.mark.parametrize("how", [pytest.param("plain", marks=pytest.mark.slow), "adapters"])
 def test_rows_on_eight_devices(small, how):
   """Each device appends to its own rows, and nothing else changes."""
   small = adapted(small) if how == "adapters" else small

@@ -94,7 +94,7 @@ def test_a_growing_cache_gives_what_whole_sequences_give(small):
 MANY_SHAPES = {"slots": 7, "decode_ratio": 1.2, "append_ratio": 1.5, "token_steps": 4, "segment_tokens": 1}
 
 
-@pytest.mark.parametrize("how", [{"slots": 1}, MANY_SHAPES], ids=str)
+@pytest.mark.parametrize("how", [pytest.param({"slots": 1}, marks=pytest.mark.slow), MANY_SHAPES], ids=str)
 def test_what_is_sampled_does_not_depend_on_how(small, how):
   script = Script(small.cfg, 2)
   want, _ = script.run(small.cfg, small.params, temperature=1.0)
@@ -107,6 +107,7 @@ def test_what_is_sampled_does_not_depend_on_how(small, how):
         np.testing.assert_allclose(x.logp, y.logp, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_sample_what_one_does(small):
   script = Script(small.cfg, 3, prompts=5)
   want, _ = script.run(small.cfg, small.params, temperature=1.0)

@@ -80,6 +80,51 @@ def test_a_tpu_s_asynchronous_collectives_stand_in_several_places_and_count_once
   assert hlo.traffic(TPU).kinds == {"all-gather": 5 * 64 * 56 * 2 * 63 // 64}
 
 
+WINDOWED = """HloModule m
+
+%begins (p: bf16[1,56]) -> (bf16[1,56], bf16[64,56]) {
+  %ag = bf16[64,56]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=8,'b'=1] {'a'}
+  ROOT %s = (bf16[1,56], bf16[64,56]) custom-call(%ag), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (p: bf16[1,56]) -> (bf16[1,56], bf16[64,56]) {
+  %ag.2 = bf16[64,56]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=8,'b'=1] {'a'}
+  ROOT %s = (bf16[1,56], bf16[64,56]) custom-call(%ag.2), custom_call_target="AsyncCollectiveStep"
+}
+
+%wide.windowed_dot_general_body_ag.1 (p: (bf16[4,16], u32[], bf16[4,16])) -> (bf16[4,16], u32[], bf16[4,16]) {
+  %two = u32[]{:T(128)} constant(2)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %right = (bf16[4,16]{1,0}, bf16[4,16]{1,0}, u32[]) collective-permute-start(%a), channel_id=1
+  %done = bf16[4,16]{1,0} collective-permute-done(%right)
+  %again = (bf16[4,16]{1,0}, bf16[4,16]{1,0}, u32[]) collective-permute-start(%done), channel_id=2
+  %done.2 = bf16[4,16]{1,0} collective-permute-done(%again)
+  %step = (bf16[1,56], bf16[64,56]) fusion(%x), kind=kCustom, calls=%goes_on
+  %next = u32[]{:T(128)} add(%i, %two), metadata={op_name="x"}
+  ROOT %t = (bf16[4,16]{1,0}, u32[]{:T(128)}, /*index=2*/bf16[4,16]{1,0}) tuple(%done.2, %next, /*index=2*/%b)
+}
+
+%wide.windowed_dot_general_cond_ag.1 (p: (bf16[4,16], u32[], bf16[4,16])) -> pred[] {
+  %n = u32[]{:T(128)} constant(8)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: bf16[4,16]) -> bf16[4,16] {
+  %start = (bf16[1,56], bf16[64,56]) fusion(%a), kind=kCustom, calls=%begins
+  ROOT %w = (bf16[4,16], u32[], bf16[4,16]) while(%t0), condition=%wide.windowed_dot_general_cond_ag.1, \
+body=%wide.windowed_dot_general_body_ag.1
+}
+""".replace("\\\n", "")
+
+
+def test_a_product_whose_parts_arrive_in_a_loop_of_its_own():
+  found = hlo.traffic(WINDOWED)
+  # Eight steps in four turns, of two permutes each; what is under way beside it began before the loop, and comes once.
+  assert found.kinds == {"collective-permute": 8 * 4 * 16 * 2, "all-gather": 64 * 56 * 2 * 7 / 8}
+  assert not found.open_kinds  # the loop's length is known
+
+
 @pytest.mark.parametrize("turns", [1, 6])
 def test_a_real_program(turns):
   mesh = sharding.make(1, 8, 1)

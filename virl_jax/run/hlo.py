@@ -22,7 +22,11 @@ _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_BOUND = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_ELEMENT = re.compile(r"get-tuple-element\(.*\), index=(\d+)")
+_COMMENT = re.compile(r"/\*.*?\*/")
+_WINDOWED = "windowed_dot_general"  # a product that is computed while its parts arrive, in a loop of its own
 KERNELS = {"cudnn": ("__cudnn$fmha", "cudnn$fmhaSoftmax", "__cudnn$fhma"), "splash": ("splash",),
            "cache": ("cache_attend",)}
 
@@ -55,12 +59,13 @@ def traffic(text: str) -> Traffic:
   """
   bodies, entry = _computations(text)
   own: dict[str, dict] = {}
-  found: dict[str, Traffic] = {}
+  fused: dict[str, set] = {}
+  found: dict[tuple, Traffic] = {}
 
   def direct(name: str) -> dict[tuple, tuple[str, int, int]]:
     """Collectives of a computation and of the fusions in it, by channel: TPU's asynchronous ones stand in several."""
     if name not in own:
-      own[name] = {}
+      own[name], fused[name] = {}, set()
       for i, line in enumerate(bodies.get(name, ())):
         kind, received, result = _received(line)
         if kind:
@@ -69,21 +74,30 @@ def traffic(text: str) -> Traffic:
         if " fusion(" in line or " call(" in line:
           for other in _called(line):
             own[name] |= direct(other)
+            fused[name] |= direct(other).keys()
     return own[name]
 
-  def of(name: str) -> Traffic:
-    if name in found:
-      return found[name]
-    sums = found[name] = Traffic()
-    for kind, received, result in direct(name).values():
-      sums.kinds[kind] += received
-      sums.largest = max(sums.largest, result)
+  def of(name: str, begun: frozenset = frozenset()) -> Traffic:
+    """What a computation receives, but for those collectives that have begun elsewhere and only go on in it."""
+    if (name, begun) in found:
+      return found[name, begun]
+    sums = found[name, begun] = Traffic()
+    for key, (kind, received, result) in direct(name).items():
+      if key not in begun:
+        sums.kinds[kind] += received
+        sums.largest = max(sums.largest, result)
+    going = set(fused[name])
     for line in bodies.get(name, ()):
       loop, called = " while(" in line, _called(line)
       trips = _trips(line, bodies) if loop else 1
       if not loop and (" fusion(" in line or " call(" in line):  # `direct` has theirs, but for loops in them
         called = [other for other in called if any(" while(" in one for one in bodies.get(other, ()))]
-      for inner in map(of, called):
+      for other in called:
+        direct(other)
+        # Whatever else is on its way meanwhile is waited for beside such a product.
+        windowed = loop and _WINDOWED in other
+        inner = of(other, frozenset(going & fused[other]) if windowed else frozenset())
+        going |= fused[other] if windowed else set()
         for key, value in inner.kinds.items():
           sums.kinds[key] += (trips or 1) * value
         for key, value in (inner.kinds if trips is None else inner.open_kinds).items():
@@ -107,8 +121,24 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
   lines = bodies.get(condition.group(1), []) if condition else []
   bounds = [int(n) for one in lines for n in _BOUND.findall(one)]
   if len(bounds) == 1 and sum("compare(" in one for one in lines) == 1 and not any(" and(" in one for one in lines):
-    return bounds[0]
+    return math.ceil(bounds[0] / _step(line, lines, bodies))
   return None
+
+
+def _step(line: str, condition: list[str], bodies: dict[str, list[str]]) -> int:
+  """What a loop's counter grows by in a turn: by more than 1 where the compiler has put several turns into one."""
+  counter = [_ELEMENT.search(one) for one in condition]
+  body = bodies.get(_BODY.search(line).group(1), [])
+  root = next((_COMMENT.sub("", one) for one in body if one.lstrip().startswith("ROOT") and " tuple(" in one), "")
+  given = root.rpartition(" tuple(")[2].partition(")")[0].split(",")
+  for index in (int(found.group(1)) for found in counter if found):
+    name = given[index].strip() if index < len(given) else ""
+    grown = next((one for one in body if one.lstrip().startswith(f"{name} = ") and " add(" in one), "")
+    for term in grown.rpartition(" add(")[2].partition(")")[0].split(","):
+      constant = next((_BOUND.search(one) for one in body if one.lstrip().startswith(f"{term.strip()} = ")), None)
+      if constant:
+        return max(1, int(constant.group(1)))
+  return 1
 
 
 def kernels(text: str) -> list[str]:
