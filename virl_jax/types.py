@@ -48,7 +48,12 @@ class Task:
     boxes: ground-truth rationale boxes, pixels of the original image; may be empty.
     options: the texts of the options A, B, C ... or None for a free answer.
     kind: the family the task belongs to, for metrics by kind.
-    match: the rule by which an answer is right, a key of `data.answers.RULES`.
+    match: the rule by which an answer is judged; see `data.answers.rule`.
+    source: the set that the record is from, such as "gqa"; "" if nobody said.
+    split: the side of its publisher's split, such as "train".
+    licence: of the record, as its publisher states it; "" if unknown.
+    provenance: what the task is made of, as a hash: of the image file's bytes, the question, the answers, the options,
+      the boxes and the rule; see `data.sources.records`.  The same task has the same wherever it lies; "" if unknown.
   """
 
   uid: str
@@ -59,6 +64,10 @@ class Task:
   options: tuple[str, ...] | None = None
   kind: str = ""
   match: str = "exact"
+  source: str = ""
+  split: str = ""
+  licence: str = ""
+  provenance: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +161,7 @@ class Trajectory:
     stop: why it ended.
     answer: the text inside the answer tag, or None.
     correct: whether `answer` is right by the task's rule; None until `data.answers.grade` has looked.
+    score: what the rule gives, in [0, 1]; None: as `correct` says.
   """
 
   task: Task
@@ -162,6 +172,12 @@ class Trajectory:
   stop: StopReason | None = None
   answer: str | None = None
   correct: bool | None = None
+  score: float | None = None
+
+  @property
+  def worth(self) -> float:
+    """How right the answer is, in [0, 1]."""
+    return float(self.correct if self.score is None else self.score)
 
   @property
   def ids(self) -> np.ndarray:
@@ -234,7 +250,7 @@ class Batch:
     box_mask_BR: bool.
     gt_BJ4: float32, ground-truth boxes in original pixels.
     gt_mask_BJ: bool.
-    answer_B: float32, 1 if the answer is right.
+    answer_B: float32 in [0, 1], how right the answer is: 1 or 0 by most rules; see `data.answers`.
     format_B: float32, 1 if every turn was well formed and the last is an answer.
     answerable_B: bool, True if the task has accepted answers.
     row_mask_B: bool, False on rows that only fill the batch or are masked from the loss.

@@ -165,8 +165,57 @@ def test_trajectories_are_graded_by_the_rule_that_their_task_names(monkeypatch):
   assert all(t.correct is None for t in found), "nobody has looked yet"
   answers.grade(found)
   assert [t.correct for t in found] == [True, False, False, True, True, False]
-  with pytest.raises(ValueError, match="task t: match must be one of exact, shouted. Received: 'anls'"):
-    answers.grade([played("x", match="anls")])
+  with pytest.raises(ValueError, match="task t: match must be one of exact, options, .*, shouted. Received: 'fuzzy'"):
+    answers.grade([played("x", match="fuzzy")])
+
+
+def test_a_rule_that_gives_a_score_says_how_much_the_answer_is_worth():
+  def played(answer, accepted, match):
+    return types.Trajectory(types.Task("t", b"", "?", accepted, match=match), 0, np.zeros(1, np.int32), answer=answer)
+
+  people = ("red",) * 2 + ("blue",) * 8
+  found = [played("red", people, "vqa"), played("blue", people, "vqa"), played("colour", ("color",), "anls"),
+           played("red", ("red, blue, green",), "list"), played("Red.", ("red",), "exact"), played(None, people, "vqa")]
+  assert all(t.score is None for t in found)
+  answers.grade(found)
+  assert [t.score for t in found] == [pytest.approx(0.6), 1.0, pytest.approx(5 / 6), pytest.approx(1 / 3), 1.0, 0.0]
+  assert [t.correct for t in found] == [True, True, True, False, True, False], "from RIGHT on"
+  assert [t.worth for t in found] == [t.score for t in found]
+  by_hand = types.Trajectory(found[0].task, 0, np.zeros(1, np.int32), correct=True)
+  assert by_hand.worth == 1.0, "where nobody gave a score"
+
+
+@pytest.mark.parametrize("match", ["anls:0.5", "exact:", "number:", "number:two", "number:-1", "number:nan", "",
+                                   "judge"])
+def test_rules_that_there_are_not(match):
+  with pytest.raises(ValueError, match="match must be one of|tolerance must be such as|no judge model is set"):
+    answers.grade([types.Trajectory(types.Task("t", b"", "?", ("1",), match=match), 0, np.zeros(1, np.int32))])
+
+
+def test_what_can_be_had_of_a_task():
+  assert answers.attainable("exact", ("cat",)) == 1.0 and answers.attainable("exact", ()) == 0.0
+  assert answers.attainable("options", ("cow",), OPTIONS) == answers.attainable("options", ("cat",)) == 0.0
+  assert answers.attainable("yes_no", ("perhaps",)) == answers.attainable("number", ("many",)) == 0.0
+  for match in ("exact", "options"):
+    assert answers.attainable(match, ("B",), ("B", "A", "C")) == 1.0, "a text that looks like another's letter"
+  assert answers.attainable("vqa", ("one person's",)) == 0.0, "of one person, none of the others said so"
+  assert answers.attainable("vqa", ("red",) * 3 + ("blue",) * 7) == 1.0
+  assert answers.attainable("vqa", ("red",) * 10) == answers.attainable("number:1%", ("3 km",)) == 1.0
+
+
+def test_blanks_are_not_paid():
+  """As the challenge's script would: it divides by the length of what came."""
+  assert answers.rule("anls")("x" + " " * 1000, ("cat",)) == 0.0 and answers.rule("anls")(" cat ", ("cat",)) == 1.0
+
+
+def test_a_judge_is_asked_about_its_own_tasks_alone():
+  tasks = [types.Task(m, b"", "?", ("red",), match=m) for m in ("exact", "judge", "judge")]
+  found = [types.Trajectory(task, i, np.zeros(1, np.int32), answer=a) for i, (task, a) in enumerate(
+      zip(tasks, ("red", "crimson", "blue")))]
+  asked = []
+  answers.grade(found, lambda trajectories: asked.extend(trajectories) or [1.0, 0.25])
+  assert [t.index for t in asked] == [1, 2]
+  assert [(t.score, t.correct) for t in found] == [(1.0, True), (1.0, True), (0.25, False)]
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real records at {REAL}")

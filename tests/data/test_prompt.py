@@ -302,3 +302,8 @@ def test_where_a_call_and_its_box_stand():
   hidden = text.replace("bbox_2d", "bbox\\u005f2d")  # the same key to JSON
   call = prompt.parse(hidden)
   assert call.box == (1, 2, 30, 40) and call.box_chars == call.call_chars
+
+
+def test_where_there_is_no_tool_a_call_is_told_so():
+  found = prompt.parse('<tool_call>{"name": "zoom", "arguments": {}}</tool_call>', {})
+  assert found == prompt.ParseFailure("there is no tool", True)

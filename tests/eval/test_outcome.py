@@ -188,3 +188,9 @@ def test_bad_input_is_named():
     outcome.summary([BASE], 1.5)
   with pytest.raises(ValueError, match="bootstrap .*0"):
     outcome.summary([BASE], 0.4, bootstrap=0)
+
+
+def test_answers_that_are_partly_right_count_as_what_they_are_worth():
+  some = [one(uid="a", correct=True, score=0.6), one(uid="b", correct=False, score=0.3), one(uid="c", correct=True),
+          one(uid="d", correct=True, score=1.0, answerable=False)]
+  assert outcome.summary(some, 0.4, 10)["acc_ans"]["value"] == pytest.approx((0.6 + 0.3 + 1.0) / 3)

@@ -284,3 +284,10 @@ def test_minibatches_are_the_same_however_many_processes_share_the_groups(proces
 def test_groups_must_divide(n, group, minibatches):
   with pytest.raises(ValueError, match=f"{n} trajectories in groups of {group} must divide into {minibatches}"):
     pack.split([types.Trajectory(None, i, None) for i in range(n)], group, minibatches)
+
+
+def test_an_answer_is_paid_what_it_is_worth():
+  task = types.Task("t", b"", "?", ("x",))
+  made = [types.Trajectory(task, i, np.zeros(1, np.int32), correct=right, score=score)
+          for i, (right, score) in enumerate(((True, 0.75), (False, 0.25), (True, None), (False, None)))]
+  np.testing.assert_array_equal(pack.outcomes(made)[0], np.array([0.75, 0.25, 1, 0], np.float32))

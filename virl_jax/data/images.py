@@ -86,22 +86,23 @@ def decode(image: bytes | str | Image.Image, max_pixels: int = Config.decode_max
     raise ValueError(f"image must be a decodable file. Received: {name} ({e})") from e
 
 
-def upright_size(path: str) -> tuple[int, int]:
+def upright_size(image: bytes | str) -> tuple[int, int]:
   """Width and height, pixels, of what `decode` makes of a file, from the file's header.
 
   Args:
-    path: of the image file.
+    image: the file's path, or its bytes.
 
   Raises:
     ValueError: if the file is absent, is no image, is too large for Pillow to open, or of deep grey without a known
       white.
   """
   try:
-    with _opened(path) as im:
+    with _opened(image) as im:
       _grey_bits(im)
       return _upright(im)[0]
   except Exception as e:
-    raise ValueError(f"image must be a readable file. Received: {path} ({e})") from e
+    name = image if isinstance(image, str) else f"{len(image)} bytes"
+    raise ValueError(f"image must be a readable file. Received: {name} ({e})") from e
 
 
 @contextlib.contextmanager

@@ -189,6 +189,8 @@ def _parse_call(text: str, actions: Mapping[str, Any]) -> Any | str:
     return "the tool call is not valid JSON"
   name = call.get("name") if isinstance(call, dict) else None
   if not isinstance(name, str) or name not in actions:
+    if not actions:
+      return "there is no tool"
     return f"the only tool is {next(iter(actions))}" if len(actions) == 1 else f"the tools are {', '.join(actions)}"
   return actions[name].parse(call.get("arguments"), text, (start - len("<tool_call>"), end + len("</tool_call>")))
 

@@ -40,7 +40,7 @@ class Judged:
         uid=t.task.uid, correct=t.correct, ious=self.ious,
         invalid_actions=t.refused, has_boxes=bool(t.task.boxes),
         overlong=t.stop == types.StopReason.OVERLONG, kind=t.task.kind, answerable=bool(t.task.answers),
-        answer=t.answer)
+        answer=t.answer, score=t.score)
 
   @property
   def entry(self) -> dict:

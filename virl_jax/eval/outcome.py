@@ -2,7 +2,7 @@
 
 Each metric is a ratio of two sums over tasks:
 
-    acc_ans              right answers           / tasks with accepted answers
+    acc_ans              scores of answers       / tasks with accepted answers (1 or 0 by most rules)
     acc_rat              actions with IoU >= h0  / actions                      (tasks with boxes)
     hit_rate             tasks with such an action / tasks with boxes
     rationale_count      actions                 / tasks
@@ -45,6 +45,7 @@ class Outcome:
     kind: the task's family.
     answerable: the task has accepted answers.
     answer: what was answered, or None.
+    score: what the task's rule gives for the answer, in [0, 1]; None: as `correct` says.
   """
 
   uid: str
@@ -56,6 +57,7 @@ class Outcome:
   kind: str
   answerable: bool
   answer: str | None = None
+  score: float | None = None
 
 
 def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int = 0) -> dict:
@@ -206,7 +208,7 @@ def terms(outcomes: list[Outcome], h0: float) -> tuple[np.ndarray, np.ndarray]:
     ious = np.asarray(o.ious, np.float32) if o.has_boxes else np.zeros(0, np.float32)
     hits = int((ious >= np.float32(h0)).sum())  # float32 as in the reward, so that the two agree on ties
     parts = {
-        "acc_ans": (o.correct and o.answerable, o.answerable),
+        "acc_ans": (o.answerable * (o.correct if o.score is None else o.score), o.answerable),
         "acc_rat": (hits, len(ious)),
         "hit_rate": (hits > 0, o.has_boxes),
         "rationale_count": (len(o.ious), 1),

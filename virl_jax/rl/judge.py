@@ -111,7 +111,7 @@ def rewards(looks: Looks, answer_B: jax.Array, format_B: jax.Array, cfg: reward.
 
   Args:
     looks: its visual actions.
-    answer_B: float32, 1 if the answer is right.
+    answer_B: float32 in [0, 1], how right the answer is.
     format_B: float32, 1 if every turn was well formed.
     cfg: weights.
 

@@ -288,7 +288,7 @@ def total(answer: jax.Array, format: jax.Array, fidelity_mean: jax.Array, cfg: C
   """The reward of a trajectory: answer, format and fidelity, weighted.
 
   Args:
-    answer: float32 scalar, 1 if the answer is right, else 0.
+    answer: float32 scalar in [0, 1], how right the answer is; see `data.answers`.
     format: float32 scalar, 1 if every turn was well formed, else 0.
     fidelity_mean: float32 scalar, `Fidelity.mean`.
     cfg: the weights.

@@ -275,14 +275,14 @@ def boxes(trajectories: list[types.Trajectory], max_rounds: int, truths: int = 0
 
 
 def outcomes(trajectories: list[types.Trajectory]) -> tuple[np.ndarray, np.ndarray]:
-  """float32[B] each: 1 if the answer is right; 1 if every turn was well formed.
+  """float32[B] each: how right the answer is, in [0, 1]; 1 if every turn was well formed.
 
   Raises:
     ValueError: if `data.answers.grade` has not said yet whether the answers are right.
   """
   if any(t.correct is None for t in trajectories):
     raise ValueError("trajectories must have been graded (data.answers.grade) before they are scored")
-  return (np.array([t.correct for t in trajectories], np.float32),
+  return (np.array([t.worth for t in trajectories], np.float32),
           np.array([well_formed(t) for t in trajectories], np.float32))
 
 

@@ -195,7 +195,7 @@ def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch,
   for i in which:
     traj, (iou_R, class_R, modulator_R, advantage, earned) = trajectories[i], rows[i]
     k = len(traj.regions)
-    parts = {"answer": float(traj.correct), "format": float(pack.well_formed(traj))}
+    parts = {"answer": traj.worth, "format": float(pack.well_formed(traj))}
     found.append(gallery.entry(traj, traj.task.image, iou_R[:k].tolist(), [credit.NAMES[int(v)] for v in class_R[:k]],
                                modulator_R[:k].tolist(), float(advantage), float(earned), parts))
   return found

@@ -23,6 +23,7 @@ from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.data.sources import jsonl
+from virl_jax.data.sources import sets
 from virl_jax.eval import monitors
 from virl_jax.learner import optim
 from virl_jax.learner import step as step_lib
@@ -47,7 +48,7 @@ from virl_jax.run import watch
 from virl_jax.tiny import needle
 from virl_jax.tiny import source as tiny_source
 
-SOURCES = ("needle", "jsonl")
+SOURCES = ("needle", "jsonl", "set")
 # Half a unit in the last place of a weight of 0.01 is 3e-5, and AdamW's updates are about as large as the rate.
 _LEAST_BFLOAT16_RATE = 1e-5
 
@@ -164,8 +165,9 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c.lora, "lora", rank=some, alpha=checks.real(above=0), targets=checks.texts)
   checks.section(c.data, "data", path=checks.text, source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
                  eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"), split_seed=word)
-  checks.need(c.data.source != "jsonl" or c.data.path, "data.path",
-              "the path of a records file when config.data.source is 'jsonl'", c.data.path)
+  for name, what in (("jsonl", "the path of a records file"), ("set", "the folder of a finished set")):
+    checks.need(c.data.source != name or c.data.path, "data.path", f"{what} when config.data.source is {name!r}",
+                c.data.path)
   r = c.rollout
   checks.section(r, "rollout", prompts=count, group_size=count, resample=some, tensor=count, mask_overlong=checks.flag,
                  mask_out_of_rounds=checks.flag)
@@ -343,4 +345,5 @@ def source(c: config_lib.ConfigDict, split: str):
   """The tasks of "train" or "test"."""
   if c.data.source == "needle":
     return tiny_source.load(c.data.path, split, needle.Config(**c.data.needle))
-  return jsonl.load(c.data.path, split, c.data.eval_fraction, c.data.split_seed)
+  kind = sets if c.data.source == "set" else jsonl
+  return kind.load(c.data.path, split, c.data.eval_fraction, c.data.split_seed)

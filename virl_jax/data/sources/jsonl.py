@@ -10,6 +10,7 @@ One object a line:
     options   optional list of the texts of options A, B, C ...; one of the answers must be among them, by its text
               or its letter
     id, task  optional: the record's name, and the family that metrics are split by
+    match     optional: the rule by which its answer is judged (see `data.answers`); "exact" if there is none
 
     width, height  optional, numbers or their digits; only compared with the image's own size, which counts
 
@@ -35,6 +36,7 @@ import PIL.Image
 from virl_jax import types
 from virl_jax.data import answers as answers_lib
 from virl_jax.data import images
+from virl_jax.data.sources import records
 
 SPLITS = ("train", "test", "all")
 _MOST_OPTIONS = 26  # as many as there are letters
@@ -53,6 +55,7 @@ class Source:
     skipped: reason -> number of records of the file that could not be used.
     n_other_size: usable records of the file whose width or height is not the image's.
     digest: see `fingerprint`.
+    rejects: line number, from 1, and reason of each record of the file that could not be used.
   """
 
   path: str
@@ -63,6 +66,7 @@ class Source:
   skipped: dict[str, int]
   n_other_size: int
   digest: str = ""
+  rejects: tuple[tuple[int, str], ...] = ()
 
   def __len__(self) -> int:
     return len(self.tasks)
@@ -108,7 +112,8 @@ def load(path: str, split: str, eval_fraction: float, seed: int) -> Source:
     raise ValueError(f"split must be one of {', '.join(SPLITS)}. Received: {split!r}")
   if not 0.0 < eval_fraction < 1.0:
     raise ValueError(f"eval_fraction must be between 0 and 1. Received: {eval_fraction!r}")
-  tasks, skipped, n_other_size = _read(path)
+  tasks, rejects, n_other_size = _read(path)
+  skipped = collections.Counter(reason for _, reason in rejects)
   if not tasks:
     raise ValueError(f"path must be a file with at least one usable record. "
                      f"Received: {path}, with {_counts(skipped) if skipped else 'no record at all'}")
@@ -118,7 +123,7 @@ def load(path: str, split: str, eval_fraction: float, seed: int) -> Source:
     tasks = [task for task in tasks if (task.image in held_out) == (split == "test")]
   return Source(path=path, split=split, tasks=tuple(tasks), n_records=n_records,
                 n_images=len({task.image for task in tasks}), skipped=dict(sorted(skipped.items())),
-                n_other_size=n_other_size, digest=digest)
+                n_other_size=n_other_size, digest=digest, rejects=tuple(rejects))
 
 
 class _Unusable(Exception):
@@ -126,8 +131,8 @@ class _Unusable(Exception):
 
 
 def _read(path):
-  """The usable tasks of a file, the others counted by reason, and how many state a wrong size."""
-  tasks, skipped, n_other_size, sizes, uids = [], collections.Counter(), 0, {}, set()
+  """The usable tasks of a file, line and reason of each of the others, and how many state a wrong size."""
+  tasks, rejects, n_other_size, sizes, uids = [], [], 0, {}, set()
   for number, line in _lines(path):
     try:
       record = _record(line)
@@ -136,7 +141,7 @@ def _read(path):
         sizes[image] = _size_px(image)
       boxes = tuple(_box(value, sizes[image]) for value in record.get("boxes") or ())
     except _Unusable as reason:
-      skipped[str(reason)] += 1
+      rejects.append((number, str(reason)))
       continue
     uid = f"line {number}" if record.get("id") is None else str(record["id"])
     while uid in uids:  # a task's uid promises to be unique; a file's ids don't
@@ -146,8 +151,9 @@ def _read(path):
     n_other_size += stated != sizes[image]
     tasks.append(types.Task(
         uid=uid, image=image, question=record["question"], answers=tuple(record["answers"]), boxes=boxes,
-        options=tuple(record.get("options") or ()) or None, kind=record.get("task") or "jsonl"))
-  return tasks, skipped, n_other_size
+        options=tuple(record.get("options") or ()) or None, kind=record.get("task") or "jsonl",
+        match=record.get("match") or "exact"))
+  return tasks, rejects, n_other_size
 
 
 def _lines(path):
@@ -181,6 +187,14 @@ def _record(line):
     raise _Unusable(f"more than {_MOST_OPTIONS} options")
   if record["answers"] and record.get("options") and not answers_lib.right(record["answers"], record["options"]):
     raise _Unusable("no answer among the options")
+  if record.get("match") and record["answers"]:
+    options = tuple(record.get("options") or ()) or None
+    try:
+      best = answers_lib.attainable(record["match"], tuple(record["answers"]), options)
+    except ValueError as error:
+      raise _Unusable("no such match") from error
+    if not best:
+      raise _Unusable("no answer that its match can take")
   return record
 
 
@@ -221,8 +235,8 @@ def _digest(path, tasks):
 
 def _held_out(path, tasks, eval_fraction, seed):
   """The images of the test side: the first of a shuffled list, up to the nearest to the fraction."""
-  records = collections.Counter(task.image for task in tasks)
-  if len(records) < 2:
+  counts = collections.Counter(task.image for task in tasks)
+  if len(counts) < 2:
     raise ValueError("path must have usable records on at least 2 images for a train and a test split. "
                      f"Received: {path}, with 1 image")
   folder = os.path.realpath(os.path.dirname(path))
@@ -231,19 +245,9 @@ def _held_out(path, tasks, eval_fraction, seed):
     name = os.path.relpath(image, folder)  # so that the folder can move without changing the split
     return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
-  ranked = sorted(records, key=rank)
-  held = np.cumsum([records[image] for image in ranked[:-1]])
+  ranked = sorted(counts, key=rank)
+  held = np.cumsum([counts[image] for image in ranked[:-1]])
   return set(ranked[:1 + int(np.argmin(np.abs(held - eval_fraction * len(tasks))))])
-
-
-def _is_text(value):
-  if not isinstance(value, str) or not value.strip() or "\0" in value:
-    return False
-  try:
-    value.encode("utf-8")  # JSON can spell lone surrogates, which no tokenizer takes
-  except UnicodeEncodeError:
-    return False
-  return True
 
 
 def _is_list(value):
@@ -251,17 +255,18 @@ def _is_list(value):
 
 
 def _is_texts(value):
-  return _is_list(value) and all(_is_text(item) for item in value)
+  return _is_list(value) and all(records.is_text(item) for item in value)
 
 
 _CHECKS = {
-    "image": _is_text,
-    "question": _is_text,
+    "image": records.is_text,
+    "question": records.is_text,
     "answers": _is_texts,
     "boxes": lambda value: value is None or _is_list(value),
     "options": lambda value: value is None or _is_texts(value),
-    "task": lambda value: value is None or _is_text(value),
-    "id": lambda value: value is None or isinstance(value, int) or _is_text(value),
+    "task": lambda value: value is None or records.is_text(value),
+    "match": lambda value: value is None or records.is_text(value),
+    "id": lambda value: value is None or isinstance(value, int) or records.is_text(value),
 }
 
 

@@ -1,0 +1,173 @@
+"""Finished sets: what is written is read back, by us and by tensorflow-datasets; both sides are dealt by image."""
+
+import collections
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from virl_jax import types
+from virl_jax.data.sources import records
+from virl_jax.data.sources import sets
+
+
+def a_task(number: int, image: str | bytes = "", **fields) -> types.Task:
+  image = image or f"img/{number % 7}.jpg"
+  boxes = (types.Box(1, 2.5, 3, 4), types.Box(0, 0, number + 1, 9))[:number % 3]
+  made = types.Task(uid=f"t{number}", image=image, question=f"wie groß ist {number}?", answers=("a", "a", "b "),
+                    boxes=boxes, options=("b", "a", "c") if number % 2 else None, kind="k", source="gqa", split="train",
+                    licence="CC BY 4.0")
+  made = dataclasses.replace(made, **fields)
+  digest = records.provenance(digest_of(made), made.question, made.answers, made.options, made.boxes, made.match)
+  return dataclasses.replace(made, provenance=digest)
+
+
+def digest_of(task: types.Task) -> str:
+  return records.digest(task.image if isinstance(task.image, bytes) else task.image.encode())
+
+
+def write(folder, tasks, parts=3, name="gqa", root="", split="train"):
+  folder.mkdir(parents=True, exist_ok=True)
+  cut = [tasks[i::parts] for i in range(parts)]
+  made = [sets.write_part(folder / f"part-{i}", some, map(digest_of, some)) for i, some in enumerate(cut)]
+  sets.finish(folder, name, split, made, root, {"n": len(tasks)})
+  return [task for some in cut for task in some]
+
+
+def at(root, task):
+  return dataclasses.replace(task, image=os.path.join(root, task.image)) if isinstance(task.image, str) else task
+
+
+def test_a_task_comes_back_as_it_was():
+  for task in (a_task(1), a_task(2), a_task(0, boxes=(), answers=()), a_task(5, image=b"\xff\xd8\x00jpeg")):
+    assert sets.decode(sets.encode(task), "") == task
+  assert sets.decode(sets.encode(a_task(3)), "/raw").image == "/raw/img/3.jpg"
+  with pytest.raises(ValueError, match="t3: image must be an encoded file.*Received: ndarray"):
+    sets.encode(dataclasses.replace(a_task(3), image=np.zeros((2, 2))))
+
+
+def test_a_set_is_read_back_lazily_and_in_order(tmp_path):
+  (tmp_path / "raw").mkdir()
+  tasks = write(tmp_path / "out", [a_task(i) for i in range(20)] + [a_task(20, b"bytes")], root=str(tmp_path / "raw"))
+  source = sets.load(tmp_path / "out", "all", 0.2, 0)
+  assert [source.task(i) for i in range(len(source))] == [at(tmp_path / "raw", task) for task in tasks]
+  assert len(source.tasks) == 21 and source.tasks[-1] == source.task(20)
+  assert source.tasks[1:3] == [source.task(1), source.task(2)] and source.about == [{"n": 21}]
+  assert source.describe() == f"set {tmp_path / 'out'}: all split has 21 of 21 tasks, on 8 images"
+
+
+def test_tensorflow_datasets_reads_it_as_its_own(tmp_path):
+  """In a process of its own: TensorFlow must not come with it."""
+  tasks = write(tmp_path / "out", [a_task(i) for i in range(5)], root=str(tmp_path))
+  code = f"""
+import sys, tensorflow_datasets as tfds
+source = tfds.builder_from_directory({str(tmp_path / 'out')!r}).as_data_source("train")
+for row in source:
+  answers = [text.decode() for text in row["answers"]]
+  print(answers, row["boxes"].tolist(), row["question"].decode(), row["image_path"].decode())
+assert "tensorflow" not in sys.modules
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout.splitlines() == [
+      f"{list(t.answers)} {[list(map(float, b)) for b in t.boxes]} {t.question} {t.image}" for t in tasks]
+
+
+def test_what_is_stored_is_the_spec(tmp_path):
+  task = a_task(5)
+  got = sets.features().deserialize_example_np(sets.encode(task))
+  assert sets.features().serialize_example(sets.features().encode_example(got))  # they know each field
+  assert set(got) == {*sets.TEXTS, *sets.LISTS, "image", "image_path", "boxes"}
+  assert {f.name for f in dataclasses.fields(types.Task)} <= set(got)
+
+
+def test_the_same_tasks_give_the_same_bytes_and_another_folder_the_same_fingerprint(tmp_path):
+  tasks = [a_task(i) for i in range(9)]
+  for name in ("a", "b"):
+    write(tmp_path / name, tasks, root=str(tmp_path))
+  files = lambda name: {p.name: p.read_bytes() for p in (tmp_path / name).glob("*array_record*")}
+  assert files("a") == files("b") and len(files("a")) == 3
+  of = lambda name, split="all": sets.load(tmp_path / name, split, 0.3, 1).fingerprint()
+  assert of("a") == of("b") == of("b", "test")
+  write(tmp_path / "c", tasks[:-1], root=str(tmp_path))
+  assert of("c") != of("a")
+
+
+def test_sides_are_dealt_by_image(tmp_path):
+  write(tmp_path / "s", [a_task(i, image=f"{i % 50}.jpg") for i in range(200)], root=str(tmp_path))
+  train, test, whole = (sets.load(tmp_path / "s", split, 0.25, 3) for split in sets.SPLITS)
+  images = [{task.image for task in source.tasks} for source in (train, test, whole)]
+  assert not images[0] & images[1] and images[0] | images[1] == images[2] and len(images[2]) == 50
+  assert len(train) + len(test) == len(whole) == 200 and abs(len(test) - 50) <= 4
+  assert len(set(test.image_N.tolist())) == len(images[1])
+  other = sets.load(tmp_path / "s", "test", 0.25, 4)
+  assert {t.image for t in other.tasks} != images[1]
+  # each image is held out about as often as the share says
+  held = collections.Counter(t.image for seed in range(40) for t in sets.load(tmp_path / "s", "test", 0.25, seed).tasks)
+  assert len(held) == 50 and max(held.values()) < 4 * 40 * 0.65
+
+
+def test_a_folder_of_sets_is_read_one_after_the_other(tmp_path):
+  for name, raw in (("b", "raw_b"), ("a", "raw_a")):
+    (tmp_path / raw).mkdir()
+    write(tmp_path / "all" / name, [a_task(i) for i in range(4)], root=str(tmp_path / raw))
+  source = sets.load(tmp_path / "all", "all", 0.5, 0)
+  assert [os.path.relpath(t.image, tmp_path).partition("/")[0] for t in source.tasks] == ["raw_a"] * 4 + ["raw_b"] * 4
+
+
+def test_a_set_and_its_raw_folder_move_together(tmp_path):
+  (tmp_path / "one" / "raw").mkdir(parents=True)
+  write(tmp_path / "one" / "set", [a_task(i) for i in range(4)], root=str(tmp_path / "one" / "raw"))
+  shutil.move(tmp_path / "one", tmp_path / "two")
+  assert os.path.realpath(os.path.dirname(sets.load(tmp_path / "two" / "set", "all", 0.5, 0).task(0).image)
+                          ) == str(tmp_path / "two" / "raw" / "img")
+  shutil.rmtree(tmp_path / "two" / "raw")
+  with pytest.raises(ValueError, match="the images of .*set lie in .*raw, which is no folder any more.*embed"):
+    sets.load(tmp_path / "two" / "set", "all", 0.5, 0)
+
+
+def test_an_end_that_was_cut_off_is_repeated(tmp_path):
+  folder = tmp_path / "s"
+  folder.mkdir()
+  parts = [sets.write_part(folder / f"p{i}", [a_task(i)], [digest_of(a_task(i))]) for i in range(3)]
+  os.replace(folder / "p0", folder / "gqa-train.array_record-00000-of-00003")  # as far as it came
+  (folder / "gqa-train.array_record-00000-of-00007").write_bytes(b"of an earlier build")
+  for _ in range(2):
+    sets.finish(folder, "gqa", "train", parts, "", {})
+  assert [t.uid for t in sets.load(folder, "all", 0.5, 0).tasks] == ["t0", "t1", "t2"]
+
+
+def test_a_set_that_is_half_replaced_is_none(tmp_path, monkeypatch):
+  write(tmp_path / "s", [a_task(i) for i in range(6)])
+  monkeypatch.setattr(np, "save", lambda *args: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    write(tmp_path / "s", [a_task(i) for i in range(6, 12)])
+  with pytest.raises(ValueError, match="must be a finished set"):
+    sets.load(tmp_path / "s", "all", 0.5, 0)
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda f: (f / "dataset_info.json").unlink(), "must be a finished set: a folder with dataset_info.json"),
+    (lambda f: (f / "index.npy").write_bytes(b"nonsense"), "must be a finished set, as `curate build` writes it"),
+    (lambda f: next(f.glob("*-00001-of-*")).unlink(), "with all of its 3 array_record files. .* with 2"),
+    (lambda f: shutil.rmtree(f), "which is no folder")])
+def test_what_is_not_whole_is_refused(damage, said, tmp_path):
+  write(tmp_path / "s", [a_task(i) for i in range(6)])
+  damage(tmp_path / "s")
+  with pytest.raises(ValueError, match=said):
+    sets.load(tmp_path / "s", "all", 0.5, 0)
+
+
+def test_bad_arguments_are_refused(tmp_path):
+  write(tmp_path / "s", [a_task(0), a_task(7)])
+  with pytest.raises(ValueError, match="split must be one of train, test, all. Received: 'val'"):
+    sets.load(tmp_path / "s", "val", 0.5, 0)
+  with pytest.raises(ValueError, match="eval_fraction must be between 0 and 1"):
+    sets.load(tmp_path / "s", "all", 1.0, 0)
+  with pytest.raises(ValueError, match="at least 2 images .* with 1"):
+    sets.load(tmp_path / "s", "train", 0.5, 0)
+  with pytest.raises(ValueError, match="at least one task"):
+    sets.finish(tmp_path / "none", "gqa", "train", [], "", {})

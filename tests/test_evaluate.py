@@ -1,0 +1,197 @@
+"""The command: predictions of others without a model, and a policy's own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+from absl import app
+from absl import flags
+import numpy as np
+import pytest
+
+from configs import tiny
+from tests.data.test_judge_model import Server
+from tests.eval.test_benchmarks import picture
+from tests.eval.test_benchmarks import pope_file
+from tests.eval.test_benchmarks import vstar_json
+from virl_jax import config
+from virl_jax import evaluate
+from virl_jax import types
+from virl_jax.data import answers
+from virl_jax.data import images
+from virl_jax.data import judge_model
+from virl_jax.data import prompt
+from virl_jax.eval import asked
+from virl_jax.eval import harness
+from virl_jax.rl import reward
+from virl_jax.rollout import turns
+from virl_jax.run import load
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(*args, cwd=ROOT):
+  return subprocess.run([sys.executable, "-m", "virl_jax.evaluate", *map(str, args)], cwd=cwd, capture_output=True,
+                        text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
+
+
+@pytest.fixture
+def pope(tmp_path):
+  data = pope_file(tmp_path / "pope" / "coco_pope_random.json", [("cup", "yes"), ("dog", "no"), ("cat", "maybe")])
+  path = tmp_path / "p.jsonl"
+  path.write_text("".join(json.dumps({"uid": f"coco/random/{i}", "answer": text}) + "\n"
+                          for i, text in ((1, "Yes"), (2, "Yes"), (9, "No"))))
+  return data, path
+
+
+def test_scores_are_printed_and_written(tmp_path, pope):
+  data, path = pope
+  done = command(f"--score={path}", "--benchmark=pope", f"--data={data}", f"--out={tmp_path / 'out'}")
+  assert done.returncode == 0, done.stderr
+  *told, last = done.stdout.splitlines()
+  result = json.loads(last)
+  assert result["figures"]["splits"]["coco/random"]["F1"] == pytest.approx(2 / 3) and "rows" not in result
+  assert result["evaluated"] == {"rows": 3, "rejected": 1, "without_answers": 0, "without_prediction": 0,
+                                 "share": 2 / 3}
+  assert "  2 of 3 rows evaluated (66.67 %): 1 rejected" in told
+  assert any("1 cannot: label is neither yes nor no: row 3 (coco_pope_random.json 3)" in line for line in told)
+  assert "  predictions for no row: coco/random/9" in told
+  written = json.loads((tmp_path / "out" / "pope" / "results.json").read_text())
+  assert written.items() >= result.items() and written["strange_predictions"] == ["coco/random/9"]
+  rows = [json.loads(line) for line in (tmp_path / "out" / "pope" / "rows.jsonl").read_text().splitlines()]
+  assert [(r["uid"], r["score"]) for r in rows] == [("coco/random/1", 1.0), ("coco/random/2", 0.0)]
+
+
+def here(monkeypatch, *args):
+  """The command, in this process."""
+  values = flags.FlagValues()
+  evaluate.define_flags(values)
+  monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, args)])
+  values(sys.argv)
+  monkeypatch.setattr(flags, "FLAGS", values)
+  evaluate.main(["evaluate"])
+
+
+@pytest.mark.parametrize("args, said", [
+    (("--benchmark=mmbench", "--score={path}"), "error: --benchmark must be one of vstar, .*Received: mmbench"),
+    (("--benchmark=pope", "--score={path}"), r"error: .* must come with the benchmark's own files \(--data\)"),
+    (("--benchmark=pope", "--score=nothing.jsonl", "--data={data}"), "error: nothing.jsonl must be a file that can be"),
+    (("--benchmark=pope", "--score={path}", "--data={path}"), "error: .* must have rows of pope that can be used"),
+    (("--benchmark=pope,vstar", "--score={path}", "--data={data}"), "error: --score must be of one benchmark"),
+    (("--benchmark=pope", "--model=@tiny", "--data={data},x", "--out=o"), "error: --data must have a path for each"),
+    (("--benchmark=pope", "--model=@tiny", "--data={data}", "--out=o", "--samples=2"), "samples must be 1 at temper"),
+    (("--benchmark=pope", "--model=@tiny", "--data={data}", "--out=o"), "that can be used. Received: 0 of 3 rows"),
+    (("--benchmark=pope", "--score={path}", "--data={data}", "--judge=http://h/v1", "--judge_model=m"),
+     "error: --judge must be left out for pope")])
+def test_a_slip_is_a_line(pope, monkeypatch, args, said):
+  data, path = pope
+  with pytest.raises(SystemExit, match=said):
+    here(monkeypatch, *(a.format(data=data, path=path) for a in args))
+
+
+@pytest.mark.parametrize("args, said", [
+    (("--benchmark=pope",), "either --score=PREDICTIONS or --model=DIR"), (("--score=x",), "--benchmark=NAME and"),
+    (("--score=x", "--model=y", "--benchmark=pope"), "either --score"),
+    (("--model=y", "--benchmark=pope"), "--model needs --data and --out"),
+    (("--score=x", "--benchmark=vstar", "--judge=http://h/v1"), "--judge and --judge_model go together")])
+def test_how_it_is_used(monkeypatch, args, said):
+  with pytest.raises(app.UsageError, match=said):
+    here(monkeypatch, *args)
+
+
+def test_a_judge_decides_what_the_rule_refuses(tmp_path):
+  server = Server()
+  try:
+    data = tmp_path / "v.json"
+    data.write_text(json.dumps([{"problem": f"q{i}", "solution": "red", "images": "a.png"} for i in range(3)]))
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"uid": f"row {i + 1}", "answer": text}) + "\n"
+                            for i, text in enumerate(("crimson", "blue", "Red."))))
+    judge = judge_model.Judge(judge_model.Config(server.url, "judge", str(tmp_path / "verdicts.jsonl")))
+    plain, _ = evaluate.score(str(path), "visualprobe", str(data))
+    judged, _ = evaluate.score(str(path), "visualprobe", str(data), judge)
+    assert [r["score"] for r in plain["rows"]] == [0, 0, 1] and [r["score"] for r in judged["rows"]] == [1, 0, 1]
+    assert len(server.bodies) == 2, "what is literally right is not asked"
+    assert judged["judge"] == {"model": "judge", "prompt": judge_model.PROMPT_VERSION, "asked": 2, "unclear": 0}
+    assert "judge" not in plain
+  finally:
+    server.close()
+
+
+def test_a_dead_judge_is_an_error_and_no_wrong_answer(tmp_path):
+  path = tmp_path / "d.jsonl"
+  path.write_text(json.dumps({"input_image": "direct_attributes/a.jpg", "test_type": "direct_attributes",
+                              "question": "?", "options": ["x", "y"], "output": 1}) + "\n")
+  judge = judge_model.Judge(judge_model.Config("http://127.0.0.1:9/v1", "m", tries=1))
+  with pytest.raises(judge_model.Unreachable):
+    evaluate.score(str(path), "vstar", None, judge)
+
+
+def test_every_way_of_asking(tmp_path, monkeypatch):
+  """A policy that always says A, on V*, whose right option is always A until it is shuffled; and on POPE."""
+  for i in range(6):
+    vstar_json(tmp_path / "vstar" / "direct_attributes" / f"x{i}.json")
+    (tmp_path / "vstar" / "direct_attributes" / f"x{i}.jpg").write_bytes(picture())
+  pope_file(tmp_path / "pope" / "coco_pope_random.json", [("cup", "yes"), ("dog", "no")])
+  (tmp_path / "pope" / "a.png").write_bytes(picture())
+  asked_of = []
+
+  def run(policy, params, tasks, key, slots, temperature, cfg):
+    asked_of.append((len(tasks), len(policy.actions), policy.prompt.describe_tool))
+    made = [types.Trajectory(t, i, np.zeros(1, np.int32), [], [], types.StopReason.ANSWERED, "A")
+            for i, t in enumerate(tasks)]
+    answers.grade(made)
+    return [harness.Judged(t, (), ()) for t in made]
+
+  c = config.default()
+  policy = turns.Policy(None, None, prompt.Config(), images.Config(), turns.Config(), None)
+  loaded = load.Loaded(None, {}, {}, "")
+  monkeypatch.setattr(load.Loaded, "params", {})
+  monkeypatch.setattr(evaluate, "_policy", lambda model, given: (c, loaded, pieces_of(policy)))
+  monkeypatch.setattr(evaluate.sample, "weights", lambda *args: {})
+  monkeypatch.setattr(turns, "check", lambda policy, task: None)
+  monkeypatch.setattr(harness, "run", run)
+  cfg = asked.Config(slots=4)
+  found = evaluate.evaluate("m", ["vstar", "pope"], [str(tmp_path / "vstar"), str(tmp_path / "pope")],
+                            str(tmp_path / "out"), cfg, zooms="both", options="both", tables=("vlmevalkit",))
+  told = [(r["benchmark"], r["zoom"], r["options_seed"]) for r in found]
+  assert told == [("vstar", True, 0), ("vstar", False, 0), ("vstar", True, None), ("vstar", False, None),
+                  ("pope", True, 0), ("pope", False, 0)], "nothing of POPE is shuffled"
+  assert found[2]["score"] == found[3]["score"] == 1.0 > found[0]["score"] == found[1]["score"]
+  assert {(actions, described) for _, actions, described in asked_of} == {(1, True), (0, False)}
+  assert found[3]["zooming_gap"]["acc_ans"]["value"] == 0.0 and "zooming_gap" not in found[2]
+  names = sorted(p.name for p in (tmp_path / "out").iterdir())
+  assert names == ["pope", "pope_without_zoom", "vstar", "vstar_native_options", "vstar_native_options_without_zoom",
+                   "vstar_without_zoom"]
+  assert all((tmp_path / "out" / name / "vlmevalkit.tsv").exists() for name in names)
+
+
+def pieces_of(policy):
+  """What of `setup.Pieces` is asked for."""
+  return SimpleNamespace(policy=policy, step=SimpleNamespace(reward=reward.Config()))
+
+
+@pytest.mark.slow
+def test_a_policy_s_own(tmp_path):
+  """The tiny base on needle: it reads nothing from there, and writes what another run goes on with."""
+  c = tiny.get_config()
+  cfg, out = asked.Config(slots=8), str(tmp_path / "out")
+  ask = lambda out, **more: evaluate.evaluate("@tiny", ["needle"], ["-"], out, cfg, c, limit=12, **more)
+  result, without = ask(out, zooms="both")
+  assert result["n"] == 12 and result["evaluated"]["share"] == 1.0 and result["limit"] == 12
+  assert result["score"] == pytest.approx(result["summary"]["acc_ans"]["value"]), "the benchmark's rule is the task's"
+  assert result["summary"]["rationale_count"]["value"] > 0
+  file = tmp_path / "out" / "needle" / "predictions.jsonl"
+  whole = file.read_bytes()
+  file.write_bytes(whole[:len(whole) * 3 // 4])
+  assert ask(out) == [result] and file.read_bytes() == whole
+  again, read = evaluate.score(str(file), "needle", "-")
+  assert again["score"] == result["score"] and read.layout == "ours"
+  assert again["evaluated"]["without_prediction"] == 500
+  assert (result["zoom"], without["zoom"]) == (True, False)
+  assert without["summary"]["rationale_count"]["value"] == 0 and without["zooming_gap"]["n"] == 12
+  assert without["zooming_gap"]["acc_ans"]["value"] == pytest.approx(result["score"] - without["score"])
+  assert (tmp_path / "out" / "needle_without_zoom" / "results.json").exists()

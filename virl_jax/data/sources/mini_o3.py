@@ -1,0 +1,56 @@
+"""VisualProbe, as Mini-o3 trains on it: a JSON list.
+
+    *.json    [{images: [PATH], problem: "<image>...", solution, doc_id, data_source}]
+
+Images are relative to the folder of the file.  There are no boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import os
+
+from virl_jax.data.sources import fields
+from virl_jax.data.sources import records
+from virl_jax.data.sources import stream
+
+NAME = "mini_o3"
+SPLITS = ("train", "val", "test")
+LICENCE = ""
+WANTED = "*.json, lists of {images, problem, solution}"
+_FIELDS = ("images", "problem", "solution")
+
+
+def files(root: str, split: str) -> list[str]:
+  """The JSON files of a split; see `stream.splits`.
+
+  Raises:
+    ValueError: there are none.
+  """
+  return stream.splits(root, split, "json", "VisualProbe's lists")
+
+
+def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
+  """The records.
+
+  Raises:
+    ValueError: nothing is there, or a file is of another kind or ends early.
+  """
+  for path in files(root, split):
+    ids = set()
+    for where, item in stream.listed(path, _FIELDS):
+      if isinstance(item, records.Reject):
+        yield item
+        continue
+      try:
+        question, options = fields.question(item["problem"])
+        name, family = item.get("doc_id"), fields.texts(item.get("data_source"))
+        # doc_id is 0 wherever nobody gave one.
+        uid = where if name in (None, 0, "0") or name in ids else f"{os.path.basename(path)}/{name}"
+        ids.add(name)
+        yield records.Raw(
+            uid=uid, image=fields.beside(root, path, fields.picture(item["images"])), question=question,
+            answers=fields.answer(item["solution"], options), options=options,
+            kind=f"mini_o3_{family[0]}" if family else NAME, source=NAME, split=split, licence=LICENCE)
+      except (fields.Unusable, TypeError) as error:
+        yield fields.reject(where, error)

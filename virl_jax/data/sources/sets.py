@@ -1,0 +1,342 @@
+"""Finished sets of tasks: what `curate build` and curation write, and what training reads.
+
+A set is a folder that tensorflow-datasets reads as one of its own, without TensorFlow:
+
+    dataset_info.json, features.json        tensorflow-datasets' own; written last, so that a set is whole or none
+    NAME-SPLIT.array_record-00000-of-00004  the tasks, as `FEATURES` has them
+    index.npy                               of each task, in order: its image and its provenance, as hashes
+    set.json                                the raw folder that images lie in, and what the writer wants kept
+
+or a folder of such folders, one for each source, which are read one after the other, in the order of their names.
+An image is its encoded file, or a path relative to the raw folder.  Boxes are stored in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from virl_jax import types
+
+SPLITS = ("train", "test", "all")
+# The fields of `types.Task`, but for the picture itself.  `image` holds an encoded file or nothing, `image_path` a path
+# or nothing; `has_options` tells a task without options from one whose options are none.
+TEXTS = ("uid", "question", "kind", "match", "source", "split", "licence", "provenance")
+LISTS = ("answers", "options")
+INDEX = np.dtype([("image", "<u8"), ("provenance", "S16")])
+_INFO, _META, _INDEX = "dataset_info.json", "set.json", "index.npy"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Some of a set's tasks, written; see `write_part`.
+
+  Attributes:
+    path: the array_record file.
+    index_N: see `INDEX`.
+  """
+
+  path: str
+  index_N: np.ndarray
+
+
+def encode(task: types.Task) -> bytes:
+  """A task as tensorflow-datasets stores it: a serialised tf.train.Example of `features()`.
+
+  Raises:
+    ValueError: its picture is decoded.
+  """
+  if not isinstance(task.image, (bytes, str)):
+    raise ValueError(f"task {task.uid}: image must be an encoded file's bytes or a path to be stored. "
+                     f"Received: {type(task.image).__name__}")
+  example = _proto().Example()
+  fields = example.features.feature
+  for name in TEXTS:
+    fields[name].bytes_list.value.append(getattr(task, name).encode())
+  for name in LISTS:
+    fields[name].bytes_list.value.extend([text.encode() for text in getattr(task, name) or ()])
+  is_path = isinstance(task.image, str)
+  fields["image"].bytes_list.value.append(b"" if is_path else task.image)
+  fields["image_path"].bytes_list.value.append(os.fsencode(task.image) if is_path else b"")
+  fields["boxes"].float_list.value.extend([side for box in task.boxes for side in box])
+  return example.SerializeToString(deterministic=True)
+
+
+def decode(data: bytes, root: str = "") -> types.Task:
+  """The inverse of `encode`.
+
+  Args:
+    data: a serialised example.
+    root: the folder that an image's path is relative to.
+  """
+  fields = _proto().Example.FromString(data).features.feature
+  text = lambda name: fields[name].bytes_list.value[0]
+  texts = lambda name: tuple(value.decode() for value in fields[name].bytes_list.value)
+  sides = list(fields["boxes"].float_list.value)
+  path = text("image_path")
+  return types.Task(
+      image=os.path.join(root, os.fsdecode(path)) if path else text("image"), answers=texts("answers"),
+      options=texts("options") or None,
+      boxes=tuple(types.Box(*sides[at:at + 4]) for at in range(0, len(sides), 4)),
+      **{name: text(name).decode() for name in TEXTS})
+
+
+def features():
+  """The tensorflow-datasets feature spec of a task."""
+  import tensorflow_datasets as tfds  # takes seconds
+  text = tfds.features.Text()
+  return tfds.features.FeaturesDict(
+      {name: text for name in (*TEXTS, "image", "image_path")}
+      | {name: tfds.features.Sequence(text) for name in LISTS}
+      | {"boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32)})
+
+
+def write_part(path: str | os.PathLike, tasks: Iterable[types.Task], image_digests: Iterable[str]) -> Part:
+  """Writes some of a set's tasks, all of them or nothing; what lies there is replaced.
+
+  Args:
+    path: of the array_record file.
+    tasks: in the set's order.
+    image_digests: of each task's image file; see `records.digest`.
+
+  Returns:
+    The part; the same tasks give the same bytes.
+  """
+  from array_record.python import array_record_module
+  path = os.fspath(path)
+  partial = f"{path}.{os.getpid()}.tmp"
+  index = []
+  writer = array_record_module.ArrayRecordWriter(partial, "group_size:1")
+  try:
+    for task, digest in zip(tasks, image_digests, strict=True):
+      writer.write(encode(task))
+      index.append((int(digest[:16] or "0", 16), bytes.fromhex(task.provenance)))
+  except BaseException:
+    writer.close()
+    os.unlink(partial)
+    raise
+  writer.close()
+  os.replace(partial, path)
+  return Part(path, np.array(index, INDEX))
+
+
+def finish(folder: str | os.PathLike, name: str, split: str, parts: Sequence[Part], root: str, about: dict) -> None:
+  """Makes a set of parts, which move into it; one that was there is replaced.  Can be repeated if it was cut off.
+
+  Args:
+    folder: of the set.
+    name: of the set, lower-case letters, digits and underscores, as tensorflow-datasets has it.
+    split: the split's name there.
+    parts: those without tasks leave no file.
+    root: the folder that images' paths are relative to; "" if there are no paths.
+    about: what is to be kept in set.json: JSON.
+
+  Raises:
+    ValueError: there is no task.
+  """
+  import tensorflow_datasets as tfds
+  parts = [part for part in parts if len(part.index_N)]
+  if not parts:
+    raise ValueError(f"a set must have at least one task. Received: none for {folder}")
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / _INFO).unlink(missing_ok=True)
+  names = [f"{name}-{split}.array_record-{number:05d}-of-{len(parts):05d}" for number in range(len(parts))]
+  for old in folder.glob("*.array_record-*-of-*"):
+    if old.name not in names:
+      old.unlink()
+  for part, new in zip(parts, names):
+    if os.path.exists(part.path):  # else it was moved before the end that was cut off
+      os.replace(part.path, folder / new)
+  _replace(folder / _INDEX, lambda file: np.save(file, np.concatenate([part.index_N for part in parts])))
+  meta = {"format": _FORMAT, "root": os.path.abspath(root) if root else "",
+          "root_from_here": os.path.relpath(root, folder) if root else "", "about": about}
+  _replace(folder / _META, lambda file: file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b"\n"))
+  infos = [tfds.core.SplitInfo(name=split, shard_lengths=[len(part.index_N) for part in parts],
+                               num_bytes=sum((folder / new).stat().st_size for new in names))]
+  tfds.folder_dataset.write_metadata(data_dir=folder, features=features(), split_infos=infos, version="1.0.0",
+                                     check_data=False)
+
+
+class Source:
+  """Tasks of a finished set, decoded as they are asked for.  Build with `load`.
+
+  Attributes:
+    image_N: uint64, a hash of each task's image file, in the order of the tasks.
+    about: set.json's own words of each folder that was read.
+  """
+
+  def __init__(self, path: str, split: str, records, roots: Sequence[tuple[int, str]], rows_N: np.ndarray,
+               index_N: np.ndarray, about: list[dict]):
+    self._path, self._split, self._records, self._roots, self._rows_N = path, split, records, roots, rows_N
+    self._n_all, self._n_images = len(index_N), len(np.unique(index_N["image"][rows_N]))
+    self._digest = hashlib.blake2b(np.sort(index_N["provenance"]).tobytes(), digest_size=16).hexdigest()
+    self.image_N = index_N["image"][rows_N]
+    self.about = about
+
+  def __len__(self) -> int:
+    return len(self._rows_N)
+
+  def task(self, index: int) -> types.Task:
+    """The task with that number, from 0."""
+    row = int(self._rows_N[index])
+    root = next(root for end, root in self._roots if row < end)
+    return decode(self._records[row], root)
+
+  @property
+  def tasks(self) -> Sequence[types.Task]:
+    """All of them, read as they are asked for."""
+    return _Tasks(self)
+
+  def fingerprint(self) -> str:
+    """The same for the same tasks, of both splits, wherever they lie and in whatever order."""
+    return f"set-{self._digest}"
+
+  def describe(self) -> str:
+    """One line for the log."""
+    return (f"set {self._path}: {self._split} split has {len(self)} of {self._n_all} tasks, on {self._n_images} images")
+
+
+class _Tasks(Sequence):
+  def __init__(self, source):
+    self._source = source
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self._source.task(i) for i in range(len(self))[index]]
+    return self._source.task(range(len(self))[index])
+
+
+def folders(path: str | os.PathLike) -> list[pathlib.Path]:
+  """The sets in a folder: itself, or those below it, in the order of their names.
+
+  Raises:
+    ValueError: there are none.
+  """
+  path = pathlib.Path(path)
+  if (path / _INFO).is_file():
+    return [path]
+  found = sorted(info.parent for info in path.glob(f"*/{_INFO}"))
+  if not found:
+    there = sorted(p.name for p in path.iterdir())[:3] if path.is_dir() else None
+    holds = "which is no folder" if there is None else f"which holds {', '.join(there) or 'nothing'}"
+    raise ValueError(f"data.path must be a finished set: a folder with {_INFO}, as `curate build` writes it, or a "
+                     f"folder of such folders. Received: {path}, {holds}")
+  return found
+
+
+def load(path: str | os.PathLike, split: str, eval_fraction: float, seed: int) -> Source:
+  """One side of a set.
+
+  All tasks on one image are on the same side.  Which side depends on the seed and on the image files' bytes.
+
+  Args:
+    path: see `folders`.
+    split: "train", "test", or "all" for both sides.
+    eval_fraction: share of the tasks on the test side, in (0, 1); met as nearly as whole images allow, and neither
+      side is empty.
+    seed: draws the split.
+
+  Raises:
+    ValueError: an argument is out of range, there is no set, its files are not whole, its raw folder is gone, or it
+      has only one image, which can't be split.
+  """
+  from array_record.python import array_record_data_source
+  if split not in SPLITS:
+    raise ValueError(f"split must be one of {', '.join(SPLITS)}. Received: {split!r}")
+  if not 0.0 < eval_fraction < 1.0:
+    raise ValueError(f"eval_fraction must be between 0 and 1. Received: {eval_fraction!r}")
+  shards, roots, indices, about = [], [], [], []
+  for folder in folders(path):
+    meta, index_N, files = _read(folder)
+    shards += files
+    indices.append(index_N)
+    roots.append((sum(map(len, indices)), _root(folder, meta)))
+    about.append(meta["about"])
+  index_N = np.concatenate(indices)
+  records = array_record_data_source.ArrayRecordDataSource(shards)
+  if len(records) != len(index_N):
+    raise ValueError(f"data.path must be a finished set. Received: {path}, whose files hold {len(records)} tasks, its "
+                     f"index {len(index_N)}; build it again")
+  rows_N = np.arange(len(index_N))
+  if split != "all":
+    held_N = _held_out(index_N["image"], eval_fraction, seed, path)
+    rows_N = rows_N[held_N == (split == "test")]
+  return Source(os.fspath(path), split, records, roots, rows_N, index_N, about)
+
+
+def _read(folder):
+  """Of a set's folder: set.json, the index, and the paths of its array_record files."""
+  try:
+    meta = json.loads((folder / _META).read_text())
+    index_N = np.load(folder / _INDEX)
+    sizes = [int(n) for found in json.loads((folder / _INFO).read_text())["splits"] for n in found["shardLengths"]]
+    if meta["format"] != _FORMAT or index_N.dtype != INDEX or sum(sizes) != len(index_N):
+      raise ValueError("its files do not belong together")
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"data.path must be a finished set, as `curate build` writes it. Received: {folder} ({error})"
+                     ) from error
+  files = sorted(str(p) for p in folder.glob("*.array_record-*-of-*"))
+  if len(files) != len(sizes):
+    raise ValueError(f"data.path must be a finished set with all of its {len(sizes)} array_record files. "
+                     f"Received: {folder}, with {len(files)}")
+  return meta, index_N, files
+
+
+def _root(folder, meta):
+  """The raw folder of a set: where it was, or where it is if both have moved together."""
+  if not meta["root"]:
+    return ""
+  places = [pathlib.Path(meta["root"]), folder / meta["root_from_here"]]
+  found = next((place for place in places if place.is_dir()), None)
+  if found is None:
+    raise ValueError(f"the images of {folder} lie in {meta['root']}, which is no folder any more. Move it back, or "
+                     "build the set with --images=embed, which needs no raw folder")
+  return str(found)
+
+
+def _held_out(image_N, eval_fraction, seed, path):
+  """bool[N], True on the test side: the first images of a shuffled list, up to the nearest to the fraction."""
+  unique_U, of_N, counts_U = np.unique(image_N, return_inverse=True, return_counts=True)
+  if len(unique_U) < 2:
+    raise ValueError(f"data.path must have tasks on at least 2 images for a train and a test split. "
+                     f"Received: {path}, with {len(unique_U)}")
+  order_U = np.argsort(_mixed(unique_U, seed), kind="stable")
+  held_U = np.cumsum(counts_U[order_U[:-1]])
+  n_held = 1 + int(np.argmin(np.abs(held_U - eval_fraction * len(image_N))))
+  is_held_U = np.zeros(len(unique_U), bool)
+  is_held_U[order_U[:n_held]] = True
+  return is_held_U[of_N]
+
+
+def _mixed(numbers_N, seed):
+  """uint64, as good as drawn at random for each number and seed (splitmix64's finaliser)."""
+  start = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "little")
+  with np.errstate(over="ignore"):
+    mixed_N = numbers_N + np.uint64(start)
+    for shift, factor in ((30, 0xbf58476d1ce4e5b9), (27, 0x94d049bb133111eb)):
+      mixed_N = (mixed_N ^ (mixed_N >> np.uint64(shift))) * np.uint64(factor)
+    return mixed_N ^ (mixed_N >> np.uint64(31))
+
+
+def _replace(path, write):
+  """Writes a file whole or not at all."""
+  partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  with open(partial, "wb") as file:
+    write(file)
+  os.replace(partial, path)
+
+
+def _proto():
+  from tensorflow_datasets.proto import tf_example_pb2
+  return tf_example_pb2

@@ -1,0 +1,55 @@
+"""TreeVGR-RL-37k: parquet files with boxes.
+
+    *.parquet    images: [{bytes, path}], problem (or question), answer,
+                 target_instances: [{bbox: [x1, y1, x2, y2], ...}]
+
+Boxes are corners in pixels; TreeBench, which has the same name for a list of fours in a string, is read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import json
+
+from virl_jax.data.sources import fields
+from virl_jax.data.sources import records
+from virl_jax.data.sources import stream
+
+NAME = "treevgr"
+SPLITS = ("train", "val", "test")
+LICENCE = ""
+WANTED = "*.parquet (images, problem, answer, target_instances)"
+_COLUMNS = ("answer", "target_instances")
+
+
+def files(root: str, split: str) -> list[str]:
+  """The parquet files of a split; see `stream.splits`.
+
+  Raises:
+    ValueError: there are none.
+  """
+  return stream.splits(root, split, "parquet", "TreeVGR's rows")
+
+
+def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
+  """The rows.
+
+  Raises:
+    ValueError: nothing is there, or a file is of another schema.
+  """
+  for path in files(root, split):
+    for where, row in stream.rows(path, _COLUMNS):
+      try:
+        asked = row.get("problem") or row.get("question")
+        question, options = fields.question(asked)
+        image = fields.picture(row.get("images") if row.get("images") is not None else row.get("image"))
+        boxes = row["target_instances"]
+        boxes = fields.box_lists(json.loads(boxes) if isinstance(boxes, str) else boxes)
+        name = next((row[key] for key in ("id", "index", "qid") if row.get(key) is not None), None)
+        yield records.Raw(
+            uid=where if name is None else str(name),
+            image=fields.beside(root, path, image) if isinstance(image, str) else image, question=question,
+            answers=fields.answer(row["answer"], options), options=options, boxes=boxes, kind=NAME, source=NAME,
+            split=split, licence=LICENCE)
+      except (fields.Unusable, ValueError) as error:
+        yield fields.reject(where, error)

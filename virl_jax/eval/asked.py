@@ -1,0 +1,183 @@
+"""Asks a policy the questions of a benchmark, and writes down what it says, so that it can be stopped at any time.
+
+A folder has `meta.json`, what the predictions were made with, and `predictions.jsonl`, a line a prediction, in the
+tasks' order.  Tasks are asked in chunks, which are the same however often it was stopped: a chunk that was not written
+whole is asked again, and all that comes of it is the same.  A file that was finished under interruptions is the file
+that would be there without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import json
+
+from etils import epath
+import jax
+
+from virl_jax import types
+from virl_jax.data import images
+from virl_jax.eval import harness
+from virl_jax.eval import outcome
+from virl_jax.rl import reward
+from virl_jax.rollout import turns
+from virl_jax.run import files
+from virl_jax.run import hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """How a policy is asked.
+
+  Attributes:
+    seed: of the sampling.
+    temperature: 0 is greedy.
+    samples: of each task.
+    slots: tasks at a time, which is also how many are asked before they are written down.
+  """
+
+  seed: int = 0
+  temperature: float = 0.0
+  samples: int = 1
+  slots: int = 64
+
+  def __post_init__(self):
+    for name, least in (("samples", 1), ("slots", 1), ("temperature", 0.0)):
+      if not getattr(self, name) >= least:
+        raise ValueError(f"{name} must be at least {least}. Received: {getattr(self, name)!r}")
+    if self.samples > 1 and not self.temperature:
+      raise ValueError("samples must be 1 at temperature 0: all would be the same. "
+                       f"Received: {self.samples}")
+
+
+def fingerprint(tasks: Sequence[types.Task]) -> str:
+  """The same for the same questions in the same order, options too; not of what is in the pictures."""
+  digest = hashlib.blake2b(digest_size=16)
+  for task in tasks:
+    digest.update(json.dumps([task.uid, task.question, task.options, task.answers, task.boxes]).encode())
+  return digest.hexdigest()
+
+
+def ask(policy: turns.Policy, params: dict, tasks: Sequence[types.Task], folder: epath.Path, cfg: Config,
+        judged_by: reward.Config, meta: dict) -> list[dict]:
+  """Asks all tasks that have not been asked yet.
+
+  Args:
+    policy: everything but the parameters.
+    params: its parameters, as rollouts want them.
+    tasks: what to ask; pictures are decoded when they are needed.
+    folder: where it is written down.
+    cfg: how it is asked.
+    judged_by: the reward, for h0.
+    meta: what else the predictions depend on, ready for JSON, under "fixed"; and what is only told.
+
+  Returns:
+    What predictions.jsonl holds: uid, sample, answer, text, options, boxes (where it looked), ious, classes, stop,
+    score, seed and tokens; for a task that cannot be asked uid, sample and skipped, the reason.
+
+  Raises:
+    ValueError: the folder has predictions that were made with something else.
+  """
+  file = folder / "predictions.jsonl"
+  meta = json.loads(json.dumps(meta | {"fixed": meta["fixed"] | dataclasses.asdict(cfg) | {
+      "tasks": fingerprint(tasks), "n": len(tasks)}}))
+  chunks = [(sample, at) for sample in range(cfg.samples) for at in range(0, len(tasks), cfg.slots)]
+  sizes = [min(cfg.slots, len(tasks) - at) for _, at in chunks]
+  found = hosts.first(lambda: _resume(folder, file, meta, sizes))
+  if found:
+    hosts.say(f"{file} has {len(found)} predictions; going on")
+  root, done = jax.random.key(cfg.seed), len(found)
+  for number, ((sample, at), size) in enumerate(zip(chunks, sizes)):
+    if sum(sizes[:number + 1]) <= done:
+      continue
+    entries = _chunk(policy, params, tasks[at:at + size], sample, jax.random.fold_in(root, number), cfg, judged_by)
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    hosts.first(lambda lines=lines: files.append(file, lines.encode()))
+    found += entries
+    hosts.say(f"{len(found)} of {sum(sizes)} predictions")
+  return found
+
+
+def outcomes(entries: Sequence[dict], tasks: Sequence[types.Task]) -> list[outcome.Outcome]:
+  """What came of each prediction, for `outcome.summary`; several samples of a task are tasks of their own there."""
+  by_uid = {task.uid: task for task in tasks}
+  found = []
+  for e in entries:
+    if "skipped" in e:
+      continue
+    task = by_uid[e["uid"]]
+    found.append(outcome.Outcome(
+        uid=f"{e['uid']} {e['sample']}" if e["sample"] else e["uid"], correct=e["correct"], ious=tuple(e["ious"]),
+        invalid_actions=e["refused"], has_boxes=bool(task.boxes), overlong=e["stop"] == types.StopReason.OVERLONG.value,
+        kind=task.kind, answerable=bool(task.answers), answer=e["answer"], score=e["score"]))
+  return found
+
+
+def _resume(folder: epath.Path, file: epath.Path, meta: dict, sizes: list[int]) -> list[dict]:
+  """The predictions of whole chunks that are there; what is behind them is dropped."""
+  about = folder / "meta.json"
+  files.make(folder)
+  if files.exists(about):
+    old = json.loads(files.read_text(about)).get("fixed", {})
+    differ = sorted(k for k in old.keys() | meta["fixed"].keys() if old.get(k) != meta["fixed"].get(k))
+    if differ:
+      told = ", ".join(f"{k} ({old.get(k)!r:.80} there, {meta['fixed'].get(k)!r:.80} now)" for k in differ)
+      raise ValueError(f"{folder} must be for what is asked now; use another --out. Received: predictions with another "
+                       f"{told}")
+  elif files.exists(file):
+    raise ValueError(f"{folder} must have a meta.json beside its predictions.jsonl; use another --out")
+  else:
+    files.write_text(about, json.dumps(meta, indent=1) + "\n")
+  if not files.exists(file):
+    return []
+  whole, data = [], files.read_bytes(file)
+  for line in data.splitlines(keepends=True):
+    try:
+      if not line.endswith(b"\n"):
+        break
+      whole.append((json.loads(line), line))
+    except ValueError:
+      break
+  keep = 0
+  for size in sizes:
+    if keep + size > len(whole):
+      break
+    keep += size
+  kept = b"".join(line for _, line in whole[:keep])
+  if kept != data:
+    files.write_bytes(file, kept)
+  return [entry for entry, _ in whole[:keep]]
+
+
+def _chunk(policy, params, tasks, sample, key, cfg, judged_by) -> list[dict]:
+  """The predictions of some tasks, in their order."""
+  why = {task.uid: _unfit(policy, task) for task in tasks}
+  fit = [task for task in tasks if why[task.uid] is None]
+  said = {}
+  if fit:
+    judged = harness.run(policy, params, fit, key, cfg.slots, cfg.temperature, judged_by)
+    mine = [(j.trajectory.index, _entry(j, sample, cfg)) for j in judged]
+    said = {entry["uid"]: entry for entry in hosts.in_order(mine)}
+  return [said.get(task.uid) or {
+      "uid": task.uid, "sample": sample, "answer": None, "skipped": why[task.uid]} for task in tasks]
+
+
+def _unfit(policy, task) -> str | None:
+  """Why a task cannot be asked.  Its picture is decoded again when it is: all of a chunk would fill the memory."""
+  try:
+    turns.check(policy, dataclasses.replace(task, image=images.decode(task.image, policy.image.decode_max_pixels)))
+  except ValueError as e:
+    return str(e)
+  return None
+
+
+def _entry(judged: harness.Judged, sample: int, cfg: Config) -> dict:
+  t = judged.trajectory
+  said = [turn for turn in t.turns if turn.role == "assistant"]
+  return {"uid": t.task.uid, "sample": sample, "answer": t.answer, "text": "\n".join(turn.text for turn in said),
+          "options": list(t.task.options) if t.task.options else None,
+          "boxes": [[float(v) for v in box] for box in t.regions], "ious": list(judged.ious),
+          "classes": list(judged.classes), "refused": t.refused, "stop": t.stop.value if t.stop else None,
+          "correct": bool(t.correct), "score": t.worth, "seed": cfg.seed,
+          "tokens": sum(len(turn.ids) for turn in said)}

@@ -1,0 +1,28 @@
+"""The needle pictures' test split, which is drawn and not read: for a policy that learned on them."""
+
+from __future__ import annotations
+
+from virl_jax.eval.benchmarks import rows as rows_lib
+from virl_jax.tiny import needle
+
+RULE = "the answer is the reference as a whole, by `exact`"
+
+
+def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
+  """Draws the test split of `needle.Config()`.
+
+  Args:
+    path: of no use here.
+    how: of no use here.
+  """
+  del path, how
+  cfg = needle.Config()
+  return rows_lib.Loaded(tuple(needle.draw(cfg.seed, "test", i, cfg)[0] for i in range(cfg.test_size)))
+
+
+def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
+  """The share of right answers, and of each family of questions."""
+  rows = rows_lib.scored(loaded, predictions)
+  figures = {"acc_ans": rows_lib.mean(rows), "kinds": {
+      kind: rows_lib.mean(found) for kind, found in rows_lib.split(rows, "kind").items()}}
+  return rows_lib.result("needle", RULE, "acc_ans", loaded, rows, figures)

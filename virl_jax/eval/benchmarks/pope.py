@@ -1,0 +1,112 @@
+"""POPE: is there such an object in the image?  (Li et al. 2023)
+
+Layouts:
+
+    coco         output/coco/coco_pope_{random,popular,adversarial}.json: JSON lines, in spite of the name
+    seem         output/seem/{gqa,aokvqa}/..._pope_seem_{...}.json: JSON arrays
+    POPEv2       annotations.json: image_id, image_name, target_object, query, label "Yes" or "No"; two rows an image,
+                 one of them edited
+    labels       question_id and label alone, as some publish beside their predictions; to score, not to ask
+
+The older release, with 2,910 rows in its random split, is read as the newer one is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from virl_jax import types
+from virl_jax.data import tables
+from virl_jax.eval.benchmarks import rows as rows_lib
+
+SPLITS = ("random", "popular", "adversarial")
+RULE = ("of the first sentence, without commas and cut at blanks: 'No', 'not' or 'no' among the words is a no, and all "
+        "else is a yes; F1 of yes, the mean over splits")
+
+_FILE = re.compile(r"(?:(?P<of>[a-z0-9]+)_)?pope_(?:seem_)?(?P<split>random|popular|adversarial)(?:\.labels)?\.jsonl?",
+                   re.IGNORECASE)
+
+
+def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
+  """Reads one file, or all of a folder and the folders in it.
+
+  Args:
+    path: a file or a folder.
+    how: see there.
+
+  Returns:
+    Tasks named by split and question id ("coco/random/1"), by image name for POPEv2, grouped by split.
+
+  Raises:
+    ValueError: there is no file of POPE's, or one cannot be read.
+  """
+  files = [path] if os.path.isfile(path) else sorted(
+      os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+      if _FILE.fullmatch(name) or name == "annotations.json")
+  if not files:
+    raise ValueError(f"{path} must be a file of POPE's, or a folder with some, such as coco_pope_random.json")
+  reader = rows_lib.Reader(how, os.path.dirname(files[0]))
+  number = 0
+  for file in files:
+    reader.folder = os.path.dirname(file)
+    named = _FILE.fullmatch(os.path.basename(file))
+    group = f"{named['of'] or 'coco'}/{named['split']}".lower() if named else "POPEv2"
+    for row in tables.json_rows(file):
+      number += 1
+      name = f"{os.path.basename(file)} {row.get('question_id', row.get('image_name', ''))}" if isinstance(
+          row, dict) else os.path.basename(file)
+      reader.add(number, name, lambda row=row, group=group: _task(reader, row, group), group)
+  return reader.loaded()
+
+
+def says_yes(text: str) -> bool:
+  """The official reading of an answer.  Only three words are a no, so that "Not sure" is a yes, and "NO" too.
+
+  Source: Li et al. 2023, the published evaluation's rule.
+  """
+  words = text.split(".")[0].replace(",", "").split(" ")
+  return not {"No", "not", "no"} & set(words)
+
+
+def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
+  """Accuracy, precision, recall, F1 and share of yes for each split, and their means.
+
+  Returns:
+    As `rows.result`; figures: accuracy, precision, recall, F1, yes_ratio (means over splits), splits (with n, TP, FP,
+    TN, FN).  Yes is positive.
+  """
+  yes = lambda task: task.answers[0] == "yes"
+  rows = rows_lib.scored(loaded, predictions, lambda task, p: says_yes(p.text) == yes(task))
+  splits = {group: counts([(says_yes(r["prediction"]), r["answers"][0] == "yes") for r in found])
+            for group, found in rows_lib.split(rows, "group").items()}
+  figures = {name: rows_lib.means(s[name] for s in splits.values())
+             for name in ("F1", "accuracy", "precision", "recall", "yes_ratio")}
+  return rows_lib.result("pope", RULE, "F1", loaded, rows, figures | {"splits": splits})
+
+
+def counts(pairs: list[tuple[bool, bool]]) -> dict:
+  """Figures of pairs (said yes, is yes); None where there is nothing to divide by."""
+  tp, fp = sum(said and is_ for said, is_ in pairs), sum(said and not is_ for said, is_ in pairs)
+  fn, n = sum(is_ and not said for said, is_ in pairs), len(pairs)
+  tn = n - tp - fp - fn
+  share = lambda a, b: a / b if b else None
+  return {"n": n, "TP": tp, "FP": fp, "TN": tn, "FN": fn, "accuracy": share(tp + tn, n),
+          "precision": share(tp, tp + fp), "recall": share(tp, tp + fn), "F1": share(2 * tp, 2 * tp + fp + fn),
+          "yes_ratio": share(tp + fp, n)}
+
+
+def _task(reader, row, group):
+  label = tables.text(row, "label").strip().lower()
+  if label not in ("yes", "no"):
+    raise tables.Unusable("label is neither yes nor no")
+  if "image_name" in row:
+    name = tables.text(row, "image_name")
+    return types.Task(name, reader.file(name, os.path.basename(name)), tables.text(row, "query"), (label,),
+                      kind=group, match="yes_no")
+  uid = f"{group}/{tables.text(row, 'question_id')}"
+  if not reader.how.need_images and "image" not in row and "text" not in row:
+    return types.Task(uid, "", "", (label,), kind=group, match="yes_no")
+  name = tables.text(row, "image")
+  return types.Task(uid, reader.file(name, f"val2014/{name}", f"images/{name}"), tables.text(row, "text"), (label,),
+                    kind=group, match="yes_no")

@@ -1,0 +1,341 @@
+"""What all benchmarks have in common: rows that can be used and that cannot, and the rows of a result.
+
+A benchmark is a module with
+
+    load(path, how) -> Loaded                what its files ask, in any of the layouts that it comes in
+    score(loaded, predictions) -> dict       what predictions are worth, by the rule that it is known by
+
+A row that cannot be used is counted and named; the others are evaluated, and the share of rows that were stands beside
+the score.  So does a prediction that is missing: it is not wrong, it is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import hashlib
+import os
+
+import numpy as np
+
+from virl_jax import types
+from virl_jax.data import answers
+from virl_jax.data import images
+from virl_jax.data import tables
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+  """How benchmarks are read.
+
+  Attributes:
+    images: folder of the pictures, where they do not lie beside the file; None if they do.
+    need_images: whether a row without a readable picture is no use; False to score predictions without them.
+    seed: draws the order of options where the files have the right one in a place of its own; None leaves them there.
+    store: folder where pictures out of tables are written, once each; None keeps them in memory.
+  """
+
+  images: str | None = None
+  need_images: bool = True
+  seed: int | None = 0
+  store: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reject:
+  """A row that cannot be used: its number from 1, its name where it has one, and why."""
+
+  row: int
+  name: str
+  cause: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """What a benchmark asks.
+
+  Attributes:
+    tasks: by their `kind`, the benchmark's categories; without answers where the split's are not published.
+    rejects: rows that cannot be used.
+    group: uid -> the part of the benchmark that a score is an average over: a cycle of options, a split.
+    clipped: boxes that reached over the edge, and were cut.
+  """
+
+  tasks: tuple[types.Task, ...]
+  rejects: tuple[Reject, ...] = ()
+  group: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  clipped: int = 0
+
+  @property
+  def n_rows(self) -> int:
+    return len(self.tasks) + len(self.rejects)
+
+  def describe(self) -> str:
+    """What was found, and what is wrong with the rest, with three examples of each cause."""
+    lines = [f"{len(self.tasks)} of {self.n_rows} rows can be used"]
+    for cause in sorted({r.cause for r in self.rejects}):
+      found = [r for r in self.rejects if r.cause == cause]
+      named = ", ".join(f"row {r.row}" + (f" ({r.name})" if r.name else "") for r in found[:3])
+      lines.append(f"{len(found)} cannot: {cause}: {named}" + (", ..." if len(found) > 3 else ""))
+    return "; ".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """What a policy answered.
+
+  Attributes:
+    text: the answer, or the raw text that has it; "" for none.
+    boxes: where it looked, pixels of the original image.
+    verdict: what a judge model has said of it, in [0, 1], which then counts in place of the task's rule; or None.
+  """
+
+  text: str
+  boxes: tuple[types.Box, ...] = ()
+  verdict: float | None = None
+
+
+Predictions = Mapping[str, Sequence[Prediction]]  # by uid; several where a task was sampled several times
+
+
+class Reader:
+  """Collects the tasks of a file, and what is wrong with it.
+
+  Use: `reader.add(row_number, name, make)` for each row, where `make` returns a task, or raises `tables.Unusable`.
+  """
+
+  def __init__(self, how: How, folder: str):
+    """Args:
+      how: see there.
+      folder: where relative paths of pictures start.
+    """
+    self.how, self.folder = how, folder
+    self.tasks: list[types.Task] = []
+    self.rejects: list[Reject] = []
+    self.group: dict[str, str] = {}
+    self.clipped = 0
+    self._pictures: dict[str, bytes | str] = {}
+    self._sizes: dict[bytes | str, tuple[int, int]] = {}
+    self._uids: set[str] = set()
+
+  def add(self, number: int, name: str, make: Callable[[], types.Task], group: str | None = None) -> None:
+    """A row becomes a task, or a reject."""
+    try:
+      task = make()
+      if task.uid in self._uids:
+        raise tables.Unusable("an id that an earlier row has")
+      if task.answers and not answers.attainable(task.match, task.answers, task.options):
+        raise tables.Unusable("no answer among the options" if task.options else "no answer that its rule can match")
+    except tables.Unusable as why:
+      self.rejects.append(Reject(number, name, str(why)))
+      return
+    self._uids.add(task.uid)
+    self.tasks.append(task)
+    if group is not None:
+      self.group[task.uid] = group
+
+  def loaded(self) -> Loaded:
+    return Loaded(tuple(self.tasks), tuple(self.rejects), dict(self.group), self.clipped)
+
+  def file(self, *names: str) -> str:
+    """The path of a picture, under the first name that there is a file of.
+
+    Args:
+      *names: relative to the folder of the pictures.
+
+    Raises:
+      Unusable: there is none, or it is no picture, and pictures are needed.
+    """
+    folders = [self.how.images] if self.how.images else [self.folder]
+    paths = [os.path.join(folder, name.lstrip("/")) for folder in folders for name in names]
+    path = next((p for p in paths if os.path.isfile(p)), None)
+    if path is None:
+      if self.how.need_images:
+        raise tables.Unusable("no image file")
+      return paths[0]
+    if self.how.need_images:
+      self._size(path)
+    return path
+
+  def inside(self, field: str, index: str) -> bytes | str:
+    """The picture in a table's column; see `tables.picture`."""
+    if not self.how.need_images:
+      return ""
+    picture = tables.picture(field, self._pictures, index, self._keep)
+    self._size(picture)
+    return picture
+
+  def boxes(self, found: Iterable[Sequence[float]], image: bytes | str) -> tuple[types.Box, ...]:
+    """Boxes [x1, y1, x2, y2], clipped to their picture if that is there.
+
+    Raises:
+      Unusable: one is not four numbers, has no area, or lies outside.
+    """
+    size = self._size(image) if self.how.need_images else None
+    made = []
+    for box in found:
+      if not isinstance(box, Sequence) or len(box) != 4 or not all(_finite(v) for v in box):
+        raise tables.Unusable("a box is not four numbers")
+      x1, y1, x2, y2 = map(float, box)
+      if size is not None:
+        x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[0])), min(y2, float(size[1]))
+      if x1 >= x2 or y1 >= y2:
+        raise tables.Unusable("a box without area in the picture")
+      self.clipped += (x1, y1, x2, y2) != tuple(map(float, box))
+      made.append(types.Box(x1, y1, x2, y2))
+    return tuple(made)
+
+  def _size(self, image: bytes | str) -> tuple[int, int]:
+    if image not in self._sizes:
+      try:
+        self._sizes[image] = images.upright_size(image)
+      except ValueError:
+        raise tables.Unusable("no readable image") from None
+    return self._sizes[image]
+
+  def _keep(self, data: bytes) -> bytes | str:
+    if self.how.store is None:
+      return data
+    path = os.path.join(self.how.store, hashlib.blake2b(data, digest_size=16).hexdigest())
+    if not os.path.isfile(path) or os.path.getsize(path) != len(data):
+      os.makedirs(self.how.store, exist_ok=True)
+      with open(path + ".part", "wb") as file:
+        file.write(data)
+      os.replace(path + ".part", path)
+    return path
+
+
+def options_of(row: dict[str, str], letters: str = LETTERS[:8]) -> tuple[str, ...]:
+  """The options in a table's columns A, B, C ..., up to the first that is empty.
+
+  Raises:
+    Unusable: there are not two, or one is missing among others.
+  """
+  found = [tables.utf8((row.get(letter) or "").strip(), letter) for letter in letters]
+  n = next((i for i, text in enumerate(found) if not text), len(found))
+  if n < 2 or any(found[n:]):
+    raise tables.Unusable("options are missing")
+  return tuple(found[:n])
+
+
+def by_letter(letter: str, options: tuple[str, ...]) -> str:
+  """The text of the option with that letter.
+
+  Raises:
+    Unusable: there is none.
+  """
+  index = LETTERS.find(letter.strip().strip("().").upper()) if letter.strip() else -1
+  if not 0 <= index < len(options) or len(letter.strip().strip("().")) != 1:
+    raise tables.Unusable("the answer is the letter of no option")
+  return options[index]
+
+
+def shuffled(uid: str, options: tuple[str, ...], seed: int | None) -> tuple[str, ...]:
+  """Options in an order that depends on the seed and the task's name alone; None leaves them as they are."""
+  if seed is None:
+    return options
+  word = int.from_bytes(hashlib.blake2b(f"{seed}\0{uid}".encode(), digest_size=8).digest())
+  return tuple(options[i] for i in np.random.default_rng(word).permutation(len(options)))
+
+
+def scored(loaded: Loaded, predictions: Predictions,
+           rule: Callable[[types.Task, Prediction], float] | None = None) -> list[dict]:
+  """Each prediction with what it is worth; tasks without answers, or without a prediction, are left out.
+
+  Args:
+    loaded: the tasks.
+    predictions: by uid.
+    rule: what a prediction for a task is worth, in [0, 1]; None: its verdict, or by the rule that the task names.
+
+  Returns:
+    One object a prediction, tasks in order: uid, kind, group, sample, prediction, answers, score.
+  """
+  found = []
+  for task in loaded.tasks:
+    if not task.answers:
+      continue
+    for sample, prediction in enumerate(predictions.get(task.uid, ())):
+      if rule is not None:
+        score = rule(task, prediction)
+      elif prediction.verdict is not None:
+        score = prediction.verdict
+      else:
+        score = answers.rule(task.match)(prediction.text, task.answers, task.options)
+      found.append({"uid": task.uid, "kind": task.kind, "group": loaded.group.get(task.uid, ""), "sample": sample,
+                    "prediction": prediction.text, "answers": list(task.answers), "score": float(score)})
+  return found
+
+
+def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], figures: dict) -> dict:
+  """What `score` returns.
+
+  Args:
+    name: of the benchmark.
+    rule: that it was scored by, in a line.
+    metric: which of the figures is the one to quote.
+    loaded: the tasks.
+    rows: of `scored`.
+    figures: shares in [0, 1], nested by what they are of; None where there is nothing to divide by.
+
+  Returns:
+    {"benchmark", "rule", "metric", "score", "n", "evaluated", "figures", "rows"}, ready for JSON.
+  """
+  done = {row["uid"] for row in rows}
+  return {
+      "benchmark": name, "rule": rule, "metric": metric, "score": figures[metric], "n": len(done),
+      "evaluated": {"rows": loaded.n_rows, "rejected": len(loaded.rejects),
+                    "without_answers": sum(not t.answers for t in loaded.tasks),
+                    "without_prediction": sum(bool(t.answers) and t.uid not in done for t in loaded.tasks),
+                    "share": len(done) / loaded.n_rows if loaded.n_rows else 0.0},
+      "figures": figures, "rows": rows}
+
+
+def table(result: dict) -> str:
+  """The figures of a result for a terminal, in percent where they are shares, and what was evaluated."""
+  lines = [f"{result['benchmark']}: {result['rule']}"] if result["rule"] else [result["benchmark"]]
+  flat = list(_flat(result["figures"]))
+  width = max(len(name) for name, _ in flat)
+  lines += [f"  {name.ljust(width)}  {_shown(value)}" for name, value in flat]
+  done = result["evaluated"]
+  left_out = [f"{done[key]} {key.replace('_', ' ')}" for key in ("rejected", "without_answers", "without_prediction")
+              if done[key]]
+  lines.append(f"  {result['n']} of {done['rows']} rows evaluated ({100 * done['share']:.2f} %)"
+               + (f": {', '.join(left_out)}" if left_out else ""))
+  return "\n".join(lines)
+
+
+def mean(rows: Sequence[dict], key: str = "score") -> float | None:
+  """The mean of a number; None of no rows."""
+  return float(np.mean([row[key] for row in rows])) if rows else None
+
+
+def means(values: Iterable[float | None]) -> float | None:
+  """The mean of means; None if there is none."""
+  known = [v for v in values if v is not None]
+  return float(np.mean(known)) if known else None
+
+
+def split(rows: Sequence[dict], key: str) -> dict[str, list[dict]]:
+  """Rows by what they have under a key, in the order of its values."""
+  found: dict[str, list[dict]] = {}
+  for row in rows:
+    found.setdefault(row[key], []).append(row)
+  return dict(sorted(found.items()))
+
+
+def _flat(tree: dict, prefix: str = ""):
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f"{prefix}{key}: ")
+    else:
+      yield f"{prefix}{key}", value
+
+
+def _shown(value) -> str:
+  return "-" if value is None else f"{100 * value:8.4f} %" if isinstance(value, float) else f"{value!s:>8}"
+
+
+def _finite(value) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))

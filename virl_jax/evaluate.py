@@ -1,0 +1,327 @@
+"""Evaluates a policy on public benchmarks, or scores the predictions of any, by the rules that these are known by.
+
+    python -m virl_jax.evaluate --model=runs/v7b --benchmark=vstar,hrbench4k --data=VSTAR,HR/hr_bench_4k.tsv --out=DIR
+    python -m virl_jax.evaluate --score=PREDICTIONS --benchmark=pope --data=POPE/output/coco [--out=DIR]
+    python -m virl_jax.evaluate --score=result_direct_attributes.jsonl --benchmark=vstar
+
+Which benchmarks, layouts and files of predictions there are, and what rule each is scored by, is in docs/evaluation.md.
+--data is each benchmark's own file or folder, in the order of --benchmark.
+
+--model is a run's folder, whose own configuration says how it is asked, or an HF folder, with --config=FILE for that.
+DIR/NAME/ then has meta.json, predictions.jsonl (raw text, boxes, seed), results.json and rows.jsonl.  Stop it at any
+time and give the same command again: it goes on, and ends as if it had not been stopped.
+
+--score needs no model and looks at no picture; --data may be left out where the predictions hold their questions and
+references themselves.  With either, --judge=http://HOST:PORT/v1 --judge_model=NAME has a language model judge answers
+that are not literally the reference (V*, VisualProbe, records, ...); verdicts are kept in DIR/verdicts.jsonl.
+
+It prints the figures, what could not be used and why, and last a line of JSON for each benchmark.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+  from virl_jax.run import signals
+  signals.install()
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import os
+
+from absl import app
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from virl_jax import config as config_lib
+from virl_jax.data import judge_model
+from virl_jax.eval import asked
+from virl_jax.eval import outcome
+from virl_jax.eval import predictions
+from virl_jax.eval.benchmarks import rows as rows_lib
+from virl_jax.eval.benchmarks import table
+from virl_jax.model import weights as weights_lib
+from virl_jax.rollout import sample
+from virl_jax.rollout import turns
+from virl_jax.run import files
+from virl_jax.run import hosts
+from virl_jax.run import load
+from virl_jax.run import setup
+from virl_jax.run import workdir as workdir_lib
+
+_ZOOMS = {"on": (True,), "off": (False,), "both": (True, False)}
+# Those whose own rule is none that a judge could stand in for.
+_WITHOUT_JUDGE = ("pope", "textvqa", "docvqa", "infographicsvqa")
+
+
+def score(path: str, benchmark: str, data: str | None = None, judge: judge_model.Judge | None = None
+          ) -> tuple[dict, predictions.Read]:
+  """Scores a file of predictions.
+
+  Args:
+    path: of the file; see `eval.predictions` for its layouts.
+    benchmark: a key of `table.BENCHMARKS`.
+    data: the benchmark's own file or folder; None where the predictions hold questions and references.
+    judge: whom to ask about answers that the rule does not take; None for nobody.
+
+  Returns:
+    What the benchmark's `score` gives, under the name that was asked for; and what was read.
+
+  Raises:
+    ValueError: there is no such benchmark, or a file is of no use.
+    judge_model.Unreachable: the judge gives no reply.
+  """
+  named(benchmark)
+  loaded = None if data is None else _usable(data, benchmark, rows_lib.How(need_images=False, seed=None))
+  read = predictions.read(path, benchmark, loaded)
+  return _scored(benchmark, read, judge), read
+
+
+def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: asked.Config = asked.Config(),
+             c: config_lib.ConfigDict | None = None, how: rows_lib.How = rows_lib.How(), limit: int = 0,
+             zooms: str = "on", options: str = "shuffled", tables: Sequence[str] = (),
+             judge: judge_model.Judge | None = None) -> list[dict]:
+  """Asks a policy, and scores what it says.
+
+  Args:
+    model: a run's folder, an HF folder, or "@tiny".
+    benchmarks: keys of `table.BENCHMARKS`.
+    data: the file or folder of each.
+    out: folder for results; a folder for each benchmark in it.
+    cfg: how it is asked.
+    c: how prompts are worded and images shown, for an HF folder; None for the defaults.  A run has its own.
+    how: how benchmarks are read.
+    limit: of each benchmark only so many tasks, the first; 0 for all.
+    zooms: "on", "off", or "both", one after the other.
+    options: "shuffled" by `how.seed`, "native", or "both", where a benchmark has the right one in a place of its own.
+    tables: which of `predictions.TABLES` to write, too.
+    judge: as for `score`; the summary is by the rules of the tasks all the same.
+
+  Returns:
+    What each benchmark's `score` gives, for each way it was asked, with "summary" (`outcome.summary`) of the same
+    predictions and, where it was asked without zooms too, "zooming_gap" (`outcome.difference`), with less without.
+
+  Raises:
+    ValueError: there is no such benchmark or model, or a folder has other predictions.
+    judge_model.Unreachable: the judge gives no reply; what the policy said is kept.
+  """
+  if len(data) != len(benchmarks):
+    raise ValueError(f"--data must have a path for each of the {len(benchmarks)} benchmarks. Received: {len(data)}")
+  seeds = {"shuffled": (how.seed,), "native": (None,), "both": (how.seed, None)}[options]
+  there = [[_usable(path, name, dataclasses.replace(how, seed=seed)) for seed in seeds]
+           for name, path in zip(benchmarks, data)]
+  c, loaded, p = _policy(model, c)
+  params = sample.weights(loaded.params, p.policy.model, p.policy.mesh)
+  header = workdir_lib.header(c)
+  fixed = {"model": model, "step": loaded.step, "h0": c.reward.h0, "config": config_lib.flat(
+      {section: header["config"][section] for section in ("model", "image", "prompt", "rollout")})}
+  told = {key: header[key] for key in ("versions", "device", "devices")}
+  results = []
+  for name, orders in zip(benchmarks, there):
+    hosts.say(f"{name}: {orders[0].describe()}")
+    if limit:
+      orders = [dataclasses.replace(about, tasks=about.tasks[:limit], rejects=()) for about in orders]
+    for about, seed in zip(orders, seeds):
+      if about is not orders[0] and asked.fingerprint(about.tasks) == asked.fingerprint(orders[0].tasks):
+        continue  # nothing of this benchmark is shuffled
+      found = {}
+      for zoom in _ZOOMS[zooms]:
+        policy = p.policy if zoom else _without_zoom(p.policy)
+        folder = files.path(out) / "_".join([name, *(["native_options"] if about is not orders[0] else []),
+                                             *([] if zoom else ["without_zoom"])])
+        hosts.say(f"{folder.name}: asking {len(about.tasks)} tasks")
+        meta = {"fixed": fixed | {"benchmark": name, "zoom": zoom, "options_seed": seed}} | told
+        entries = asked.ask(policy, params, about.tasks, folder, cfg, p.step.reward, meta)
+        read = predictions.of_rows(entries, str(folder / "predictions.jsonl"), name, about)
+        found[zoom] = asked.outcomes(entries, about.tasks)
+        result = _scored(name, read, judge) | {
+            "zoom": zoom, "options_seed": seed, "model": model, "step": loaded.step, "limit": limit,
+            "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap)}
+        if len(found) > 1:
+          result["zooming_gap"] = _gap(found[False], found[True], c)
+        hosts.first(lambda folder=folder, result=result, read=read: _write(folder, result, read, tables))
+        _tell(result, read)
+        results.append(result)
+  return results
+
+
+def _policy(model: str, c: config_lib.ConfigDict | None):
+  """Configuration, weights and pieces of what --model and --config name."""
+  loaded = load.policy(model, (c or config_lib.default()).model.dtype)
+  if loaded.config is not None and c is not None:
+    raise ValueError(f"--config must be left out for {model}: a run has its own")
+  c = config_lib.ConfigDict((loaded.config or c or config_lib.default()).to_dict())
+  if loaded.config is None:
+    c.model.path = model
+  model_config = weights_lib.read_config(loaded.hf_dir)
+  return c, loaded, setup.assemble(c, model_config, load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
+
+
+def _without_zoom(policy: turns.Policy) -> turns.Policy:
+  """The same policy, told of no visual action, and whose calls are refused."""
+  return dataclasses.replace(policy, actions={}, prompt=dataclasses.replace(policy.prompt, describe_tool=False))
+
+
+def _gap(without: list[outcome.Outcome], with_: list[outcome.Outcome], c) -> dict:
+  """What zooming is worth on the tasks that were asked both ways."""
+  both = {o.uid for o in without} & {o.uid for o in with_}
+  return outcome.difference(*([o for o in found if o.uid in both] for found in (without, with_)), c.reward.h0,
+                            c.eval.bootstrap)
+
+
+def named(benchmark: str):
+  """The benchmark of that name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if benchmark not in table.BENCHMARKS:
+    raise ValueError(f"--benchmark must be one of {', '.join(table.BENCHMARKS)}. Received: {benchmark or 'nothing'}")
+  return table.BENCHMARKS[benchmark]
+
+
+def _usable(path: str, benchmark: str, how: rows_lib.How) -> rows_lib.Loaded:
+  """A benchmark's tasks, if there are any."""
+  loaded = named(benchmark).load(path, how)
+  if not loaded.tasks:
+    raise ValueError(f"{path} must have rows of {benchmark} that can be used. Received: {loaded.describe()}")
+  return loaded
+
+
+def _scored(benchmark: str, read: predictions.Read, judge: judge_model.Judge | None) -> dict:
+  """What predictions are worth, by the benchmark's rule or, where that does not take them, by a judge."""
+  if judge is None:
+    return named(benchmark).score(read.loaded, read.predictions) | {"benchmark": benchmark}
+  _judgeable(benchmark)
+  asked_before, unclear_before = judge.asked, judge.unclear
+  result = named(benchmark).score(read.loaded, _judged(read.loaded, read.predictions, judge))
+  return result | {"benchmark": benchmark, "judge": {
+      "model": judge.model, "prompt": judge_model.PROMPT_VERSION, "asked": judge.asked - asked_before,
+      "unclear": judge.unclear - unclear_before}}
+
+
+def _judgeable(benchmark: str) -> None:
+  if benchmark in _WITHOUT_JUDGE:
+    raise ValueError(f"--judge must be left out for {benchmark}: it is scored by a rule of its own")
+
+
+def _judged(loaded: rows_lib.Loaded, found: rows_lib.Predictions, judge: judge_model.Judge) -> rows_lib.Predictions:
+  """Predictions with the verdicts of a judge."""
+  pairs = [(task, i, p) for task in loaded.tasks if task.answers for i, p in enumerate(found.get(task.uid, ()))]
+  verdicts = judge.verdicts([judge_model.Asked(task.question, task.answers, p.text, task.options)
+                             for task, _, p in pairs])
+  out = {uid: list(samples) for uid, samples in found.items()}
+  for (task, i, p), verdict in zip(pairs, verdicts):
+    out[task.uid][i] = dataclasses.replace(p, verdict=verdict)
+  return out
+
+
+def _write(folder: epath.Path, result: dict, read: predictions.Read, tables: Sequence[str] = ()) -> None:
+  """The result, and what each prediction was worth; and tables for others' programs."""
+  files.make(folder)
+  for name in tables:
+    files.write_text(folder / f"{name}.tsv", predictions.table(read, predictions.TABLES[name]))
+  files.write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in result["rows"]))
+  lost = {"layout": read.layout, "strange_predictions": list(read.strange),
+          "rejected_rows": [dataclasses.asdict(r) for r in read.loaded.rejects],
+          "rejected_predictions": [dataclasses.asdict(r) for r in read.rejects]}
+  files.write_text(folder / "results.json", json.dumps(_bare(result) | lost, indent=1) + "\n")
+
+
+def _tell(result: dict, read: predictions.Read) -> None:
+  """Prints the figures, what could not be used, and a line of JSON."""
+  lost = {"rows": read.loaded.describe() if read.loaded.rejects else "",
+          "predictions for no row": _some(read.strange),
+          "predictions that cannot be used": _some([f"row {r.row}: {r.cause}" for r in read.rejects])}
+  if gap := result.get("zooming_gap"):
+    value, low, high = (gap["acc_ans"][key] for key in ("value", "low", "high"))
+    lost[f"acc_ans with zooms less without, {gap['n']} tasks"] = (
+        "" if value is None else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
+  hosts.say("\n".join([rows_lib.table(result), *(f"  {what}: {found}" for what, found in lost.items() if found)]))
+  hosts.say(json.dumps(_bare(result)))
+
+
+def _some(names) -> str:
+  return "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _bare(result: dict) -> dict:
+  return {key: value for key, value in result.items() if key != "rows"}
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  text = lambda name, words: flags.DEFINE_string(name, None, words, flag_values=values)
+  number = lambda name, default, least, words: flags.DEFINE_integer(name, default, words, least, flag_values=values)
+  several = lambda name, words: flags.DEFINE_list(name, [], words, flag_values=values)
+  text("score", "File of predictions to score, in place of asking a model.")
+  text("model", "A run's folder, or an HF folder.")
+  several("benchmark", f"Which benchmarks: {', '.join(table.BENCHMARKS)}.")
+  several("data", "Each benchmark's own file or folder.")
+  text("images", "Folder of the pictures, where they do not lie beside --data.")
+  text("out", "Folder for results.")
+  flags.DEFINE_enum("options", "shuffled", ["shuffled", "native", "both"], "Whether options are shuffled where a "
+                    "benchmark has the right one in a place of its own.", flag_values=values)
+  number("seed", 0, 0, "Shuffles options, and draws samples.")
+  flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 is greedy.", 0.0, flag_values=values)
+  number("samples", 1, 1, "Of each task.")
+  flags.DEFINE_enum("zoom", "on", list(_ZOOMS), "Whether the policy may zoom; both: one after the other, and the "
+                    "difference.", flag_values=values)
+  number("slots", 64, 1, "Tasks that are asked at a time.")
+  flags.DEFINE_multi_enum("table", [], list(predictions.TABLES), "Tables of the predictions for others' programs.",
+                          flag_values=values)
+  number("limit", 0, 0, "Of each benchmark only so many tasks; 0 for all.")
+  text("judge", "Address of an OpenAI-compatible endpoint, http://HOST:PORT/v1, that judges free answers.")
+  text("judge_model", "What the endpoint calls the model.")
+  config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+  hosts.define_flags(values)
+
+
+def main(argv):
+  args = flags.FLAGS
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  if (args.score is None) == (args.model is None) or not args.benchmark:
+    raise app.UsageError("--benchmark=NAME and either --score=PREDICTIONS or --model=DIR are needed")
+  if (args.judge is None) != (args.judge_model is None):
+    raise app.UsageError("--judge and --judge_model go together")
+  if args.model:
+    if not args.out or not args.data:
+      raise app.UsageError("--model needs --data and --out")
+    setup.begin()
+    with setup.told():
+      hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
+      store = os.path.join(args.out, "images") if files.is_local(args.out) else None
+      how = rows_lib.How(args.images, seed=args.seed, store=store)
+      cfg = asked.Config(args.seed, args.temperature, args.samples, args.slots)
+      evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit, args.zoom,
+               args.options, args.table, _judge(args))
+    return
+  with setup.told():
+    if len(args.benchmark) > 1 or len(args.data) > 1:
+      raise ValueError("--score must be of one benchmark. Received: "
+                       f"{', '.join(args.benchmark)} and {len(args.data)} paths as --data")
+    judge = _judge(args)
+    result, read = score(args.score, args.benchmark[0], args.data[0] if args.data else None, judge)
+    if args.out:
+      _write(files.path(args.out) / result["benchmark"], result, read, args.table)
+    _tell(result, read)
+
+
+def _judge(args) -> judge_model.Judge | None:
+  """Whom the flags name; its verdicts are kept where results go, if that is a disk."""
+  if not args.judge:
+    return None
+  for name in args.benchmark:
+    _judgeable(name)
+  cache = ""
+  if args.out and files.is_local(args.out):
+    os.makedirs(args.out, exist_ok=True)
+    cache = os.path.join(args.out, "verdicts.jsonl")
+  return judge_model.Judge(judge_model.Config(args.judge, args.judge_model, cache))
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main, flags_parser=setup.parse)
