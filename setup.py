@@ -47,7 +47,7 @@ setuptools.setup(
         "gcs": ["etils[epath-gcs]>=1.9.2", "gcsfs>=2025.2", "google-cloud-storage>=2.19",
                 "google-cloud-storage-control>=1.0"],
         "parquet": ["pyarrow>=17"],     # raw downloads in parquet files
-        "curate": ["apache-beam>=2.60", "pyarrow>=17"],  # raw downloads on many machines; gigabytes of others' packages
+        "curate": ["apache-beam>=2.60", "pyarrow>=17"],  # raw downloads on many machines; half a gigabyte
         "launch": ["pyyaml>=6"],        # of launch/gke/jobset.py
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],
