@@ -20,7 +20,7 @@ NAME = "docvqa"
 SPLITS = ("train", "val", "test")
 LICENCE = ""
 WANTED = "SPLIT_v1.0.json (or _withQT), documents/ or spdocvqa_images/; boxes: a folder of Visual-CoT"
-MATCH = "exact"
+MATCH = "anls"  # how its benchmark counts
 _FIELDS = ("questionId", "question", "image")
 
 

@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "test")
 LICENCE = ""
 WANTED = ("infographicsVQA_SPLIT_v1.0.json (or _withQT), infographicsvqa_images/ or images/; boxes: a folder of "
           "Visual-CoT")
-MATCH = "exact"
+MATCH = "anls"  # how its benchmark counts
 _FIELDS = ("questionId", "question", "image_local_name")
 
 

@@ -253,13 +253,17 @@ def _unusable(raw):
     return "no question", f"question: {raw.question!r}"
   if not all(is_text(answer) for answer in raw.answers):
     return "bad answers", f"answers: {raw.answers!r}"
-  if raw.match not in answers_lib.RULES:
-    return "unknown rule", f"match must be one of {', '.join(answers_lib.RULES)}. Received: {raw.match!r}"
+  try:
+    answers_lib.rule(raw.match)
+  except ValueError as e:
+    return "unknown rule", str(e)
   if raw.options is not None:
     if not 0 < len(raw.options) <= _MOST_OPTIONS or not all(is_text(option) for option in raw.options):
       return "bad options", f"1 to {_MOST_OPTIONS} texts are wanted. Received: {raw.options!r}"
     if raw.answers and not answers_lib.right(raw.answers, raw.options):
       return "no answer among the options", f"answers: {raw.answers!r}, options: {raw.options!r}"
+  elif raw.answers and not answers_lib.attainable(raw.match, raw.answers):
+    return "answers that nobody can give", f"by the rule {raw.match}: {raw.answers!r}"
   return None
 
 
