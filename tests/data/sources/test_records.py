@@ -82,7 +82,7 @@ def test_provenance_is_of_the_content_and_of_nothing_else():
     ({"question": "\ud800"}, "no question", "ud800"),
     ({"answers": ("",)}, "bad answers", r"answers: \(''"),
     ({"answers": (3,)}, "bad answers", "3"),
-    ({"match": "vqa", "answers": ("cat",)}, "answers that nobody can give", "by the rule vqa: .'cat'"),  # of four people
+    ({"match": "vqa", "answers": ("cat",)}, "answers that nobody can give", "by the rule vqa: .'cat'"),  # one person
     ({"match": "nonsense"}, "unknown rule", "match must be one of exact.*'nonsense'"),
     ({"options": ()}, "bad options", "1 to 26"),
     ({"options": ("cat", "")}, "bad options", "''"),
