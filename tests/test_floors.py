@@ -11,21 +11,23 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "checks config shapes types data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
     "run.compiles run.files run.hlo run.signals",
-    "data.answers eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
-    "rl.loss rl.reward rollout.slots run.log tiny.needle",
-    "data.images learner.optim model.attention model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
-    "data.batches data.sources learner.checkpoint model.qwen2_5.config report.html rollout.actions.zoom "
-    "rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
-    "model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
+    "data.answers data.recorded.script eval.monitors model.patches model.sharding model.tuning report.gallery "
+    "rl.advantage rl.credit rl.loss rl.reward rollout.slots run.log tiny.needle",
+    "data.images data.recorded.chat data.recorded.rollouts learner.optim model.attention model.cache model.layers "
+    "run.goodput run.hosts rl.judge tiny.store",
+    "data.batches data.recorded.mini_o3 data.recorded.sharegpt data.sources learner.checkpoint model.qwen2_5.config "
+    "report.html rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
+    "data.recorded.table model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
     "data.prompt model.qwen2_5.model",
     "model.family model.qwen tiny.demos tiny.tokenizer",
     "model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
     "learner.step rollout.sample run.load run.pace run.serving",
     "rollout.turns run.record",
-    "rollout.chunks run.setup",
-    "export warmstart rollout.engine run.programs",
+    "rollout.chunks rollout.replay run.setup",
+    "export warmstart rollout.engine run.lessons run.programs",
     "eval.harness plan rollout.dynamic",
-    "train",
+    "run.loop",
+    "sft train",
 )) for prefix in prefixes.split()]
 DEVICE_ONLY = {"__future__", "dataclasses", "flax", "jax", "virl_jax.checks", "virl_jax.rl"}
 
