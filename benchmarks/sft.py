@@ -1,13 +1,17 @@
-"""Supervised fine-tuning by itself, from nothing to the tiny protocol, beside the base that ships.
+"""The tiny protocol by supervised fine-tuning alone, beside the base that ships.
 
-    python benchmarks/sft.py --out=runs/sft            # all of it; resumable
-    python benchmarks/sft.py --out=runs/sft --only=data
-    python benchmarks/sft.py --out=runs/sft --rl       # and then the RL runs, 3 seeds from either base: hours
+    python benchmarks/sft.py --out=runs/mute                 # from a base without words; resumable
+    python benchmarks/sft.py --out=runs/nothing --of=nothing # from nothing, in three stages: as long as a warm start
+    python benchmarks/sft.py --out=runs/sft --only=data      # only the demonstrations
+    python benchmarks/sft.py --out=runs/mute --rl            # and then RL, 3 seeds from either base: half an hour
 
-Draws pictures, writes demonstrations as files of trajectories and an untrained base, and has `python -m virl_jax.sft`
-learn from them stage after stage: reading (what a good crop shows; zooms are only looked at), finding one (the only
-object's box), finding (which of several is asked for).  The order is the warm start's, and so is the reason for it, see
-`curriculum.STAGES`.  What each stage ends with is exported, and the next goes on from there.
+Draws pictures, writes demonstrations as files of trajectories, and has `python -m virl_jax.sft` learn from them.
+
+"mute" is the base that ships with its word embeddings, which are its output layer too, drawn anew: it sees, and
+neither understands a question nor says anything; one stage teaches it the protocol.  "nothing" is the tiny model as it
+is drawn, and learns in the warm start's order, for the warm start's reason (`curriculum.STAGES`): reading (what a good
+crop shows; zooms are only looked at), finding one (the only object's box), finding (which of several is asked for).
+What a stage ends with is exported, and the next goes on from there.
 
 Prints a table, and as its last line one JSON object.
 """
@@ -25,13 +29,16 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from virl_jax import export
 from virl_jax import warmstart
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.model import params as params_lib
 from virl_jax.model import weights
+from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.run import load
 from virl_jax.run import serving
 from virl_jax.tiny import curriculum
@@ -40,9 +47,10 @@ from virl_jax.tiny import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = "configs/tiny_sft.py"
-# Of each stage: its demonstrations, how many updates, the first learning rate.
-STAGES = {"reading": ("reading", 300, 1.2e-3), "finding_one": ("finding_one", 300, 1.2e-3),
-          "finding": ("finding", 900, 1.2e-3)}
+# From what to where: of each stage its demonstrations, how many updates of how many, the first learning rate.
+STAGES = {"mute": {"protocol": ("finding", 300, 32, 1e-3)},
+          "nothing": {"reading": ("reading", 350, 96, 1.2e-3), "finding_one": ("finding_one", 550, 96, 1.2e-3),
+                      "finding": ("finding", 1350, 96, 1.2e-3)}}
 SHOWN = ("acc_ans", "acc_rat", "hit_rate", "rationale_count", "mean_iou")
 SEEDS = (0, 1, 2)
 
@@ -52,13 +60,14 @@ def main(argv=None):
   out = pathlib.Path(args.out)
   c = runpy.run_path(str(ROOT / CONFIG))["get_config"]()
   began = time.time()
-  base = untrained(c, out)
+  base = {"mute": mute, "nothing": untrained}[args.of](c, out)
   demonstrations(c, base, out, args.pictures)
   if args.only == "data":
     return
-  steps = dict(zip(STAGES, args.steps)) if args.steps else {name: of[1] for name, of in STAGES.items()}
-  for name, (data, _, rate) in STAGES.items():
-    base = stage(name, out, base, out / f"{data}.jsonl", steps[name], rate, last=name == list(STAGES)[-1])
+  stages = STAGES[args.of]
+  steps = dict(zip(stages, args.steps, strict=True)) if args.steps else {name: of[1] for name, of in stages.items()}
+  for name, (data, _, batch, rate) in stages.items():
+    base = stage(name, out, base, out / f"{data}.jsonl", steps[name], batch, rate, last=name == list(stages)[-1])
   found = {"ships": ships(out), "sft": evaluation(out / name, "after")}
   if args.rl:
     for seed in SEEDS:
@@ -81,19 +90,31 @@ def _arguments():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--out", required=True, help="folder for all of it")
   parser.add_argument("--only", choices=["data"], help="write the demonstrations and the untrained base, no more")
-  parser.add_argument("--pictures", type=int, default=4000, help="pictures of a stage")
-  parser.add_argument("--steps", type=int, nargs=len(STAGES), help="updates of each stage")
+  parser.add_argument("--of", choices=STAGES, default="mute", help="what it begins with")
+  parser.add_argument("--pictures", type=int, default=2000, help="pictures of a stage")
+  parser.add_argument("--steps", type=int, nargs="+", help="updates of each stage")
   parser.add_argument("--rl", action="store_true", help="go on with RL, from what was learned and from the base")
   return parser
 
 
 def untrained(c, out: pathlib.Path) -> pathlib.Path:
-  """An HF folder with the tiny model as it is drawn."""
+  """An HF folder with the tiny model as it is drawn, and a tokenizer made for it."""
   folder = out / "untrained"
   if not (folder / "config.json").exists():
     out.mkdir(parents=True, exist_ok=True)
     files, cfg, params = warmstart.begin(c, None, out)
     weights.save_hf(str(folder), cfg, params, "float32", like=files, beside=serving.files(files, cfg, c))
+  return folder
+
+
+def mute(c, out: pathlib.Path) -> pathlib.Path:
+  """An HF folder with the base that ships, its word embeddings drawn anew."""
+  folder, ships = out / "mute", load.model_dir("@tiny")
+  if not (folder / "config.json").exists():
+    cfg, params = weights.load_hf(ships)
+    # Another seed than the base was drawn with: what it learned is near what it began with.
+    params["text"]["embed"] = params_lib.init(qwen.specs(cfg), jax.random.key(c.seed + 1), jnp.float32)["text"]["embed"]
+    weights.save_hf(str(folder), cfg, params, "float32", like=ships, beside=serving.files(ships, cfg, c))
   return folder
 
 
@@ -142,14 +163,15 @@ def _write(file: pathlib.Path, lines: list[dict]) -> None:
   print(f"{len(lines)} demonstrations in {file}", flush=True)
 
 
-def stage(name: str, out: pathlib.Path, base: pathlib.Path, data: pathlib.Path, steps: int, rate: float, last: bool
-          ) -> pathlib.Path:
+def stage(name: str, out: pathlib.Path, base: pathlib.Path, data: pathlib.Path, steps: int, batch: int, rate: float,
+          last: bool) -> pathlib.Path:
   """Has a stage learned, from where it is; returns what it ends with, as an HF folder."""
   folder = out / f"{name}_hf"
   if (folder / "config.json").exists():
     return folder
   command("sft", CONFIG, out / name, f"--data={data}", f"--config.model.path={base}", f"--config.steps={steps}",
-          f"--config.optim.learning_rate={rate}", f"--config.optim.decay_steps={steps - 20 if last else 0}",
+          f"--config.sft.batch={batch}", f"--config.optim.learning_rate={rate}",
+          f"--config.optim.decay_steps={steps - 20 if last else 0}",
           *([] if last else ["--config.eval.tasks=0"]))
   export.export(str(out / name), str(folder), None, "float32")
   return folder
