@@ -95,6 +95,16 @@ def test_reward_goes_on_from_what_comes_out(whole, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, found.params, load.trained(str(whole[1])).params)
 
 
+@pytest.mark.slow
+def test_adapters_learn_by_example(tmp_path):
+  c = config(recorded.write(tmp_path / "data", 3), steps=2)
+  c.lora.rank, c.optim.learning_rate = 4, 1e-2
+  sft.sft(c, str(tmp_path / "w"))
+  first, second = timeless(tmp_path / "w")
+  assert second["loss/nll"] < first["loss/nll"]
+  assert load.trained(str(tmp_path / "w")).params["text"]["blocks"]["q_w"].b.any()
+
+
 def test_a_configuration_of_rollouts_will_do(tmp_path):
   """What it says of rewards, groups and references has no say, and what nobody is asked need not be there."""
   c = config(recorded.write(tmp_path / "data", 3))

@@ -18,14 +18,11 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import dataclasses
-import os
-import pathlib
 import time
 
 from absl import app
 from absl import flags
 import jax
-from ml_collections import config_flags
 
 from virl_jax import checks
 from virl_jax import config as config_lib
@@ -117,14 +114,10 @@ def by_example(c: config_lib.ConfigDict) -> config_lib.ConfigDict:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines what the command line takes; not on import, for other commands have flags of the same names."""
-  config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+  loop.define_flags(values)
+  flags.adopt_module_key_flags(loop, values)  # so that --helpshort shows them
   flags.DEFINE_list("data", None, "Files of trajectories, or workdirs whose rollouts are learned from, with commas "
                     "between; config.sft.data by default.", flag_values=values)
-  flags.DEFINE_string("workdir", None, "Where the run lives, a folder or gs://BUCKET/DIR; runs/NAME_OF_CONFIG_sft by "
-                      "default.", flag_values=values)
-  flags.DEFINE_bool("resume-with-changes", False, "Go on though the configuration differs from the workdir's, as long "
-                    "as model, data and evaluation do not; metrics.jsonl keeps what it was.", flag_values=values)
-  hosts.define_flags(values)
 
 
 def main(argv):
@@ -133,11 +126,10 @@ def main(argv):
   args = flags.FLAGS
   setup.begin()
   with setup.told():
-    hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
-    name = pathlib.Path(setup.config_file(args)).stem
+    workdir = loop.joined(args, "_sft")
     if args.data:
       args.config.sft.data = tuple(args.data)
-    sft(args.config, args.workdir or os.path.join("runs", f"{name}_sft"), args["resume-with-changes"].value)
+    sft(args.config, workdir, args["resume-with-changes"].value)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,11 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-import os
-import pathlib
 import time
 
 from absl import app
 from absl import flags
 import jax
-from ml_collections import config_flags
 import numpy as np
 
 from virl_jax import plan
@@ -123,12 +120,8 @@ def _threshold(p, step: int) -> np.float32:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines what the command line takes; not on import, for other commands have flags of the same names."""
-  config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-  flags.DEFINE_string("workdir", None, "Where the run lives, a folder or gs://BUCKET/DIR; runs/NAME_OF_CONFIG by "
-                      "default.", flag_values=values)
-  flags.DEFINE_bool("resume-with-changes", False, "Go on though the configuration differs from the workdir's, as long "
-                    "as model, data and evaluation do not; metrics.jsonl keeps what it was.", flag_values=values)
-  hosts.define_flags(values)
+  loop.define_flags(values)
+  flags.adopt_module_key_flags(loop, values)  # so that --helpshort shows them
 
 
 def main(argv):
@@ -137,9 +130,7 @@ def main(argv):
   args = flags.FLAGS
   setup.begin()
   with setup.told():
-    hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
-    name = pathlib.Path(setup.config_file(args)).stem
-    train(args.config, args.workdir or os.path.join("runs", name), args["resume-with-changes"].value)
+    train(args.config, loop.joined(args), args["resume-with-changes"].value)
 
 
 if __name__ == "__main__":

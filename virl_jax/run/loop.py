@@ -22,10 +22,14 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
+import pathlib
 import time
 
+from absl import flags
 from etils import epath
 import jax
+from ml_collections import config_flags
 
 from virl_jax import config as config_lib
 from virl_jax.data import batches
@@ -130,6 +134,28 @@ class Run:
     hosts.say(goodput.said(self.clock.parts))
     hosts.say(f"report: {hosts.first(lambda: html.write(str(self.workdir)))}")
     return self.record.last
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """What a command that trains takes."""
+  config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+  flags.DEFINE_string("workdir", None, "Where the run lives, a folder or gs://BUCKET/DIR; by default in runs/, by the "
+                      "configuration's name.", flag_values=values)
+  flags.DEFINE_bool("resume-with-changes", False, "Go on though the configuration differs from the workdir's, as long "
+                    "as model, data and evaluation do not; metrics.jsonl keeps what it was.", flag_values=values)
+  hosts.define_flags(values)
+
+
+def joined(args: flags.FlagValues, suffix: str = "") -> str:
+  """Makes this process one of several, if it is to be one; the workdir, which by default is the configuration's name
+  with a suffix, in runs/.
+
+  Raises:
+    ValueError: there is no such configuration, or the processes don't find each other.
+  """
+  hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
+  name = pathlib.Path(setup.config_file(args)).stem
+  return args.workdir or os.path.join("runs", f"{name}{suffix}")
 
 
 @contextlib.contextmanager

@@ -199,7 +199,8 @@ def _compare(folder: epath.Path, c: config_lib.ConfigDict, source, changes: bool
     raise ValueError(f"{folder} holds a run with another configuration ({'; '.join(told[:5])}{more}); use another "
                      f"--workdir{or_else}")
   if source is not None and known is not None and not same_data:
-    raise ValueError(f"{folder} holds a run on other data: config.data.path = {c.data.path!r} has changed since. "
+    raise ValueError(f"{folder} holds a run on other data: what config.data.path = {c.data.path!r} or "
+                     f"config.sft.data = {c.sft.data!r} names has changed since. "
                      f"Then: {known['was']}. Now: {source.describe()}. Use another --workdir")
   return differ
 
