@@ -48,7 +48,7 @@ from virl_jax.tiny import needle
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = "configs/tiny_sft.py"
 # From what to where: of each stage its demonstrations, how many updates of how many, the first learning rate.
-STAGES = {"mute": {"protocol": ("finding", 300, 32, 1e-3)},
+STAGES = {"mute": {"protocol": ("finding", 150, 32, 1e-3)},
           "nothing": {"reading": ("reading", 350, 96, 1.2e-3), "finding_one": ("finding_one", 550, 96, 1.2e-3),
                       "finding": ("finding", 1350, 96, 1.2e-3)}}
 SHOWN = ("acc_ans", "acc_rat", "hit_rate", "rationale_count", "mean_iou")
@@ -171,7 +171,7 @@ def stage(name: str, out: pathlib.Path, base: pathlib.Path, data: pathlib.Path, 
     return folder
   command("sft", CONFIG, out / name, f"--data={data}", f"--config.model.path={base}", f"--config.steps={steps}",
           f"--config.sft.batch={batch}", f"--config.optim.learning_rate={rate}",
-          f"--config.optim.decay_steps={steps - 20 if last else 0}",
+          f"--config.optim.decay_steps={2 * steps - 20 if last else 0}",
           *([] if last else ["--config.eval.tasks=0"]))
   export.export(str(out / name), str(folder), None, "float32")
   return folder

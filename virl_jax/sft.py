@@ -98,8 +98,8 @@ def by_example(c: config_lib.ConfigDict) -> config_lib.ConfigDict:
     ValueError: the batch can't be split over the devices.
   """
   shards = sharding.row_shards(sharding.make(c.mesh.data, c.mesh.fsdp, c.mesh.tensor))
-  checks.need(not isinstance(c.sft.batch, int) or c.sft.batch % shards == 0, "sft.batch",
-              f"a multiple of the mesh's data x fsdp = {shards}", c.sft.batch)
+  checks.section(c.sft, "sft", batch=checks.whole(1))
+  checks.need(c.sft.batch % shards == 0, "sft.batch", f"a multiple of the mesh's data x fsdp = {shards}", c.sft.batch)
   taught = copy.deepcopy(c).unlock()
   taught.engine.slots = c.engine.slots or c.rollout.prompts * c.rollout.group_size  # of evaluations
   taught.rollout.prompts, taught.rollout.group_size = c.sft.batch, 1

@@ -64,6 +64,7 @@ def test_mini_o3(folder):
      "its box is not four numbers", '{"bbox_2d": [0.1, 0.2], "source": "original_image"}'),
     (mini_o3("<image>Q", LOOK + LOOK, SHOWN, SAID), "several calls in a turn", None),
     (mini_o3("<image>Q", "Hm.", "Go on.", SAID), "a turn neither calls nor answers", "Hm."),
+    (mini_o3("<image>Q", LOOK, "Error: no such image.", SAID), "a call showed nothing", "Error: no such image."),
     (mini_o3("<image>Q", LOOK), "it ends without an answer", ""),
     (mini_o3("<image>Q", SAID + SAID), "several answers in a turn", ""),
     (mini_o3("<image>Q", "<think>What?</think> "), "no answer", ""),

@@ -122,6 +122,18 @@ def said(turns: list[tuple[str, str]]) -> list[str]:
   return [text for role, text in turns if role == "assistant"]
 
 
+def seen(turns: list[tuple[str, str]]) -> None:
+  """Makes sure that every call showed something: then the i-th image that came back is the i-th call's.
+
+  Raises:
+    Unusable: what follows an assistant's turn has no image.
+  """
+  spoken = [turn for turn in turns if turn[0] != "system"]
+  for (role, _), (_, told) in zip(spoken, spoken[1:]):
+    if role == "assistant" and "<image>" not in told:
+      raise script.Unusable("a call showed nothing", told[:80])
+
+
 def thought(text: str) -> str:
   """What is thought in a text, without tags."""
   return _THINK.sub("", text).strip()

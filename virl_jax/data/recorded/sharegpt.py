@@ -42,6 +42,7 @@ def read(record: dict, folder: str, uid: str, frame: str) -> script.Script:
     raise script.Unusable("it ends without an answer")
   ending = chat.answer(last)
   looks = tuple(_look(text, frame) for text in calls)
+  chat.seen(turns)
   return script.Script(chat.task(record, turns, folder, uid, ending.text), (*looks, ending))
 
 
