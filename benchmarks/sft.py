@@ -169,10 +169,10 @@ def stage(name: str, out: pathlib.Path, base: pathlib.Path, data: pathlib.Path, 
   folder = out / f"{name}_hf"
   if (folder / "config.json").exists():
     return folder
+  # The last stage's rate falls to about half.
+  more = [f"--config.optim.decay_steps={2 * steps - 20}"] if last else ["--config.eval.tasks=0"]
   command("sft", CONFIG, out / name, f"--data={data}", f"--config.model.path={base}", f"--config.steps={steps}",
-          f"--config.sft.batch={batch}", f"--config.optim.learning_rate={rate}",
-          f"--config.optim.decay_steps={2 * steps - 20 if last else 0}",
-          *([] if last else ["--config.eval.tasks=0"]))
+          f"--config.sft.batch={batch}", f"--config.optim.learning_rate={rate}", *more)
   export.export(str(out / name), str(folder), None, "float32")
   return folder
 

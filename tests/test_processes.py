@@ -237,8 +237,8 @@ def test_flags_that_make_no_sense(env, tmp_path, more, said):
 
 @pytest.mark.slow
 def test_examples_are_shared_out_and_teach_the_same(env, tmp_path):
-  """One of them can't be used, which only one of two processes sees."""
-  data = pathlib.Path(recorded.write(tmp_path / "data", 12))
+  """One of them can't be used, which only one of two processes sees; the others last for three steps."""
+  data = pathlib.Path(recorded.write(tmp_path / "data", 25))
   lines = [json.loads(text) for text in data.read_text().splitlines()]
   recorded.save(data, [recorded.line(i, f"{i}.png", (90, 90, 95, 95)) if i == 5 else line
                        for i, line in enumerate(lines)])
