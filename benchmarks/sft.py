@@ -3,7 +3,9 @@
     python benchmarks/sft.py --out=runs/mute                 # from a base without words; resumable
     python benchmarks/sft.py --out=runs/nothing --of=nothing # from nothing, in three stages: as long as a warm start
     python benchmarks/sft.py --out=runs/sft --only=data      # only the demonstrations
-    python benchmarks/sft.py --out=runs/mute --rl            # and then RL, 3 seeds from either base: half an hour
+    python benchmarks/sft.py --out=runs/mute --rl            # and then RL, 3 seeds from either base
+
+docs/sft.md says what of it was run.
 
 Draws pictures, writes demonstrations as files of trajectories, and has `python -m virl_jax.sft` learn from them.
 
@@ -48,7 +50,7 @@ from virl_jax.tiny import needle
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = "configs/tiny_sft.py"
 # From what to where: of each stage its demonstrations, how many updates of how many, the first learning rate.
-STAGES = {"mute": {"protocol": ("finding", 150, 32, 1e-3)},
+STAGES = {"mute": {"protocol": ("finding", 1000, 32, 1e-3)},
           "nothing": {"reading": ("reading", 350, 96, 1.2e-3), "finding_one": ("finding_one", 550, 96, 1.2e-3),
                       "finding": ("finding", 1350, 96, 1.2e-3)}}
 SHOWN = ("acc_ans", "acc_rat", "hit_rate", "rationale_count", "mean_iou")
