@@ -59,7 +59,7 @@ SEEDS = (0, 1, 2)
 
 def main(argv=None):
   args = _arguments().parse_args(argv)
-  out = pathlib.Path(args.out)
+  out = pathlib.Path(args.out).absolute()
   c = runpy.run_path(str(ROOT / CONFIG))["get_config"]()
   began = time.time()
   base = {"mute": mute, "nothing": untrained}[args.of](c, out)
@@ -187,7 +187,7 @@ def ships(out: pathlib.Path) -> dict:
 
 def command(module: str, config: str, workdir: pathlib.Path, *options: str) -> None:
   """Runs one of the package's commands, which goes on where it was."""
-  subprocess.run([sys.executable, "-m", f"virl_jax.{module}", f"--config={config}", f"--workdir={workdir.absolute()}",
+  subprocess.run([sys.executable, "-m", f"virl_jax.{module}", f"--config={config}", f"--workdir={workdir}",
                   *options], cwd=ROOT, check=True)
 
 
