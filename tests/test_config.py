@@ -107,6 +107,7 @@ def test_values_that_cannot_work_are_named(key, value, message):
 
 # For which knobs NaN, -1, -1e9, a number or text is a value like another.
 FINE = {"reward.no_action": (-1, -1e9),                      # any fidelity
+        "sft.least_reward": (-1, -1e9),                      # any reward
         "mesh.data": (-1,), "mesh.fsdp": (-1,), "mesh.tensor": (-1,)}  # what is left
 
 

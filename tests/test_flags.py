@@ -14,6 +14,7 @@ from virl_jax.run import setup
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = {
     "train": ["--config=configs/ablations/arms.py:rho_1.0", "--config.steps=3", "--workdir=w", "--resume-with-changes"],
+    "sft": ["--config=configs/tiny_sft.py", "--config.sft.batch=8", "--data=a.json,runs/b", "--workdir=w"],
     "warmstart": ["--config=configs/tiny.py", "--config.warmstart.steps=3", "--workdir=w", "--out=o"],
     "plan": ["--config=configs/tiny.py", "--topology=cpu:8", "--programs=update,decode", "--json=f"],
     "curate": ["build", "--source=gqa,textvqa", "--data=a,b", "--out=o", "--runner=DirectRunner", "--beam=--x=1",
@@ -57,6 +58,8 @@ def test_each_takes_its_flags(name, monkeypatch):
   if name == "train":
     assert (values.config.steps, values.config.reward.rho, values["resume-with-changes"].value) == (3, 1.0, True)
     assert setup.config_file(values) == "configs/ablations/arms.py"
+  if name == "sft":
+    assert (values.config.sft.batch, values.data) == (8, ["a.json", "runs/b"])
   if name == "warmstart":
     assert values.config.warmstart.steps == 3 and values.out == "o"
   if name == "plan":
@@ -75,7 +78,7 @@ def test_each_takes_its_flags(name, monkeypatch):
     (("--config=configs/nope.py",), "such as configs/tiny.py. Received: configs/nope.py "),
     (("--config=configs/tiny.py", "--config.optim.learning_rat=1"),
      "error: --config has no such knob: 'learning_rat' Did you mean \"learning_rate\" instead of")])
-@pytest.mark.parametrize("name", ["train", "warmstart"])
+@pytest.mark.parametrize("name", ["train", "sft", "warmstart"])
 def test_a_slip_of_the_pen_is_a_line(name, options, said, tmp_path):
   more = (f"--out={tmp_path / 'out'}",) if name == "warmstart" else ()
   done = subprocess.run([sys.executable, "-m", f"virl_jax.{name}", f"--workdir={tmp_path / 'w'}", *options, *more],

@@ -17,6 +17,7 @@ from virl_jax.model import family
 from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import config as qwen
 from virl_jax.model.qwen2_5 import vision
+from virl_jax.run import loop
 from virl_jax.run import memory
 from virl_jax.run import programs
 from virl_jax.run import setup
@@ -216,7 +217,7 @@ def test_training_is_refused_where_it_does_not_fit_before_weights_are_loaded(sma
   with pytest.raises(ValueError, match="update: what lies on a device is 0.0 GiB. Try --config.model.patches_together"):
     plan.check(c, p)
   c.model.path = "@tiny"
-  monkeypatch.setattr(train.load, "base", lambda *args: pytest.fail("weights were loaded"))
+  monkeypatch.setattr(loop.load, "base", lambda *args: pytest.fail("weights were loaded"))
   with pytest.raises(ValueError, match="^config must fit 8 x cpu"):
     train.train(c, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()

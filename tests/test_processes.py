@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from tests import recorded
 from virl_jax.run import log as log_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,7 +35,8 @@ def env(tmp_path_factory):
 class Run:
   """The processes of a run, and what they have said, each by itself."""
 
-  def __init__(self, env, workdir, processes, devices, *more, port=None, only=None, each=None):
+  def __init__(self, env, workdir, processes, devices, *more, port=None, only=None, each=None,
+               command="train"):
     if port is None:
       with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -45,10 +47,10 @@ class Run:
       if only is not None and i not in only:
         continue
       who = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"]
-      command = [sys.executable, "-m", "virl_jax.train", "--config=configs/tiny.py", f"--workdir={workdir}", *SMALL,
-                 *more, *(who if processes > 1 else ()), *(each(i) if each else ())]
+      words = [sys.executable, "-m", f"virl_jax.{command}", "--config=configs/tiny.py", f"--workdir={workdir}", *SMALL,
+               *more, *(who if processes > 1 else ()), *(each(i) if each else ())]
       with open(log, "w") as out:
-        self.processes.append(subprocess.Popen(command, cwd=ROOT, env=dict(env, JAX_NUM_CPU_DEVICES=str(devices)),
+        self.processes.append(subprocess.Popen(words, cwd=ROOT, env=dict(env, JAX_NUM_CPU_DEVICES=str(devices)),
                                                stdout=out, stderr=subprocess.STDOUT))
 
   def said(self, i=0):
@@ -231,3 +233,27 @@ def test_who_waits_in_vain_says_for_whom(env, tmp_path, only):
 def test_flags_that_make_no_sense(env, tmp_path, more, said):
   run = Run(env, tmp_path / "x", 1, 1, *more)
   assert run.wait(120) == [1] and f"error: {said}" in run.said()
+
+
+@pytest.mark.slow
+def test_examples_are_shared_out_and_teach_the_same(env, tmp_path):
+  """One of them can't be used, which only one of two processes sees; the others last for three steps."""
+  data = pathlib.Path(recorded.write(tmp_path / "data", 25))
+  lines = [json.loads(text) for text in data.read_text().splitlines()]
+  recorded.save(data, [recorded.line(i, f"{i}.png", (90, 90, 95, 95)) if i == 5 else line
+                       for i, line in enumerate(lines)])
+  found = []
+  for processes, devices in ((1, 4), (2, 2)):
+    workdir = tmp_path / f"{processes}x{devices}"
+    run = Run(env, workdir, processes, devices, "--config.steps=3", f"--data={data}", "--config.sft.batch=8",
+              "--config.eval.tasks=0", "--config.log.gallery_every=2", "--config.pack.joined_share=1.0", command="sft")
+    run.done()
+    assert "left out: demos.jsonl:6: its call can't be carried out" in run.said()
+    found.append((workdir, run))
+  mine, theirs = (steps(workdir) for workdir, _ in found)
+  assert [line["step"] for line in mine] == [0, 1, 2]
+  for x, y in zip(mine, theirs, strict=True):
+    for name in x.keys() | y.keys():
+      if not name.startswith(OF_THE_LAYOUT):
+        np.testing.assert_allclose(x[name], y[name], rtol=1e-5, atol=1e-5, err_msg=f"step {x['step']} {name}")
+  assert len({texts(workdir / "rollouts" / "step_000002.jsonl").__repr__() for workdir, _ in found}) == 1

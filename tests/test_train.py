@@ -17,11 +17,13 @@ import pytest
 from virl_jax import config as config_lib
 from virl_jax import export
 from virl_jax import train
+from virl_jax.learner import checkpoint
 from virl_jax.model import tuning
 from virl_jax.model import weights
 from virl_jax.run import goodput
 from virl_jax.run import load
 from virl_jax.run import log
+from virl_jax.run import loop
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
@@ -135,6 +137,7 @@ from virl_jax.run import signals
 signals.install()
 from absl import app
 from virl_jax import train
+from virl_jax.learner import checkpoint
 from virl_jax.rollout import dynamic
 
 run, calls = dynamic.run, []
@@ -202,6 +205,7 @@ POISONED = """
 from absl import app
 import jax.numpy as jnp
 from virl_jax import train
+from virl_jax.learner import checkpoint
 from virl_jax.learner import step as step_lib
 
 threshold, score, at = train._threshold, step_lib.score, []
@@ -433,7 +437,7 @@ def test_what_does_not_fit_is_asked_neither_in_training_nor_before(tmp_path, mon
     asked.append({t.uid for t in tasks})
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(train, "_evaluate", lambda c, p, params, tasks, *_: asked.append({t.uid for t in tasks}))
+  monkeypatch.setattr(loop, "evaluate", lambda c, p, params, tasks, *_: asked.append({t.uid for t in tasks}))
   monkeypatch.setattr(train.dynamic, "run", stop)
   with pytest.raises(KeyboardInterrupt):
     train.train(c, str(tmp_path / "w"))
@@ -444,7 +448,7 @@ def test_what_does_not_fit_is_asked_neither_in_training_nor_before(tmp_path, mon
   # A process that goes on counts on.
   feeds, feed = [], train.batches.Feed
   monkeypatch.setattr(train.batches, "Feed", lambda *args: feeds.append(feed(*args)) or feeds[-1])
-  monkeypatch.setattr(train.checkpoint.Checkpoints, "resume", lambda self, state: (1, state))
+  monkeypatch.setattr(checkpoint.Checkpoints, "resume", lambda self, state: (1, state))
   with open(tmp_path / "w" / "metrics.jsonl", "a") as log:
     log.write('{"step": 0, "data/skipped": 70}\n')
   with pytest.raises(KeyboardInterrupt):
@@ -457,7 +461,7 @@ def test_an_evaluation_that_was_cut_short_is_named(tmp_path):
   for text in ('{"outcomes": [{"uid": ', "[]", '{"outcomes": [{"uid": "a"}]}', '{"n": 3}'):
     file.write_text(text)
     with pytest.raises(ValueError, match=f"^{file} must be an evaluation as a run writes it.*delete it, and the base"):
-      train._of_these(file, [])
+      loop.of_these(file, [])
 
 
 def test_truncated_weights_are_named(tmp_path):

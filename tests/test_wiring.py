@@ -15,6 +15,7 @@ from virl_jax.learner import pooled
 from virl_jax.run import goodput
 from virl_jax.run import load
 from virl_jax.run import log
+from virl_jax.run import loop
 from virl_jax.run import pace
 from virl_jax.run import setup
 
@@ -86,17 +87,17 @@ def stage(monkeypatch, failing=()):
     return [harness.Judged(finished(task), (), ()) for task in tasks]
 
   base = {"marker": jnp.float32(100.0)}
-  monkeypatch.setattr(train.load, "base", lambda hf_dir, dtype, mesh, model, seed: load.Loaded(
+  monkeypatch.setattr(loop.load, "base", lambda hf_dir, dtype, mesh, model, seed: load.Loaded(
       model, base, {}, hf_dir))
   monkeypatch.setattr(train.dynamic, "run", rolls)
   monkeypatch.setattr(train.step_lib, "informative", informative)
   monkeypatch.setattr(train.step_lib, "score", scores)
   monkeypatch.setattr(train.step_lib, "update_step", update)
-  monkeypatch.setattr(train.harness, "run", evaluate)
+  monkeypatch.setattr(loop.harness, "run", evaluate)
   monkeypatch.setattr(train.hosts, "place_batch", lambda batch, mesh: batch)
   monkeypatch.setattr(train.sample, "weights", lambda params, cfg, mesh: {"marker": params["marker"] + 0.5})
   monkeypatch.setattr(train.pack, "pack", lambda part, cfg: tuple((t.task.uid, t.index) for t in part))
-  monkeypatch.setattr(train.html, "write", lambda workdir: "report")
+  monkeypatch.setattr(loop.html, "write", lambda workdir: "report")
   return seen
 
 

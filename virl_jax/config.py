@@ -270,6 +270,17 @@ def _knobs() -> ConfigDict:
   u.workers = free(2)              # processes that draw
   u.save_every = free(100)         # updates; 0 for none but the last
 
+  c.sft = b = ConfigDict()         # `python -m virl_jax.sft`, which compares its workdir by these; see docs/sft.md
+  b.data = free(())                # files of trajectories, or workdirs whose rollouts are learned from; --data
+  b.batch = free(64)               # demonstrations an update [ours]
+  b.frame = free("original")       # ShareGPT's boxes: pixels of the image's file (original) or as it is shown to the
+                                   #   policy (shown), shares of its sides (share) or thousandths [ours]
+  b.only_right = free(True)        # leave out trajectories whose answer is known to be wrong [ours]
+  b.least_reward = free(-1e9)      # leave out those that are known to have earned less [ours]
+  b.best_of = free(0)              # of each task's trajectories, so many that earned the most; 0 for all [ours]
+  b.most_left_out = free(0.5)      # share of what was chosen that may turn out to be of no use [ours]
+  b.cache_gib = free(2.0)          # of this process: demonstrations that are kept ready; 0 makes each anew [ours]
+
   c.watch = w = ConfigDict()       # what is said and done where steps don't get on; see docs/monitors.md
   w.stuck_s = free(3600.0)         # seconds without progress after which a run ends, to be started again; 0 for never
   w.slow_ratio = free(3.0)         # times the median: a step that takes so long is named with its phase; 0 for none

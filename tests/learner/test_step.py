@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from virl_jax import types
@@ -12,6 +13,7 @@ from virl_jax.learner import optim
 from virl_jax.learner import pooled
 from virl_jax.learner import step as step_lib
 from virl_jax.model import family
+from virl_jax.model import head
 from virl_jax.model import params as params_lib
 from virl_jax.model import sharding
 from virl_jax.model import tuning
@@ -507,6 +509,41 @@ def test_imitation_lowers_the_loss(small, batch):
   assert int(state.update) == 5
   logp = step_lib.outputs(small.params, cfg, batch)[0]
   np.testing.assert_allclose(losses[0], -np.asarray(logp)[batch.sampled_BT].mean(), rtol=1e-5)
+
+
+def cross_entropy(params, model, batch):
+  """By hand: nats a token, of all that an assistant said; rows are one trajectory each."""
+  images = jax.tree.map(lambda a: a[0], batch.rows.images)
+  h = qwen.hidden(params, model.cfg, batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT, images)
+  logp_BTV = jax.nn.log_softmax(head.policy_logits(params, model.cfg, h, 1.0))[:, :-1]
+  said_BT = jnp.asarray(batch.sampled_BT)[:, 1:]
+  logp_BT = jnp.take_along_axis(logp_BTV, jnp.asarray(batch.tokens_BT)[:, 1:, None], 2)[..., 0]
+  right = jnp.where(said_BT, logp_BTV.argmax(-1) == batch.tokens_BT[:, 1:], 0).sum() / said_BT.sum()
+  return -jnp.where(said_BT, logp_BT, 0.0).sum() / said_BT.sum(), right
+
+
+def test_imitation_follows_the_gradient_of_the_cross_entropy(small, batch):
+  """And so does PPO's update where every advantage is 1; where nobody says anything there is none."""
+  plain = optim.OptimConfig(learning_rate=1e-2, eps=1e-3, clip_norm=0.0)
+  cfg = dataclasses.replace(make_config(small, single_update=True), optim=plain)
+  (nll, right), wanted = jax.jit(jax.value_and_grad(lambda p: cross_entropy(p, small, batch), has_aux=True))(
+      small.params)
+  gradient = lambda state: jax.tree.map(lambda m: m / (1 - plain.b1), optax.tree.get(state.opt_state, "mu"))
+  start = lambda: step_lib.init_state(jax.tree.map(jnp.copy, small.params), plain)
+  state, metrics = step_lib.imitate_step(start(), batch, cfg)
+  found = pooled.merge([metrics])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(state), wanted)
+  assert found["optim/grad_norm"] > 0.1 and max(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted)) > 0.01
+  np.testing.assert_allclose([found["loss/nll"], found["loss/total"], found["loss/accuracy"]], [nll, nll, right],
+                             rtol=1e-5)
+  shown, of_batch = step_lib.shown(batch, cfg)
+  by_reward, _ = step_lib.update_step(start(), shown, cfg)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(by_reward), gradient(state))
+  assert pooled.merge([of_batch])["tokens/trained"] == batch.sampled_BT.sum()
+  np.testing.assert_allclose(shown.reward_B, REWARD, atol=1e-6)
+  state, metrics = step_lib.imitate_step(start(), batch.replace(sampled_BT=np.zeros_like(batch.sampled_BT)), cfg)
+  assert pooled.merge([metrics])["optim/grad_norm"] == 0 and not any(
+      np.any(g) for g in jax.tree.leaves(gradient(state)))
 
 
 # --- the rivals: what the kernels are put together to; the kernels have tests of their own --------------------

@@ -14,11 +14,11 @@ import PIL.Image
 import pytest
 
 from virl_jax import config as config_lib
-from virl_jax import train
 from virl_jax.report import gallery
 from virl_jax.report import html
 from virl_jax.run import files
 from virl_jax.run import log
+from virl_jax.run import loop
 from virl_jax.run import setup
 from virl_jax.run import watch
 from virl_jax.run import workdir
@@ -344,10 +344,10 @@ def test_an_evaluation_that_is_no_such_thing_is_named(place):
   file = files.path(place) / "eval_before.json"
   files.make(file.parent)
   files.write_text(file, json.dumps({"outcomes": []}))
-  assert train._of_these(file, []) == {"outcomes": []}
+  assert loop.of_these(file, []) == {"outcomes": []}
   files.write_text(file, "{")
   with pytest.raises(ValueError, match=f"^{file} must be an evaluation as a run writes it.*; delete it"):
-    train._of_these(file, [])
+    loop.of_these(file, [])
 
 
 def test_where_threads_are_is_written(place):

@@ -2,7 +2,7 @@
 
 `score` reads the policy before the update: its log-probabilities, and what `rl.judge` makes of the batch, minibatch by
 minibatch, with statistics of all of them.  `update_step` is one PPO update.  `imitate_step` is one step of maximum
-likelihood, for warm starts.
+likelihood, for supervised fine-tuning and warm starts; `shown` says what demonstrations are like, as `score` does.
 All are pure; the state they update is donated.
 
 An update whose loss or gradient is not finite is skipped: what was one number becomes all parameters, moments and
@@ -188,18 +188,19 @@ def _each_microbatch(fn, rows: types.Rows, start):
   return jax.lax.fori_loop(0, count, lambda i, carry: fn(carry, take(i)), start)
 
 
-def _outputs(params, cfg: Config, batch: types.Batch, micro: types.Rows, critic
+def _outputs(params, cfg: Config, batch: types.Batch, micro: types.Rows, critic, best: bool = False
              ) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], jax.Array]:
   """`outputs` of a microbatch, 0 elsewhere, and bool[B] which trajectories are of it.
 
   Args:
     micro: without the leading axis.
+    best: whether the log-probability of the likeliest token takes the place of what a critic expected.
   """
   valid = micro.index_MUT >= 0
   tokens, targets, vision, *pos = _taken(batch, micro.index_MUT)
   h = family.of(cfg.model).hidden(params, cfg.model, tokens, jnp.stack(pos, axis=1), valid, vision, micro.images,
                                   micro.lengths_MUS)
-  found = list(head.token_logp(params, cfg.model, h, targets, cfg.temperature))
+  found = list(head.token_logp(params, cfg.model, h, targets, cfg.temperature, best=best))
   if critic is not None:
     found.append(jnp.einsum("btd,d->bt", h.astype(jnp.float32), critic["w"]) + critic["b"][None])
 
@@ -378,7 +379,8 @@ def _log_area_ratio(box_BR4, gt_BJ4, target_BR):
   return jnp.log2(jnp.maximum(area(box_BR4), 1.0) / jnp.maximum(gt_BR, 1.0))
 
 
-def _gradients(state: TrainState, frozen: dict | None, batch: types.Batch, cfg: Config, loss_fn) -> tuple:
+def _gradients(state: TrainState, frozen: dict | None, batch: types.Batch, cfg: Config, loss_fn, best: bool = False
+               ) -> tuple:
   """Gradients of a minibatch's loss, added up over its microbatches, and what there was to differentiate.
 
   Args:
@@ -387,6 +389,7 @@ def _gradients(state: TrainState, frozen: dict | None, batch: types.Batch, cfg: 
     batch: the minibatch.
     cfg: static.
     loss_fn: (outputs, mask of the microbatch's trained tokens, mask of all) -> the microbatch's part of the loss.
+    best: see `_outputs`; there is no critic then.
 
   Returns:
     Gradients for what is trained of the policy and for the critic, float32, and the `outputs` of the whole minibatch.
@@ -394,7 +397,7 @@ def _gradients(state: TrainState, frozen: dict | None, batch: types.Batch, cfg: 
   trained = mask(batch)
 
   def part(params, critic, micro):
-    found, here_B = _outputs(family.whole(params, frozen or {}, cfg.model), cfg, batch, micro, critic)
+    found, here_B = _outputs(family.whole(params, frozen or {}, cfg.model), cfg, batch, micro, critic, best)
     return loss_fn(found, trained & here_B[:, None], trained), found
 
   def add(sums, micro):
@@ -406,7 +409,7 @@ def _gradients(state: TrainState, frozen: dict | None, batch: types.Batch, cfg: 
   sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (state.params, state.critic))
   with sharding.context(cfg.mesh):
     return _each_microbatch(add, batch.rows, ((_pinned(sums[0], cfg), sums[1]),
-                                              (zeros, zeros, None if state.critic is None else zeros)))
+                                              (zeros, zeros, zeros if best or state.critic is not None else None)))
 
 
 def _pinned(params: dict, cfg: Config) -> dict:
@@ -564,20 +567,53 @@ def _update_metrics(found: dict, trained_BT: jax.Array) -> pooled.Metrics:
   return pools
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def imitate_step(state: TrainState, batch: types.Batch, cfg: Config) -> tuple[TrainState, pooled.Metrics]:
-  """One step of maximum likelihood on the batch's assistant tokens; skipped if it is not finite, as `update_step`.
+def shown(batch: types.Batch, cfg: Config) -> tuple[types.ScoredBatch, pooled.Metrics]:
+  """Demonstrations as the report and the log want them: visual actions judged, every advantage 1.
 
   Args:
-    state: donated.
     batch: demonstrations.
-    cfg: static.
+    cfg: static; what actions and trajectories are judged by.
 
   Returns:
-    The next state, and metrics; "loss/total" is in nats a token.
+    What an update would be made with that took them for rollouts, and metrics of padding and tokens.
   """
-  nll = lambda found, here_BT, whole_BT=None: -loss.masked_mean(found[0], here_BT, whole_BT)
-  (grads, critic_grads), found = _gradients(state, None, batch, cfg, nll)
-  total = nll(found, mask(batch))
-  state, metrics, _ = _apply(state, grads, critic_grads, total, NO_LIMIT, cfg)
-  return state, metrics | {"loss/total": pooled.Mean(total)}
+  *found, metrics = _shown(batch, cfg)  # without the batch, which would be copied
+  return types.ScoredBatch(batch, None, None, *found), metrics
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _shown(batch, cfg):
+  looks = judge.looks(boxes(batch), cfg.reward)
+  total_B = judge.rewards(looks, batch.answer_B, batch.format_B, cfg.reward)
+  metrics = {"tokens/padding_share": _padding(batch.rows),
+             "tokens/trained": pooled.Sum(mask(batch).sum().astype(jnp.float32))}
+  return (mask(batch).astype(jnp.float32), looks.fidelity.iou_R, looks.class_BR,
+          jnp.ones(looks.class_BR.shape, jnp.float32), jnp.ones_like(total_B), total_B, metrics)
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
+def imitate_step(state: TrainState, batch: types.Batch, cfg: Config, frozen: dict | None = None,
+                 limit: jax.Array | float = NO_LIMIT) -> tuple[TrainState, pooled.Metrics]:
+  """One step of maximum likelihood on the batch's assistant tokens: `update_step` with another loss.
+
+  What a token counts for is `loss.aggregate`'s to say.  With every advantage 1 and the only update of a batch, the
+  gradient of PPO's loss is this one.
+
+  Args:
+    state: donated; without a critic.
+    batch: demonstrations.
+    cfg: static.
+    frozen, limit: see `update_step`.
+
+  Returns:
+    The next state, and metrics: "loss/total"; "loss/nll", nats a token; "loss/accuracy", the share of tokens that are
+    the policy's likeliest; what `update_step` says of the gradient.
+  """
+  trained = mask(batch)
+  nll = lambda found, here_BT, whole_BT=None: loss.aggregate(-found[0], here_BT, cfg.loss, whole_BT)
+  (grads, critic_grads), found = _gradients(state, frozen, batch, cfg, nll, best=True)
+  total = nll(found, trained)
+  state, metrics, _ = _apply(state, grads, critic_grads, total, limit, cfg)
+  right_BT = (found[0] >= found[2]).astype(jnp.float32)
+  return state, metrics | {"loss/total": pooled.Mean(total), "loss/nll": pooled.mean_of(-found[0], trained),
+                           "loss/accuracy": pooled.mean_of(right_BT, trained)}

@@ -25,7 +25,7 @@ def policy_logits(params: dict, cfg: family.Config, hidden_BTD: jax.Array, tempe
 
 
 def token_logp(params: dict, cfg: family.Config, hidden_BTD: jax.Array, targets_BT: jax.Array, temperature: float,
-               chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
+               chunk: int | None = None, best: bool = False) -> tuple[jax.Array, ...]:
   """Log-probability of each target and entropy of the distribution that it came from.
 
   The logits of only some positions exist at a time, forward and backward; nothing is kept but the normaliser.  Under
@@ -39,15 +39,16 @@ def token_logp(params: dict, cfg: family.Config, hidden_BTD: jax.Array, targets_
     targets_BT: int32 ids; a banned id gets -1e30.
     temperature: of sampling.
     chunk: positions a row at a time; None for as many as `LOGITS` allows.
+    best: whether the likeliest id's log-probability is wanted too, to the last bit the target's where that is the one.
 
   Returns:
-    logp_BT, entropy_BT: float32, nats.
+    logp_BT, entropy_BT, and if it is wanted best_BT, which has no gradient: float32, nats.
   """
   w_DV = family.of(cfg).head(params)
   spec = _Spec(w_DV.shape[1], w_DV.shape[0], float(temperature), cfg.banned, chunk, cfg.tuning.rank > 0,
-               cfg.platform == "cpu")
+               cfg.platform == "cpu", best)
   return tuple(sharding.locally(functools.partial(_token_logp, spec), (("fsdp", "tensor"), ("rows",), ("rows",)),
-                                [("rows",), ("rows",)], w_DV, hidden_BTD, targets_BT))
+                                [("rows",)] * (2 + best), w_DV, hidden_BTD, targets_BT))
 
 
 class _Spec(NamedTuple):
@@ -58,6 +59,7 @@ class _Spec(NamedTuple):
     temperature, banned, chunk: see `token_logp`.
     frozen: whether the head gets no gradient.
     cast: whether half precision is cast before products that add up in float32: not all of them run on a CPU.
+    best: see `token_logp`.
   """
 
   vocab: int
@@ -67,6 +69,7 @@ class _Spec(NamedTuple):
   chunk: int | None
   frozen: bool
   cast: bool
+  best: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -85,17 +88,18 @@ def _forward(spec, w_DV, hidden_BTD, targets_BT):
     total, tilt, hit = (_over_vocabulary(spec, w, jax.lax.psum, a.sum(-1)) for a in (
         weight, weight * (x - top[..., None]), jnp.where(target, x, 0.0)))
     log_total = jnp.log(total)
-    return hit - top - log_total, log_total - tilt / total, top + log_total
+    return hit - top - log_total, log_total - tilt / total, top + log_total, *([-log_total] if spec.best else [])
 
-  logp, entropy, norm = (_joined(a, targets_BT) for a in jax.lax.map(one, _chunks(spec, w, hidden_BTD, targets_BT)))
-  return [logp, entropy], (w_DV, hidden_BTD, targets_BT, entropy, norm)
+  logp, entropy, norm, *best = (_joined(a, targets_BT) for a in jax.lax.map(
+      one, _chunks(spec, w, hidden_BTD, targets_BT)))
+  return [logp, entropy, *best], (w_DV, hidden_BTD, targets_BT, entropy, norm)
 
 
 def _backward(spec, kept, cotangents):
   w_DV, hidden_BTD, targets_BT, entropy_BT, norm_BT = kept
   w = _gathered(spec, w_DV, hidden_BTD.dtype)
   # `shard_map` divides the cotangent of what all parts of the vocabulary agree on among them.
-  by_logp_BT, by_entropy_BT = (_over_vocabulary(spec, w, jax.lax.psum, c) for c in cotangents)
+  by_logp_BT, by_entropy_BT = (_over_vocabulary(spec, w, jax.lax.psum, c) for c in cotangents[:2])
 
   def one(by_w_DV, args):
     h_BCD, y_BC, entropy, norm, by_logp, by_entropy = args

@@ -41,7 +41,8 @@ def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | No
     uid, rollout, kind, question, options, answers, answer, correct, stop, width, height, boxes_gt,
     boxes, reward, reward_parts, advantage, image (data URI) and turns; each turn has role, text, action (its name or
     None), box (the region that the action was about), box_shown (as written), error, iou, class, modulator, advantage
-    and crop (data URI or None).  Boxes are pixels of the original picture.
+    and crop (data URI or None); one of the assistant's also ids, as sampled, and learned, whether it is trained on.
+    Boxes are pixels of the original picture.
 
   Raises:
     ValueError: a sequence does not have one element for each visual action.
@@ -57,6 +58,8 @@ def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | No
     shown = {"role": turn.role, "text": turn.text, "action": turn.action, "box": _floats(turn.region),
              "box_shown": _floats(turn.written), "error": turn.error,
              "iou": None, "class": None, "modulator": None, "advantage": None, "crop": None}
+    if turn.role == "assistant":
+      shown |= {"ids": [int(i) for i in turn.ids], "learned": turn.logp is not None}
     if turn.region is not None:
       shown["iou"] = None if ious is None else _number(ious[k])
       shown["class"] = None if classes is None else str(classes[k])

@@ -53,6 +53,8 @@ _CHARTS = (
                    ("rationale_count", "Zooms per trajectory", {"zero": True}),
                    ("mean_iou", "Mean IoU", {"zero": True}),
                    ("box/log_area_ratio", "Box area to truth, log2", {"zero": True}))),
+    ("Imitation", (("loss/nll", "Nats a token", {"zero": True}),
+                   ("loss/accuracy", "Tokens that are the likeliest", {"zero": True}))),
     ("Optimisation", (("loss/policy", "Policy loss", {}), ("loss/entropy", "Entropy, nats", {}),
                       ("ppo/clip_frac", "Clipped share", {"zero": True}))),
     ("Machine", (("rollout/logp_gap_max", "Sampler–trainer gap", {"log": True}),
@@ -227,8 +229,10 @@ def _facts(config, metrics, before, after):
   facts = []
   if metrics:
     facts.append(f"{len(metrics)} steps")
-  rollout = config.get("rollout") or {}
-  if rollout.get("prompts") and rollout.get("group_size"):
+  rollout, example = config.get("rollout") or {}, config.get("sft") or {}
+  if example.get("batch") and any("loss/nll" in line for line in metrics):
+    facts.append(f"{example['batch']} demonstrations a step")
+  elif rollout.get("prompts") and rollout.get("group_size"):
     facts.append(f"{rollout['prompts']} prompts × {rollout['group_size']} rollouts a step")
   if rollout.get("max_rounds"):
     facts.append(f"at most {rollout['max_rounds']} zooms")

@@ -25,7 +25,8 @@ _TIMED_STEPS = 20  # the estimate of the time left follows changes of pace withi
 
 # What the terminal line shows: label, key in the metrics, format.
 _SHOWN = (("reward", "reward/total", "+.2f"), ("acc_ans", "acc_ans", ".2f"),
-          ("acc_rat", "acc_rat", ".2f"), ("zooms", "rationale_count", ".1f"))
+          ("acc_rat", "acc_rat", ".2f"), ("zooms", "rationale_count", ".1f"), ("nll", "loss/nll", ".3f"),
+          ("tokens right", "loss/accuracy", ".3f"))
 
 
 class MetricsLog:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from virl_jax import types
+from virl_jax.data import images
 from virl_jax.eval import monitors
 from virl_jax.learner import pooled
 from virl_jax.report import gallery
@@ -196,7 +197,8 @@ def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch,
     traj, (iou_R, class_R, modulator_R, advantage, earned) = trajectories[i], rows[i]
     k = len(traj.regions)
     parts = {"answer": traj.worth, "format": float(pack.well_formed(traj))}
-    found.append(gallery.entry(traj, traj.task.image, iou_R[:k].tolist(), [credit.NAMES[int(v)] for v in class_R[:k]],
+    classes = [credit.NAMES[int(v)] for v in class_R[:k]]
+    found.append(gallery.entry(traj, images.decode(traj.task.image), iou_R[:k].tolist(), classes,
                                modulator_R[:k].tolist(), float(advantage), float(earned), parts))
   return found
 

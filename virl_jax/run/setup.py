@@ -22,6 +22,7 @@ from virl_jax import shapes
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import prompt
+from virl_jax.data.recorded import script
 from virl_jax.data.sources import jsonl
 from virl_jax.data.sources import sets
 from virl_jax.eval import monitors
@@ -186,7 +187,11 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c.warmstart, "warmstart", base=checks.text, p_direct=share, p_clumsy=share, p_count=share,
                  steps=count, pictures=count, marks=checks.some_of(needle.MARKS, 1), learning_rate=checks.real(0),
                  clumsy_learning_rate=checks.real(0), workers=count, save_every=some)
-  for key, path in (("model.path", c.model.path), ("data.path", c.data.path), ("warmstart.base", c.warmstart.base)):
+  checks.section(c.sft, "sft", data=checks.texts, batch=count, frame=checks.one_of(script.FRAMES),
+                 only_right=checks.flag, least_reward=checks.real(), best_of=some, most_left_out=share,
+                 cache_gib=checks.real(0))
+  paths = [("model.path", c.model.path), ("data.path", c.data.path), ("warmstart.base", c.warmstart.base)]
+  for key, path in paths + [("sft.data", path) for path in c.sft.data]:
     checks.need("://" not in path, key, "on a disk, for only a workdir may lie in a bucket: copy it, or mount that",
                 path)
   found = Sections(

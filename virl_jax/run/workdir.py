@@ -186,7 +186,7 @@ def _compare(folder: epath.Path, c: config_lib.ConfigDict, source, changes: bool
     old, new = (config_lib.flat(json.loads(config_lib.to_json(k))) for k in (config(folder), c))
   except ValueError as e:
     raise ValueError(f"{e}; use another --workdir") from e
-  known = _fingerprint(folder)
+  known = fingerprint(folder)
   same_data = source is not None and known is not None and source.fingerprint() == known["fingerprint"]
   differ = {k: [old[k], new.get(k)] for k in sorted(old) if k not in free and old[k] != new.get(k)
             and not (k == "data.path" and same_data)}
@@ -199,13 +199,19 @@ def _compare(folder: epath.Path, c: config_lib.ConfigDict, source, changes: bool
     raise ValueError(f"{folder} holds a run with another configuration ({'; '.join(told[:5])}{more}); use another "
                      f"--workdir{or_else}")
   if source is not None and known is not None and not same_data:
-    raise ValueError(f"{folder} holds a run on other data: config.data.path = {c.data.path!r} has changed since. "
+    raise ValueError(f"{folder} holds a run on other data: what config.data.path = {c.data.path!r} or "
+                     f"config.sft.data = {c.sft.data!r} names has changed since. "
                      f"Then: {known['was']}. Now: {source.describe()}. Use another --workdir")
   return differ
 
 
-def _fingerprint(folder: epath.Path) -> dict | None:
-  """What data.json holds; None for a folder without one, as runs left them once."""
+def fingerprint(folder: epath.Path) -> dict | None:
+  """What a run's data.json holds, "fingerprint" and "was" (what the data called itself); None for a folder without one,
+  as runs left them once.
+
+  Raises:
+    ValueError: it holds something else.
+  """
   file = folder / "data.json"
   if not files.is_file(file):
     return None

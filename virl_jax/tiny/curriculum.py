@@ -51,7 +51,7 @@ STAGES = (
     Stage(0.90, (2, 0), 3, 0.0, "careful"),
     Stage(1.00, (2, 0), 1, 1.0, "all"),
 )
-_QUESTIONS = 3        # demonstrations a picture
+QUESTIONS = 3         # demonstrations a picture
 _ROWS = {"first zooms": 96, "whole": 60, "counting": 24, "reading": 96}   # demonstrations an update
 
 
@@ -114,7 +114,7 @@ def draw_batch(course: Course, step: int):
   whole = step % stage.whole_every == 0
   kind = ("reading" if stage.learn == "reading" else "first zooms" if not whole else
           "counting" if manner.p_count else "whole")
-  questions = min(_QUESTIONS, objects[1])  # of the only object one can ask but one thing
+  questions = min(QUESTIONS, objects[1])  # of the only object one can ask but one thing
   pictures, rows = _ROWS[kind] // questions, []
   for i in range(pictures):
     drawn = _picture(course, objects, (step * pictures + i) % course.pictures)
