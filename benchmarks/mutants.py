@@ -260,9 +260,9 @@ MUTANTS = [Mutant(*m) for m in (
     ("model/params.py", "np.ascontiguousarray(array.transpose(np.argsort(spec.perm)))",
      "np.ascontiguousarray(array.transpose(spec.perm))", "exported the wrong way round"),
     # --- data ---------------------------------------------------------------------------------------------------
-    ("data/order.py", "SeedSequence([seed, epoch, attempt])", "SeedSequence([seed + attempt * 2 ** 32, epoch])",
-     "a further try is a later epoch"),
-    ("data/order.py", "SeedSequence([seed, epoch, attempt])", "SeedSequence([seed, 0, attempt])",
+    ("data/order.py", "SeedSequence([seed, number, attempt, stream])",
+     "SeedSequence([seed + attempt * 2 ** 32, number, 0, stream])", "a further try is a later epoch"),
+    ("data/order.py", "SeedSequence([seed, number, attempt, stream])", "SeedSequence([seed, 0, attempt, stream])",
      "every epoch in the same order"),
     ("data/sources/records.py", "x2, y2 = x1 + x2, y1 + y2", "x2, y2 = x1 + y2, y1 + x2",
      "widths and heights change places"),
