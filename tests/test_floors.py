@@ -19,7 +19,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.batches data.recorded.mini_o3 data.recorded.sharegpt data.sources.records data.sources.sets "
     "eval.benchmarks.rows learner.checkpoint model.qwen2_5.config report.html rollout.actions.zoom rollout.pack "
     "run.bad run.topologies run.watch run.workdir tiny.source",
-    "data.recorded.table data.sources.fields data.sources.jsonl data.sources.stream eval.benchmarks.choices "
+    "data.grain_source data.recorded.table data.sources.fields data.sources.jsonl data.sources.stream "
+    "eval.benchmarks.choices "
     "eval.benchmarks.docvqa eval.benchmarks.mme_realworld eval.benchmarks.needle eval.benchmarks.pope "
     "eval.benchmarks.textvqa eval.benchmarks.visualprobe model.qwen2_5.text model.qwen2_5.vision rollout.actions.table "
     "run.ending",

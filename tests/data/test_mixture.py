@@ -1,17 +1,21 @@
 """Weights and easy first: exact over rounds, pure in (seed, step), every task once an epoch of its set."""
 
 import collections
+import json
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from tests.data.sources import test_sets
+from virl_jax import config
 from virl_jax import types
 from virl_jax.data import batches
 from virl_jax.data import mixture
 from virl_jax.data import order
 from virl_jax.run import hosts
+from virl_jax.run import setup
 from virl_jax.tiny import needle
 
 
@@ -204,3 +208,95 @@ def _agreed(source, step, monkeypatch, bad):
 
   monkeypatch.setattr(hosts, "agree", agree)
   return batches.train(source, 0, step, 8, 10 ** 6).tasks
+
+
+# --- a run's source ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory):
+  """Two sets of pictures, 40 and 20 tasks, and how often each task was solved, but for some of the second."""
+  folder, lines = tmp_path_factory.mktemp("curated"), []
+  for name, numbers in (("big-train", range(40)), ("small-train", range(100, 120))):
+    for task in test_sets.write(folder / name, [test_sets.a_task(i, PNG + b"%d" % i) for i in numbers]):
+      number = int(task.uid[1:])
+      lines.append({"provenance": task.provenance, "pass_with": None if number % 4 == 3 else number % 100 / 40})
+  (folder / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return folder
+
+
+def a_config(path, **changes):
+  c = config.default()
+  c.data.source, c.data.path, c.data.eval_fraction = "set", str(path), 0.25
+  c.update_from_flattened_dict({f"data.{key}": value for key, value in changes.items()})
+  setup.sections(c)
+  return c
+
+
+def uids(source, steps=15, wanted=8):
+  return [[t.uid for t in batches.train(source, 0, step, wanted, 10 ** 6).tasks] for step in range(steps)]
+
+
+def test_a_run_by_weights(curated):
+  plain = setup.source(a_config(curated), "train")
+  c = a_config(curated, weights=("small:3", "big-train:1"))
+  source = setup.source(c, "train")
+  taken = uids(source)
+  of_small = [sum(len(uid) == 4 for uid in step) for step in taken]
+  assert of_small == [6] * 15 and sorted({uid for step in taken for uid in step}) == sorted(
+      t.uid for t in plain.tasks)
+  assert "weights small 0.75, big-train 0.25" in source.describe() and plain.describe() in source.describe()
+  test = setup.source(c, "test")
+  assert [t.uid for t in test.tasks] == [t.uid for t in setup.source(a_config(curated), "test").tasks]
+  assert test.fingerprint() == source.fingerprint()
+  assert not {t.uid for t in test.tasks} & {uid for step in taken for uid in step}
+  drawn = batches.held_out(test, 5, 10 ** 6)
+  assert len(drawn.tasks) == 5
+
+
+def test_the_fingerprint_is_of_all_that_decides_who_comes(curated, tmp_path):
+  of = lambda path=curated, **changes: setup.source(a_config(path, **changes), "train").fingerprint()
+  found = [of(), of(weights=("small:3", "big:1")), of(weights=("small:2", "big:1")), of(easy_first_epochs=1),
+           of(easy_first_epochs=2), of(easy_first_epochs=1, easy_first_width=0.5)]
+  assert len(set(found)) == len(found) and of(weights=("big:2", "small:6")) == found[1]
+  by_size = setup.source(a_config(curated), "train")
+  assert not hasattr(by_size, "plan"), "by size all is as it was before there were weights"
+  text = (curated / "tasks.jsonl").read_text()
+  other = tmp_path / "moved"
+  other.mkdir()
+  for name in ("big-train", "small-train"):
+    (other / name).symlink_to(curated / name)
+  (other / "tasks.jsonl").write_text(text)
+  assert of(other, easy_first_epochs=1) == found[3]
+  (other / "tasks.jsonl").write_text(text.replace("0.25", "0.2"))
+  assert of(other, easy_first_epochs=1) != found[3] and of(other) == found[0]
+
+
+def test_a_run_from_easy_to_hard(curated):
+  c = a_config(curated, easy_first_epochs=1, easy_first_width=0.0)
+  source = setup.source(c, "train")
+  known = {json.loads(line)["provenance"]: json.loads(line)["pass_with"]
+           for line in (curated / "tasks.jsonl").read_text().splitlines()}
+  rates = [known[t.provenance] for step in range(5) for t in batches.train(source, 0, step, 9, 10 ** 6).tasks]
+  means = [np.mean([rate for rate in rates[at:at + 9] if rate is not None] or [np.nan]) for at in range(0, 45, 9)]
+  assert means[0] > 0.8 and means[-1] < 0.2 and np.nanmax(np.diff([m for m in means if m == m])) <= 0
+  n_known = sum(known[t.provenance] is not None for t in source.tasks)
+  assert f"easy first in epochs up to 1, by pass rates of {n_known} tasks" in source.describe() and n_known < len(source)
+
+
+def test_knobs_that_do_not_go_together_are_refused(curated, tmp_path):
+  for changes, said in (({"weights": ("big",)}, "config.data.weights: .*NAME:NUMBER"),
+                        ({"weights": ("a:1",), "source": "jsonl"}, r"data.weights must be \(\) while .*'set'"),
+                        ({"easy_first_epochs": 1, "source": "needle"}, "data.easy_first_epochs must be 0 while"),
+                        ({"easy_first_width": 1.5}, "easy_first_width must be a share")):
+    with pytest.raises(ValueError, match=said):
+      a_config(curated, **changes)
+  with pytest.raises(ValueError, match="no weight of small-train; the sets are big-train, small-train"):
+    setup.source(a_config(curated, weights=("big:1",)), "train")
+  with pytest.raises(ValueError, match="pass rates must lie in tasks.jsonl"):
+    test_sets.write(tmp_path / "s", [test_sets.a_task(i, PNG + b"%d" % i) for i in range(9)])
+    setup.source(a_config(tmp_path / "s", easy_first_epochs=1), "train")
+  line = {"provenance": "00" * 16, "pass_with": 0.5}
+  (tmp_path / "tasks.jsonl").write_text(json.dumps(line) + "\n")
+  with pytest.raises(ValueError, match="needs pass rates of the sets' tasks. Received: 1 in .* all of other tasks"):
+    setup.source(a_config(tmp_path / "s", easy_first_epochs=1), "train")

@@ -375,7 +375,7 @@ def _planned(d: config_lib.ConfigDict, split: str, found: sets.Source) -> mixtur
   if epochs:
     known = sets.pass_rates(d.path)
     rate_N = np.array([known.get(name, np.nan) for name in found.provenance_N])
-    about.append(f"easy first for {epochs} epochs, by pass rates of {np.sum(~np.isnan(rate_N))} tasks")
+    about.append(f"easy first in epochs up to {epochs}, by pass rates of {np.sum(~np.isnan(rate_N))} tasks")
     if split == "train" and np.isnan(rate_N).all():
       raise ValueError(f"config.data.easy_first_epochs needs pass rates of the sets' tasks. Received: {len(known)} in "
                        f"the tasks.jsonl of {d.path}, all of other tasks")
