@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.data.test_batches import Source
 from tests.data.test_batches import names
+from tests.data.test_batches import Source
 from virl_jax.data import batches
 from virl_jax.data import grain_source
 

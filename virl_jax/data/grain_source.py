@@ -5,7 +5,7 @@
     grain.MapDataset.source(grain_source.Tasks(source)).shuffle(0).map(...)          # a task each, in Grain's order
     grain.MapDataset.source(grain_source.Steps(source, config.seed, prompts, steps))  # a batch each, in ours
 
-Training does not need it: see `batches`.  Grain is not imported here, for it asks for no more than a length and an index.
+Training does not need it: see `batches`.  Grain is not imported here: it asks for no more than a length and an index.
 """
 
 from __future__ import annotations
