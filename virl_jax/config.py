@@ -89,8 +89,8 @@ def _knobs() -> ConfigDict:
   c.data = d = ConfigDict()
   d.source = "needle"              # needle | jsonl | set
   d.path = ""                      # jsonl: the records file; set: its folder; needle: cache folder ("" = user cache)
-                                   #   sets can be several, with commas, or a folder of them
-  d.weights = ()                   # "SET:WEIGHT" of each set: how often it comes in training; () for by size [ours]
+                                   #   several files or sets stand with commas, or in a folder of sets
+  d.weights = ()                   # "NAME:WEIGHT" of each set or file: its share of a step; () for by size [ours]
   d.easy_first_epochs = 0          # so many epochs walk from what curation's policy solved often to what it seldom
                                    #   solved; 0 for any order [ours]
   d.easy_first_width = 0.25        # share of a set's tasks that is mixed at a time while they do [ours]

@@ -285,10 +285,25 @@ def test_a_run_from_easy_to_hard(curated):
   assert f"easy first in epochs up to 1, by pass rates of {n_known} tasks" in source.describe()
 
 
+def test_records_files_by_weight(tmp_path):
+  for name, count in (("few", 6), ("many", 24)):
+    lines = []
+    for i in range(count):
+      (tmp_path / f"{name}{i}.jpg").write_bytes(PNG)
+      lines.append({"image": f"{name}{i}.jpg", "question": "?", "answers": ["a"], "id": f"{name}{i}"})
+    (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  path = f"{tmp_path / 'many.jsonl'},{tmp_path / 'few.jsonl'}"
+  source = setup.source(a_config(path, source="jsonl", weights=("few:1", "many:1")), "train")
+  taken = uids(source, steps=8)
+  assert [sum(uid.startswith("few") for uid in step) for step in taken] == [4] * 8
+  plain = setup.source(a_config(path, source="jsonl"), "train")
+  assert {uid for step in taken for uid in step} == {t.uid for t in plain.tasks} and not hasattr(plain, "plan")
+
+
 def test_knobs_that_do_not_go_together_are_refused(curated, tmp_path):
   for changes, said in (({"weights": ("big",)}, "config.data.weights: .*NAME:NUMBER"),
-                        ({"weights": ("a:1",), "source": "jsonl"}, r"data.weights must be \(\) while .*'set'"),
-                        ({"easy_first_epochs": 1, "source": "needle"}, "data.easy_first_epochs must be 0 while"),
+                        ({"weights": ("a:1",), "source": "needle"}, r"data.weights must be \(\) while .*'needle'"),
+                        ({"easy_first_epochs": 1, "source": "jsonl"}, "data.easy_first_epochs must be 0 unless"),
                         ({"easy_first_width": 1.5}, "easy_first_width must be a share")):
     with pytest.raises(ValueError, match=said):
       a_config(curated, **changes)

@@ -174,8 +174,9 @@ def sections(c: config_lib.ConfigDict) -> Sections:
     mixture.parse(d.weights)
   except ValueError as e:
     raise ValueError(f"config.data.weights: {e}") from e
-  for key, off in (("weights", ()), ("easy_first_epochs", 0)):
-    need(d.source == "set" or d[key] == off, f"data.{key}", f"{off} while config.data.source is not 'set'", d[key])
+  need(d.source != "needle" or not d.weights, "data.weights", "() while config.data.source is 'needle'", d.weights)
+  need(d.source == "set" or not d.easy_first_epochs, "data.easy_first_epochs",
+       "0 unless config.data.source is 'set': only sets come with pass rates", d.easy_first_epochs)
   for name, what in (("jsonl", "the path of a records file"), ("set", "the folder of a finished set")):
     checks.need(c.data.source != name or c.data.path, "data.path", f"{what} when config.data.source is {name!r}",
                 c.data.path)
@@ -365,7 +366,7 @@ def source(c: config_lib.ConfigDict, split: str):
   return _planned(c.data, split, found) if c.data.weights or c.data.easy_first_epochs else found
 
 
-def _planned(d: config_lib.ConfigDict, split: str, found: sets.Source) -> mixture.Source:
+def _planned(d: config_lib.ConfigDict, split: str, found: sets.Source | jsonl.Source) -> mixture.Source:
   """A source that is walked through by weights, from easy to hard, or both."""
   parts, rate_N, epochs, known = mixture.weighted(d.weights, found.names), None, d.easy_first_epochs, {}
   about = []
