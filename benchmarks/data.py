@@ -314,7 +314,7 @@ def batches_part(args, folder: pathlib.Path) -> dict:
                    f"{prompts * count / used:,.0f}"])
   print(timing.table(["configuration", "prompts", "threads", "batches/s", "core seconds a batch",
                       "pictures a core second"], rows))
-  consumed = {"tiny, here": ("tiny", tiny_step_s(folder))} | {f"v7b, {name}": ("v7b", s)
+  consumed = {"tiny, here": ("tiny", tiny_step_s(args.run, folder))} | {f"v7b, {name}": ("v7b", s)
                                                               for name, s in least_v7b_s().items()}
   rows = []
   for name, (of, seconds) in consumed.items():
@@ -325,14 +325,15 @@ def batches_part(args, folder: pathlib.Path) -> dict:
   return figures
 
 
-def tiny_step_s(folder: pathlib.Path) -> float:
-  """Seconds of a step of configs/tiny.py on this machine: of its first ones the fastest, for others compile."""
-  root = pathlib.Path(__file__).parents[1]
-  subprocess.run([sys.executable, "-m", "virl_jax.train", f"--config={root / 'configs' / 'tiny.py'}",
-                  f"--workdir={folder / 'run'}", "--config.steps=6", "--config.eval.tasks=0",
-                  f"--config.data.path={folder / 'needle'}",
-                  "--config.log.tensorboard=False"], check=True, cwd=root, stdout=subprocess.DEVNULL)
-  lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()[1:]]
+def tiny_step_s(workdir: str, folder: pathlib.Path) -> float:
+  """Seconds of a step of configs/tiny.py, the fastest, for others compile: of a workdir, or of a run in the folder."""
+  root, run = pathlib.Path(__file__).parents[1], pathlib.Path(workdir or folder / "run")
+  if not workdir:
+    subprocess.run([sys.executable, "-m", "virl_jax.train", f"--config={root / 'configs' / 'tiny.py'}",
+                    f"--workdir={run}", "--config.steps=6", "--config.eval.tasks=0",
+                    f"--config.data.path={folder / 'needle'}", "--config.log.tensorboard=False"],
+                   check=True, cwd=root, stdout=subprocess.DEVNULL)
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[1:]]
   return min(sum(line[f"time/{phase}_s"] for phase in PHASES) for line in lines)
 
 
@@ -345,6 +346,7 @@ def main() -> None:
   parser.add_argument("--records", type=int, default=0, help="of each file; 0 for the part's own number")
   parser.add_argument("--repeat", type=int, default=3)
   parser.add_argument("--batches", type=int, default=3, help="of photographs, 20 times as many needle pictures")
+  parser.add_argument("--run", default="", help="workdir of configs/tiny.py, for batches; without one it is run")
   parser.add_argument("--photos", default="", help="folder of JPEG files for photographs; without one they are drawn")
   parser.add_argument("--folder", default="", help="where files are made; without one, the system's temporary folder")
   args = parser.parse_args()
