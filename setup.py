@@ -48,6 +48,7 @@ setuptools.setup(
                 "google-cloud-storage-control>=1.0"],
         "parquet": ["pyarrow>=17"],     # raw downloads in parquet files
         "curate": ["apache-beam>=2.60", "pyarrow>=17"],  # raw downloads on many machines; half a gigabyte
+        "grain": ["grain>=0.2.18"],     # for data/grain_source.py
         "launch": ["pyyaml>=6"],        # of launch/gke/jobset.py
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],

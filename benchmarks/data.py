@@ -3,19 +3,23 @@
     python benchmarks/data.py --part=speed                   # all JSON sources, 30,000 records each
     python benchmarks/data.py --part=memory                  # a GQA-shaped file of five million lines; 5 GB of disk
     python benchmarks/data.py --part=pictures                # decode, crop, patchify, beside transformers' processor
+    python benchmarks/data.py --part=batches                 # a step's prompts, beside what steps take
     python benchmarks/data.py --part=memory --records=100000
 
 The files are made here, in the publishers' schemas, over a few hundred pictures.  speed builds a set of each, in one
 process, from the first byte to the finished files; "read" is the reader by itself.  Its seconds are the processor's, so
 that other programs of the machine do not count; wall time is in the JSON.  memory builds one in a process of its own,
 whose peak is the operating system's.  pictures takes a photograph from its file to the shown image's patches and those
-of a crop.
+of a crop.  batches takes the prompts of one step after the other from a feed, as training does, but without training:
+needle pictures by configs/tiny.py, which is then run for some steps, and photographs, as many as configs/v7b.py asks
+for, of two sets by weight.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import io
 import json
 import os
@@ -32,16 +36,24 @@ import numpy as np
 from PIL import Image
 import timing  # of this folder
 
+from configs import tiny
+from configs import v7b
 from virl_jax import types
+from virl_jax.data import batches
 from virl_jax.data import images
 from virl_jax.data.curation import build
 from virl_jax.data.sources import records
+from virl_jax.data.sources import sets
 from virl_jax.data.sources import table
 from virl_jax.model import patches
+from virl_jax.run import setup
 
 WORDS = ("the", "truck", "is", "left", "of", "a", "person", "with", "red", "umbrella", "behind", "window", "near", "tv")
 PICTURES = 300
 LONGEST = 12  # words of a question
+# docs/scaling.md: what a microbatch of v7b takes at least on 8 x H100, by `plan`, and the fastest step of its tables.
+UPDATE_S, SCORE_S, WIDEST_S = 1.6607, 0.4152, 23.0
+PHASES = ("rollout", "score", "update")
 
 
 def words(rng: random.Random, count: int) -> str:
@@ -262,7 +274,70 @@ def shown(args, _folder) -> dict:
           "ratio": rate["ours"] / rate["transformers"]}
 
 
-PARTS = {"speed": speed, "memory": memory, "pictures": shown}
+def least_v7b_s() -> dict[str, float]:
+  """Seconds that a step of configs/v7b.py takes at least: name -> seconds, the last the smallest that any has."""
+  c = v7b.get_config()
+  trajectories = c.rollout.prompts * c.rollout.group_size
+  # On 8 x H100 a microbatch is a row of `microbatch_tokens` a device, of trajectories of half of max_total_tokens.
+  microbatches = trajectories * c.rollout.max_total_tokens / 2 / (8 * c.learner.microbatch_tokens)
+  return {"8 x H100, update and score alone": microbatches * (UPDATE_S + SCORE_S),
+          "1,024 x H100, all of a step": WIDEST_S}
+
+
+def batches_part(args, folder: pathlib.Path) -> dict:
+  """Batches a second from a feed, with each number of threads, beside what the tiny step and the 7B's consume."""
+  tiny_c, v7b_c = tiny.get_config(), v7b.get_config()
+  tiny_c.data.path = str(folder / "needle")
+  files = photographs(args)
+  every = [files[i % len(files)] + i.to_bytes(4, "big") for i in range(2 * v7b_c.rollout.prompts)]
+  for name, some in (("one-train", every[::2]), ("two-train", every[1::2])):
+    (folder / "sets" / name).mkdir(parents=True)
+    tasks = [types.Task(f"{name}{i}", data, "?", ("a",), provenance=f"{i:032x}") for i, data in enumerate(some)]
+    part = sets.write_part(folder / name, tasks, [records.digest(data) for data in some])
+    sets.finish(folder / "sets" / name, name.partition("-")[0], "train", [part], "", {})
+  v7b_c.data.source, v7b_c.data.path, v7b_c.data.weights = "set", str(folder / "sets"), ("one:3", "two:1")
+  figures, rows = {}, []
+  for name, c in (("tiny", tiny_c), ("v7b", v7b_c)):
+    source, prompts = setup.source(c, "train"), c.rollout.prompts
+    for threads in (1, 2):
+      count = args.batches if name == "v7b" else 20 * args.batches
+      with contextlib.closing(
+          batches.Feed(source, c.seed, prompts, c.image.decode_max_pixels, threads=threads)) as feed:
+        feed.batch(0)
+        began, cpu = time.perf_counter(), time.process_time()
+        for step in range(1, count + 1):
+          feed.batch(step)
+        wall, used = time.perf_counter() - began, time.process_time() - cpu
+      figures[f"{name}/{threads}"] = {"prompts": prompts, "threads": threads, "batches_per_s": count / wall,
+                                      "core_s_per_batch": used / count, "pictures_per_core_s": prompts * count / used}
+      rows.append([name, prompts, threads, f"{count / wall:.3g}", f"{used / count:.3g}",
+                   f"{prompts * count / used:,.0f}"])
+  print(timing.table(["configuration", "prompts", "threads", "batches/s", "core seconds a batch",
+                      "pictures a core second"], rows))
+  consumed = {"tiny, here": ("tiny", tiny_step_s(args.run, folder))} | {f"v7b, {name}": ("v7b", s)
+                                                              for name, s in least_v7b_s().items()}
+  rows = []
+  for name, (of, seconds) in consumed.items():
+    batch_s = figures[f"{of}/1"]["core_s_per_batch"]
+    figures[name] = {"step_s": seconds, "batches_per_s": 1 / seconds, "cores": batch_s / seconds}
+    rows.append([name, f"{seconds:.3g}", f"{1 / seconds:.3g}", f"{batch_s:.3g}", f"{batch_s / seconds:.2g}"])
+  print(timing.table(["step of", "takes, s", "consumes batches/s", "core seconds a batch", "cores kept busy"], rows))
+  return figures
+
+
+def tiny_step_s(workdir: str, folder: pathlib.Path) -> float:
+  """Seconds of a step of configs/tiny.py, the fastest, for others compile: of a workdir, or of a run in the folder."""
+  root, run = pathlib.Path(__file__).parents[1], pathlib.Path(workdir or folder / "run")
+  if not workdir:
+    subprocess.run([sys.executable, "-m", "virl_jax.train", f"--config={root / 'configs' / 'tiny.py'}",
+                    f"--workdir={run}", "--config.steps=6", "--config.eval.tasks=0",
+                    f"--config.data.path={folder / 'needle'}", "--config.log.tensorboard=False"],
+                   check=True, cwd=root, stdout=subprocess.DEVNULL)
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[1:]]
+  return min(sum(line[f"time/{phase}_s"] for phase in PHASES) for line in lines)
+
+
+PARTS = {"speed": speed, "memory": memory, "pictures": shown, "batches": batches_part}
 
 
 def main() -> None:
@@ -270,7 +345,9 @@ def main() -> None:
   parser.add_argument("--part", choices=PARTS, default="speed")
   parser.add_argument("--records", type=int, default=0, help="of each file; 0 for the part's own number")
   parser.add_argument("--repeat", type=int, default=3)
-  parser.add_argument("--photos", default="", help="folder of JPEG files for pictures; without one they are drawn")
+  parser.add_argument("--batches", type=int, default=3, help="of photographs, 20 times as many needle pictures")
+  parser.add_argument("--run", default="", help="workdir of configs/tiny.py, for batches; without one it is run")
+  parser.add_argument("--photos", default="", help="folder of JPEG files for photographs; without one they are drawn")
   parser.add_argument("--folder", default="", help="where files are made; without one, the system's temporary folder")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:

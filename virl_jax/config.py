@@ -89,6 +89,11 @@ def _knobs() -> ConfigDict:
   c.data = d = ConfigDict()
   d.source = "needle"              # needle | jsonl | set
   d.path = ""                      # jsonl: the records file; set: its folder; needle: cache folder ("" = user cache)
+                                   #   several files or sets stand with commas, or in a folder of sets
+  d.weights = ()                   # "NAME:WEIGHT" of each set or file: its share of a step; () for by size [ours]
+  d.easy_first_epochs = 0          # so many epochs walk from what curation's policy solved often to what it seldom
+                                   #   solved; 0 for any order [ours]
+  d.easy_first_width = 0.25        # share of a set's tasks that is mixed at a time while they do [ours]
   d.eval_fraction = 0.2            # jsonl, set: share of records held out for evaluation [ours]
   d.split_seed = 0                 # draws which those are, and which of them are asked; independent of c.seed
   d.needle = n = ConfigDict()
@@ -148,7 +153,7 @@ def _knobs() -> ConfigDict:
   y.append_ratio = 4.0             # the same for rows that are given a prompt or a crop [ours]
   y.token_steps = 1                # tokens of a crop's turn: powers of two in 1, 2 or 4 steps each [ours]
   y.pad_tokens = 64                # tokens of a prompt: multiples of this [ours]
-  y.threads = free(2)              # host threads that parse turns, crop and cut into patches [ours]
+  y.threads = free(2)              # host threads that parse turns, crop and cut into patches; or decode files [ours]
 
   c.pack = l = ConfigDict()        # how the learner pads a minibatch; sizes between these are compiled once each
   l.pad_tokens = 64                # tokens of a row: multiples of this, or of four times this if rows are joined [ours]

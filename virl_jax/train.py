@@ -74,7 +74,8 @@ def _train(c, p: setup.Pieces, source, run: loop.Run) -> dict:
   rows = c.rollout.prompts * c.rollout.group_size
   hosts.say(memory.cache_size(p.policy.model, c.rollout.max_total_tokens, c.engine.slots, rows, p.policy.mesh,
                               memory.free_bytes()))
-  feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels, run.fits)
+  feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels, run.fits,
+                      c.engine.threads)
   feed.skipped = record.last.get("data/skipped", 0)  # what an earlier process passed over
   run.clock.lap("startup", resumed=run.start)
 

@@ -1,6 +1,7 @@
 """The prompts of each step: pure in (seed, step), decoded ahead, and what does not decode is passed over once."""
 
 import io
+import threading
 
 from PIL import Image
 import pytest
@@ -32,8 +33,8 @@ def names(tasks):
 def feed():
   made = []
 
-  def make(source, seed=3, wanted=4):
-    made.append(batches.Feed(source, seed, wanted, 10 ** 6))
+  def make(source, seed=3, wanted=4, threads=1):
+    made.append(batches.Feed(source, seed, wanted, 10 ** 6, threads=threads))
     return made[-1]
 
   yield make
@@ -89,6 +90,91 @@ def test_what_does_not_decode_is_named_and_counted(feed, capsys):
   assert one.skipped == sum(times), "an epoch later it is passed over again"
   with pytest.raises(ValueError, match="must have tasks that can be used. Received: 6 that can't, first .: image"):
     feed(Source(2, bad=(0, 1))).batch(0)
+
+
+class Blocking(Source):
+  """The picture of a task is read when the test says so; those of others are noted when they are."""
+
+  def __init__(self, n, slow, bad=()):
+    super().__init__(n, bad)
+    self.slow, self.go, self.read = slow, threading.Event(), []
+    self.some = threading.Condition()
+
+  def look(self, image, max_pixels):
+    uid = image.partition(b"#")[2].decode()
+    if uid == self.slow:
+      assert self.go.wait(20)
+    with self.some:
+      self.read.append(uid)
+      self.some.notify_all()
+    return DECODE(image.partition(b"#")[0], max_pixels)
+
+  def task(self, index):
+    task = self.tasks[index]
+    return types.Task(task.uid, task.image + f"#{index}".encode(), "?")
+
+  def until(self, names):
+    with self.some:
+      assert self.some.wait_for(lambda: set(names) <= set(self.read), 20), (names, self.read)
+
+
+DECODE = batches.images.decode
+
+
+def test_a_slow_picture_keeps_no_other_waiting_and_is_named(feed, monkeypatch, capsys):
+  """Nor does a broken one beside it; the step has what it always has."""
+  want = [names(batches.train(Source(12, bad=(5,)), 3, step, 4, 10 ** 6).tasks) for step in range(2)]
+  plain = [[str(i) for i in batches.order.batch_indices(3, step, 12, 4)] for step in range(2)]
+  broken = next(step for step in (0, 1, 2) if "5" in [str(i) for i in batches.order.batch_indices(3, step, 12, 4)])
+  slow = plain[0][1]
+  source = Blocking(12, slow, bad=(5,))
+  monkeypatch.setattr(batches.images, "decode", source.look)
+  monkeypatch.setattr(batches, "_SLOW_S", 0.05)
+  one, got = feed(source, threads=2), []
+  asking = threading.Thread(target=lambda: got.append(names(one.batch(0))))
+  asking.start()
+  source.until({*plain[0], *plain[1]} - {slow})  # all of this step and the next, by one thread that is not blocked
+  assert not got and slow not in source.read
+  while "waiting" not in (said := capsys.readouterr().out):
+    assert asking.is_alive() and not got
+  assert f"waiting for a picture, for 0.05 s so far: that of {slow}" in said
+  source.go.set()
+  asking.join(20)
+  assert got == want[:1] and one.slow == 1 and names(one.batch(1)) == want[1] and one.slow == 1
+  if broken == 2:
+    one.batch(2)
+  assert one.skipped == 1 and "skipped 5: image must be a decodable file" in said + capsys.readouterr().out
+
+
+def test_what_a_step_needs_does_not_queue_behind_the_next(feed, monkeypatch):
+  """A stand-in, or a further try, while the next step's pictures are slow."""
+  order = [str(i) for step in range(2) for i in batches.order.batch_indices(3, step, 12, 4)]
+  source = Blocking(12, order[4], bad=(int(order[1]),))
+  monkeypatch.setattr(batches.images, "decode", source.look)
+  one = feed(source)
+  assert len(one.batch(0)) == 4 and one.skipped == 1 and order[4] not in source.read
+  source.slow = None
+  assert len(one.further(0, 1)) == 4
+  source.go.set()
+  assert names(one.batch(1)) == order[4:8]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing(feed, threads):
+  source = Source(9, bad=(1, 4))
+  one, other = feed(source, threads=threads), feed(source)
+  assert [names(one.batch(step)) for step in range(5)] == [names(other.batch(step)) for step in range(5)]
+  assert one.skipped == other.skipped > 0
+  drawn = [batches.held_out(source, 6, 10 ** 6, 2, threads=n) for n in (1, threads)]
+  assert names(drawn[0].tasks) == names(drawn[1].tasks) and drawn[0].skipped == drawn[1].skipped
+
+
+def test_an_error_that_is_no_picture_s_ends_the_feed(feed):
+  """A timeout of the disk's own among them, which is not mistaken for waiting."""
+  source = Source(4)
+  source.task = lambda index: (_ for _ in ()).throw(TimeoutError("disk"))
+  with pytest.raises(TimeoutError, match="disk"):
+    feed(source).batch(0)
 
 
 def too_long(task):

@@ -72,6 +72,33 @@ def test_unusual_but_usable_records(tmp_path):
   assert source.task(6).answers == ("B", "cow") and source.task(6).kind == "jsonl"
 
 
+def test_several_files_are_read_as_one(tmp_path):
+  """Whatever their order; a picture that two have is on one side, and all uids differ."""
+  paths = []
+  for name, numbers in (("b", range(20)), ("a", range(10, 20))):
+    for i in numbers:
+      write_image(tmp_path / "img" / f"{i}.png")
+    (tmp_path / name).mkdir()
+    records = [{**GOOD, "image": f"../img/{i}.png"} for i in numbers] + [{"image": "x"}]
+    paths.append(pathlib.Path(write_records(tmp_path / name, records)).rename(tmp_path / name / f"{name}.jsonl"))
+  of = lambda split="all", order=1: jsonl.load(",".join(map(str, paths[::order])), split, 0.3, 0)
+  source = of()
+  assert source.names == ("a", "b") and source.set_N.tolist() == [0] * 10 + [1] * 20
+  assert source.tasks == of(order=-1).tasks and source.fingerprint() == of(order=-1).fingerprint()
+  assert source.fingerprint() not in {jsonl.load(str(path), "all", 0.3, 0).fingerprint() for path in paths}
+  assert len({task.uid for task in source.tasks}) == 30 and source.skipped == {"no question": 2}
+  assert source.rejects == (("a line 11", "no question"), ("b line 21", "no question"))
+  train, test = of("train"), of("test")
+  assert len(train) + len(test) == 30 and not {t.image for t in train.tasks} & {t.image for t in test.tasks}
+  for side in (train, test):
+    assert [source.set_N[source.tasks.index(t)] for t in side.tasks] == side.set_N.tolist()
+  assert jsonl.load(str(paths[0]), "test", 0.3, 0).rejects == ((21, "no question"),)
+  with pytest.raises(ValueError, match="must have different names"):
+    jsonl.load(f"{paths[0]},{paths[0]}", "all", 0.3, 0)
+  with pytest.raises(ValueError, match="must be a readable file.*none"):
+    jsonl.load(f"{paths[0]},{tmp_path / 'none'}", "all", 0.3, 0)
+
+
 def test_uids_are_unique(tmp_path):
   source = read(tmp_path, *({**GOOD, "id": uid} for uid in ("x", "x", "line 4", "x (line 2)")), GOOD)
   assert len({task.uid for task in source.tasks}) == 5

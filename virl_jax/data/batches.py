@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
+import contextlib
 import dataclasses
-import itertools
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import order
 from virl_jax.run import hosts
+
+_SLOW_S = 10.0  # a picture that is waited for so long is named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,105 +25,174 @@ class Drawn:
     tasks: as many as were wanted, pictures decoded; of other processes' tasks (see `hosts`) the picture is None.
     skipped: why each task that this process looked at was passed over.
     passed_over: how many were, over all processes.
+    slow: how many pictures this process had to wait for, each longer than a picture should take.
   """
 
   tasks: list[types.Task]
   skipped: list[str]
   passed_over: int
+  slow: int = 0
 
 
 # Whether a task, its picture decoded, can be asked: raises ValueError if not.  See `turns.check`.
 Fits = Callable[[types.Task], None]
 
 
-def _look(source, index: int, max_pixels: int, fits: Fits) -> types.Task | str:
-  """A task with its picture decoded, or why it can't be used."""
-  task = source.task(int(index))
-  try:
-    task = dataclasses.replace(task, image=images.decode(task.image, max_pixels))
-    fits(task)
-    return task
-  except ValueError as e:
-    return f"{task.uid}: {e}"
+@dataclasses.dataclass
+class _Begun:
+  """A picture that is being decoded: the task's number, its name as soon as it is known, and what comes of it."""
+
+  index: int
+  name: str
+  future: concurrent.futures.Future | None = None
 
 
-def _good(source, indices: Iterator[int], wanted: int, look: Callable[[int], types.Task | str], what: str,
-          again: bool, seen: dict[int, types.Task | str] | None = None) -> Drawn:
-  """Tasks of the first `wanted` of `indices`; further ones stand in for those that can't be used.
+class Looks:
+  """Pictures of a source being decoded, in threads, so that one that is slow keeps no other waiting.
+
+  Args:
+    source: has `task(index)`.
+    max_pixels: see `images.decode`.
+    fits: see `Fits`.
+    threads: how many.
+
+  Attributes:
+    slow: how many have been waited for longer than a picture should take.
+  """
+
+  def __init__(self, source, max_pixels: int, fits: Fits = lambda task: None, threads: int = 1):
+    self._source, self._max_pixels, self._fits = source, max_pixels, fits
+    self._pool = concurrent.futures.ThreadPoolExecutor(threads)
+    self.slow = 0
+
+  def begin(self, which: Mapping[int, int]) -> dict[int, _Begun]:
+    """Begins with tasks, index by place, in that order; what is begun comes by place, for `take`."""
+    found = {place: _Begun(index, f"task {index} of the source") for place, index in which.items()}
+    for one in found.values():
+      one.future = self._pool.submit(self._look, one)
+    return found
+
+  def take(self, begun: Mapping[int, _Begun]) -> dict[int, types.Task | str]:
+    """Waits for what was begun, here or by another: by place, each task or why it can't be used."""
+    return {place: self._wait(one) for place, one in begun.items()}
+
+  def _look(self, one: _Begun) -> types.Task | str:
+    task = self._source.task(one.index)
+    one.name = task.uid
+    try:
+      task = dataclasses.replace(task, image=images.decode(task.image, self._max_pixels))
+      self._fits(task)
+      return task
+    except ValueError as e:
+      return f"{task.uid}: {e}"
+
+  def _wait(self, one: _Begun) -> types.Task | str:
+    try:
+      return one.future.result(_SLOW_S)
+    except TimeoutError:
+      if one.future.done():  # it is its own error
+        raise
+      self.slow += 1
+      print(f"waiting for a picture, for {_SLOW_S:g} s so far: that of {one.name}", flush=True)
+      return one.future.result()
+
+  def close(self) -> None:
+    """Nothing more is wanted."""
+    self._pool.shutdown(cancel_futures=True)
+
+
+def _good(source, due: Sequence[int], instead: Callable[[int], Iterator[int]], looks: Looks, what: str, again: bool,
+          begun: Mapping[int, _Begun] | None = None) -> Drawn:
+  """The tasks `due`; others stand in for those that can't be used.
 
   Each process looks at its own pictures, and they agree on which can't be used.
 
   Args:
     source: has `task(index)`.
-    indices: which, in order, and then what may stand in.
-    wanted: how many.
-    look: see `_look`.
+    due: which.
+    instead: gives, for one of them, what may stand in for it.
+    looks: at their pictures.
     what: the source is, for the error.
     again: where too few can be used, whether they come round again.
-    seen: what was looked at before, by place.
+    begun: what of `due` is being decoded already.
   """
-  which: dict[int, int] = dict(enumerate(itertools.islice(indices, wanted)))  # by place
-  found, skipped, passed_over, due = dict(seen or {}), [], 0, list(which)
-  while due:
-    found |= {place: look(which[place]) for place in due if hosts.mine(place) and place not in found}
-    bad = hosts.agree([isinstance(found.get(place), str) for place in due])
-    due = [place for place, is_bad in zip(due, bad) if is_bad]
-    skipped += [found.pop(place) for place in due if place in found]
-    passed_over += len(due)
-    for place in due:
-      which[place] = next(indices, None)
+  which = {place: int(index) for place, index in enumerate(due)}
+  begun, found, skipped, passed_over, slow, waiting = dict(begun or {}), {}, [], 0, looks.slow, list(which)
+  while waiting:
+    mine = {place: which[place] for place in waiting if hosts.mine(place)}
+    begun |= looks.begin({place: index for place, index in mine.items() if place not in begun})
+    found |= looks.take(begun)
+    begun = {}
+    bad = hosts.agree([isinstance(found.get(place), str) for place in waiting])
+    waiting = [place for place, is_bad in zip(waiting, bad) if is_bad]
+    skipped += [found.pop(place) for place in waiting if place in found]
+    passed_over += len(waiting)
+    for place in waiting:
+      which[place] = next(instead(int(due[place])), None)
     which = {place: index for place, index in which.items() if index is not None}
-    due = [place for place in due if place in which]
+    waiting = [place for place in waiting if place in which]
   if not which:
     raise ValueError(f"{what} must have tasks that can be used. Received: "
                      + (f"{passed_over} that can't, first {skipped[0] if skipped else 'on another process'}"
                         if passed_over else "no tasks"))
   tasks, places = [], [*which]
-  for number in range(wanted if again else len(places)):
+  for number in range(len(due) if again else len(places)):
     place = places[number % len(places)]
     if not hosts.mine(number):
-      tasks.append(dataclasses.replace(source.task(int(which[place])), image=None))
-    else:
-      tasks.append(found[place] if place in found else look(which[place]))
-  return Drawn(tasks, skipped, passed_over)
+      tasks.append(dataclasses.replace(source.task(which[place]), image=None))
+    elif place in found:
+      tasks.append(found[place])
+    else:  # another process has looked at it
+      tasks += looks.take(looks.begin({place: which[place]})).values()
+  return Drawn(tasks, skipped, passed_over, looks.slow - slow)
+
+
+def _due(source, seed: int, step: int, wanted: int, attempt: int = 0) -> np.ndarray:
+  """Which tasks a step takes: by the source's plan, if it has one."""
+  if not len(source):
+    raise ValueError("the training source must not be empty")
+  plan = getattr(source, "plan", None)
+  if plan is None:
+    return order.batch_indices(seed, step, len(source), wanted, attempt)
+  return plan.due(seed, step, wanted, attempt)
 
 
 def train(source, seed: int, step: int, wanted: int, max_pixels: int, fits: Fits = lambda task: None, attempt: int = 0,
-          seen: dict[int, types.Task | str] | None = None) -> Drawn:
+          threads: int = 1) -> Drawn:
   """The prompts of one training step, or of a further try of it: a pure function of (source, seed, step, attempt).
 
   Args:
-    source: has `len` and `task(index)`.
+    source: has `len` and `task(index)`, and may have a `plan`, a `mixture.Plan`.
     seed: of the order.
     step: which.
     wanted: how many prompts.
     max_pixels: see `images.decode`.
     fits: see `Fits`.
     attempt: see `order.batch_indices`.
-    seen: what `ahead` gave for the same, if it was asked.
+    threads: that decode.
 
   Raises:
     ValueError: if the source is empty, or a whole epoch of it can't be used.
   """
-  n = len(source)
-  if not n:
-    raise ValueError("the training source must not be empty")
-  due = order.batch_indices(seed, step, n, wanted, attempt)
-  # Stand-ins for tasks that can't be used: the rest of the set, from the far side, in a fixed order.
-  spare = ((int(due[-1]) + n // 2 + i) % n for i in range(n))
+  with contextlib.closing(Looks(source, max_pixels, fits, threads)) as looks:
+    return _train(source, seed, step, wanted, attempt, looks)
+
+
+def _train(source, seed, step, wanted, attempt, looks, begun=None) -> Drawn:
+  n, due = len(source), _due(source, seed, step, wanted, attempt)
+  plan = getattr(source, "plan", None)
+  if plan is None:
+    # Stand-ins for tasks that can't be used: the rest of the set, from the far side, in a fixed order.
+    spare = ((int(due[-1]) + n // 2 + i) % n for i in range(n))
+    instead = lambda index: spare
+  else:
+    instead = plan.stand_ins()
   # Where fewer can be used than are wanted they come round again, so that the batch keeps its shape.
-  return _good(source, itertools.chain(due, spare), wanted, lambda index: _look(source, index, max_pixels, fits),
-               "the training source", True, seen)
+  return _good(source, due, instead, looks, "the training source", True, begun)
 
 
-def ahead(source, seed: int, step: int, wanted: int, max_pixels: int, fits: Fits = lambda task: None
-          ) -> dict[int, types.Task | str]:
-  """This process's own pictures of a step, decoded before it is their turn; arguments as `train` takes them."""
-  due = order.batch_indices(seed, step, len(source), wanted)
-  return {place: _look(source, index, max_pixels, fits) for place, index in enumerate(due) if hosts.mine(place)}
-
-
-def held_out(source, wanted: int, max_pixels: int, seed: int = 0, fits: Fits = lambda task: None) -> Drawn:
+def held_out(source, wanted: int, max_pixels: int, seed: int = 0, fits: Fits = lambda task: None, threads: int = 1
+             ) -> Drawn:
   """Tasks of a held-out split that can be used, drawn from all of it: files are often sorted by where records are from.
 
   Args:
@@ -130,49 +201,63 @@ def held_out(source, wanted: int, max_pixels: int, seed: int = 0, fits: Fits = l
     max_pixels: see `images.decode`.
     seed: draws them.
     fits: see `Fits`.
+    threads: that decode.
   """
   drawn = np.random.default_rng(seed).permutation(len(source))
-  # In the source's order, as it would be if all were wanted, but for stand-ins.
-  indices = itertools.chain(np.sort(drawn[:wanted]), drawn[wanted:])
-  return _good(source, indices, wanted, lambda index: _look(source, index, max_pixels, fits), "the evaluation source",
-               False)
+  rest = map(int, drawn[wanted:])
+  with contextlib.closing(Looks(source, max_pixels, fits, threads)) as looks:
+    # In the source's order, as it would be if all were wanted, but for stand-ins.
+    return _good(source, np.sort(drawn[:wanted]), lambda index: rest, looks, "the evaluation source", False)
 
 
 class Feed:
   """The prompts of each training step; those of the next are decoded while one trains.
 
   Args:
-    source, seed, wanted, max_pixels, fits: see `train`.
+    source, seed, wanted, max_pixels, fits, threads: see `train`.
 
   Attributes:
     skipped: how many tasks have been passed over so far.
+    slow: how many pictures this process had to wait for so far, see `Drawn`.
   """
 
-  def __init__(self, source, seed: int, wanted: int, max_pixels: int, fits: Fits = lambda task: None):
-    self._source, self._seed, self._how = source, seed, (wanted, max_pixels, fits)
-    self._pool = concurrent.futures.ThreadPoolExecutor(1)
-    self._ahead: dict[int, concurrent.futures.Future] = {}
-    self.skipped = 0
+  def __init__(self, source, seed: int, wanted: int, max_pixels: int, fits: Fits = lambda task: None,
+               threads: int = 1):
+    self._source, self._seed, self._wanted = source, seed, wanted
+    # Apart, for what a step needs now does not queue behind the whole of the next.
+    self._now, self._next = (Looks(source, max_pixels, fits, threads) for _ in range(2))
+    self._ahead: dict[int, dict[int, _Begun]] = {}
+    self.skipped = self.slow = 0
 
   def batch(self, step: int) -> list[types.Task]:
     """The step's own prompts: a pure function of (source, seed, step)."""
-    looking = self._ahead.pop(step, None)
-    seen = looking.result() if looking else None
-    self._ahead = {step + 1: self._pool.submit(ahead, self._source, self._seed, step + 1, *self._how)}
-    return self._take(train(self._source, self._seed, step, *self._how, seen=seen))
+    begun = self._ahead.pop(step, None)
+    for other in self._ahead.values():
+      for one in other.values():
+        one.future.cancel()
+    begun = begun or self._begin(step, self._now)
+    self._ahead = {step + 1: self._begin(step + 1, self._next)}
+    return self._take(_train(self._source, self._seed, step, self._wanted, 0, self._now, begun))
 
   def further(self, step: int, attempt: int) -> list[types.Task]:
     """Prompts for a further try of a step: each try walks through the data in an order of its own."""
-    return self._take(train(self._source, self._seed, step, *self._how, attempt=attempt))
+    return self._take(_train(self._source, self._seed, step, self._wanted, attempt, self._now))
+
+  def _begin(self, step: int, looks: Looks) -> dict[int, _Begun]:
+    """This process's own pictures of a step, being decoded."""
+    due = _due(self._source, self._seed, step, self._wanted)
+    return looks.begin({place: int(index) for place, index in enumerate(due) if hosts.mine(place)})
 
   def _take(self, drawn: Drawn) -> list[types.Task]:
     report(drawn)
     self.skipped += drawn.passed_over
+    self.slow += drawn.slow
     return drawn.tasks
 
   def close(self) -> None:
     """Nothing more is wanted."""
-    self._pool.shutdown(cancel_futures=True)
+    self._now.close()
+    self._next.close()
 
 
 def report(drawn: Drawn) -> None:

@@ -28,6 +28,35 @@ def batch_indices(seed: int, step: int, n_items: int, batch: int, attempt: int =
 
   Source: ours.
   """
+  check(seed, step, n_items, batch, attempt)
+  return walk(seed, step * batch, (step + 1) * batch, n_items, attempt)
+
+
+def walk(seed: int, first: int, last: int, n_items: int, attempt: int = 0, stream: int = 0) -> np.ndarray:
+  """Which items are taken from place `first` to before `last`, counted from the start of training.
+
+  Args:
+    seed, n_items, attempt: see `batch_indices`.
+    first, last: 0 or more.
+    stream: which of several walks of the same seed; each has an order of its own.
+
+  Returns:
+    int64[last - first].
+  """
+  pieces = [np.zeros(0, np.int64)]
+  for epoch in range(first // n_items, (last - 1) // n_items + 1):
+    start = epoch * n_items
+    pieces.append(generator(seed, epoch, attempt, stream).permutation(n_items)[max(first - start, 0):last - start])
+  return np.concatenate(pieces).astype(np.int64)
+
+
+def generator(seed: int, number: int, attempt: int, stream: int) -> np.random.Generator:
+  """Draws for an epoch or a step of that number; each argument below 2^32."""
+  return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, number, attempt, stream])))
+
+
+def check(seed: int, step: int, n_items: int, batch: int, attempt: int) -> None:
+  """Raises ValueError unless all are in the range that `batch_indices` says."""
   arguments = (("seed", seed, 0), ("step", step, 0), ("n_items", n_items, 1), ("batch", batch, 1),
                ("attempt", attempt, 0))
   for name, value, least in arguments:
@@ -35,10 +64,3 @@ def batch_indices(seed: int, step: int, n_items: int, batch: int, attempt: int =
       raise ValueError(f"{name} must be at least {least}. Received: {value}")
   if seed >= _WORD:
     raise ValueError(f"seed must be below 2^32. Received: {seed}")
-  first, last = step * batch, (step + 1) * batch  # half-open, counted from the start of training
-  pieces = []
-  for epoch in range(first // n_items, (last - 1) // n_items + 1):
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, attempt])))
-    start = epoch * n_items
-    pieces.append(rng.permutation(n_items)[max(first - start, 0):last - start])
-  return np.concatenate(pieces).astype(np.int64)

@@ -222,7 +222,8 @@ def begin(c: config_lib.ConfigDict, p: setup.Pieces, claimed: workdir_lib.Claime
 
 def _held_out(c, fits) -> list:
   """The tasks that are asked before and after."""
-  drawn = batches.held_out(setup.source(c, "test"), c.eval.tasks, c.image.decode_max_pixels, c.data.split_seed, fits)
+  drawn = batches.held_out(setup.source(c, "test"), c.eval.tasks, c.image.decode_max_pixels, c.data.split_seed, fits,
+                           c.engine.threads)
   batches.report(drawn)
   return drawn.tasks
 

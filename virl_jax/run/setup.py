@@ -15,12 +15,14 @@ from absl import app
 from absl import flags
 import jax
 from ml_collections import config_flags
+import numpy as np
 
 from virl_jax import checks
 from virl_jax import config as config_lib
 from virl_jax import shapes
 from virl_jax import types
 from virl_jax.data import images
+from virl_jax.data import mixture
 from virl_jax.data import prompt
 from virl_jax.data.recorded import script
 from virl_jax.data.sources import jsonl
@@ -165,7 +167,16 @@ def sections(c: config_lib.ConfigDict) -> Sections:
                  freeze_vision=checks.flag, patches_together=some, gather_vision=checks.flag)
   checks.section(c.lora, "lora", rank=some, alpha=checks.real(above=0), targets=checks.texts)
   checks.section(c.data, "data", path=checks.text, source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
-                 eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"), split_seed=word)
+                 eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"), split_seed=word,
+                 weights=checks.texts, easy_first_epochs=some, easy_first_width=share)
+  need, d = checks.need, c.data
+  try:
+    mixture.parse(d.weights)
+  except ValueError as e:
+    raise ValueError(f"config.data.weights: {e}") from e
+  need(d.source != "needle" or not d.weights, "data.weights", "() while config.data.source is 'needle'", d.weights)
+  need(d.source == "set" or not d.easy_first_epochs, "data.easy_first_epochs",
+       "0 unless config.data.source is 'set': only sets come with pass rates", d.easy_first_epochs)
   for name, what in (("jsonl", "the path of a records file"), ("set", "the folder of a finished set")):
     checks.need(c.data.source != name or c.data.path, "data.path", f"{what} when config.data.source is {name!r}",
                 c.data.path)
@@ -351,4 +362,25 @@ def source(c: config_lib.ConfigDict, split: str):
   if c.data.source == "needle":
     return tiny_source.load(c.data.path, split, needle.Config(**c.data.needle))
   kind = sets if c.data.source == "set" else jsonl
-  return kind.load(c.data.path, split, c.data.eval_fraction, c.data.split_seed)
+  found = kind.load(c.data.path, split, c.data.eval_fraction, c.data.split_seed)
+  return _planned(c.data, split, found) if c.data.weights or c.data.easy_first_epochs else found
+
+
+def _planned(d: config_lib.ConfigDict, split: str, found: sets.Source | jsonl.Source) -> mixture.Source:
+  """A source that is walked through by weights, from easy to hard, or both."""
+  parts, rate_N, epochs, known = mixture.weighted(d.weights, found.names), None, d.easy_first_epochs, {}
+  about = []
+  if d.weights:
+    total = sum(places for places, _ in parts.values())
+    about.append("weights " + ", ".join(f"{name} {places / total:.4g}" for name, (places, _) in parts.items()))
+  if epochs:
+    known = sets.pass_rates(d.path)
+    rate_N = np.array([known.get(name, np.nan) for name in found.provenance_N])
+    about.append(f"easy first in epochs up to {epochs}, by pass rates of {np.sum(~np.isnan(rate_N))} tasks")
+    if split == "train" and np.isnan(rate_N).all():
+      raise ValueError(f"config.data.easy_first_epochs needs pass rates of the sets' tasks. Received: {len(known)} in "
+                       f"the tasks.jsonl of {d.path}, all of other tasks")
+  plan = mixture.plan(parts, found.set_N, rate_N, epochs, d.easy_first_width) if split == "train" else None
+  how = mixture.digest(sorted((name, places, [found.names[i] for i in its]) for name, (places, its) in parts.items()),
+                       *((epochs, d.easy_first_width, sorted(known.items())) if epochs else ()))
+  return mixture.Source(found, plan, "; ".join(about), how)

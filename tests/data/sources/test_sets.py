@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -116,6 +117,57 @@ def test_a_folder_of_sets_is_read_one_after_the_other(tmp_path):
     write(tmp_path / "all" / name, [a_task(i) for i in range(4)], root=str(tmp_path / raw))
   source = sets.load(tmp_path / "all", "all", 0.5, 0)
   assert [os.path.relpath(t.image, tmp_path).partition("/")[0] for t in source.tasks] == ["raw_a"] * 4 + ["raw_b"] * 4
+
+
+def test_several_sets_are_read_as_one_whatever_their_order(tmp_path):
+  """A picture that two of them have is on one side."""
+  picture = lambda i: f"img/{i % 10}.jpg".encode()
+  write(tmp_path / "x" / "gqa-train", [a_task(i, picture(i)) for i in range(20)])
+  write(tmp_path / "x" / "b-train", [a_task(i, picture(i)) for i in range(20, 50)])
+  write(tmp_path / "y" / "coco-train", [a_task(i, picture(i)) for i in range(50, 60)])
+  path = f"{tmp_path / 'x'}, {tmp_path / 'y' / 'coco-train'}"
+  source = sets.load(path, "all", 0.3, 0)
+  assert source.names == ("b-train", "coco-train", "gqa-train")
+  assert np.bincount(source.set_N).tolist() == [30, 10, 20]
+  for i, task in enumerate(source.tasks):
+    assert source.names[source.set_N[i]] == ("gqa-train" if int(task.uid[1:]) < 20 else
+                                             "b-train" if int(task.uid[1:]) < 50 else "coco-train")
+    assert bytes.fromhex(task.provenance).rstrip(b"\0") == source.provenance_N[i]
+  other = sets.load(",".join(reversed(path.split(", "))), "all", 0.3, 0)
+  assert other.tasks[:] == source.tasks[:] and other.fingerprint() == source.fingerprint()
+  train, test = (sets.load(path, split, 0.3, 0) for split in ("train", "test"))
+  assert not {t.image for t in train.tasks} & {t.image for t in test.tasks} and len(train) + len(test) == 60
+  assert np.bincount(train.set_N).tolist() == [21, 7, 14]
+  (tmp_path / "a,b").mkdir()
+  write(tmp_path / "a,b" / "s", [a_task(i) for i in range(4)])
+  assert len(sets.load(tmp_path / "a,b" / "s", "all", 0.3, 0)) == 4, "a comma may be part of a path"
+  with pytest.raises(ValueError, match="folders of different names. Received twice: .*coco-train"):
+    sets.load(f"{path},{tmp_path / 'y'}", "all", 0.3, 0)
+  with pytest.raises(ValueError, match="must be a finished set.*none, which is no folder"):
+    sets.load(f"{path},{tmp_path / 'none'}", "all", 0.3, 0)
+
+
+def test_pass_rates_lie_beside_a_set_or_above_it(tmp_path):
+  tasks = write(tmp_path / "x" / "gqa-train", [a_task(i, b"%d" % i) for i in range(4)])
+  others = write(tmp_path / "y", [a_task(i, b"%d" % i) for i in range(4, 8)])
+  line = lambda task, rate: json.dumps({"provenance": task.provenance, "uid": task.uid, "pass_with": rate}) + "\n"
+  (tmp_path / "x" / "tasks.jsonl").write_text(line(tasks[0], 0.25) + line(tasks[1], None) + line(tasks[2], 1))
+  key = lambda task: bytes.fromhex(task.provenance).rstrip(b"\0")
+  want = {key(tasks[0]): 0.25, key(tasks[2]): 1.0}
+  assert sets.pass_rates(tmp_path / "x") == sets.pass_rates(tmp_path / "x" / "gqa-train") == want
+  assert sets.pass_rates(f"{tmp_path / 'x'},{tmp_path / 'y'}") == want
+  (tmp_path / "y" / "tasks.jsonl").write_text(line(others[0], 0.5))
+  assert sets.pass_rates(f"{tmp_path / 'x'},{tmp_path / 'y'}") == want | {key(others[0]): 0.5}
+  for bad, said in ((line(others[0], 1.5), "line 1 .*no share"), (line(others[0], 0.5) + "{", "line 2"),
+                    ('{"pass_with": 1}\n', "line 1 .*provenance"),
+                    (line(others[0], None), "with none in .*tasks.jsonl"),
+                    (line(others[0], "much"), "line 1"), (line(others[0], float("nan")), "no share")):
+    (tmp_path / "y" / "tasks.jsonl").write_text(bad)
+    with pytest.raises(ValueError, match=said):
+      sets.pass_rates(tmp_path / "y")
+  (tmp_path / "y" / "tasks.jsonl").unlink()
+  with pytest.raises(ValueError, match="pass rates must lie in tasks.jsonl.*with no such file"):
+    sets.pass_rates(tmp_path / "y")
 
 
 def test_a_set_and_its_raw_folder_move_together(tmp_path):

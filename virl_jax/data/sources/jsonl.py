@@ -37,6 +37,7 @@ from virl_jax import types
 from virl_jax.data import answers as answers_lib
 from virl_jax.data import images
 from virl_jax.data.sources import records
+from virl_jax.data.sources import sets
 
 SPLITS = ("train", "test", "all")
 _MOST_OPTIONS = 26  # as many as there are letters
@@ -55,7 +56,9 @@ class Source:
     skipped: reason -> number of records of the file that could not be used.
     n_other_size: usable records of the file whose width or height is not the image's.
     digest: see `fingerprint`.
-    rejects: line number, from 1, and reason of each record of the file that could not be used.
+    rejects: line number, from 1, and reason of each record that could not be used; of several files, "NAME line N".
+    names: of the files, without their ends.
+    set_N: the number of each task's file, in `names`.
   """
 
   path: str
@@ -66,7 +69,9 @@ class Source:
   skipped: dict[str, int]
   n_other_size: int
   digest: str = ""
-  rejects: tuple[tuple[int, str], ...] = ()
+  rejects: tuple[tuple[int | str, str], ...] = ()
+  names: tuple[str, ...] = ()
+  set_N: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
 
   def __len__(self) -> int:
     return len(self.tasks)
@@ -88,13 +93,13 @@ class Source:
 
 
 def load(path: str, split: str, eval_fraction: float, seed: int) -> Source:
-  """Reads a records file and takes one side of its split.
+  """Reads a records file, or several as one, and takes one side of its split.
 
   All records of one image are on the same side.  Which side depends on the seed, on the images'
   paths relative to the records file and on how many records each has, not on the file's order.
 
   Args:
-    path: the records file.
+    path: the records file, or several with commas between them; they are read in the order of their names.
     split: "train", "test", or "all" for both sides.
     eval_fraction: share of the records on the test side, in (0, 1); met as nearly as whole images
       allow, and neither side is empty.
@@ -104,35 +109,60 @@ def load(path: str, split: str, eval_fraction: float, seed: int) -> Source:
     The source.
 
   Raises:
-    ValueError: an argument is out of range, the file can't be read, no record can be used, or there
-      is only one image, which can't be split.
+    ValueError: an argument is out of range, a file can't be read, no record can be used, there is
+      only one image, which can't be split, or two files have the same name.
   """
   path = os.fspath(path)
   if split not in SPLITS:
     raise ValueError(f"split must be one of {', '.join(SPLITS)}. Received: {split!r}")
   if not 0.0 < eval_fraction < 1.0:
     raise ValueError(f"eval_fraction must be between 0 and 1. Received: {eval_fraction!r}")
-  tasks, rejects, n_other_size = _read(path)
-  skipped = collections.Counter(reason for _, reason in rejects)
-  if not tasks:
-    raise ValueError(f"path must be a file with at least one usable record. "
-                     f"Received: {path}, with {_counts(skipped) if skipped else 'no record at all'}")
-  n_records, digest = len(tasks), _digest(path, tasks)
+  name_of = lambda file: os.path.splitext(os.path.basename(file))[0]
+  files = sorted(sets.paths(path), key=lambda file: (name_of(file), file))
+  names = tuple(map(name_of, files))
+  if len(set(names)) < len(names):
+    raise ValueError(f"the files of data.path must have different names. Received: {path}")
+  tasks, set_N, rejects, n_other_size, uids, skipped, digests = [], [], [], 0, set(), collections.Counter(), []
+  folder_of: dict[str, str] = {}  # of an image: that of the first file which has it
+  for number, file in enumerate(files):
+    some, bad, n_other = _read(file, uids)
+    its = collections.Counter(reason for _, reason in bad)
+    if not some:
+      raise ValueError(f"path must be a file with at least one usable record. "
+                       f"Received: {file}, with {_counts(its) if its else 'no record at all'}")
+    tasks += some
+    set_N += [number] * len(some)
+    rejects += bad if len(files) == 1 else [(f"{names[number]} line {line}", reason) for line, reason in bad]
+    n_other_size += n_other
+    skipped += its
+    digests.append(_digest(file, some))
+    folder_of = {task.image: os.path.realpath(os.path.dirname(file)) for task in some} | folder_of
+  n_records = len(tasks)
+  digest = digests[0]
+  if len(files) > 1:
+    digest = f"jsonl-{hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest()}"
   if split != "all":
-    held_out = _held_out(path, tasks, eval_fraction, seed)
-    tasks = [task for task in tasks if (task.image in held_out) == (split == "test")]
+    held_out = _held_out(path, tasks, folder_of, eval_fraction, seed)
+    rows = [i for i, task in enumerate(tasks) if (task.image in held_out) == (split == "test")]
+    tasks, set_N = [tasks[i] for i in rows], [set_N[i] for i in rows]
   return Source(path=path, split=split, tasks=tuple(tasks), n_records=n_records,
                 n_images=len({task.image for task in tasks}), skipped=dict(sorted(skipped.items())),
-                n_other_size=n_other_size, digest=digest, rejects=tuple(rejects))
+                n_other_size=n_other_size, digest=digest, rejects=tuple(rejects), names=names,
+                set_N=np.array(set_N, int))
 
 
 class _Unusable(Exception):
   """Why a record is skipped."""
 
 
-def _read(path):
-  """The usable tasks of a file, line and reason of each of the others, and how many state a wrong size."""
-  tasks, rejects, n_other_size, sizes, uids = [], [], 0, {}, set()
+def _read(path, uids):
+  """The usable tasks of a file, line and reason of each of the others, and how many state a wrong size.
+
+  Args:
+    path: of the file.
+    uids: those that are taken; the file's are added.
+  """
+  tasks, rejects, n_other_size, sizes = [], [], 0, {}
   for number, line in _lines(path):
     try:
       record = _record(line)
@@ -233,16 +263,15 @@ def _digest(path, tasks):
   return f"jsonl-{digest.hexdigest()}"
 
 
-def _held_out(path, tasks, eval_fraction, seed):
+def _held_out(path, tasks, folder_of, eval_fraction, seed):
   """The images of the test side: the first of a shuffled list, up to the nearest to the fraction."""
   counts = collections.Counter(task.image for task in tasks)
   if len(counts) < 2:
     raise ValueError("path must have usable records on at least 2 images for a train and a test split. "
                      f"Received: {path}, with 1 image")
-  folder = os.path.realpath(os.path.dirname(path))
 
   def rank(image):
-    name = os.path.relpath(image, folder)  # so that the folder can move without changing the split
+    name = os.path.relpath(image, folder_of[image])  # so that the folder can move without changing the split
     return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
   ranked = sorted(counts, key=rank)

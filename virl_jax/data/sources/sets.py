@@ -7,7 +7,9 @@ A set is a folder that tensorflow-datasets reads as one of its own, without Tens
     index.npy                               of each task, in order: its image and its provenance, as hashes
     set.json                                the raw folder that images lie in, and what the writer wants kept
 
-or a folder of such folders, one for each source, which are read one after the other, in the order of their names.
+or a folder of such folders, one for each source, which are read one after the other, in the order of their names; or
+several of either.  Beside sets that were curated, or above them, lies tasks.jsonl, which says of each task how often a
+policy solved it.
 An image is its encoded file, or a path relative to the raw folder.  Boxes are stored in float32.
 """
 
@@ -30,7 +32,7 @@ SPLITS = ("train", "test", "all")
 TEXTS = ("uid", "question", "kind", "match", "source", "split", "licence", "provenance")
 LISTS = ("answers", "options")
 INDEX = np.dtype([("image", "<u8"), ("provenance", "S16")])
-_INFO, _META, _INDEX = "dataset_info.json", "set.json", "index.npy"
+_INFO, _META, _INDEX, _RATES = "dataset_info.json", "set.json", "index.npy", "tasks.jsonl"
 _FORMAT = 1
 
 
@@ -170,15 +172,21 @@ class Source:
 
   Attributes:
     image_N: uint64, a hash of each task's image file, in the order of the tasks.
+    provenance_N: S16, each task's provenance.
+    set_N: the number of each task's set, in `names`.
+    names: of the sets' folders.
     about: set.json's own words of each folder that was read.
   """
 
   def __init__(self, path: str, split: str, records, roots: Sequence[tuple[int, str]], rows_N: np.ndarray,
-               index_N: np.ndarray, about: list[dict]):
+               index_N: np.ndarray, about: list[dict], names: Sequence[str]):
     self._path, self._split, self._records, self._roots, self._rows_N = path, split, records, roots, rows_N
     self._n_all, self._n_images = len(index_N), len(np.unique(index_N["image"][rows_N]))
     self._digest = hashlib.blake2b(np.sort(index_N["provenance"]).tobytes(), digest_size=16).hexdigest()
     self.image_N = index_N["image"][rows_N]
+    self.provenance_N = index_N["provenance"][rows_N]
+    self.set_N = np.searchsorted([end for end, _ in roots], rows_N, side="right")
+    self.names = tuple(names)
     self.about = about
 
   def __len__(self) -> int:
@@ -220,10 +228,27 @@ class _Tasks(Sequence):
 def folders(path: str | os.PathLike) -> list[pathlib.Path]:
   """The sets in a folder: itself, or those below it, in the order of their names.
 
+  Args:
+    path: the folder, or several with commas between them.
+
   Raises:
-    ValueError: there are none.
+    ValueError: there are none in one of them, or one of the sets comes twice.
   """
-  path = pathlib.Path(path)
+  found = [folder for one in paths(path) for folder in _folders(pathlib.Path(one))]
+  found.sort(key=lambda folder: (folder.name, str(folder)))  # whatever the order in which they are given
+  twice = [str(a) for a, b in zip(found, found[1:]) if a.name == b.name]
+  if twice:
+    raise ValueError(f"the sets of data.path must have folders of different names. Received twice: {twice[0]}")
+  return found
+
+
+def paths(path: str | os.PathLike) -> list[str]:
+  """What commas stand between, unless it is a path itself."""
+  path = os.fspath(path)
+  return [path] if os.path.exists(path) else [one.strip() for one in path.split(",")]
+
+
+def _folders(path: pathlib.Path) -> list[pathlib.Path]:
   if (path / _INFO).is_file():
     return [path]
   found = sorted(info.parent for info in path.glob(f"*/{_INFO}"))
@@ -236,7 +261,7 @@ def folders(path: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def load(path: str | os.PathLike, split: str, eval_fraction: float, seed: int) -> Source:
-  """One side of a set.
+  """One side of a set, or of several together.
 
   All tasks on one image are on the same side.  Which side depends on the seed and on the image files' bytes.
 
@@ -256,8 +281,8 @@ def load(path: str | os.PathLike, split: str, eval_fraction: float, seed: int) -
     raise ValueError(f"split must be one of {', '.join(SPLITS)}. Received: {split!r}")
   if not 0.0 < eval_fraction < 1.0:
     raise ValueError(f"eval_fraction must be between 0 and 1. Received: {eval_fraction!r}")
-  shards, roots, indices, about = [], [], [], []
-  for folder in folders(path):
+  shards, roots, indices, about, there = [], [], [], [], folders(path)
+  for folder in there:
     meta, index_N, files = _read(folder)
     shards += files
     indices.append(index_N)
@@ -272,7 +297,44 @@ def load(path: str | os.PathLike, split: str, eval_fraction: float, seed: int) -
   if split != "all":
     held_N = _held_out(index_N["image"], eval_fraction, seed, path)
     rows_N = rows_N[held_N == (split == "test")]
-  return Source(os.fspath(path), split, records, roots, rows_N, index_N, about)
+  return Source(os.fspath(path), split, records, roots, rows_N, index_N, about, [folder.name for folder in there])
+
+
+def pass_rates(path: str | os.PathLike) -> dict[bytes, float]:
+  """How often each task was solved when its set was curated, in [0, 1], by provenance as `Source.provenance_N` has it.
+
+  It is `pass_with` of tasks.jsonl, which lies in the set's folder or in the one above; tasks of which nobody knows are
+  left out.
+
+  Args:
+    path: see `folders`.
+
+  Raises:
+    ValueError: there is no such file, it says nothing of any task, or a line is none of its.
+  """
+  folders_ = folders(path)
+  files = dict.fromkeys(place / _RATES for folder in folders_ for place in (folder, folder.absolute().parent)
+                        if (place / _RATES).is_file())
+  found = {}
+  for file in files:
+    with open(file, "rb") as lines:
+      for number, line in enumerate(lines, start=1):
+        try:
+          said = json.loads(line)
+          rate = said["pass_with"]
+          if rate is not None:
+            # numpy drops zeros at the end of its bytes.
+            found[bytes.fromhex(said["provenance"]).rstrip(b"\0")] = float(rate)
+            if not 0 <= rate <= 1:
+              raise ValueError("pass_with is no share")
+        except (ValueError, KeyError, TypeError) as error:
+          raise ValueError(f"{file} must have lines with provenance and pass_with, as `curate` writes them. "
+                           f"Received: line {number} ({type(error).__name__}: {error})") from error
+  if not found:
+    raise ValueError(f"pass rates must lie in {_RATES}, in a set's folder or above it, as `curate` writes it when it "
+                     f"has asked a policy. Received: {path}, with "
+                     + (f"none in {', '.join(map(str, files))}" if files else "no such file"))
+  return found
 
 
 def _read(folder):
