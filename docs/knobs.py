@@ -69,7 +69,7 @@ def knobs() -> tuple[dict[str, str], list[Knob]]:
     note = " ".join(filter(None, map(_comment, between)))
     end = node.end_lineno
     text = [_trailing(line) for line in lines[node.lineno - 1:end]]
-    while _deep(lines[end]):  # comments that go on below
+    while end < len(lines) and _deep(lines[end]):  # comments that go on below
       text.append(_comment(lines[end]))
       end += 1
     words = " ".join(filter(None, text))

@@ -163,7 +163,7 @@ def _knobs() -> ConfigDict:
   k.row_crops = 8                  # places for crops in each row of a microbatch; at least rollout.max_rounds [ours]
   k.offload = free(())             # what moves to the host's memory between steps: "optimizer", "reference" [ours]
 
-  c.reward = w = ConfigDict()      # rl/reward.py; see docs/algorithm.md
+  c.reward = w = ConfigDict()      # what zooms and answers are worth; rl/reward.py, docs/algorithm.md
   w.h0 = 0.4                       # IoU that makes a visual action correct [ours, within the published sweep 0.2-0.5]
   w.h0_start = 0.2                 # where a linear schedule of h0 begins [ours]
   w.h0_steps = 0                   # steps until it arrives at h0; 0 for a constant h0 [ours]
@@ -192,7 +192,7 @@ def _knobs() -> ConfigDict:
   k.step_weight = 0.5              # weight of the actions' own advantages, if additive [ours]
   k.keep_scale = False             # keep the batch's mean absolute advantage as it was before [ours]
 
-  c.advantage = a = ConfigDict()   # see docs/algorithm.md
+  c.advantage = a = ConfigDict()   # what a rollout's reward is compared with; see docs/algorithm.md
   a.kind = "group"                 # relative to what: group (GRPO) | rloo | batch (REINFORCE++) | gae (with a critic)
   a.normalize_std = True           # group: divide by the group's standard deviation [GRPO]; False is Dr. GRPO
   a.std_floor = 0.005              # least deviation that is divided by, in units of the reward; 0 for none [ours]
@@ -203,7 +203,7 @@ def _knobs() -> ConfigDict:
   a.least_spread = 0.01            # least difference, in units of that reward [ours]
   a.drop_equal = False             # leave uninformative groups out of the loss's means [DAPO]
 
-  c.loss = o = ConfigDict()        # rl/loss.py; see docs/algorithm.md
+  c.loss = o = ConfigDict()        # what an update minimises; rl/loss.py, docs/algorithm.md
   o.kind = "ppo"                   # the surrogate: ppo | gspo | cispo
   o.aggregate = "token"            # its mean over a batch: token [DAPO] | sequence [GRPO] | constant [Dr. GRPO]
   o.norm_tokens = 1024             # if constant: each trajectory's sum is divided by so many tokens [ours]
@@ -224,7 +224,7 @@ def _knobs() -> ConfigDict:
   q.minibatches = 1                # updates a rollout batch is split into, whole groups each [ours]
   q.epochs = 1                     # passes over a rollout batch [ours]
 
-  c.optim = t = ConfigDict()       # see learner/optim.py
+  c.optim = t = ConfigDict()       # the optimiser; learner/optim.py
   t.kind = "adamw"                 # adamw | adafactor (hardly any state) | muon (half of adamw's state) [ours]
   t.learning_rate = 1e-6           # peak learning rate [DeepEyes, Pixel-Reasoner]
   t.critic_learning_rate = 1e-5    # peak learning rate of the value head [verl]
