@@ -26,8 +26,8 @@ command overrides more: `--config.rollout.prompts=32`. Text with brackets or com
 `--config.reward.mode=coverage`, `--config.monitor.stop="('entropy_collapse',)"`. A knob that does not exist ends the
 command with the nearest name; a value that cannot work ends it with what was wanted.
 
-*May change*: whether a run that goes on in the same workdir may be given another value. Where it says no, a workdir with
-another value is refused, unless `--resume-with-changes` says that it is meant. `train` reads neither `sft` nor
+*May change*: whether a run that goes on in the same workdir may be given another value. Where it says no, a workdir
+with another value is refused, unless `--resume-with-changes` says that it is meant. `train` reads neither `sft` nor
 `warmstart`; the commands of these names compare their own sections.
 
 *From*: `published` is the paper (ViRL, arXiv 2511.23031), `ours` was chosen here, a name is that project's value. The

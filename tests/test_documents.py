@@ -188,9 +188,10 @@ def test_marked_blocks_run(path, tmp_path):
   env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "VIRL_JAX_CACHE": str(tmp_path / "cache")}
   for marker, text in RUNS[path]:
     text = text.replace("\\\n", " ")
-    text = re.sub(r"^(python -m virl_jax\.[^#\n]*)", lambda m: f"{m.group(1)} {marker} ", text, flags=re.MULTILINE)
-    done = subprocess.run(["bash", "-ec", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\n{text}'], cwd=tmp_path,
-                          env=env, capture_output=True, text=True, timeout=900)
+    text = "\n".join(re.sub(r"^(python -m virl_jax\.[^#]*)", rf"\1 {marker} ", line) for line in text.split("\n"))
+    ours = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}'
+    done = subprocess.run(["bash", "-ec", f"{ours}\n{text}"], cwd=tmp_path, env=env, capture_output=True, text=True,
+                          timeout=900)
     assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
@@ -217,7 +218,8 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_files_and_tests_that_are_named_are_there(path):
-  for name, test in re.findall(r"`(?:python )?((?:[\w.-]+/)+[\w-]+\.(?:py|sh|ipynb|j2))(?:::(\w+))?", path.read_text()):
+  named = re.findall(r"`(?:python )?((?:[\w.-]+/)+[\w-]+\.(?:py|sh|ipynb|j2))(?:::(\w+))?", path.read_text())
+  for name, test in named:
     places = [ROOT / at / name for at in ("", "virl_jax", "virl_jax/data", "virl_jax/rollout", "launch")]
     there = [place for place in places if place.is_file()]
     assert there or "NAME" in name, f"{name} is not there"
