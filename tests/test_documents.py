@@ -28,7 +28,7 @@ from virl_jax.run import topologies
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 OUTSIDE = {"git", "hf", "docker", "gcloud", "sky", "ruff", "source", "mkdocs", "nvidia-smi", "cd"}  # not ours
-FIRST = OUTSIDE | {"python", "pip", "bash"}
+FIRST = OUTSIDE | {"python", "pip", "bash", "mkdir"}
 NAMES = [*config_lib.flat(config_lib.default().to_dict())]
 
 
@@ -59,12 +59,18 @@ def blocks(path):
 
 def commands(text):
   """The words of each command of a block; what is optional, in brackets, is taken."""
-  for line in text.replace("\\\n", " ").splitlines():
-    line = re.sub(r"\[(--[^\]]*)\]", r"\1", line)
+  line = ""
+  for more in re.sub(r"\[(--[^\]]*)\]", r"\1", text.replace("\\\n", " ")).splitlines():
+    line += more
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split, lexer.commenters = True, "#"
+    try:
+      found, line = list(lexer), ""
+    except ValueError:  # a quotation that goes on in the next line
+      line += "\n"
+      continue
     words = []
-    for word in lexer:
+    for word in found:
       if set(word) <= set("&|;"):
         yield words
         words = []
@@ -72,6 +78,7 @@ def commands(text):
         words.append(word)
     if words:
       yield words
+  assert not line, f"a quotation without an end: {line}"
 
 
 def written():
@@ -169,7 +176,8 @@ def test_there_are_commands_and_all_of_ours_are_among_them():
     ("python -m virl_jax.plan --config=configs/tiny.py --topology=h100", ValueError),
     ("python -m virl_jax.curate build --source=gqqa --data=d --out=o", AssertionError),
     ("python benchmarks/decode.py --row=1", AssertionError), ("python benchmarks/none.py", AssertionError),
-    ("pip install -e '.[cuda11]'", AssertionError), ("bash launch/none.sh", AssertionError), ("wget x", AssertionError)])
+    ("pip install -e '.[cuda11]'", AssertionError), ("bash launch/none.sh", AssertionError),
+    ("wget x", AssertionError)])
 def test_a_command_that_there_is_not_is_seen(line, wrong, monkeypatch):
   monkeypatch.chdir(ROOT)
   with pytest.raises(wrong):
