@@ -22,8 +22,8 @@ _HEAD = """# Configuration
 <!-- Made by `python docs/knobs.py` from virl_jax/config.py; change it there. -->
 
 A configuration is a file such as `configs/tiny.py`, which starts from the defaults below and overrides some of them. A
-command overrides more: `--config.rollout.prompts=32`, `--config.reward.mode=coverage`; several values are a Python tuple in
-quotes, `--config.monitor.stop="('entropy_collapse',)"`. A knob that does not exist ends the
+command overrides more: `--config.rollout.prompts=32`, `--config.reward.mode=coverage`; several values are a Python
+tuple in quotes, `--config.monitor.stop="('entropy_collapse',)"`. A knob that does not exist ends the
 command with the nearest name; a value that cannot work ends it with what was wanted.
 
 *May change*: whether a run that goes on in the same workdir may be given another value. Where it says no, a workdir

@@ -4,9 +4,9 @@ Labels: [published] ViRL, arXiv 2511.23031; [ours] chosen here; [NAME] that proj
 The paper's own learning rate, batch, group size, KL, clip, lam, rho and modulators are not
 published in what we have, so every default for them is ours or a named peer's.
 
-A default in `free(...)` may be another one at each start of a run: it changes no number of a training step, or only
-the order in which sums are rounded, as another mesh does.  All
-others belong to the run, and a workdir is refused where they differ; see `run/workdir.py`.
+A default in `free(...)` may be changed at each start of a run: it changes no number of a training step, or, as another
+mesh does, only how sums are rounded.  All others belong to the run: a workdir with other values is refused, see
+`run/workdir.py`.
 
 Ranges are checked by the frozen configurations that the sections become, see `run/setup.py`.
 """
@@ -20,14 +20,14 @@ import ml_collections
 
 ConfigDict = ml_collections.ConfigDict
 
-# Knobs that were called otherwise once: an older config.json is read by these.
+# Old names of knobs, with today's: an older config.json is read by these.
 RENAMED = {
     "rollout.slots": ("engine.slots",), "rollout.segment_tokens": ("engine.segment_tokens",),
     "rollout.serve_share": ("engine.serve_share",), "rollout.decode_ratio": ("engine.decode_ratio",),
     "rollout.append_ratio": ("engine.append_ratio",), "rollout.token_steps": ("engine.token_steps",),
     "rollout.threads": ("engine.threads",), "rollout.pad_tokens": ("engine.pad_tokens", "pack.pad_tokens"),
     "rollout.join_rows": ("pack.join_rows",),
-    "seed": ("seed", "data.split_seed"),  # it drew the split as well, once
+    "seed": ("seed", "data.split_seed"),  # it once drew the split, too
 }
 # Knobs that were taken out, each with the one value that today's code stands for.
 REMOVED: dict[str, object] = {}
@@ -322,8 +322,8 @@ def to_json(c: ConfigDict) -> str:
 
 
 def from_json(text: str, where: str = "config.json") -> ConfigDict:
-  """The inverse of `to_json`, of older versions too: keys that the text lacks keep their defaults, and those that were
-  called otherwise get today's names.
+  """The inverse of `to_json`, for older versions too: keys that the text lacks keep their defaults, and old names
+  become today's.
 
   Args:
     text: what a workdir's config.json holds.
