@@ -5,9 +5,11 @@ commands that is ours; see `test_marked_blocks_run`.
 """
 
 import ast
+import base64
 import functools
 import importlib
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -17,6 +19,7 @@ import subprocess
 import sys
 
 from absl import flags
+from PIL import Image
 import pytest
 
 from virl_jax import config as config_lib
@@ -286,6 +289,28 @@ def test_messages_on_the_page_of_troubles_are_ours():
   for title in titles:
     for part in title.split("..."):
       assert part.strip() in ours, f"nothing says {part!r} any more"
+
+
+def test_the_picture_is_drawn_of_what_a_run_keeps(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+  picture = importlib.import_module("picture")
+  kept = io.BytesIO()
+  Image.new("RGB", (40, 20), "navy").save(kept, "PNG")
+  uri = "data:image/png;base64," + base64.b64encode(kept.getvalue()).decode()
+  turn = {"crop": uri, "box": [10, 5, 30, 15], "iou": 0.5}
+  entry = {"uid": "t", "question": "Where?", "answer": None, "correct": False, "image": uri, "width": 40,
+           "boxes_gt": [[0, 0, 20, 20]], "turns": [{"crop": None, "box": None, "iou": None}, turn]}
+  (tmp_path / "rollouts").mkdir()
+  (tmp_path / "rollouts" / "before.jsonl").write_text(json.dumps(entry) + "\n")
+  with pytest.raises(ValueError, match="--uid must be one of t. Received: other"):
+    picture.kept(tmp_path, "before", "other")
+  with pytest.raises(ValueError, match="rollouts/after.jsonl"):
+    picture.kept(tmp_path, "after", "t")
+  found = picture.kept(tmp_path, "before", "t")
+  one, two = picture.draw([("before", found)]), picture.draw([("before", found), ("after", found | {"turns": []})])
+  assert two.width == one.width and two.height > one.height
+  colours = {colour for _, colour in one.getcolors(one.width * one.height)}
+  assert {(11, 128, 67), (217, 48, 37), (0, 0, 128)} <= colours  # the truth, the zoom, the picture
 
 
 def test_how_to_cite():
