@@ -263,7 +263,7 @@ class _Loop:
   # --- calls to the device ----------------------------------------------------------------------------------
 
   def _dispatch(self) -> None:
-    """Before each call: if the device was known to rest, it has rested until now."""
+    """Before each call: ends the device's idle time, if it has been idle."""
     if self.rested is not None:
       self.stats.idle_s += time.perf_counter() - self.rested
       self.rested = None

@@ -65,7 +65,7 @@ def begin() -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Reads the command line, for `app.run`; a knob that there is not is said in a line.
+  """Reads the command line, for `app.run`; an unknown knob ends the program with one line.
 
   Raises:
     SystemExit: in place of its error.
