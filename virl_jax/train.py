@@ -120,7 +120,8 @@ def _train(c, p: setup.Pieces, source, claimed: workdir_lib.Claimed, began: floa
   hosts.say(memory.cache_size(p.policy.model, c.rollout.max_total_tokens, c.engine.slots, rows, p.policy.mesh,
                               memory.free_bytes()))
   learner = pace.learner(c, p.step.model, jax.devices())
-  record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed), learner, clock)
+  record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed), learner, clock,
+                                p.policy.codec.decode)
   feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels, fits)
   feed.skipped = record.last.get("data/skipped", 0)  # what an earlier process passed over
   clock.lap("startup", resumed=start)
@@ -199,8 +200,8 @@ def _evaluate(c, p, params, tasks, root_key, workdir: epath.Path, when: str, bef
   if before is not None:
     result["difference"] = outcome.difference(harness.outcomes(before, tasks), harness.outcomes(result), c.reward.h0,
                                               c.eval.bootstrap)
-  record_lib.save_gallery(workdir / "rollouts" / f"{when}.jsonl", [j.entry for j in judged[:c.log.gallery]],
-                          c.log.gallery)
+  shown = [j.entry(p.policy.codec.decode) for j in judged[:c.log.gallery]]
+  record_lib.save_gallery(workdir / "rollouts" / f"{when}.jsonl", shown, c.log.gallery)
   hosts.first(lambda: files.write_text(file, json.dumps(result) + "\n"))
   hosts.say(f"evaluated in {time.perf_counter() - began:.0f} s")
   return result
