@@ -19,7 +19,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "run.hosts rl.judge tiny.store",
     "data.batches data.sources.records data.sources.sets eval.benchmarks.rows learner.checkpoint model.qwen2_5.config "
     "report.html rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
-    "report.__main__ data.sources.fields data.sources.jsonl data.sources.stream eval.benchmarks.choices eval.benchmarks.docvqa "
+    "report.__main__ "
+    "data.sources.fields data.sources.jsonl data.sources.stream eval.benchmarks.choices eval.benchmarks.docvqa "
     "eval.benchmarks.mme_realworld eval.benchmarks.needle eval.benchmarks.pope eval.benchmarks.textvqa "
     "eval.benchmarks.visualprobe model.qwen2_5.text model.qwen2_5.vision rollout.actions.table run.ending",
     "data.prompt data.sources.deepeyes data.sources.gqa data.sources.hf_parquet data.sources.lines "

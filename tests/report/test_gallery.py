@@ -116,8 +116,9 @@ def test_tokens_have_their_own_numbers():
   traj = _trajectory()
   traj.prompt_ids, traj.turns = np.zeros(3, np.int32), [types.Turn("tool", np.zeros(2, np.int32)), said]
   at = np.arange(10, dtype=np.float32)
+  trainer = np.concatenate([np.zeros(9), [np.nan]])
   told, said = gallery.entry(traj, _picture(30, 30), [], [], [], 1.0, 1.0, None, decode, {
-      "advantage": at, "modulator": np.ones(10), "trainer": np.concatenate([np.zeros(5), [0, 0, 0, 0, np.nan]])})["turns"]
+      "advantage": at, "modulator": np.ones(10), "trainer": trainer})["turns"]
   assert "tokens" not in told
   assert said["tokens"] == {
       "text": ["a", "é", "", "\ufffd", "z"], "logp": [-0.3333, -0.6667, -1.0, -1.3333, -1.6667],

@@ -16,6 +16,11 @@ from absl import flags
 from virl_jax.report import html
 
 
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  flags.DEFINE_string("out", None, "The page; by default report.html in the run's folder.", flag_values=values)
+
+
 def main(argv):
   if not 2 <= len(argv) <= 3:
     raise app.UsageError("a run's folder is needed, or two")
@@ -28,5 +33,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("out", None, "The page; by default report.html in the run's folder.")
+  define_flags()
   app.run(main)

@@ -376,7 +376,8 @@ def _training(run, beside, alarms):
 
 
 def _points(run, key):
-  return [(line["step"], line[key]) for line in run.metrics if _is_number(line.get(key)) and _is_number(line.get("step"))]
+  return [(line["step"], line[key]) for line in run.metrics
+          if _is_number(line.get(key)) and _is_number(line.get("step"))]
 
 
 def _flat(nested, prefix=""):

@@ -7,8 +7,8 @@ that can't end its element, and goes into text nodes; the page's policy allows t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import base64
+from collections.abc import Sequence
 import functools
 import hashlib
 import importlib.resources
