@@ -13,12 +13,13 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
     "run.compiles run.files run.hlo run.signals",
     "data.choice data.quantity "
-    "eval.monitors model.patches model.sharding model.tuning report.gallery report.page rl.advantage rl.credit "
-    "rl.loss rl.reward rollout.slots run.log tiny.needle",
+    "eval.compare eval.monitors model.patches model.sharding model.tuning report.gallery report.page rl.advantage "
+    "rl.credit rl.loss rl.reward rollout.slots run.log tiny.needle",
     "data.answers data.images data.judge_model learner.optim model.attention model.cache model.layers run.goodput "
     "run.hosts rl.judge tiny.store",
     "data.batches data.sources.records data.sources.sets eval.benchmarks.rows learner.checkpoint model.qwen2_5.config "
-    "report.html rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
+    "report.benchmark report.html rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir "
+    "tiny.source",
     "report.__main__ "
     "data.sources.fields data.sources.jsonl data.sources.stream eval.benchmarks.choices eval.benchmarks.docvqa "
     "eval.benchmarks.mme_realworld eval.benchmarks.needle eval.benchmarks.pope eval.benchmarks.textvqa "

@@ -72,7 +72,7 @@ def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | No
       shown["modulator"] = None if modulators is None else _number(modulators[k])
       back = traj.turns[at + 1] if at + 1 < len(traj.turns) else None
       told = back is not None and back.role == "tool" and back.image_index is None  # in words alone
-      shown["crop"] = None if told else _crop(image, turn.region)
+      shown["crop"] = None if told else crop(image, turn.region)
       k += 1
     if turn.role == "assistant" and advantage is not None:
       shown["advantage"] = _number(advantage * (1.0 if shown["modulator"] is None else shown["modulator"]))
@@ -161,8 +161,8 @@ def _short(values: Sequence[float]) -> list[float | None] | float | None:
   return found[0] if found and all(v == found[0] for v in found) else found
 
 
-def _crop(image: Image.Image, box: types.Box) -> str | None:
-  """What lies in a box, or None where it holds no pixel of the picture."""
+def crop(image: Image.Image, box: Sequence[float]) -> str | None:
+  """The data URI of what lies in a box, or None where it holds no pixel of the picture."""
   if not all(math.isfinite(v) for v in box):
     return None
   left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))

@@ -75,16 +75,19 @@ class Shown:
     self.items.append(item)
     return True
 
-  def data(self, runs: Sequence[str], beside: bool) -> markupsafe.Markup | None:
+  def data(self, runs: Sequence[str], beside: bool, word: str = "rollout", start: str = "") -> markupsafe.Markup | None:
     """What the script reads; None without any.
 
     Args:
       runs: their names.
       beside: whether two of a task are shown side by side from the start.
+      word: for one of several of a task.
+      start: name of the run whose trajectories are listed at first; "" for all.
     """
     if not self.items:
       return None
-    return embedded({"runs": list(runs), "beside": beside, "items": self.items, "pictures": list(self._pictures)})
+    return embedded({"runs": list(runs), "beside": beside, "word": word, "start": start, "items": self.items,
+                     "pictures": list(self._pictures)})
 
 
 def clean(value: object) -> object:

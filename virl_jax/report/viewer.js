@@ -142,15 +142,21 @@ function go(place) {
 const detail = find("detail");
 const same = new Map();
 items.forEach((item, i) => same.set(item.uid, [...(same.get(item.uid) || []), i]));
-const label = item => [runs.length > 1 ? runs[item.run] : "", item.when, `rollout ${item.rollout}`].filter(Boolean).join(", ");
+const several = items.some(i => i.rollout);
+const label = item => [runs.length > 1 ? runs[item.run] : "", item.when, several ? `${data.word} ${item.rollout}` : ""]
+  .filter(Boolean).join(", ") || "the same";
 let colour = "";
 const COLOURS = {logp: "log-probability", advantage: "advantage", modulator: "modulator", gap: "trainer less sampler"};
+
+const measured = item => Object.keys(COLOURS).filter(name =>
+  item && item.turns.some(t => t.tokens && t.tokens[name] !== undefined));
 
 function draw() {
   const item = items[shown[at]];
   if (!item) return detail.replaceChildren(make("p", "fine", "Nothing is left: change the filters."));
   const others = (same.get(item.uid) || []).filter(i => items[i] !== item);
   const other = beside === null ? undefined : others.find(i => label(items[i]) === beside) ??
+    others.find(i => items[i].run !== item.run && items[i].when === item.when && items[i].rollout === item.rollout) ??
     others.find(i => items[i].run !== item.run) ?? others[0];
   const bar = make("div", "bar2");
   const step = (text, by, title) => {
@@ -172,17 +178,17 @@ function draw() {
     select.addEventListener("change", () => { beside = select.value ? label(items[+select.value]) : null; draw(); });
     bar.append(make("label", "", "beside ", select));
   }
-  const measured = Object.keys(COLOURS).filter(name => item.turns.some(t => t.tokens && t.tokens[name] !== undefined));
-  if (measured.length) {
+  const names = measured(item);
+  if (names.length) {
     const select = make("select");
     select.setAttribute("aria-label", "what colours tokens");
     select.dataset.part = "colour";
-    for (const name of ["", ...measured]) {
+    for (const name of ["", ...names]) {
       const o = make("option", "", COLOURS[name] || "no colours");
       o.value = name;
       select.append(o);
     }
-    select.value = measured.includes(colour) ? colour : "";
+    select.value = names.includes(colour) ? colour : "";
     select.addEventListener("change", () => { colour = select.value; draw(); });
     bar.append(make("label", "", "tokens by ", select));
   }
@@ -190,9 +196,9 @@ function draw() {
   detail.replaceChildren(bar, make("div", pair.length > 1 ? "two" : "one", ...pair.map(i => article(i, pair.length > 1))));
 }
 
-function article(item, several) {
+function article(item, paired) {
   const head = make("header", "");
-  head.append(make("p", "eyebrow", [several || items.length > 1 ? label(item) : "", item.kind || "task", item.source,
+  head.append(make("p", "eyebrow", [paired || items.length > 1 && label(item) !== "the same" ? label(item) : "", item.kind || "task", item.source,
     item.uid].filter(Boolean).join(" · ")), make("h3", "", item.question));
   if (item.options) {
     const options = make("ol", "options", ...item.options.map(o => make("li", "", o)));
@@ -219,7 +225,7 @@ function article(item, several) {
   const words = make("div", "");
   if (scale) words.append(legend(scale));
   words.append(turns);
-  return make("article", several ? "traj narrow" : "traj", head, make("div", "cols", left, words));
+  return make("article", paired ? "traj narrow" : "traj", head, make("div", "cols", left, words));
 }
 
 function stage(item, small) {
@@ -367,7 +373,7 @@ list.addEventListener("scroll", () => {
 const KEYS = {
   j: () => go(at + 1), k: () => go(at - 1), b: () => root.classList.toggle("bare"),
   z: () => shown.length && enlarge(items[shown[at]]), "/": () => search.focus(),
-  c: () => { const names = ["", ...Object.keys(COLOURS)]; colour = names[(names.indexOf(colour) + 1) % names.length]; draw(); },
+  c: () => { const names = ["", ...measured(items[shown[at]])]; colour = names[(names.indexOf(colour) + 1) % names.length]; draw(); },
   s: () => { beside = beside === null ? "" : null; draw(); }};
 addEventListener("keydown", e => {
   if (e.ctrlKey || e.metaKey || e.altKey) return;
@@ -387,6 +393,7 @@ addEventListener("keydown", e => {
 });
 
 if (data.beside) beside = "";
+if (data.start) controls.run.value = data.start;
 root.classList.add("ready");
 filter(false);
 })();
