@@ -58,6 +58,14 @@ def test_tasks_are_paired_by_name_and_flips_are_named():
   assert found["differ"] == {"model": ["m", "n"]}
 
 
+@pytest.mark.parametrize("a, b, names", [
+    ("eval/base/vstar", "eval/trained/vstar/", ["base", "trained"]), ("x", "y", ["x", "y"]), ("x", "x", ["x", "x"]),
+    ("out/vstar", "out/vstar_without_zoom", ["vstar", "vstar_without_zoom"]), ("/r/a/v", "q/a/v", ["/r", "q"]),
+    ("v", "w/v", ["v", "w/v"])])
+def test_what_tells_two_folders_apart(a, b, names):
+  assert compare.compare(_side(a, {"a": [1]}), _side(b, {"a": [1]}), 10)["names"] == names
+
+
 def test_what_makes_a_task_hard_for_both_cancels_out():
   hard = {f"a{i}": [i % 2] for i in range(100)}
   better = hard | {f"a{i}": [1] for i in range(0, 20, 2)}

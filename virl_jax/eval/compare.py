@@ -76,7 +76,7 @@ def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
     bootstrap: resamples for intervals.
 
   Returns:
-    JSON-able: benchmark; names; n; a, b and difference (B less A), each a mean of scores over tasks with its interval,
+    JSON-able: benchmark; folders; names, what of these tells them apart; n; a, b and difference (B less A), each a mean of scores over tasks with its interval,
     the last one paired; gained and lost, counts of the tasks that flipped, and p, of the exact test of these; where
     scores are not all 0 or 1, better, worse and p_scores, the same of any change of score; by_kind, the same by
     category; differ, what the two were made with where it is not the same; flips, the tasks, with both answers.
@@ -106,7 +106,7 @@ def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
   by_kind = {kind: _figures([uid for uid in old if kinds[uid] == kind], old, new, bootstrap)
              for kind in sorted(set(kinds.values()))}
   differ = {key: [side.result.get(key) for side in (a, b)] for key in _TOLD if a.result.get(key) != b.result.get(key)}
-  return {"benchmark": benchmarks[0], "names": [a.name, b.name], **_figures(list(old), old, new, bootstrap),
+  return {"benchmark": benchmarks[0], "folders": [a.name, b.name], "names": _apart(a.name, b.name), **_figures(list(old), old, new, bootstrap),
           "by_kind": by_kind, "differ": differ,
           "quoted": {"metric": a.result.get("metric"), "values": [side.result.get("score") for side in (a, b)]},
           "flips": [{"uid": uid, "kind": kinds[uid], "change": change(old[uid], new[uid]), "answers": answers[0][uid],
@@ -117,6 +117,16 @@ def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
 def change(old: float, new: float) -> str:
   """What became of a task, in words."""
   return CHANGES[old >= _RIGHT, new >= _RIGHT]
+
+
+def _apart(a: str, b: str) -> list[str]:
+  """What of two paths is not the same: "x" and "y" of runs/x/vstar and runs/y/vstar."""
+  parts = [name.rstrip("/").split("/") for name in (a, b)]
+  for end in (0, -1):
+    while all(len(each) > 1 for each in parts) and parts[0][end] == parts[1][end]:
+      for each in parts:
+        del each[end]
+  return ["/".join(each) for each in parts]
 
 
 def _figures(uids: Sequence[str], old: dict[str, float], new: dict[str, float], bootstrap: int) -> dict:

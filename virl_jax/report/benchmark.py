@@ -133,13 +133,13 @@ def comparison(found: dict, a: compare.Side, b: compare.Side) -> str:
     trajectories.add(_ready(entry | {"change": told[entry["uid"]]}, entry["uid"] in pictured), "", run)
   summaries = [side.result.get("summary") or {} for side in (a, b)]
   values = {
-      "title": f"{found['benchmark']}: {a.name} and {b.name}", "kind": "Two evaluations", "found": found,
+      "title": f"{found['benchmark']}: {' and '.join(found['names'])}", "kind": "Two evaluations", "found": found,
       "rows": [("all", found), *(found["by_kind"].items() if len(found["by_kind"]) > 1 else ())],
       "measures": [(name, share, [_values(each.get(key)) for each in summaries]) for key, name, share in _MEASURES
                    if any((each.get(key) or {}).get("value") is not None for each in summaries)],
       "note": _note(trajectories, [entry for *_, entry in both]) if both else
       "The folders have no shown.jsonl, so that there is nothing to look at."}
-  return page.render("comparison.html.j2", values, trajectories.data([a.name, b.name], True, "sample", a.name))
+  return page.render("comparison.html.j2", values, trajectories.data(found["names"], True, "sample", found["names"][0]))
 
 
 def _chosen(shown: Sequence[dict]) -> set[int]:
