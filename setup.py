@@ -51,6 +51,7 @@ setuptools.setup(
         "launch": ["pyyaml>=6"],        # of launch/gke/jobset.py
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],
+        "browser": ["playwright>=1.49"],  # tests of the pages in a Chromium that is there; large
         "tensorboard": ["tensorboard>=2.17", "tensorboardX>=2.6"],  # to look, to write
         "wandb": ["wandb>=0.17"],
     },
