@@ -4,9 +4,9 @@
     python benchmarks/report.py --count=500 --words=400
 
 Trajectories are made up: pictures of 252 x 200 px, four rollouts of each task, up to three zooms with their crops, and
-numbers for each token.  A filter's time is from its change to the second frame after it, so that what is drawn is in it;
-an idle page has about 33 ms for two frames.  Beside it stands the processor time of the page's main thread, which a busy
-machine does not stretch.  Needs playwright, and chromium on the path.
+numbers for each token.  A filter's time is from its change to the second frame after it, so that what is drawn is in
+it; an idle page has about 33 ms for two frames.  Beside it stands the processor time of the page's main thread, which a
+busy machine does not stretch.  Needs playwright, and chromium on the path.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import tempfile
 import time
 
 import numpy as np
-from PIL import Image
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from playwright.sync_api import sync_playwright
 
 from virl_jax import types
 from virl_jax.report import gallery
 from virl_jax.report import html
 
-WORDS = "a the small blue red cup lamp mark on of is where stands near corner left upper I look zoom in so faint".split()
-FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - began))))"
+WORDS = "a the small blue red cup lamp mark on of is where stands near corner left upper I look zoom in faint".split()
+FRAMES = ("new Promise(done => requestAnimationFrame(() => requestAnimationFrame("
+          "() => done(performance.now() - began))))")
 
 
 def picture(rng: random.Random) -> Image.Image:
@@ -99,8 +99,9 @@ def main():
   actions = {
       "nothing": "", "outcome": choose("outcome", "right"), "class": choose("class", "erroneous"),
       "IoU from 0.5": choose("low", "0.5"), "kind": choose("kind", "one"), "source": choose("source", "a"),
-      "all again": "document.querySelector('[data-part=reset]').click()", "words, the first time": choose("search", "cup"),
-      "words": choose("search", "object 77"), "order by IoU": choose("sort", "IoU, lowest first"),
+      "all again": "document.querySelector('[data-part=reset]').click()",
+      "words, the first time": choose("search", "cup"), "words": choose("search", "object 77"),
+      "order by IoU": choose("sort", "IoU, lowest first"),
       "next": key("j"), "next, tokens in colours": key("c") + ";" + key("j"),
       "scroll": "document.querySelector('[data-part=list]').scrollTop += 20000"}
   found = {name: [] for name in ("first paint", "list drawn", *actions)}

@@ -76,10 +76,11 @@ def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
     bootstrap: resamples for intervals.
 
   Returns:
-    JSON-able: benchmark; folders; names, what of these tells them apart; n; a, b and difference (B less A), each a mean of scores over tasks with its interval,
-    the last one paired; gained and lost, counts of the tasks that flipped, and p, of the exact test of these; where
-    scores are not all 0 or 1, better, worse and p_scores, the same of any change of score; by_kind, the same by
-    category; differ, what the two were made with where it is not the same; flips, the tasks, with both answers.
+    JSON-able: benchmark; folders; names, what of these tells them apart; n; a, b and difference (B less A), each a mean
+    of scores over tasks with its interval, the last one paired; gained and lost, counts of the tasks that flipped, and
+    p, of the exact test of these; where scores are not all 0 or 1, better, worse and p_scores, the same of any change
+    of score; by_kind, the same by category; differ, what the two were made with where it is not the same; quoted, the
+    benchmark's own figure of both; flips, the tasks, with both answers.
 
   Raises:
     ValueError: they are not of the same benchmark and tasks, by name.
@@ -106,8 +107,8 @@ def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
   by_kind = {kind: _figures([uid for uid in old if kinds[uid] == kind], old, new, bootstrap)
              for kind in sorted(set(kinds.values()))}
   differ = {key: [side.result.get(key) for side in (a, b)] for key in _TOLD if a.result.get(key) != b.result.get(key)}
-  return {"benchmark": benchmarks[0], "folders": [a.name, b.name], "names": _apart(a.name, b.name), **_figures(list(old), old, new, bootstrap),
-          "by_kind": by_kind, "differ": differ,
+  return {"benchmark": benchmarks[0], "folders": [a.name, b.name], "names": _apart(a.name, b.name),
+          **_figures(list(old), old, new, bootstrap), "by_kind": by_kind, "differ": differ,
           "quoted": {"metric": a.result.get("metric"), "values": [side.result.get("score") for side in (a, b)]},
           "flips": [{"uid": uid, "kind": kinds[uid], "change": change(old[uid], new[uid]), "answers": answers[0][uid],
                      "said": [each[uid] for each in said], "scores": [old[uid], new[uid]]}
