@@ -12,18 +12,19 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
     "run.compiles run.files run.hlo run.signals",
-    "data.choice data.mixture data.quantity data.recorded.script eval.monitors model.patches model.sharding "
-    "model.tuning report.gallery rl.advantage rl.credit rl.loss rl.reward rollout.slots run.log tiny.needle",
+    "data.choice data.mixture data.quantity data.recorded.script eval.compare eval.monitors model.patches "
+    "model.sharding model.tuning report.gallery report.page rl.advantage rl.credit rl.loss rl.reward rollout.slots "
+    "run.log tiny.needle",
     "data.answers data.images data.judge_model data.recorded.chat data.recorded.rollouts learner.optim model.attention "
     "model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
     "data.batches data.recorded.mini_o3 data.recorded.sharegpt data.sources.records data.sources.sets "
-    "eval.benchmarks.rows learner.checkpoint model.qwen2_5.config report.html rollout.actions.zoom rollout.pack "
-    "run.bad run.topologies run.watch run.workdir tiny.source",
+    "eval.benchmarks.rows learner.checkpoint model.qwen2_5.config report.benchmark report.html rollout.actions.zoom "
+    "rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
     "data.grain_source data.recorded.table data.sources.fields data.sources.jsonl data.sources.stream "
     "eval.benchmarks.choices "
     "eval.benchmarks.docvqa eval.benchmarks.mme_realworld eval.benchmarks.needle eval.benchmarks.pope "
-    "eval.benchmarks.textvqa eval.benchmarks.visualprobe model.qwen2_5.text model.qwen2_5.vision rollout.actions.table "
-    "run.ending",
+    "eval.benchmarks.textvqa eval.benchmarks.visualprobe model.qwen2_5.text model.qwen2_5.vision report.__main__ "
+    "rollout.actions.table run.ending",
     "data.prompt data.sources.deepeyes data.sources.gqa data.sources.hf_parquet data.sources.lines "
     "data.sources.mini_o3 data.sources.pixel_reasoner data.sources.treevgr data.sources.visual7w "
     "data.sources.visual_cot eval.benchmarks.hrbench eval.benchmarks.infographicsvqa eval.benchmarks.records "

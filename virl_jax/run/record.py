@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import pathlib
 import platform
 import time
@@ -39,9 +39,12 @@ class Recorder:
     header: what the figures are made with; see `log.MetricsLog`.
     learner: what it runs on, and what steps take.
     clock: writes down where time goes.
+    decode: text of token ids, for single tokens in the report; None leaves them out.
   """
 
-  def __init__(self, workdir: pathlib.Path, c, start: int, header: dict, learner: pace.Learner, clock: goodput.Clock):
+  def __init__(self, workdir: pathlib.Path, c, start: int, header: dict, learner: pace.Learner, clock: goodput.Clock,
+               decode: Callable[[Sequence[int]], str] | None = None):
+    self._decode = decode
     self._workdir, self._cfg, self._watch = workdir, c.log, monitors.Config(**c.monitor)
     self._optim = c.optim
     self._compiled, self._learner, self._clock = compiles.Counter(), learner, clock
@@ -138,7 +141,7 @@ class Recorder:
       _check_finite(line, self._workdir, self._optim.learning_rate)
     if line.get(bad.SKIPPED):
       at = bad.save(self._workdir, self._cfg.bad_batches, line, metrics[-1], minibatches,
-                    lambda i, which: entries(parts[i], minibatches[i], which))
+                    lambda i, which: entries(parts[i], minibatches[i], which, self._decode))
       hosts.say(bad.said(line, metrics[-1], at))
     self._history.append(line)
     if said := watch.slow(self._history, hosts.everyone((platform.node(), self._waits)), self._pace):
@@ -149,7 +152,8 @@ class Recorder:
     self._alarms += begun
     if step and self._cfg.gallery_every and step % self._cfg.gallery_every == 0:
       save_gallery(self._workdir / "rollouts" / f"step_{step:06d}.jsonl",
-                   entries(parts[0], minibatches[0], range(min(len(parts[0]), self._cfg.gallery))), self._cfg.gallery)
+                   entries(parts[0], minibatches[0], range(min(len(parts[0]), self._cfg.gallery)), self._decode),
+                   self._cfg.gallery)
     self._then = time.perf_counter()
 
   def _goodput(self, step: int) -> dict[str, float]:
@@ -180,26 +184,36 @@ def stops(trajectories: Sequence[types.Trajectory]) -> pooled.Metrics:
   return reasons | {"invalid_action_rate": pooled.Ratio(refused, refused + taken)}
 
 
-def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch, which: Sequence[int]) -> list[dict]:
+def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch, which: Sequence[int],
+            decode: Callable[[Sequence[int]], str] | None = None) -> list[dict]:
   """Trajectories for the report, with what training made of them.
 
   Args:
     trajectories: this process's part of the batch, in order.
     scored: the batch.
     which: numbers of those that are wanted.
+    decode: text of token ids; None leaves out what training made of single tokens.
   """
   rows = list(zip(*hosts.fetch_rows((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
                                      scored.reward_B))))
+  tokens = hosts.fetch_rows({name: values for name, values in (
+      ("advantage", scored.advantage_BT), ("action", scored.batch.action_BT), ("trainer", scored.logp_old_BT))
+      if values is not None}) if decode is not None else {}
+  order_B = range(len(rows))
   if scored.batch.order_B is not None:
-    rows = [rows[i] for i in hosts.fetch_rows(scored.batch.order_B) % len(rows)]
+    order_B = hosts.fetch_rows(scored.batch.order_B) % len(rows)
   found = []
   for i in which:
-    traj, (iou_R, class_R, modulator_R, advantage, earned) = trajectories[i], rows[i]
+    traj, (iou_R, class_R, modulator_R, advantage, earned) = trajectories[i], rows[order_B[i]]
     k = len(traj.regions)
+    by_token = {name: values[order_B[i]] for name, values in tokens.items()}
+    if by_token:
+      action_T = by_token.pop("action")
+      by_token["modulator"] = np.where(action_T >= 0, modulator_R[np.maximum(action_T, 0)], 1.0)
     parts = {"answer": traj.worth, "format": float(pack.well_formed(traj))}
     classes = [credit.NAMES[int(v)] for v in class_R[:k]]
     found.append(gallery.entry(traj, images.decode(traj.task.image), iou_R[:k].tolist(), classes,
-                               modulator_R[:k].tolist(), float(advantage), float(earned), parts))
+                               modulator_R[:k].tolist(), float(advantage), float(earned), parts, decode, by_token))
   return found
 
 
