@@ -120,7 +120,7 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
       about = dataclasses.replace(about, tasks=about.tasks[:limit], rejects=())
     found = {}
     for zoom in _ZOOMS[zooms]:
-      policy, folder = (p.policy, name) if zoom else (_without_zoom(p.policy), f"{name}_without_zoom")
+      policy, folder = (p.policy, name) if zoom else (turns.without_actions(p.policy), f"{name}_without_zoom")
       hosts.say(f"asking with{'' if zoom else 'out'} zooms: {len(about.tasks)} tasks")
       meta = {"fixed": fixed | {"benchmark": name, "zoom": zoom}} | {
           key: header[key] for key in ("versions", "device", "devices")}
@@ -148,11 +148,6 @@ def _policy(model: str, c: config_lib.ConfigDict | None):
     c.model.path = model
   model_config = weights_lib.read_config(loaded.hf_dir)
   return c, loaded, setup.assemble(c, model_config, load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
-
-
-def _without_zoom(policy: turns.Policy) -> turns.Policy:
-  """The same policy, told of no visual action, and whose calls are refused."""
-  return dataclasses.replace(policy, actions={}, prompt=dataclasses.replace(policy.prompt, describe_tool=False))
 
 
 def _gap(without: list[outcome.Outcome], with_: list[outcome.Outcome], c) -> dict:
