@@ -1,7 +1,7 @@
 """One question to an OpenAI-compatible endpoint, as vLLM, SGLang and others serve it.
 
-Whoever asks decides how often: `chat` tries once, and says whether another try makes sense (`Again`).  A connection that
-fails is never an answer.
+Whoever asks decides how often: `chat` tries once, and says whether another try makes sense (`Again`).  A connection
+that fails is never an answer.
 """
 
 from __future__ import annotations

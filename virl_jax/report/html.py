@@ -96,7 +96,6 @@ def render(config: dict, metrics: list[dict], before: dict | None, after: dict |
   page = {
       "title": title, "facts": _facts(config, metrics, before, after),
       "kind": "ViRL training report" if metrics or before or after else "ViRL",
-      "css": markupsafe.Markup(_file("page.css")),  # a file of this package, never text of a run
       "cards": _cards(config, *summaries, difference or {}, ended) if before or after else None,
       "by_kind": _by_kind(*summaries, ended), "others": _others(*summaries, ended),
       "alarms": [_alarm(of_one) for of_one in alarms] if metrics else None,
@@ -104,8 +103,19 @@ def render(config: dict, metrics: list[dict], before: dict | None, after: dict |
       "training": _training(metrics, *summaries, alarms) if metrics else None,
       "kept": [{"label": each["label"], "entries": [trajectory.view(item) for item in each["entries"]]}
                for each in gallery],
-      "classes": trajectory.CLASSES, "config": _flat(config)}
-  return _environment().get_template("page.html.j2").render(page)
+      "classes": trajectory.CLASSES, "config": flat(config)}
+  return fill("page.html.j2", page)
+
+
+def fill(template: str, page: dict) -> str:
+  """A template of this package with its values, all of which it escapes.
+
+  Args:
+    template: the file's name.
+    page: what it shows; `css`, the style of all pages, is added.
+  """
+  css = markupsafe.Markup(_file("page.css"))  # a file of this package, never text of a run
+  return _environment().get_template(template).render(page, css=css)
 
 
 def write(workdir: str) -> str:
@@ -345,10 +355,11 @@ def _training(metrics, before, after, alarms):
   return {"groups": groups, "held_out": bool(before or after), "marked": bool(marks)}
 
 
-def _flat(nested, prefix=""):
+def flat(nested: dict, prefix: str = "") -> list[tuple[str, str]]:
+  """The leaves of a nested dict as JSON, by dotted key."""
   out = []
   for key, value in nested.items():
-    out += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, json.dumps(value))]
+    out += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, json.dumps(value))]
   return out
 
 

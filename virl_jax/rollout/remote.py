@@ -4,8 +4,8 @@ The same prompt, budgets and rules as in the engine (`turns`); the endpoint only
 words and the pictures of our own chat text, turn by turn, so that a server with the model's chat template reads the
 very same; pictures go as they are shown, already of a size that the model keeps, so that boxes mean the same pixels.
 
-An endpoint that does not reply is waited for and asked again, for as long as `Config.patience_s` says; then it is an
-error.  No trajectory ends because of a connection.
+An endpoint that does not reply is waited for and asked again, for as long as `curate.endpoint.patience_s` says; then
+it is an error.  No trajectory ends because of a connection.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Sequence
 from concurrent import futures
-import dataclasses
 import hashlib
 import io
 import re
@@ -23,10 +22,10 @@ import time
 import numpy as np
 from PIL import Image
 
-from virl_jax import checks
 from virl_jax import types
 from virl_jax.data import endpoint
 from virl_jax.data import prompt
+from virl_jax.data.curation import stages
 from virl_jax.model import patches
 from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import turns
@@ -35,33 +34,10 @@ _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.S)
 _SAY_EVERY_S = 30.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Whom to ask, and how patiently; see `config.py`, section `curate.endpoint`.
-
-  Attributes:
-    model: as the endpoint names it.
-    timeout_s: for one turn.
-    wait_s: before the second try; twice as long before each further one, or as the endpoint asks for.
-    patience_s: how long an endpoint may give no reply at all before that is an error.
-    in_flight: trajectories, and so requests, at a time.
-  """
-
-  model: str = ""
-  timeout_s: float = 300.0
-  wait_s: float = 1.0
-  patience_s: float = 3600.0
-  in_flight: int = 32
-
-  def __post_init__(self):
-    checks.section(vars(self), "curate.endpoint", model=checks.text, timeout_s=checks.real(above=0),
-                   wait_s=checks.real(0), patience_s=checks.real(0), in_flight=checks.whole(1))
-
-
 class Endpoint:
   """An endpoint under use by several threads, which find out together that it is gone."""
 
-  def __init__(self, url: str, cfg: Config, say: Callable[[str], None] = lambda line: None):
+  def __init__(self, url: str, cfg: stages.Endpoint, say: Callable[[str], None] = lambda line: None):
     """Args:
       url: up to and with "/v1".
       cfg: how it is asked.

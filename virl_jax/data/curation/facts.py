@@ -5,7 +5,7 @@
                      number     a number, with or without a unit
                      text       anything else
                      none       no answer: only a box is asked for
-    question types   its first word if that is one of `_OPENERS`, "is", "are", "does" and so on as "yes/no", else "other"
+    question types   how it begins, one of `_OPENERS`; "is", "are", "does" and so on are "yes/no", all else "other"
 
 A picture is known by two things: a hash of 64 bits (the signs of its lowest frequencies, about their median), by which
 near-duplicates are looked for, and a thumbnail, by which they are confirmed: flat drawings and pages of text share
