@@ -380,8 +380,8 @@ def _examples(job, data, facts, drops, lines) -> list[dict]:
       w, h = it.look.size_px if it.look else (1, 1)
       found.append(lines[place] | {
           "reason": reason, "detail": lines[place].get("detail", ""), "question": task.question,
-          "options": list(task.options or ()), "answers": list(dict.fromkeys(task.answers)), "picture": picture, "width": w, "height": h,
-          "rects": [[b.x1, b.y1, b.x2 - b.x1, b.y2 - b.y1] for b in task.boxes]})
+          "options": list(task.options or ()), "answers": list(dict.fromkeys(task.answers)), "picture": picture,
+          "width": w, "height": h, "rects": [[b.x1, b.y1, b.x2 - b.x1, b.y2 - b.y1] for b in task.boxes]})
   return found
 
 
