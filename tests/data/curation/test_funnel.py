@@ -227,6 +227,8 @@ def test_folders_that_are_not_its_own_are_left_alone(data, tmp_path):
   with pytest.raises(ValueError, match="--out must be a folder of its own.*a-train is there"):
     funnel.run(job(data, tmp_path / "out"))
   assert (tmp_path / "out" / "a-train" / "thesis.tex").exists()
+  with pytest.raises(ValueError, match="--out must be on a disk.*gs://b/x"):
+    funnel.run(job(data, "gs://b/x"))
   for wrong in (data, data / "a-train" / "x", data.parent):
     with pytest.raises(ValueError, match="--out must be another folder than --data"):
       funnel.run(job(data, wrong))

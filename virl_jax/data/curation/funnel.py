@@ -116,6 +116,8 @@ def run(job: Job, asker: policy_lib.Asker | None = None, threads: int = 2,
   Raises:
     ValueError: there is no set, a benchmark cannot be read, or no task stays.
   """
+  if "://" in job.out:
+    raise ValueError(f"--out must be on a disk, for only a workdir may lie in a bucket. Received: {job.out}")
   here, there = pathlib.Path(job.data).resolve(), pathlib.Path(job.out).resolve()
   if here == there or here in there.parents or there in here.parents:
     raise ValueError(f"--out must be another folder than --data, and neither within the other. Received: {job.out}")
