@@ -62,6 +62,7 @@ def main():
   args = parser.parse_args()
   c = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]()
   c.engine.slots = 8
+  setup.begin()
   p = setup.pieces(c)
   cfg = needle.Config(families=("pattern", "pair_pattern"))
   tasks = [needle.draw(0, "endpoint", i, cfg)[0] for i in range(args.tasks)]
