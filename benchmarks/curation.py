@@ -188,14 +188,13 @@ def main():
     print(f"  {group}: {', '.join(f'{count} {reason}' for reason, count in sorted(what.items()))}")
   same, kills = None, 0
   if args.kills:
-    hurt = folder / "killed"
     whole = content(out)
     os.rename(out, folder / "whole")  # the report has the folder's name
     kills = killed(curate(data, out, config), args.kills, args.kill_within_s, 0)
     found = content(out)
     same = found == whole
     print(f"\nkilled {kills} times: {'the same' if same else 'other'} files, {len(whole)} of them; differ: "
-          f"{[name for name in whole | found if whole.get(name) != found.get(name)][:5]}; {hurt.name}")
+          f"{[name for name in whole | found if whole.get(name) != found.get(name)][:5]}")
   print(json.dumps({"command": " ".join(sys.argv), "rows": rows, "fate": fate, "tasks": len(groups),
                     "seconds": round(seconds), "kills": kills, "same": same, "jax": jax.__version__,
                     "numpy": np.__version__, "device": platform.processor() or platform.machine()}))
