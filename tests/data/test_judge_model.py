@@ -18,7 +18,7 @@ def _verdict(body: dict) -> str:
 
 
 class Server:
-  """An endpoint in a thread, which says what `speak` makes of a request: words, or words and why they end.
+  """An endpoint in a thread, which says what `speak` makes of a request: words or a message, alone or with why it ends.
 
   Attributes:
     faults: what happens to the next requests, first come, first served: an HTTP status, "drop", "cut", "slow", "empty",
@@ -38,7 +38,7 @@ class Server:
           outer.headers.append(dict(self.headers))
           fault = outer.faults.pop(0) if outer.faults else None
         said = speak(body)
-        words, finish = (said, "stop") if isinstance(said, str) else said
+        words, finish = said if isinstance(said, tuple) else (said, "stop")
         if fault == "drop":
           self.connection.close()
           return
@@ -52,7 +52,7 @@ class Server:
           self.end_headers()
           self.wfile.write(b"busy")
           return
-        message = {"content": "It may be." if fault == "mumble" else words}
+        message = words if isinstance(words, dict) else {"content": "It may be." if fault == "mumble" else words}
         reply = {"choices": [{"message": message, "finish_reason": finish}]}
         data = json.dumps({"choices": []} if fault == "empty" else reply).encode()
         self.send_response(200)

@@ -157,6 +157,23 @@ def test_every_word_is_read_by_our_rules(policy, tasks, words, stop, n_turns):
   assert (one.ids == policy.model.image_token).sum() == 9, "no picture but the one that was shown"
 
 
+@pytest.mark.parametrize("arguments", ['{"bbox_2d":[1,  2, 40, 50]}', {"bbox_2d": [1, 2, 40, 50]}, '{"bbox_2d": [1,'])
+def test_tool_calls_that_a_server_takes_out_are_put_back(policy, tasks, arguments):
+  call = {"id": "1", "type": "function", "function": {"name": "image_zoom_in_tool", "arguments": arguments}}
+  first = ({"content": None, "tool_calls": [call]}, "tool_calls")
+  server = Server(lambda body: prompt.answer_text("red") if len(body["messages"]) > 2 else first)
+  try:
+    (one,), *_ = ask(policy, server, tasks[:1], 1)
+  finally:
+    server.close()
+  assert one.answer == "red"
+  if arguments == '{"bbox_2d": [1,':
+    assert one.turns[0].error == "the tool call is not valid JSON" and not one.regions
+  else:
+    want = prompt.call_text({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [1, 2, 40, 50]}})
+    assert one.turns[0].text == want + prompt.END and len(one.regions) == 1
+
+
 def test_stop_strings_end_a_turn_here(policy, tasks):
   server = Server(lambda body: "<answer>red</answer> and so on, and on")
   stops = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, stop_strings=("</answer>",)))

@@ -67,7 +67,7 @@ def chat(url: str, body: dict, timeout_s: float) -> Said:
     request = urllib.request.Request(url.rstrip("/") + "/chat/completions", data, headers)
     with urllib.request.urlopen(request, timeout=timeout_s) as reply:
       choice = json.loads(reply.read())["choices"][0]
-      text, finish = choice["message"]["content"], choice.get("finish_reason")
+      text, finish = _words(choice["message"]), choice.get("finish_reason")
   except urllib.error.HTTPError as e:
     words = _body(e)
     if e.code < 500 and e.code not in _AGAIN:
@@ -78,6 +78,20 @@ def chat(url: str, body: dict, timeout_s: float) -> Said:
   if not isinstance(text, str):
     raise Again("a reply without text")
   return Said(text, finish if isinstance(finish, str) else "")
+
+
+def _words(message: dict) -> object:
+  """All that was said.  Some servers take tool calls out of the text, and give them apart: they are put back."""
+  text = message["content"]
+  for call in message.get("tool_calls") or ():
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    try:
+      written = json.dumps(json.loads(written))
+    except ValueError:  # as it came: whoever reads it finds out
+      pass
+    text = f'{text or ""}<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {written}}}\n</tool_call>'
+  return text
 
 
 def _body(e: urllib.error.HTTPError) -> str:
