@@ -18,7 +18,8 @@ COMMANDS = {
     "warmstart": ["--config=configs/tiny.py", "--config.warmstart.steps=3", "--workdir=w", "--out=o"],
     "plan": ["--config=configs/tiny.py", "--topology=cpu:8", "--programs=update,decode", "--json=f"],
     "curate": ["build", "--source=gqa,textvqa", "--data=a,b", "--out=o", "--runner=DirectRunner", "--beam=--x=1",
-               "--max_rejects=0.2"],
+               "--max_rejects=0.2", "--config=configs/curate.py", "--config.curate.rules.per_picture=3",
+               "--endpoint=http://h/v1"],
     "evaluate": ["--score=p", "--benchmark=pope", "--data=d", "--out=o", "--judge=http://h/v1", "--judge_model=m"],
     "export": ["--workdir=w", "--out=o", "--step=4", "--dtype=float32"],
 }
@@ -67,6 +68,7 @@ def test_each_takes_its_flags(name, monkeypatch):
   if name == "curate":
     assert (values.source, values.data, values.out) == (["gqa", "textvqa"], ["a", "b"], "o")
     assert (values.runner, values.beam, values.max_rejects) == ("DirectRunner", ["--x=1"], 0.2)
+    assert (values.config.curate.rules.per_picture, values.endpoint) == (3, "http://h/v1")
   if name == "evaluate":
     assert (values.score, values.benchmark, values.data, values.judge_model) == ("p", ["pope"], ["d"], "m")
   if name == "export":

@@ -263,6 +263,41 @@ def _knobs() -> ConfigDict:
   e.temperature = 1.0              # of sampling; 0 is greedy
   e.bootstrap = free(2000)         # resamples for the 95% intervals
 
+  c.curate = u = ConfigDict()      # `python -m virl_jax.curate`, from built sets to tasks that need looking; see
+                                   #   docs/curation.md. The paper's own thresholds are not published: all [ours]
+  u.shard_tasks = free(256)        # tasks that are asked, and written down, together
+  u.benchmarks = free(())          # "NAME=PATH" or "NAME=PATH=IMAGES": no task may be on a picture of these
+  u.rules = q = ConfigDict()       # what can be said of a task without a policy
+  q.least_coverage = free(0.0)     # share of the picture that its boxes cover, at least
+  q.most_coverage = free(0.3)      # and at most
+  q.keep_whole = free(False)       # but keep those whose boxes are the whole picture, whether zooming helps or not
+  q.whole_from = free(0.9)         # coverage that counts as whole
+  q.least_box_px = free(36.0)      # pixels that the smallest box has in the picture as it is shown
+  q.need_boxes = free(True)        # drop tasks without a box
+  q.most_boxes = free(8)           # boxes of a task
+  q.answer_types = free(("option", "yes_no", "number", "text"))  # which are kept; see data/curation/facts.py
+  q.most_answer_chars = free(80)   # of the shortest accepted answer
+  q.most_question_chars = free(600)
+  q.hash_distance = free(8)        # bits of 64 in which the hashes of near-duplicate pictures differ at most
+  q.pixel_difference = free(6.0)   # levels of 255 by which their thumbnails differ on average, at most
+  q.question_similarity = free(0.9)  # share of words that near-duplicate questions have in common, at least
+  q.per_picture = free(0)          # tasks on pictures that are near-duplicates of each other; 0 for no limit
+  q.caps = free(())                # "SOURCE=COUNT": most tasks of a source
+  u.policy = q = ConfigDict()      # what a policy makes of those that are left
+  q.with_zoom = free(8)            # samples of a task; 0, as in the next: the policy is not asked
+  q.without_zoom = free(4)         # samples with zooming off
+  q.temperature = free(1.0)
+  u.filter = q = ConfigDict()      # what is concluded from that
+  q.most_without = free(0.5)       # share right without zooming, above which a task needs no zoom
+  q.least_pass = free(0.1)         # share right with zooms, below which it is too hard; above 0 drops the never solved
+  q.most_pass = free(0.9)          # above which it is too easy; below 1 drops the always solved
+  u.endpoint = q = ConfigDict()    # of --endpoint, in place of the engine
+  q.model = free("")               # as it names the policy; "" sends none
+  q.timeout_s = free(300.0)        # for one turn
+  q.wait_s = free(1.0)             # before the second try; then twice as long each time
+  q.patience_s = free(3600.0)      # without any reply, until the program ends
+  q.in_flight = free(32)           # requests at a time
+
   c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; it refuses a workdir where these differ; all [ours]
   # A warm start ends with the clumsy stage: demonstrations whose boxes are made worse on purpose, so that a base
   # reads well, zooms badly, and has something to learn.

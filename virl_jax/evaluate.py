@@ -133,7 +133,7 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
         continue  # nothing of this benchmark is shuffled
       found, pages = {}, []
       for zoom in _ZOOMS[zooms]:
-        policy = p.policy if zoom else _without_zoom(p.policy)
+        policy = p.policy if zoom else turns.without_actions(p.policy)
         folder = files.path(out) / "_".join([name, *(["native_options"] if about is not orders[0] else []),
                                              *([] if zoom else ["without_zoom"])])
         hosts.say(f"{folder.name}: asking {len(about.tasks)} tasks")
@@ -193,11 +193,6 @@ def _policy(model: str, c: config_lib.ConfigDict | None):
     c.model.path = model
   model_config = weights_lib.read_config(loaded.hf_dir)
   return c, loaded, setup.assemble(c, model_config, load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
-
-
-def _without_zoom(policy: turns.Policy) -> turns.Policy:
-  """The same policy, told of no visual action, and whose calls are refused."""
-  return dataclasses.replace(policy, actions={}, prompt=dataclasses.replace(policy.prompt, describe_tool=False))
 
 
 def _gap(without: list[outcome.Outcome], with_: list[outcome.Outcome], c) -> dict:

@@ -119,7 +119,7 @@ def render(run: Run, beside: Run | None = None) -> str:
       "training": _training(run, beside, alarms[0]) if any(each.metrics for each in runs) else None,
       "left_out": f"{shown.left_out} more are kept in rollouts/, for which this page has no room."
       if shown.left_out else "",
-      "config": _flat(run.config) if beside is None else _differences(run.config, beside.config)}
+      "config": flat(run.config) if beside is None else _differences(run.config, beside.config)}
   return page_lib.render("page.html.j2", values, shown.data(names, beside is not None))
 
 
@@ -266,7 +266,7 @@ def _side(run, beside):
 
 def _differences(one, other):
   """Knobs that are not the same: (name, value in the first, value in the second)."""
-  found = [dict(_flat(config)) for config in (one, other)]
+  found = [dict(flat(config)) for config in (one, other)]
   return [(key, *(each.get(key, "–") for each in found)) for key in dict.fromkeys([*found[0], *found[1]])
           if found[0].get(key) != found[1].get(key)]
 
@@ -384,10 +384,11 @@ def _points(run, key):
           if _is_number(line.get(key)) and _is_number(line.get("step"))]
 
 
-def _flat(nested, prefix=""):
+def flat(nested: dict, prefix: str = "") -> list[tuple[str, str]]:
+  """The leaves of a nested dict as JSON, by dotted key."""
   out = []
   for key, value in nested.items():
-    out += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, json.dumps(value))]
+    out += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, json.dumps(value))]
   return out
 
 

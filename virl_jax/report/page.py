@@ -59,7 +59,7 @@ class Shown:
 
     def keep(uri):
       nonlocal taken
-      if not isinstance(uri, str) or not _IMAGE_URI.fullmatch(uri):
+      if _picture(uri) is None:
         return None
       if uri not in self._pictures:
         self._pictures[uri], taken = len(self._pictures), taken + len(uri)
@@ -123,6 +123,16 @@ def render(template: str, values: dict, trajectories: markupsafe.Markup | None) 
       "script_hash": f"sha256-{digest}", "trajectories": trajectories, "classes": trajectory.CLASSES})
 
 
+def plain(template: str, values: dict) -> str:
+  """A whole document without a script.
+
+  Args:
+    template: name of a file of this package.
+    values: what it prints.
+  """
+  return _environment().get_template(template).render(values | {"css": markupsafe.Markup(_file("page.css"))})
+
+
 def visible(value: object) -> str:
   """Whatever the template prints goes through here before it is escaped: nothing invisible is left in it."""
   if isinstance(value, markupsafe.Markup):
@@ -134,8 +144,17 @@ def visible(value: object) -> str:
 def _environment() -> jinja2.Environment:
   env = jinja2.Environment(loader=jinja2.FunctionLoader(_file), autoescape=True, undefined=jinja2.StrictUndefined,
                            finalize=visible, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-  env.filters |= {"figure": figure, "number": curves.number}
+  env.filters |= {"cut": _cut, "figure": figure, "number": curves.number, "picture": _picture}
   return env
+
+
+def _cut(text: str, longest: int) -> str:
+  return text if len(text) <= longest else text[:longest] + " …"
+
+
+def _picture(uri: object) -> str | None:
+  """The data URI of a picture as it is, or None for anything else."""
+  return uri if isinstance(uri, str) and _IMAGE_URI.fullmatch(uri) else None
 
 
 def _file(name: str) -> str:

@@ -72,6 +72,11 @@ class Policy:
   actions: Mapping[str, Any] = dataclasses.field(default_factory=lambda: table.ACTIONS)
 
 
+def without_actions(policy: Policy) -> Policy:
+  """The same policy, told of no visual action, and whose calls are refused."""
+  return dataclasses.replace(policy, actions={}, prompt=dataclasses.replace(policy.prompt, describe_tool=False))
+
+
 def check(policy: Policy, task: types.Task) -> None:
   """Whether a task, its picture decoded, can be asked within the budgets.
 

@@ -24,6 +24,7 @@ from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import mixture
 from virl_jax.data import prompt
+from virl_jax.data.curation import stages as curation
 from virl_jax.data.recorded import script
 from virl_jax.data.sources import jsonl
 from virl_jax.data.sources import sets
@@ -150,6 +151,7 @@ class Sections:
   optim: optim.OptimConfig
   monitor: monitors.Config
   watch: watch.Config
+  curate: curation.Config
 
 
 def sections(c: config_lib.ConfigDict) -> Sections:
@@ -210,7 +212,8 @@ def sections(c: config_lib.ConfigDict) -> Sections:
       rollout=turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),
       engine=slots.Config(**c.engine), reward=reward.Config(**c.reward), credit=credit.Config(**c.credit),
       advantage=advantage.Config(**c.advantage), loss=loss.Config(**c.loss), optim=optim.OptimConfig(**c.optim),
-      monitor=monitors.Config(**c.monitor), watch=watch.Config(**c.watch))
+      monitor=monitors.Config(**c.monitor), watch=watch.Config(**c.watch),
+      curate=curation.config(c.curate))
   _combinations(c)
   return found
 
