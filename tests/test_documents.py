@@ -109,7 +109,10 @@ def options(script):
 
 def flag_values(module, words, monkeypatch):
   values = flags.FlagValues()
-  importlib.import_module(module).define_flags(values)
+  found = importlib.import_module(module)
+  if hasattr(found, "__path__"):  # a package's command
+    found = importlib.import_module(f"{module}.__main__")
+  found.define_flags(values)
   monkeypatch.setattr(sys, "argv", words)  # where `config_flags` looks for what is overridden
   values(words)
   return values

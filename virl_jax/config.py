@@ -277,7 +277,7 @@ def _knobs() -> ConfigDict:
   q.most_boxes = free(8)           # boxes of a task
   q.answer_types = free(("option", "yes_no", "number", "text"))  # which are kept; see data/curation/facts.py
   q.most_answer_chars = free(80)   # of the shortest accepted answer
-  q.most_question_chars = free(600)
+  q.most_question_chars = free(600)  # of the question
   q.hash_distance = free(8)        # bits of 64 in which the hashes of near-duplicate pictures differ at most
   q.pixel_difference = free(6.0)   # levels of 255 by which their thumbnails differ on average, at most
   q.question_similarity = free(0.9)  # share of words that near-duplicate questions have in common, at least
@@ -286,7 +286,7 @@ def _knobs() -> ConfigDict:
   u.policy = q = ConfigDict()      # what a policy makes of those that are left
   q.with_zoom = free(8)            # samples of a task; 0, as in the next: the policy is not asked
   q.without_zoom = free(4)         # samples with zooming off
-  q.temperature = free(1.0)
+  q.temperature = free(1.0)        # of sampling
   u.filter = q = ConfigDict()      # what is concluded from that
   q.most_without = free(0.5)       # share right without zooming, above which a task needs no zoom
   q.least_pass = free(0.1)         # share right with zooms, below which it is too hard; above 0 drops the never solved
