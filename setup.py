@@ -10,7 +10,7 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["virl_jax", "virl_jax.*"]),
-    package_data={"virl_jax": ["assets/**", "**/*.css", "**/*.j2"]},
+    package_data={"virl_jax": ["assets/**", "**/*.css", "**/*.j2", "asking/page.*"]},
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.7",            # tensorflow-datasets reads it without TensorFlow

@@ -177,7 +177,7 @@ def _numbered(folder, pattern):
 @functools.cache  # with the templates that it has compiled
 def _environment() -> jinja2.Environment:
   env = jinja2.Environment(loader=jinja2.FunctionLoader(_file), autoescape=True, undefined=jinja2.StrictUndefined,
-                           finalize=_visible, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+                           finalize=visible, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
   env.filters |= {"figure": _figure, "number": curves.number, "signed": _signed, "cut": _cut, "picture": _picture,
                   "transcript": _transcript}
   return env
@@ -187,7 +187,7 @@ def _file(name: str) -> str:
   return importlib.resources.files("virl_jax.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _visible(value: object) -> str:
+def visible(value: object) -> str:
   """Whatever the template prints goes through here before it is escaped: nothing invisible is left in it."""
   if isinstance(value, markupsafe.Markup):
     return value  # a macro's output, whose values came through here, or markup of this module
@@ -328,7 +328,7 @@ def _wall(clock):
 
 
 def _training(metrics, before, after, alarms):
-  marks = sorted((alarm.step, str(i), _visible(f"step {alarm.step}: {_spoken(alarm)} begins"))
+  marks = sorted((alarm.step, str(i), visible(f"step {alarm.step}: {_spoken(alarm)} begins"))
                  for i, of_one in enumerate(alarms, start=1) for alarm in of_one)
   groups = []
   for heading, charts in _CHARTS:
