@@ -52,6 +52,7 @@ setuptools.setup(
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],
         "tensorboard": ["tensorboard>=2.17", "tensorboardX>=2.6"],  # to look, to write
+        "browser": ["playwright>=1.50"],  # to test pages in a Chromium that is there; none is downloaded
         "wandb": ["wandb>=0.17"],
     },
 )

@@ -13,6 +13,7 @@ from virl_jax.run import setup
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = {
+    "ask": ["--model=m", "--image=i.png", "--question=q", "--options=red,blue", "--out=o", "--seed=3"],
     "train": ["--config=configs/ablations/arms.py:rho_1.0", "--config.steps=3", "--workdir=w", "--resume-with-changes"],
     "warmstart": ["--config=configs/tiny.py", "--config.warmstart.steps=3", "--workdir=w", "--out=o"],
     "plan": ["--config=configs/tiny.py", "--topology=cpu:8", "--programs=update,decode", "--json=f"],
@@ -53,7 +54,7 @@ def test_each_takes_its_flags(name, monkeypatch):
   importlib.import_module(f"virl_jax.{name}").define_flags(values)
   monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name]])  # where `config_flags` looks for what is overridden
   values(sys.argv)
-  assert name in ("plan", "curate", "evaluate") or values.workdir == "w"
+  assert name in ("ask", "plan", "curate", "evaluate") or values.workdir == "w"
   if name == "train":
     assert (values.config.steps, values.config.reward.rho, values["resume-with-changes"].value) == (3, 1.0, True)
     assert setup.config_file(values) == "configs/ablations/arms.py"
@@ -66,6 +67,9 @@ def test_each_takes_its_flags(name, monkeypatch):
     assert (values.runner, values.beam, values.max_rejects) == ("DirectRunner", ["--x=1"], 0.2)
   if name == "evaluate":
     assert (values.score, values.benchmark, values.data, values.judge_model) == ("p", ["pope"], ["d"], "m")
+  if name == "ask":
+    assert (values.model, values.image, values.options, values.seed, values.serve) == (
+        "m", "i.png", ["red", "blue"], 3, False)
   if name == "export":
     assert (values.step, values.dtype) == ("4", "float32")
 

@@ -15,7 +15,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.choice data.quantity "
     "eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
     "rl.loss rl.reward rollout.slots run.log tiny.needle",
-    "data.answers data.images data.judge_model learner.optim model.attention model.cache model.layers run.goodput "
+    "asking.desk data.answers data.images data.judge_model learner.optim model.attention model.cache model.layers run.goodput "
     "run.hosts rl.judge tiny.store",
     "data.batches data.sources.records data.sources.sets eval.benchmarks.rows learner.checkpoint model.qwen2_5.config "
     "report.html rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
@@ -31,9 +31,9 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.sources.docvqa model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
     "data.sources.infographicsvqa learner.step rollout.sample run.load run.pace run.serving",
     "data.sources.table rollout.turns run.record",
-    "data.curation.build rollout.chunks run.setup",
-    "curate export warmstart rollout.engine run.programs",
-    "eval.harness plan rollout.dynamic",
+    "data.curation.build rollout.chunks rollout.told run.setup",
+    "asking.site curate export warmstart rollout.engine run.programs",
+    "ask eval.harness plan rollout.dynamic",
     "eval.asked",
     "evaluate train",
 )) for prefix in prefixes.split()]

@@ -48,11 +48,17 @@ class _Job:
 
   def __init__(self, task: types.Task):
     self.task, self.events, self.left = task, queue.SimpleQueue(), threading.Event()
+    self._ahead: int | None = None
 
   def tell(self, event: Any) -> None:
     if self.left.is_set():
       raise Gone
     self.events.put(event)
+
+  def place(self, ahead: int) -> None:
+    if ahead != self._ahead:
+      self._ahead = ahead
+      self.events.put(Place(ahead))
 
 
 class Desk:
@@ -88,7 +94,7 @@ class Desk:
       if len(self._waiting) + self._busy >= self._most:
         raise Full(f"{self._most} questions are waiting already; try again later")
       self._waiting.append(job)
-      job.tell(Place(len(self._waiting) - 1 + self._busy))
+      self._places()
       self._changed.notify()
     try:
       yield self._events(job)
@@ -111,8 +117,7 @@ class Desk:
 
   def _places(self) -> None:
     for ahead, job in enumerate(self._waiting):
-      if not job.left.is_set():
-        job.tell(Place(ahead + self._busy))
+      job.place(ahead + self._busy)
 
   def _work(self) -> None:
     while True:
@@ -120,6 +125,7 @@ class Desk:
         self._busy = False
         self._changed.wait_for(lambda: self._waiting)
         job, self._busy = self._waiting.popleft(), True
+        job.place(0)
         self._places()
       try:
         self._answer(job.task, job.tell)

@@ -24,6 +24,10 @@ function alarm(text) {
 function choose(found) {
   alarm("");
   if (!found) return;
+  chosen = null;
+  preview.hidden = true;
+  at("hint").hidden = false;
+  at("name").textContent = "";
   if (found.size > limits.upload_bytes) {
     return alarm(`The file must have at most ${limits.upload_bytes / 1e6} MB; it has ${(found.size / 1e6).toFixed(1)}.`);
   }

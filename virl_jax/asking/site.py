@@ -22,6 +22,7 @@ import importlib.resources
 import io
 import ipaddress
 import json
+import math
 import socket
 import sys
 import threading
@@ -346,6 +347,8 @@ def _check(task: types.Task, fits: Callable[[types.Task], None], cfg: Config) ->
   try:
     with Image.open(io.BytesIO(task.image), formats=_FORMATS) as im:
       pixels = im.width * im.height
+  except Image.DecompressionBombError:  # Pillow's own limit
+    pixels = math.inf
   except Exception as e:  # a decoder may raise anything on a damaged file
     raise _Refused(http.HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
                    "the file must be a picture: JPEG, PNG, WebP, GIF or BMP") from e
