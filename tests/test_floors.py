@@ -15,8 +15,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.choice data.quantity "
     "eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
     "rl.loss rl.reward rollout.slots run.log tiny.needle",
-    "asking.desk data.answers data.images data.judge_model learner.optim model.attention model.cache model.layers run.goodput "
-    "run.hosts rl.judge tiny.store",
+    "asking.desk data.answers data.images data.judge_model learner.optim model.attention model.cache model.layers "
+    "run.goodput run.hosts rl.judge tiny.store",
     "data.batches data.sources.records data.sources.sets eval.benchmarks.rows learner.checkpoint model.qwen2_5.config "
     "report.html rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
     "data.sources.fields data.sources.jsonl data.sources.stream eval.benchmarks.choices eval.benchmarks.docvqa "

@@ -124,7 +124,7 @@ class Printer:
     match event:
       case told.Began():
         self._size = event.picture.size
-        self._line(f"{_by(self._size)} px, shown as {_by(event.shown)}")
+        self._line(f"{_by(self._size)} px, shown as {_by(event.shown)} px")
       case told.Said():
         text = html.visible(event.text)
         self._stream.write(text)
@@ -160,7 +160,8 @@ def _by(size: tuple[int, int]) -> str:
 
 
 def _box(box: types.Box) -> str:
-  return f"x {box.x1:.4g} to {box.x2:.4g}, y {box.y1:.4g} to {box.y2:.4g}"
+  x1, y1, x2, y2 = (f"{round(v, 1):g}" for v in box)
+  return f"x {x1} to {x2}, y {y1} to {y2}"
 
 
 def serve(asked: Asked, model: str, cfg: site.Config, waiting: int = 16) -> None:

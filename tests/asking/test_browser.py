@@ -141,7 +141,7 @@ def test_hostile_files_are_refused_in_words(visit, tmp_path, photo):
   v = visit()
   v.ask("?")
   assert v.text("#alert") == "Choose a picture first."
-  for name, data, said in (("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "must be a picture"),
+  for name, data, said in (("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg' onload='x()'/>", "must be a picture"),
                            ("b.png", b"<script>alert(1)</script>", "must be a picture"),
                            ("c.png", played.picture()[:80], "damaged")):
     (tmp_path / name).write_bytes(data)

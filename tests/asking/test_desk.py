@@ -1,7 +1,6 @@
 """One is answered at a time; those who wait know their place; who leaves, or asks what fails, disturbs nobody."""
 
 import queue
-import threading
 
 import pytest
 

@@ -223,7 +223,7 @@ def test_what_is_one(shared, kind):
     (b'{"image": "", "question": "?", "options": ["a", ""]}', 400, "none of them empty"),
     (json.dumps({"image": "", "question": "?", "options": ["a"] * 27}).encode(), 400, "at most 26 options"),
     (json.dumps({"image": "", "question": "?" * 4001}).encode(), 400, "at most 4000 characters"),
-    (json.dumps({"image": base64.b64encode(PICTURE).decode(), "question": "x" * 3900}).encode(), 422, "room for a turn")])
+    (json.dumps({"image": base64.b64encode(PICTURE).decode(), "question": "x" * 3900}).encode(), 422, "leave room")])
 def test_bodies_of_no_use(shared, body, status, said):
   refused(shared.request("POST", "/ask", body, Content_Type="application/json"), status, said)
 

@@ -1,4 +1,4 @@
-"""A page on which a policy is asked, served over HTTP to a browser: the standard library's server, and plain JavaScript.
+"""A page on which a policy is asked, served over HTTP: the standard library's server, and plain JavaScript.
 
 It has a few files, each known by its whole path, and takes one kind of request, POST /ask: JSON with a picture in
 base64, a question, options.  The reply is a line of JSON for each thing that happens, until the connection is closed.
@@ -27,8 +27,8 @@ import socket
 import sys
 import threading
 import time
-import urllib.parse
 from typing import Any
+import urllib.parse
 
 from PIL import Image
 
@@ -366,7 +366,7 @@ def _check(task: types.Task, fits: Callable[[types.Task], None], cfg: Config) ->
 
 
 def plain(event: Any) -> dict:
-  """What happened, as the page is told: boxes in pixels of the original, pictures as data URIs, nothing unseen in texts.
+  """What happened, as the page is told: boxes in pixels of the original, pictures as data URIs, texts visible.
 
   Args:
     event: of `told` or `desk`.

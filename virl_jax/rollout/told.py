@@ -1,6 +1,6 @@
 """Tells of one trajectory while it comes about: what is sampled, where the policy looks, what comes back.
 
-`Protocol` is `turns`, for the engine's argument of that name, and tells besides.  It changes nothing of what is sampled.
+`Protocol` is `turns`, for the engine's argument of that name, and tells besides; it changes nothing of what is sampled.
 """
 
 from __future__ import annotations
