@@ -10,8 +10,8 @@ ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "checks config shapes types data.exact data.official data.tables "
     "data.order eval.outcome learner.pooled model.hf "
-    "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
-    "run.compiles run.files run.hlo run.signals",
+    "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.drawn report.trajectory "
+    "run.caches run.compiles run.files run.hlo run.signals",
     "data.choice data.quantity "
     "eval.monitors model.patches model.sharding model.tuning report.gallery rl.advantage rl.credit "
     "rl.loss rl.reward rollout.slots run.log tiny.needle",

@@ -182,7 +182,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c.eval, "eval", tasks=some, temperature=checks.real(0, wanted="0 (greedy) or positive"),
                  bootstrap=count)
   checks.section(c.log, "log", gallery=some, gallery_every=some, bad_batches=some, tensorboard=checks.flag,
-                 peak_flops=checks.real(0))
+                 wandb=checks.text, peak_flops=checks.real(0))
   checks.section(c.warmstart, "warmstart", base=checks.text, p_direct=share, p_clumsy=share, p_count=share,
                  steps=count, pictures=count, marks=checks.some_of(needle.MARKS, 1), learning_rate=checks.real(0),
                  clumsy_learning_rate=checks.real(0), workers=count, save_every=some)
