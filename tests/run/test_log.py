@@ -403,4 +403,4 @@ def test_wandb_offline(tmp_path, monkeypatch):
   assert {("loss/policy", step): found["loss/policy"] for step, found in steps} == {
       key: value for key, value in _scalars(tmp_path / "tensorboard").items() if key[0] == "loss/policy"}
   assert steps[2][1]["trajectories/0/_type"] == "image-file" and "trajectories/0/_type" not in steps[1][1]
-  assert len(list(tmp_path.glob("wandb/*/files/media/images/trajectories/0_*.png"))) == 2
+  assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/trajectories/0_*.png"))) == 2
