@@ -202,7 +202,8 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
     (played.picture("JPEG")[:700], 415, "damaged"), (bomb(60000), 413, "at most 1 million pixels"),
     (bomb(2000), 413, "at most 1 million pixels"), (bomb(900), 415, "damaged"),
     (bytes(200_001), 413, "at most 0.2 MB"), ("/etc/passwd", 400, "base64"), ("file:///etc/passwd", 400, "base64"),
-    ("http://127.0.0.1/", 400, "base64"), ("../../x.png=", 400, "base64"), (7, 400, "must be texts")])
+    ("http://127.0.0.1/", 400, "base64"), ("../../x.png=", 400, "base64"), (7, 400, "must be texts")],
+    ids=lambda v: repr(v[:9]) if isinstance(v, bytes) else None)
 def test_what_is_no_picture_of_use(shared, data, status, said):
   before = len(shared.answer.asked)
   refused(shared.ask(data), status, said)
@@ -223,7 +224,8 @@ def test_what_is_one(shared, kind):
     (b'{"image": "", "question": "?", "options": ["a", ""]}', 400, "none of them empty"),
     (json.dumps({"image": "", "question": "?", "options": ["a"] * 27}).encode(), 400, "at most 26 options"),
     (json.dumps({"image": "", "question": "?" * 4001}).encode(), 400, "at most 4000 characters"),
-    (json.dumps({"image": base64.b64encode(PICTURE).decode(), "question": "x" * 3900}).encode(), 422, "leave room")])
+    (json.dumps({"image": base64.b64encode(PICTURE).decode(), "question": "x" * 3900}).encode(), 422, "leave room")],
+    ids=lambda v: repr(v[:40]) if isinstance(v, bytes) else None)
 def test_bodies_of_no_use(shared, body, status, said):
   refused(shared.request("POST", "/ask", body, Content_Type="application/json"), status, said)
 
