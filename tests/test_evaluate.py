@@ -152,7 +152,7 @@ def test_every_way_of_asking(tmp_path, monkeypatch):
   policy = turns.Policy(None, None, prompt.Config(), images.Config(), turns.Config(), None)
   loaded = load.Loaded(None, {}, {}, "")
   monkeypatch.setattr(load.Loaded, "params", {})
-  monkeypatch.setattr(evaluate, "_policy", lambda model, given: (c, loaded, pieces_of(policy)))
+  monkeypatch.setattr(evaluate.setup, "of_policy", lambda model, given: (c, loaded, pieces_of(policy)))
   monkeypatch.setattr(evaluate.sample, "weights", lambda *args: {})
   monkeypatch.setattr(turns, "check", lambda policy, task: None)
   monkeypatch.setattr(harness, "run", run)

@@ -13,6 +13,7 @@ from virl_jax.run import setup
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = {
+    "ask": ["--model=m", "--image=i.png", "--question=q", "--options=red,blue", "--out=o", "--seed=3"],
     "train": ["--config=configs/ablations/arms.py:rho_1.0", "--config.steps=3", "--workdir=w", "--resume-with-changes"],
     "sft": ["--config=configs/tiny_sft.py", "--config.sft.batch=8", "--data=a.json,runs/b", "--workdir=w"],
     "warmstart": ["--config=configs/tiny.py", "--config.warmstart.steps=3", "--workdir=w", "--out=o"],
@@ -55,7 +56,7 @@ def test_each_takes_its_flags(name, monkeypatch):
   importlib.import_module(f"virl_jax.{name}").define_flags(values)
   monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name]])  # where `config_flags` looks for what is overridden
   values(sys.argv)
-  assert name in ("plan", "curate", "evaluate") or values.workdir == "w"
+  assert name in ("ask", "plan", "curate", "evaluate") or values.workdir == "w"
   if name == "train":
     assert (values.config.steps, values.config.reward.rho, values["resume-with-changes"].value) == (3, 1.0, True)
     assert setup.config_file(values) == "configs/ablations/arms.py"
@@ -71,6 +72,9 @@ def test_each_takes_its_flags(name, monkeypatch):
     assert (values.config.curate.rules.per_picture, values.endpoint) == (3, "http://h/v1")
   if name == "evaluate":
     assert (values.score, values.benchmark, values.data, values.judge_model) == ("p", ["pope"], ["d"], "m")
+  if name == "ask":
+    assert (values.model, values.image, values.options, values.seed, values.serve) == (
+        "m", "i.png", ["red", "blue"], 3, False)
   if name == "export":
     assert (values.step, values.dtype) == ("4", "float32")
 

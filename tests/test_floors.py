@@ -10,13 +10,13 @@ ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "checks config shapes types data.endpoint data.exact data.official data.tables "
     "data.order eval.outcome learner.pooled model.hf "
-    "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
-    "run.compiles run.files run.hlo run.signals",
+    "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.drawn report.trajectory "
+    "run.caches run.compiles run.files run.hlo run.signals",
     "data.choice data.mixture data.quantity data.recorded.script eval.compare eval.monitors model.patches "
     "model.sharding model.tuning report.gallery report.page rl.advantage rl.credit rl.loss rl.reward rollout.slots "
     "run.log tiny.needle",
-    "data.answers data.images data.judge_model data.recorded.chat data.recorded.rollouts learner.optim model.attention "
-    "model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
+    "asking.desk data.answers data.images data.judge_model data.recorded.chat data.recorded.rollouts learner.optim "
+    "model.attention model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
     "data.batches data.curation.facts data.recorded.mini_o3 data.recorded.sharegpt data.sources.records "
     "data.sources.sets eval.benchmarks.rows learner.checkpoint model.qwen2_5.config report.benchmark report.html "
     "rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
@@ -34,9 +34,9 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.sources.docvqa model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
     "data.sources.infographicsvqa learner.step rollout.sample run.load run.pace run.serving",
     "data.sources.table rollout.turns run.record",
-    "data.curation.build rollout.chunks rollout.remote rollout.replay run.setup",
-    "export warmstart rollout.engine run.lessons run.programs",
-    "eval.harness plan rollout.dynamic",
+    "data.curation.build rollout.chunks rollout.remote rollout.replay rollout.told run.setup",
+    "asking.site export warmstart rollout.engine run.lessons run.programs",
+    "ask eval.harness plan rollout.dynamic",
     "eval.asked run.loop",
     "data.curation.policy evaluate sft train",
     "data.curation.funnel",

@@ -333,6 +333,7 @@ def _knobs() -> ConfigDict:
   g.gallery_every = free(20)       # steps between kept rollouts; 0 keeps none while training
   g.bad_batches = free(4)          # most steps with skipped updates kept in bad_batches/; 0 for none [ours]
   g.tensorboard = free(True)       # write scalars where TensorBoard's writer is installed
+  g.wandb = free("")               # project of Weights & Biases that the same numbers go to; "" for none; extra wandb
   g.peak_flops = free(0.0)         # peak of a device, bfloat16 operations/s, for speed/mfu; 0: by its name [ours]
 
   c.monitor = v = ConfigDict()     # alarms while training, see docs/monitors.md; all thresholds [ours]

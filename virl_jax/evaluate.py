@@ -45,14 +45,12 @@ from virl_jax.eval import outcome
 from virl_jax.eval import predictions
 from virl_jax.eval.benchmarks import rows as rows_lib
 from virl_jax.eval.benchmarks import table
-from virl_jax.model import weights as weights_lib
 from virl_jax.report import benchmark as benchmark_page
 from virl_jax.report import gallery
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 from virl_jax.run import files
 from virl_jax.run import hosts
-from virl_jax.run import load
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
@@ -117,7 +115,7 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
   seeds = {"shuffled": (how.seed,), "native": (None,), "both": (how.seed, None)}[options]
   there = [[_usable(path, name, dataclasses.replace(how, seed=seed)) for seed in seeds]
            for name, path in zip(benchmarks, data)]
-  c, loaded, p = _policy(model, c)
+  c, loaded, p = setup.of_policy(model, c)
   params = sample.weights(loaded.params, p.policy.model, p.policy.mesh)
   header = workdir_lib.header(c)
   fixed = {"model": model, "step": loaded.step, "h0": c.reward.h0, "config": config_lib.flat(
@@ -181,18 +179,6 @@ def compared(a: str, b: str, out: str | None) -> list[dict]:
       files.write_text(folder / "comparison.html", benchmark_page.comparison(told, one, other))
     found.append(told)
   return found
-
-
-def _policy(model: str, c: config_lib.ConfigDict | None):
-  """Configuration, weights and pieces of what --model and --config name."""
-  loaded = load.policy(model, (c or config_lib.default()).model.dtype)
-  if loaded.config is not None and c is not None:
-    raise ValueError(f"--config must be left out for {model}: a run has its own")
-  c = config_lib.ConfigDict((loaded.config or c or config_lib.default()).to_dict())
-  if loaded.config is None:
-    c.model.path = model
-  model_config = weights_lib.read_config(loaded.hf_dir)
-  return c, loaded, setup.assemble(c, model_config, load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
 
 
 def _gap(without: list[outcome.Outcome], with_: list[outcome.Outcome], c) -> dict:

@@ -145,3 +145,29 @@ def test_the_limit_follows_from_the_log(run, capsys):
       None if math.isinf(v) else v for v in whole]
   assert steps(3, *history[3:])[1] == whole[3:]
   assert [step for step, _ in bad.kept(folder)] == [5]
+
+
+def test_boards_get_the_numbers_and_the_kept_trajectories(run, monkeypatch):
+  """What is kept for the report, as pictures, at the same step; and what an earlier process has logged is known."""
+  steps, folder, c = run
+  told, opened = [], []
+
+  class Board:
+    def write(self, step, line):
+      told.append((step, line["reward/total"]))
+
+    def pictures(self, step, pictures):
+      told.append((step, [type(p).__name__ for p in pictures]))
+
+    def close(self):
+      told.append("closed")
+
+  monkeypatch.setattr(log, "wandb_writer", lambda *how: opened.append(how) or Board())
+  c.log.gallery_every, c.log.gallery, c.log.wandb = 2, 3, "p"
+  fine = [update(), update()]
+  steps(0, fine, fine, fine)
+  assert told == [(0, 1.0), (1, 1.0), (2, 1.0), (2, ["Image"] * 2)] and (folder / "rollouts/step_000002.jsonl").exists()
+  recorder, _ = steps(1, fine)
+  recorder.close()
+  assert told[4:] == [(1, 1.0), "closed"]
+  assert opened == [(str(folder), "p", 0, {}), (str(folder), "p", 3, {})], "steps 0 to 2 had been logged"

@@ -14,11 +14,13 @@ from virl_jax import types
 from virl_jax.data import images
 from virl_jax.eval import monitors
 from virl_jax.learner import pooled
+from virl_jax.report import drawn
 from virl_jax.report import gallery
 from virl_jax.rl import credit
 from virl_jax.rollout import pack
 from virl_jax.run import bad
 from virl_jax.run import compiles
+from virl_jax.run import files
 from virl_jax.run import goodput
 from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
@@ -27,8 +29,8 @@ from virl_jax.run import watch
 
 
 class Recorder:
-  """Writes a workdir's metrics.jsonl, rollouts/, bad_batches/ and tensorboard/, prints a line a step, and watches for
-  failures.
+  """Writes a workdir's metrics.jsonl, rollouts/, bad_batches/ and tensorboard/, tells Weights & Biases if it should,
+  prints a line a step, and watches for failures.
 
   Of several processes the first does so, and all know what it has written.
 
@@ -49,12 +51,15 @@ class Recorder:
     self._optim = c.optim
     self._compiled, self._learner, self._clock = compiles.Counter(), learner, clock
     file = str(workdir / "metrics.jsonl")
+    sent = hosts.first(lambda: _logged(workdir / "metrics.jsonl"))  # before what will be done again is forgotten
     self._log = hosts.first(lambda: log_lib.MetricsLog(file, start, header))
     self._history = hosts.first(lambda: log_lib.read(file))
     self._alarms = monitors.all_begun(self._history, self._watch)
     self._progress = log_lib.Progress(c.steps, start)
-    self._tensorboard = log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard and hosts.leads(),
-                                                   start)
+    leads = hosts.leads()
+    boards = (log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard and leads, start),
+              log_lib.wandb_writer(str(workdir), c.log.wandb if leads else "", sent, header["config"]))
+    self._boards = [board for board in boards if board is not None]
     self._laps: dict[str, float] = {}
     self._waits, self._waited, self._pace = {}, 0.0, watch.Config(**c.watch)
     self._compiled_s, self._then = 0.0, time.perf_counter()
@@ -135,8 +140,8 @@ class Recorder:
     line = hosts.first(lambda: self._log.write(step, found))
     if hosts.leads():
       self._progress.line(step, line)
-    if self._tensorboard is not None:
-      self._tensorboard.write(step, line)
+    for board in self._boards:
+      board.write(step, line)
     if not bad.failures(line):
       _check_finite(line, self._workdir, self._optim.learning_rate)
     if line.get(bad.SKIPPED):
@@ -151,9 +156,13 @@ class Recorder:
       print(f"alarm: {alarm.name}: {alarm.message}", flush=True)
     self._alarms += begun
     if step and self._cfg.gallery_every and step % self._cfg.gallery_every == 0:
-      save_gallery(self._workdir / "rollouts" / f"step_{step:06d}.jsonl",
-                   entries(parts[0], minibatches[0], range(min(len(parts[0]), self._cfg.gallery)), self._decode),
-                   self._cfg.gallery)
+      kept = save_gallery(
+          self._workdir / "rollouts" / f"step_{step:06d}.jsonl",
+          entries(parts[0], minibatches[0], range(min(len(parts[0]), self._cfg.gallery)), self._decode),
+          self._cfg.gallery)
+      pictures = [drawn.picture(entry) for entry in kept] if self._boards else []
+      for board in self._boards:
+        board.pictures(step, pictures)
     self._then = time.perf_counter()
 
   def _goodput(self, step: int) -> dict[str, float]:
@@ -165,14 +174,21 @@ class Recorder:
 
   def close(self) -> None:
     """Everything is on disk when it returns."""
-    if self._tensorboard is not None:
-      self._tensorboard.close()
+    for board in self._boards:
+      board.close()
 
 
-def save_gallery(file: pathlib.Path, entries: list[dict], most: int) -> None:
-  """Writes the first of what all processes have for the report."""
-  all_ = hosts.in_order([(entry["rollout"], entry) for entry in entries[:most]])
-  hosts.first(lambda: gallery.save(str(file), all_[:most]))
+def _logged(file: pathlib.Path) -> int:
+  """The first step that no earlier process has logged."""
+  steps = [line["step"] for line in log_lib.read(str(file)) if "step" in line] if files.exists(file) else []
+  return max(steps, default=-1) + 1
+
+
+def save_gallery(file: pathlib.Path, entries: list[dict], most: int) -> list[dict]:
+  """Writes the first of what all processes have for the report, and returns them."""
+  all_ = hosts.in_order([(entry["rollout"], entry) for entry in entries[:most]])[:most]
+  hosts.first(lambda: gallery.save(str(file), all_))
+  return all_
 
 
 def stops(trajectories: Sequence[types.Trajectory]) -> pooled.Metrics:
