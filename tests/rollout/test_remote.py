@@ -158,9 +158,9 @@ def test_every_word_is_read_by_our_rules(policy, tasks, words, stop, n_turns):
 
 
 @pytest.mark.parametrize("arguments", ['{"bbox_2d":[1,  2, 40, 50]}', {"bbox_2d": [1, 2, 40, 50]}, '{"bbox_2d": [1,'])
-def test_tool_calls_that_a_server_takes_out_are_put_back(policy, tasks, arguments):
+def test_thoughts_and_calls_that_a_server_takes_out_are_put_back(policy, tasks, arguments):
   call = {"id": "1", "type": "function", "function": {"name": "image_zoom_in_tool", "arguments": arguments}}
-  first = ({"content": None, "tool_calls": [call]}, "tool_calls")
+  first = ({"content": None, "tool_calls": [call], "reasoning_content": "where?"}, "tool_calls")
   server = Server(lambda body: prompt.answer_text("red") if len(body["messages"]) > 2 else first)
   try:
     (one,), *_ = ask(policy, server, tasks[:1], 1)
@@ -170,7 +170,7 @@ def test_tool_calls_that_a_server_takes_out_are_put_back(policy, tasks, argument
   if arguments == '{"bbox_2d": [1,':
     assert one.turns[0].error == "the tool call is not valid JSON" and not one.regions
   else:
-    want = prompt.call_text({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [1, 2, 40, 50]}})
+    want = prompt.call_text({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [1, 2, 40, 50]}}, "where?")
     assert one.turns[0].text == want + prompt.END and len(one.regions) == 1
 
 

@@ -81,8 +81,11 @@ def chat(url: str, body: dict, timeout_s: float) -> Said:
 
 
 def _words(message: dict) -> object:
-  """All that was said.  Some servers take tool calls out of the text, and give them apart: they are put back."""
+  """All that was said.  Some servers take thoughts and tool calls out of the text: they are put back into it."""
   text = message["content"]
+  thought = message.get("reasoning_content") or message.get("reasoning")
+  if isinstance(thought, str):
+    text = f"<think>{thought}</think>{text or ''}"
   for call in message.get("tool_calls") or ():
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     written = arguments if isinstance(arguments, str) else json.dumps(arguments)
