@@ -26,7 +26,7 @@ def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
 
   Returns:
     uid, rollout, kind, source, question, options, answers, answer, reward, advantage, score, width and height; and
-    outcome ("right", "wrong", or "no answer known"); stop in words; best, the best IoU of all actions, 0 without one,
+    outcome ("right", "wrong", or "no answer known"); stop in words, "" if nobody knows; best, the best IoU of all actions, 0 without one,
     None if not known; classes, which there are; parts, the reward's terms as pairs; picture, its number; crisp (whether
     it is shown pixel by pixel); drawn, the policy's boxes, each a place (x, y, width, height in pixels of the original
     picture), kind, title, number, and left and top in per cent and how many numbers stand beside it; truth, the places
@@ -54,7 +54,7 @@ def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
       "answers": [cut(str(answer)) for answer in item["answers"]],
       "answer": None if item["answer"] is None else cut(str(item["answer"])),
       "outcome": "no answer known" if not item["answers"] else "right" if item["correct"] else "wrong",
-      "stop": str(item["stop"] or "unfinished").replace("_", " "), "change": item.get("change") or "",
+      "stop": str("unfinished" if item["stop"] is None else item["stop"]).replace("_", " "), "change": item.get("change") or "",
       "best": max(ious, default=0.0) if graded else None,
       "classes": sorted({turn["class"] for turn in item["turns"] if turn["class"] in CLASSES}),
       "parts": [[name, value] for name, value in (item["reward_parts"] or {}).items()],
