@@ -26,13 +26,14 @@ def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
 
   Returns:
     uid, rollout, kind, source, question, options, answers, answer, reward, advantage, score, width and height; and
-    outcome ("right", "wrong", or "no answer known"); stop in words, "" if nobody knows; best, the best IoU of all actions, 0 without one,
-    None if not known; classes, which there are; parts, the reward's terms as pairs; picture, its number; crisp (whether
-    it is shown pixel by pixel); drawn, the policy's boxes, each a place (x, y, width, height in pixels of the original
-    picture), kind, title, number, and left and top in per cent and how many numbers stand beside it; truth, the places
-    of the ground truth; and turns, each with role, text (pieces, of which every second is a special token), number
-    (counted from 1 over those that have a box, else None), kind, call ("zoom 1"), other_action (its name if it is no
-    zoom), class, iou, modulator, advantage, error, tokens, crop (a picture's number), tiny and notes.
+    outcome ("right", "wrong", or "no answer known"); stop in words, "" if nobody knows; change (of two evaluations);
+    best, the best IoU of all actions, 0 without one, None if not known; classes, which there are; parts, the reward's
+    terms as pairs; picture, its number, and left_out, why it has none; crisp (whether it is shown pixel by pixel);
+    drawn, the policy's boxes, each a place (x, y, width, height in pixels of the original picture), kind, title,
+    number, and left and top in per cent and how many numbers stand beside it; truth, the places of the ground truth;
+    and turns, each with role, text (pieces, of which every second is a special token), number (counted from 1 over
+    those that have a box, else None), kind, call ("zoom 1"), other_action (its name if it is no zoom), class, iou,
+    modulator, advantage, error, tokens, crop (a picture's number), tiny and notes.
   """
   width, height = int(item["width"]), int(item["height"])
   turns, drawn, number = [], [], 0
