@@ -79,10 +79,19 @@ def test_pictures_go_to_wrong_answers_first_and_what_has_none_says_so(tmp_path, 
   told = {item["uid"]: (item["picture"] is not None, item["left_out"]) for item in _data(text)["items"]}
   assert told == {"u1": (True, ""), "u2": (False, "its picture can no longer be read"),
                   "u0": (False, "no room for this picture"), "u3": (False, ""), "u4": (False, ""), "u5": (False, "")}
-  assert "Pictures of 2 are shown; the others have their words alone." in _Page(text).text
+  assert "1 tasks have their pictures here; 5 their words alone." in _Page(text).text
   monkeypatch.setattr(benchmark, "_PICTURES", 6)
   _, shown = _result(tasks, ["red"] * 6)
   assert [(e["image"] is not None, e["width"]) for e in shown[3:]] == [(False, None), (True, 30), (True, 60)]
+
+
+def test_what_nobody_knows_is_not_said():
+  """Others' predictions do not say how a policy ended, or where it looked."""
+  task = _task(0, boxes=())
+  rows = rows_lib.scored(rows_lib.Loaded((task,)), {"u0": [rows_lib.Prediction("red")]})
+  shown = benchmark.entries([task], rows, {("u0", 0): {"text": "red", "boxes": ()}})
+  item, = _data(benchmark.evaluation(_result([task], ["red"])[0], shown, {}))["items"]
+  assert (item["stop"], item["best"], item["classes"], item["drawn"], item["picture"]) == ("", None, [], [], None)
 
 
 def _side(name, texts, **more):

@@ -50,7 +50,8 @@ def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tup
     found.append({
         "uid": task.uid, "rollout": row["sample"], "kind": task.kind, "source": task.source, "question": task.question,
         "options": None if options is None else list(options), "answers": list(row["answers"]),
-        "answer": row["prediction"], "correct": row["score"] >= 0.5, "score": row["score"], "stop": told.get("stop"),
+        "answer": row["prediction"], "correct": row["score"] >= 0.5, "score": row["score"],
+        "stop": told.get("stop") or "",
         "width": None, "height": None, "boxes_gt": [[float(v) for v in box] for box in task.boxes], "boxes": boxes,
         "reward": None, "advantage": None, "reward_parts": None, "image": None,
         "file": task.image if isinstance(task.image, str) and task.image else None, "turns": [turn, *zooms]})
@@ -177,9 +178,10 @@ def _pictured(entry: dict, image: bytes | Image.Image) -> dict:
 
 def _note(trajectories: page.Shown, shown: Sequence[dict]) -> str:
   """What of all predictions the page has no room for."""
-  told = []
-  if len({entry["uid"] for entry in shown}) > _PICTURES:
-    told.append(f"Pictures of {_PICTURES} are shown; the others have their words alone.")
+  told, seen = [], {item["uid"] for item in trajectories.items if item["picture"] is not None}
+  bare = len({entry["uid"] for entry in shown}) - len(seen)
+  if bare:
+    told.append(f"{len(seen)} tasks have their pictures here; {bare} their words alone.")
   if trajectories.left_out:
     told.append(f"{trajectories.left_out} more predictions are in predictions.jsonl or rows.jsonl, for which this page "
                 "has no room.")

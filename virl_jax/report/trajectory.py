@@ -26,13 +26,14 @@ def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
 
   Returns:
     uid, rollout, kind, source, question, options, answers, answer, reward, advantage, score, width and height; and
-    outcome ("right", "wrong", or "no answer known"); stop in words; best, the best IoU of all actions, 0 without one,
-    None if not known; classes, which there are; parts, the reward's terms as pairs; picture, its number; crisp (whether
-    it is shown pixel by pixel); drawn, the policy's boxes, each a place (x, y, width, height in pixels of the original
-    picture), kind, title, number, and left and top in per cent and how many numbers stand beside it; truth, the places
-    of the ground truth; and turns, each with role, text (pieces, of which every second is a special token), number
-    (counted from 1 over those that have a box, else None), kind, call ("zoom 1"), other_action (its name if it is no
-    zoom), class, iou, modulator, advantage, error, tokens, crop (a picture's number), tiny and notes.
+    outcome ("right", "wrong", or "no answer known"); stop in words, "" if nobody knows; change (of two evaluations);
+    best, the best IoU of all actions, 0 without one, None if not known; classes, which there are; parts, the reward's
+    terms as pairs; picture, its number, and left_out, why it has none; crisp (whether it is shown pixel by pixel);
+    drawn, the policy's boxes, each a place (x, y, width, height in pixels of the original picture), kind, title,
+    number, and left and top in per cent and how many numbers stand beside it; truth, the places of the ground truth;
+    and turns, each with role, text (pieces, of which every second is a special token), number (counted from 1 over
+    those that have a box, else None), kind, call ("zoom 1"), other_action (its name if it is no zoom), class, iou,
+    modulator, advantage, error, tokens, crop (a picture's number), tiny and notes.
   """
   width, height = int(item["width"]), int(item["height"])
   turns, drawn, number = [], [], 0
@@ -54,7 +55,8 @@ def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
       "answers": [cut(str(answer)) for answer in item["answers"]],
       "answer": None if item["answer"] is None else cut(str(item["answer"])),
       "outcome": "no answer known" if not item["answers"] else "right" if item["correct"] else "wrong",
-      "stop": str(item["stop"] or "unfinished").replace("_", " "), "change": item.get("change") or "",
+      "stop": str("unfinished" if item["stop"] is None else item["stop"]).replace("_", " "),
+      "change": item.get("change") or "",
       "best": max(ious, default=0.0) if graded else None,
       "classes": sorted({turn["class"] for turn in item["turns"] if turn["class"] in CLASSES}),
       "parts": [[name, value] for name, value in (item["reward_parts"] or {}).items()],

@@ -112,7 +112,7 @@ function rows(anew) {
 }
 function row(place) {
   const item = items[shown[place]];
-  const about = [runs.length > 1 ? runs[item.run] : "", item.when, item.kind, item.best === null ? "" :
+  const about = [runs.length > 1 ? runs[item.run] : "", item.when, item.change, item.kind, item.best === null ? "" :
     `IoU ${item.best.toFixed(2)}`, item.reward === null ? "" : `reward ${signed(item.reward)}`];
   const it = make("div", `row ${item.outcome === "right" || item.outcome === "wrong" ? item.outcome : "open"}`,
     make("span", "mark", {right: "✓", wrong: "✗"}[item.outcome] || "·"),
@@ -211,6 +211,7 @@ function article(item, paired) {
   if (item.answers.length) said.append(pairOf("accepted", item.answers.join(" | ")));
   const chips = make("p", "chips");
   if (item.outcome !== "no answer known") chips.append(chip(item.outcome, item.outcome === "right" ? "good" : "bad"));
+  if (item.change) chips.append(chip(item.change));
   if (item.score !== null && item.score !== undefined) chips.append(chip(`score ${number(item.score)}`));
   if (item.stop) chips.append(chip(item.stop, item.stop === "answered" ? "" : "warn"));
   if (item.reward !== null) chips.append(chip(`reward ${signed(item.reward)}`));
@@ -218,7 +219,8 @@ function article(item, paired) {
   head.append(said, chips);
   if (item.parts.length) head.append(make("p", "parts", ...item.parts.map(([name, value]) => make("span", "", `${name} `, make("b", "", signed(value))))));
   const crops = item.turns.map((turn, k) => turn.crop === null ? null : strip(item, turn, k)).filter(Boolean);
-  const left = make("div", "", stage(item, true));
+  const seen = item.picture !== null || item.drawn.length || item.truth.length;
+  const left = make("div", "", seen ? stage(item, true) : make("p", "fine", item.left_out || "no picture is kept"));
   if (crops.length) left.append(make("div", "crops", ...crops));
   const scale = scaleOf(item);
   const turns = make("ol", "turns", ...item.turns.map(t => turn(item, t, scale)));
@@ -254,7 +256,7 @@ function stage(item, small) {
     box.append(tag);
   }
   it.append(box);
-  if (small) it.append(make("figcaption", "", `${item.width} × ${item.height} px`));
+  if (small && shownPicture) it.append(make("figcaption", "", `${item.width} × ${item.height} px`));
   return it;
 }
 
