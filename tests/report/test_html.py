@@ -307,6 +307,19 @@ def test_an_item_says_what_it_is_found_by():
   assert _shown(untold)["best"] is None
 
 
+def test_what_is_no_number_is_none():
+  """A file that somebody else has written may hold anything in a number's place: the script counts on numbers."""
+  item = _item(boxes=((10, 20, 40, 60),)) | {"reward": "x", "advantage": [], "score": True, "reward_parts": {"a": "b"}}
+  item["turns"][0] |= {"iou": "high", "modulator": {}, "advantage": _HOSTILE,
+                       "tokens": {"text": ["a", 1], "logp": ["x", -1.0], "gap": "y", "else": _HOSTILE}}
+  shown = _shown(item)
+  turn = shown["turns"][0]
+  assert (shown["reward"], shown["advantage"], shown["score"], shown["best"], shown["parts"]) == (
+      None, None, None, None, [["a", None]])
+  assert (turn["iou"], turn["modulator"], turn["advantage"]) == (None, None, None)
+  assert turn["tokens"] == {"text": ["a", "1"], "logp": [None, -1.0], "gap": None}
+
+
 def test_turns_say_what_was_made_of_them():
   first, last = _shown(_item(boxes=((10, 20, 40, 60),), classes=("redundant",)))["turns"]
   for key, value in {"class": "redundant", "kind": "redundant", "iou": 0.5, "modulator": 1.5, "number": 1,
