@@ -266,6 +266,14 @@ def test_a_picture_that_many_have_is_there_once():
   assert len(data["pictures"]) == 4 and all(uri.startswith("data:image/png") for uri in data["pictures"])
 
 
+def test_what_finds_no_room_leaves_no_picture():
+  large = _item() | {"image": "data:image/png;base64," + "A" * 100_000}
+  shown = page_lib.Shown(50_000)
+  assert shown.add(_item(), "After") and not shown.add(large, "After") and not shown.add(_item(), "After")
+  data = json.loads(shown.data(["run"], False))
+  assert (len(data["items"]), shown.left_out) == (1, 2) and sum(map(len, data["pictures"])) < 50_000
+
+
 def test_nothing_ends_the_element_that_holds_the_data():
   for text in ("</script>", "<!--<script>", "\u2028", "&lt;", "]]>", "</SCRIPT >"):
     inside = page_lib.embedded({text: [text, float("nan")]})
