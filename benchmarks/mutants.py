@@ -244,7 +244,7 @@ MUTANTS = [Mutant(*m) for m in (
     ("asking/site.py", ", formats=_FORMATS)", ")", "whatever Pillow knows is opened"),
     ("asking/site.py", "images.decode(task.image, cfg.upload_pixels)", "Image.open(io.BytesIO(task.image))",
      "damaged pictures get into the queue"),
-    ("asking/site.py", "      value = html.visible(value)\n", "      pass\n", "terminal codes reach the page"),
+    ("asking/site.py", "      value = page_lib.visible(value)\n", "      pass\n", "terminal codes reach the page"),
     # --- the model ----------------------------------------------------------------------------------------------
     ("model/attention.py", " & (segment_BQ[:, None, :, None] == segment[:, None, None, :])", "",
      "joined trajectories see each other"),

@@ -266,6 +266,14 @@ def test_a_picture_that_many_have_is_there_once():
   assert len(data["pictures"]) == 4 and all(uri.startswith("data:image/png") for uri in data["pictures"])
 
 
+def test_what_finds_no_room_leaves_no_picture():
+  large = _item() | {"image": "data:image/png;base64," + "A" * 100_000}
+  shown = page_lib.Shown(50_000)
+  assert shown.add(_item(), "After") and not shown.add(large, "After") and not shown.add(_item(), "After")
+  data = json.loads(shown.data(["run"], False))
+  assert (len(data["items"]), shown.left_out) == (1, 2) and sum(map(len, data["pictures"])) < 50_000
+
+
 def test_nothing_ends_the_element_that_holds_the_data():
   for text in ("</script>", "<!--<script>", "\u2028", "&lt;", "]]>", "</SCRIPT >"):
     inside = page_lib.embedded({text: [text, float("nan")]})
@@ -305,6 +313,19 @@ def test_an_item_says_what_it_is_found_by():
   untold = _item()
   untold["turns"][0]["iou"] = None
   assert _shown(untold)["best"] is None
+
+
+def test_what_is_no_number_is_none():
+  """A file that somebody else has written may hold anything in a number's place: the script counts on numbers."""
+  item = _item(boxes=((10, 20, 40, 60),)) | {"reward": "x", "advantage": [], "score": True, "reward_parts": {"a": "b"}}
+  item["turns"][0] |= {"iou": "high", "modulator": {}, "advantage": _HOSTILE,
+                       "tokens": {"text": ["a", 1], "logp": ["x", -1.0], "gap": "y", "else": _HOSTILE}}
+  shown = _shown(item)
+  turn = shown["turns"][0]
+  assert (shown["reward"], shown["advantage"], shown["score"], shown["best"], shown["parts"]) == (
+      None, None, None, None, [["a", None]])
+  assert (turn["iou"], turn["modulator"], turn["advantage"]) == (None, None, None)
+  assert turn["tokens"] == {"text": ["a", "1"], "logp": [None, -1.0], "gap": None}
 
 
 def test_turns_say_what_was_made_of_them():

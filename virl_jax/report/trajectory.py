@@ -47,11 +47,12 @@ def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
       left, top, beside = _corner(box, width, height, rows)
       drawn.append({**_place(box), "number": number, "kind": shown["kind"], "left": f"{left:.2f}", "top": f"{top:.2f}",
                     "beside": beside, "title": f"{shown['call']}: {turn['class'] or 'not graded'}"})
-  known = ("uid", "kind", "question", "options", "reward", "advantage")
-  ious = [turn["iou"] for turn in item["turns"] if turn["box"] is not None]
+  known = ("uid", "kind", "question", "options")
+  ious = [_measured(turn["iou"]) for turn in item["turns"] if turn["box"] is not None]
   graded = bool(item["boxes_gt"]) and None not in ious
   return {name: item[name] for name in known} | {
-      "rollout": item.get("rollout", 0), "source": item.get("source") or "", "score": item.get("score"),
+      "rollout": item.get("rollout", 0), "source": item.get("source") or "",
+      **{name: _measured(item.get(name)) for name in ("reward", "advantage", "score")},
       "answers": [cut(str(answer)) for answer in item["answers"]],
       "answer": None if item["answer"] is None else cut(str(item["answer"])),
       "outcome": "no answer known" if not item["answers"] else "right" if item["correct"] else "wrong",
@@ -59,7 +60,7 @@ def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
       "change": item.get("change") or "",
       "best": max(ious, default=0.0) if graded else None,
       "classes": sorted({turn["class"] for turn in item["turns"] if turn["class"] in CLASSES}),
-      "parts": [[name, value] for name, value in (item["reward_parts"] or {}).items()],
+      "parts": [[name, _measured(value)] for name, value in (item["reward_parts"] or {}).items()],
       "width": width, "height": height, "crisp": max(width, height) <= _CRISP_SIDE_PX,
       "picture": keep(item["image"]), "left_out": item.get("left_out") or "", "drawn": drawn,
       "truth": [_place(box) for box in item["boxes_gt"] if None not in box], "turns": turns}
@@ -89,13 +90,26 @@ def _turn(turn: dict, number: int | None, keep: Callable[[str | None], int | Non
   if turn["error"] is not None:
     notes.append(f"told: {turn['error']}")
   measured = box is not None and None not in box
-  known = ("role", "class", "iou", "modulator", "advantage", "error")
-  return {name: turn[name] for name in known} | {
-      "text": transcript(turn["text"]), "tokens": turn.get("tokens"), "number": number,
+  tokens = turn.get("tokens")
+  return {name: turn[name] for name in ("role", "class", "error")} | {
+      name: _measured(turn[name]) for name in ("iou", "modulator", "advantage")} | {
+      "text": transcript(turn["text"]), "tokens": None if tokens is None else _tokens(tokens), "number": number,
       "kind": turn["class"] if turn["class"] in CLASSES else "plain",
       "call": (other or "zoom") + ("" if number is None else f" {number}"), "other_action": other,
       "crop": keep(turn.get("crop")), "notes": notes,
       "tiny": measured and max(box[2] - box[0], box[3] - box[1]) < _TINY_CROP_PX}
+
+
+def _tokens(found: dict) -> dict:
+  """The text of each token, and its numbers, one for all or a list."""
+  return {"text": [str(text) for text in found["text"]]} | {
+      name: [_measured(v) for v in found[name]] if isinstance(found[name], list) else _measured(found[name])
+      for name in ("logp", "advantage", "modulator", "gap") if name in found}
+
+
+def _measured(value: object) -> float | None:
+  """A number as it is; None for whatever else a file may hold in its place."""
+  return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _place(box: Sequence[float]) -> dict[str, str]:
