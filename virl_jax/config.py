@@ -257,7 +257,7 @@ def _knobs() -> ConfigDict:
   e.temperature = 1.0              # of sampling; 0 is greedy
   e.bootstrap = free(2000)         # resamples for the 95% intervals
 
-  c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; it refuses a workdir where these differ; all [ours]
+  c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`, which compares its workdir by these; all [ours]
   # A warm start ends with the clumsy stage: demonstrations whose boxes are made worse on purpose, so that a base
   # reads well, zooms badly, and has something to learn.
   u.base = free("")                # HF folder to go on from, in the clumsy stage alone; "" starts from nothing
@@ -292,7 +292,7 @@ def _knobs() -> ConfigDict:
   g.gallery_every = free(20)       # steps between kept rollouts; 0 keeps none while training
   g.bad_batches = free(4)          # most steps with skipped updates kept in bad_batches/; 0 for none [ours]
   g.tensorboard = free(True)       # write scalars where TensorBoard's writer is installed
-  g.peak_flops = free(0.0)         # peak of a device, bfloat16 operations/s, for speed/mfu; 0: by its name [ours]
+  g.peak_flops = free(0.0)         # what a device can do, bfloat16 operations/s, for speed/mfu; 0 by its name [ours]
 
   c.monitor = v = ConfigDict()     # alarms while training, see docs/monitors.md; all thresholds [ours]
   v.window = free(8)               # steps that means and medians are taken over [ours]
