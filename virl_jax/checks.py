@@ -77,7 +77,7 @@ def section(values: Mapping[str, object], name: str, **rules: Rule) -> None:
     **rules: by key.
 
   Raises:
-    ValueError: names the first key whose value won't do.
+    ValueError: names the first key whose value is out of range.
   """
   for key, (test, wanted) in rules.items():
     need(test(values[key]), f"{name}.{key}" if name else key, wanted, values[key])

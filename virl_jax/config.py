@@ -73,13 +73,12 @@ def _knobs() -> ConfigDict:
   m.patches_together = 0           # patches of a device that the vision tower sees at a time; 0 for all of them [ours]
   m.gather_vision = False          # with patches_together: fetch the tower's weights once, not for each part; more
                                    #   memory, less traffic [ours]
+  m.freeze_vision = False          # train nothing of the vision tower [ours; peers: either]
   m.remat = False                  # recompute layers in the backward pass instead of keeping them: less memory
   # With remat some values can still be kept, which costs memory and saves time: "attention" (its output), "mlp" (the
   # outputs of its first two products), "qkv" (queries, keys, values).
   m.remat_keep = ()                # names of the values kept on the device; () for none [ours]
   m.remat_offload = ()             # names of the values kept in the host's memory, where links are fast [ours]
-
-  m.freeze_vision = False          # train nothing of the vision tower [ours; peers: either]
 
   c.lora = a = ConfigDict()        # adapters: small matrices beside frozen weights; see docs/scaling.md
   a.rank = 0                       # rank of the adapters; 0 trains the weights themselves [ours]
@@ -137,12 +136,12 @@ def _knobs() -> ConfigDict:
   # These three narrow what is sampled from. PPO's loss does not account for them, so they bias training: they are
   # for evaluation [DeepEyes, Mini-o3: none].
   r.top_k = 0                      # sample from the k likeliest tokens only; 0 for all
-  r.top_p = 1.0                    # from the likeliest tokens that together have this probability; 1 for all
-  r.min_p = 0.0                    # from tokens at least this share as likely as the likeliest; 0 for all
+  r.top_p = 1.0                    # sample from the likeliest tokens that together have this probability; 1 for all
+  r.min_p = 0.0                    # sample from tokens at least this share as likely as the likeliest; 0 for all
   r.stop_strings = ()              # text that ends a turn, such as ("</tool_call>", "</answer>")
   r.resample = 0                   # most extra batches of prompts drawn to replace uninformative groups [DAPO]
   r.mask_overlong = False          # leave trajectories that ran out of tokens out of the loss
-  r.mask_out_of_rounds = False     # and those that asked for a zoom when no round was left [Mini-o3: True]
+  r.mask_out_of_rounds = False     # leave out those that asked for a zoom when no round was left [Mini-o3: True]
 
   c.engine = y = ConfigDict()      # how rollouts use the device; see docs/rollout.md
   y.slots = 0                      # rows of the cache, over all devices; trajectories queue for them; 0: one each
@@ -150,8 +149,8 @@ def _knobs() -> ConfigDict:
   y.serve_share = 0.125            # it looks sooner once turns have ended in this share of the slots [ours]
   # Programs are compiled for a few sizes, and what lies between is padded to the next: finer sizes pad less and
   # compile more often.
-  y.decode_ratio = 4.0             # rows that decode: all slots, and twice fewer by this ratio [ours]
-  y.append_ratio = 4.0             # rows that are given a prompt or a crop: all slots, and twice fewer by it [ours]
+  y.decode_ratio = 4.0             # sizes for rows that decode: all slots, and this ratio down, twice [ours]
+  y.append_ratio = 4.0             # sizes for rows that get a prompt or a crop: the same way [ours]
   y.token_steps = 1                # tokens of a crop's turn: powers of two in 1, 2 or 4 steps each [ours]
   y.pad_tokens = 64                # tokens of a prompt: multiples of this [ours]
   y.threads = free(2)              # host threads that parse turns, crop and cut into patches; or decode files [ours]

@@ -54,8 +54,8 @@ def sft(c, workdir: str, resume_with_changes: bool = False) -> dict:
     The last step's metrics.
 
   Raises:
-    ValueError: if the configuration, the model, the demonstrations or the workdir won't do, or the devices are too
-      small.
+    ValueError: if the configuration, the model, the demonstrations or the workdir cannot be used, or the devices are
+      too small.
   """
   began = time.time()
   workdir_lib.alike(c)

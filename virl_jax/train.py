@@ -56,7 +56,7 @@ def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
     The last step's metrics.
 
   Raises:
-    ValueError: if the configuration, the model, the data or the workdir won't do, or the devices are too small.
+    ValueError: if the configuration, the model, the data or the workdir cannot be used, or the devices are too small.
   """
   began = time.time()
   workdir_lib.alike(c)

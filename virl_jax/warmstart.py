@@ -90,7 +90,7 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
     command: how this was asked for, for RECIPE.json.
 
   Raises:
-    ValueError: if the configuration, the base, the workdir or `out` won't do.
+    ValueError: if the configuration, the base, the workdir or `out` cannot be used.
   """
   setup.sections(c)
   base = load.model_dir(c.warmstart.base, "warmstart.base") if c.warmstart.base else None  # before anything is written

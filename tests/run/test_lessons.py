@@ -120,5 +120,5 @@ def test_rollouts_of_large_pictures_find_them_in_their_run_s_data(policy, tmp_pa
   assert [(why, more) for _, why, more in found._left_out] == [
       ("its picture is kept too small, and no task of its run has its name", "p9")]
   recorded.save(tmp_path / "records.jsonl", lines[:2])
-  with pytest.raises(ValueError, match="its picture is kept too small, and its run's data is not at hand"):
+  with pytest.raises(ValueError, match="its picture is kept too small, and its run's data cannot be found"):
     load(policy, tmp_path / "w3", workdir)

@@ -195,7 +195,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 def test_what_no_one_knows_is_left_alone(tmp_path):
   (tmp_path / "metrics.jsonl").write_text("")
-  with pytest.raises(ValueError, match="no config.json to tell whose"):
+  with pytest.raises(ValueError, match="no config.json that says whose"):
     claim(tmp_path, made())
   (tmp_path / "config.json").write_text('{"newer": 1}')
   with pytest.raises(ValueError, match="must be a configuration as a run writes it.*newer.*; use another --workdir"):

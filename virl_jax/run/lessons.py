@@ -150,7 +150,7 @@ class Lessons:
         self._runs[folder] = _tasks_of(pathlib.Path(folder).parent)
     tasks = self._runs[folder]
     if isinstance(tasks, str):
-      raise script.Unusable("its picture is kept too small, and its run's data is not at hand", tasks)
+      raise script.Unusable("its picture is kept too small, and its run's data cannot be found", tasks)
     if uid not in tasks:
       raise script.Unusable("its picture is kept too small, and no task of its run has its name", uid)
     return tasks[uid]().image

@@ -170,7 +170,7 @@ def claimed(c: config_lib.ConfigDict, source, workdir: str, resume_with_changes:
     resume_with_changes, free: see `workdir.claim`.
 
   Raises:
-    ValueError: the folder won't do.
+    ValueError: the folder cannot be used.
   """
   with (workdir_lib.claim(workdir, c, source, resume_with_changes, free) as found,
         watch.over(found.folder, watch.Config(**c.watch))):

@@ -180,7 +180,7 @@ def _compare(folder: epath.Path, c: config_lib.ConfigDict, source, changes: bool
   file = folder / "config.json"
   if not files.is_file(file):
     if any(files.exists(folder / name) for name in ("metrics.jsonl", "checkpoints")):
-      raise ValueError(f"{folder} holds a run but no config.json to tell whose; use another --workdir")
+      raise ValueError(f"{folder} holds a run but no config.json that says whose; use another --workdir")
     return {}
   try:
     old, new = (config_lib.flat(json.loads(config_lib.to_json(k))) for k in (config(folder), c))
