@@ -10,7 +10,7 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["virl_jax", "virl_jax.*"]),
-    package_data={"virl_jax": ["assets/**", "**/*.css", "**/*.j2"]},
+    package_data={"virl_jax": ["assets/**", "**/*.css", "**/*.j2", "**/*.js", "asking/page.*"]},
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.7",            # tensorflow-datasets reads it without TensorFlow
@@ -52,6 +52,8 @@ setuptools.setup(
         "launch": ["pyyaml>=6"],        # of launch/gke/jobset.py
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # 2 drops the plugins that the theme is made of
+        "browser": ["playwright>=1.50"],  # tests of the pages in a Chromium that is there; large, downloads none
         "tensorboard": ["tensorboard>=2.17", "tensorboardX>=2.6"],  # to look, to write
         "wandb": ["wandb>=0.17"],
     },

@@ -5,7 +5,7 @@
     python -m virl_jax.train --config=configs/v7b.py --config.data.path=RECORDS.jsonl --workdir=runs/v7b
 
 RECORDS.jsonl holds one object a line: image, question, answers, boxes (pixels of the image file), options.
-A set of raw downloads (docs/data.md) is --config.data.source=set --config.data.path=DIR.
+A set of raw downloads (docs/data.md), curated (docs/curation.md), is --config.data.source=set --config.data.path=DIR.
 Shapes come from the checkpoint's own config.json.  Every number below says where it is from:
     [published]  ViRL, arXiv 2511.23031, or Qwen2.5-VL's released configuration
     [NAME]       that project's published setting

@@ -70,9 +70,9 @@ def here(monkeypatch, *args):
   values = flags.FlagValues()
   evaluate.define_flags(values)
   monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, args)])
-  values(sys.argv)
+  left = values(sys.argv)
   monkeypatch.setattr(flags, "FLAGS", values)
-  evaluate.main(["evaluate"])
+  evaluate.main(left)
 
 
 @pytest.mark.parametrize("args, said", [
@@ -95,6 +95,8 @@ def test_a_slip_is_a_line(pope, monkeypatch, args, said):
 @pytest.mark.parametrize("args, said", [
     (("--benchmark=pope",), "either --score=PREDICTIONS or --model=DIR"), (("--score=x",), "--benchmark=NAME and"),
     (("--score=x", "--model=y", "--benchmark=pope"), "either --score"),
+    (("--compare", "a"), "--compare needs two folders"),
+    (("--compare", "a", "b", "--benchmark=pope"), "--compare needs two folders"),
     (("--model=y", "--benchmark=pope"), "--model needs --data and --out"),
     (("--score=x", "--benchmark=vstar", "--judge=http://h/v1"), "--judge and --judge_model go together")])
 def test_how_it_is_used(monkeypatch, args, said):
@@ -150,7 +152,7 @@ def test_every_way_of_asking(tmp_path, monkeypatch):
   policy = turns.Policy(None, None, prompt.Config(), images.Config(), turns.Config(), None)
   loaded = load.Loaded(None, {}, {}, "")
   monkeypatch.setattr(load.Loaded, "params", {})
-  monkeypatch.setattr(evaluate, "_policy", lambda model, given: (c, loaded, pieces_of(policy)))
+  monkeypatch.setattr(evaluate.setup, "of_policy", lambda model, given: (c, loaded, pieces_of(policy)))
   monkeypatch.setattr(evaluate.sample, "weights", lambda *args: {})
   monkeypatch.setattr(turns, "check", lambda policy, task: None)
   monkeypatch.setattr(harness, "run", run)
@@ -167,6 +169,35 @@ def test_every_way_of_asking(tmp_path, monkeypatch):
   assert names == ["pope", "pope_without_zoom", "vstar", "vstar_native_options", "vstar_native_options_without_zoom",
                    "vstar_without_zoom"]
   assert all((tmp_path / "out" / name / "vlmevalkit.tsv").exists() for name in names)
+  page = lambda name: (tmp_path / "out" / name / "report.html").read_text()
+  assert all("What zooming is worth" in page(name) and '"picture":0' in page(name) for name in names)
+  found = evaluate.compared(str(tmp_path / "out" / "vstar"), str(tmp_path / "out" / "vstar_native_options"),
+                            str(tmp_path / "flips"))
+  assert found[0]["gained"] == round(6 * (1 - found_score(tmp_path, "vstar"))) > 0 == found[0]["lost"]
+  assert found[0]["differ"] == {"options_seed": [0, None]}
+  assert json.loads((tmp_path / "flips" / "comparison.json").read_text()) == found[0]
+  assert '"change":"gained"' in (tmp_path / "flips" / "comparison.html").read_text()
+
+
+def found_score(folder, name):
+  return json.loads((folder / "out" / name / "results.json").read_text())["score"]
+
+
+def test_two_files_of_predictions_are_compared(tmp_path, pope, monkeypatch, capsys):
+  data, path = pope
+  other = tmp_path / "q.jsonl"
+  other.write_text(path.read_text().replace('"Yes"', '"No"'))
+  for name, file in (("a", path), ("b", other)):
+    here(monkeypatch, f"--score={file}", "--benchmark=pope", f"--data={data}", f"--out={tmp_path / name}")
+  page = (tmp_path / "a" / "pope" / "report.html").read_text()
+  assert "predictions for no row: 1" in page and "label is neither yes nor no" in page
+  capsys.readouterr()
+  here(monkeypatch, "--compare", tmp_path / "a", tmp_path / "b", f"--out={tmp_path / 'c'}")
+  *told, last = capsys.readouterr().out.splitlines()
+  assert "  1 gained, 1 lost: p = 1 (McNemar's exact test, two-sided)" in told
+  assert json.loads(last)["n"] == 2 and (tmp_path / "c" / "pope" / "comparison.html").exists()
+  with pytest.raises(SystemExit, match="error: .*nothing must be a folder that evaluate has written"):
+    here(monkeypatch, "--compare", tmp_path / "a", tmp_path / "nothing")
 
 
 def pieces_of(policy):

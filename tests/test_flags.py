@@ -13,12 +13,14 @@ from virl_jax.run import setup
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = {
+    "ask": ["--model=m", "--image=i.png", "--question=q", "--options=red,blue", "--out=o", "--seed=3"],
     "train": ["--config=configs/ablations/arms.py:rho_1.0", "--config.steps=3", "--workdir=w", "--resume-with-changes"],
     "sft": ["--config=configs/tiny_sft.py", "--config.sft.batch=8", "--data=a.json,runs/b", "--workdir=w"],
     "warmstart": ["--config=configs/tiny.py", "--config.warmstart.steps=3", "--workdir=w", "--out=o"],
     "plan": ["--config=configs/tiny.py", "--topology=cpu:8", "--programs=update,decode", "--json=f"],
     "curate": ["build", "--source=gqa,textvqa", "--data=a,b", "--out=o", "--runner=DirectRunner", "--beam=--x=1",
-               "--max_rejects=0.2"],
+               "--max_rejects=0.2", "--config=configs/curate.py", "--config.curate.rules.per_picture=3",
+               "--endpoint=http://h/v1"],
     "evaluate": ["--score=p", "--benchmark=pope", "--data=d", "--out=o", "--judge=http://h/v1", "--judge_model=m"],
     "export": ["--workdir=w", "--out=o", "--step=4", "--dtype=float32"],
 }
@@ -54,7 +56,7 @@ def test_each_takes_its_flags(name, monkeypatch):
   importlib.import_module(f"virl_jax.{name}").define_flags(values)
   monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name]])  # where `config_flags` looks for what is overridden
   values(sys.argv)
-  assert name in ("plan", "curate", "evaluate") or values.workdir == "w"
+  assert name in ("ask", "plan", "curate", "evaluate") or values.workdir == "w"
   if name == "train":
     assert (values.config.steps, values.config.reward.rho, values["resume-with-changes"].value) == (3, 1.0, True)
     assert setup.config_file(values) == "configs/ablations/arms.py"
@@ -67,8 +69,12 @@ def test_each_takes_its_flags(name, monkeypatch):
   if name == "curate":
     assert (values.source, values.data, values.out) == (["gqa", "textvqa"], ["a", "b"], "o")
     assert (values.runner, values.beam, values.max_rejects) == ("DirectRunner", ["--x=1"], 0.2)
+    assert (values.config.curate.rules.per_picture, values.endpoint) == (3, "http://h/v1")
   if name == "evaluate":
     assert (values.score, values.benchmark, values.data, values.judge_model) == ("p", ["pope"], ["d"], "m")
+  if name == "ask":
+    assert (values.model, values.image, values.options, values.seed, values.serve) == (
+        "m", "i.png", ["red", "blue"], 3, False)
   if name == "export":
     assert (values.step, values.dtype) == ("4", "float32")
 

@@ -8,36 +8,39 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
-    "checks config shapes types data.exact data.official data.tables "
+    "checks config shapes types data.endpoint data.exact data.official data.tables "
     "data.order eval.outcome learner.pooled model.hf "
-    "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.trajectory run.caches "
-    "run.compiles run.files run.hlo run.signals",
-    "data.choice data.mixture data.quantity data.recorded.script eval.monitors model.patches model.sharding "
-    "model.tuning report.gallery rl.advantage rl.credit rl.loss rl.reward rollout.slots run.log tiny.needle",
-    "data.answers data.images data.judge_model data.recorded.chat data.recorded.rollouts learner.optim model.attention "
-    "model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
-    "data.batches data.recorded.mini_o3 data.recorded.sharegpt data.sources.records data.sources.sets "
-    "eval.benchmarks.rows learner.checkpoint model.qwen2_5.config report.html rollout.actions.zoom rollout.pack "
-    "run.bad run.topologies run.watch run.workdir tiny.source",
-    "data.grain_source data.recorded.table data.sources.fields data.sources.jsonl data.sources.stream "
-    "eval.benchmarks.choices "
+    "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.drawn report.trajectory "
+    "run.caches run.compiles run.files run.hlo run.signals",
+    "data.choice data.mixture data.quantity data.recorded.script eval.compare eval.monitors model.patches "
+    "model.sharding model.tuning report.gallery report.page rl.advantage rl.credit rl.loss rl.reward rollout.slots "
+    "run.log tiny.needle",
+    "asking.desk data.answers data.images data.judge_model data.recorded.chat data.recorded.rollouts learner.optim "
+    "model.attention model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
+    "data.batches data.curation.facts data.recorded.mini_o3 data.recorded.sharegpt data.sources.records "
+    "data.sources.sets eval.benchmarks.rows learner.checkpoint model.qwen2_5.config report.benchmark report.html "
+    "rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
+    "data.curation.rules data.grain_source data.recorded.table data.sources.fields data.sources.jsonl "
+    "data.sources.stream eval.benchmarks.choices "
     "eval.benchmarks.docvqa eval.benchmarks.mme_realworld eval.benchmarks.needle eval.benchmarks.pope "
-    "eval.benchmarks.textvqa eval.benchmarks.visualprobe model.qwen2_5.text model.qwen2_5.vision rollout.actions.table "
-    "run.ending",
-    "data.prompt data.sources.deepeyes data.sources.gqa data.sources.hf_parquet data.sources.lines "
+    "eval.benchmarks.textvqa eval.benchmarks.visualprobe model.qwen2_5.text model.qwen2_5.vision report.__main__ "
+    "report.sieve rollout.actions.table run.ending",
+    "data.curation.band data.prompt data.sources.deepeyes data.sources.gqa data.sources.hf_parquet data.sources.lines "
     "data.sources.mini_o3 data.sources.pixel_reasoner data.sources.treevgr data.sources.visual7w "
     "data.sources.visual_cot eval.benchmarks.hrbench eval.benchmarks.infographicsvqa eval.benchmarks.records "
     "eval.benchmarks.treebench eval.benchmarks.vstar model.qwen2_5.model",
-    "data.sources.grit data.sources.textvqa eval.benchmarks.table eval.predictions model.family model.qwen tiny.demos "
-    "tiny.tokenizer",
+    "data.curation.stages data.sources.grit data.sources.textvqa eval.benchmarks.table eval.predictions model.family "
+    "model.qwen tiny.demos tiny.tokenizer",
     "data.sources.docvqa model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
     "data.sources.infographicsvqa learner.step rollout.sample run.load run.pace run.serving",
     "data.sources.table rollout.turns run.record",
-    "data.curation.build rollout.chunks rollout.replay run.setup",
-    "curate export warmstart rollout.engine run.lessons run.programs",
-    "eval.harness plan rollout.dynamic",
+    "data.curation.build rollout.chunks rollout.remote rollout.replay rollout.told run.setup",
+    "asking.site export warmstart rollout.engine run.lessons run.programs",
+    "ask eval.harness plan rollout.dynamic",
     "eval.asked run.loop",
-    "evaluate sft train",
+    "data.curation.policy evaluate sft train",
+    "data.curation.funnel",
+    "curate",
 )) for prefix in prefixes.split()]
 DEVICE_ONLY = {"__future__", "dataclasses", "flax", "jax", "virl_jax.checks", "virl_jax.rl"}
 

@@ -248,7 +248,7 @@ def test_a_bad_batch_passes_by_and_the_run_can_be_resumed(places):
     assert [line.get("optim/limit", 0) > 0 for line in lines] == [False, True, True]
     assert sorted(os.listdir(at)) == ["minibatch_0.npz", "step.json", "trajectories.jsonl"]
     assert np.isnan(np.load(f"{at}/minibatch_0.npz")["advantage_BT"][0]).all()
-    assert "Skipped, step 1</label>" in (workdir / "report.html").read_text()
+    assert '"when":"Skipped, step 1"' in (workdir / "report.html").read_text()
     found.append((lines, json.loads((workdir / "bad_batches/step_000001/step.json").read_text())["updates"]))
   assert found[0] == found[1]
 

@@ -1,12 +1,12 @@
-"""Every knob once, with its unit and where its default comes from.
+"""Every knob once, with its unit and where its default comes from; docs/configuration.md is made of these comments.
 
 Labels: [published] ViRL, arXiv 2511.23031; [ours] chosen here; [NAME] that project's value.
 The paper's own learning rate, batch, group size, KL, clip, lam, rho and modulators are not
 published in what we have, so every default for them is ours or a named peer's.
 
-A default in `free(...)` may be another one at each start of a run: it changes no number of a training step, or only
-the order in which sums are rounded, as another mesh does.  All
-others belong to the run, and a workdir is refused where they differ; see `run/workdir.py`.
+A default in `free(...)` may be changed at each start of a run: it changes no number of a training step, or, as another
+mesh does, only how sums are rounded.  All others belong to the run: a workdir with other values is refused, see
+`run/workdir.py`.
 
 Ranges are checked by the frozen configurations that the sections become, see `run/setup.py`.
 """
@@ -20,16 +20,16 @@ import ml_collections
 
 ConfigDict = ml_collections.ConfigDict
 
-# Knobs that were called otherwise once: an older config.json is read by these.
+# Old names of knobs, with today's: an older config.json is read by these.
 RENAMED = {
     "rollout.slots": ("engine.slots",), "rollout.segment_tokens": ("engine.segment_tokens",),
     "rollout.serve_share": ("engine.serve_share",), "rollout.decode_ratio": ("engine.decode_ratio",),
     "rollout.append_ratio": ("engine.append_ratio",), "rollout.token_steps": ("engine.token_steps",),
     "rollout.threads": ("engine.threads",), "rollout.pad_tokens": ("engine.pad_tokens", "pack.pad_tokens"),
     "rollout.join_rows": ("pack.join_rows",),
-    "seed": ("seed", "data.split_seed"),  # it drew the split as well, once
+    "seed": ("seed", "data.split_seed"),  # it once drew the split, too
 }
-# Knobs that are no more, with the one value that what is left of them still means.
+# Knobs that were taken out, each with the one value that today's code stands for.
 REMOVED: dict[str, object] = {}
 
 
@@ -67,27 +67,28 @@ def _knobs() -> ConfigDict:
   c.steps = free(100)              # rollout-and-update iterations, in all starts together
 
   c.model = m = ConfigDict()
-  m.path = ""                      # HF folder; "@tiny" is the base that ships with the package
+  m.path = ""                      # Hugging Face folder; "@tiny" is the base that ships with the package
   m.dtype = "float32"              # parameter dtype: float32 | bfloat16
   m.compute_dtype = "float32"      # matmul dtype: float32 | bfloat16
   m.patches_together = 0           # patches of a device that the vision tower sees at a time; 0 for all of them [ours]
-  m.gather_vision = False          # then its weights come to each device once, not for each part: more memory [ours]
-  m.remat = False                  # compute layers again in the backward pass instead of keeping them: less memory
-  # Of such layers some values can be kept, which costs memory and saves time: "attention" (its output), "mlp" (what
-  # its two first products give), "qkv" (queries, keys, values).
-  m.remat_keep = ()                # names of what is kept on the device; () for nothing [ours]
-  m.remat_offload = ()             # names of what waits in the host's memory instead, if links are fast [ours]
+  m.gather_vision = False          # with patches_together: fetch the tower's weights once, not for each part; more
+                                   #   memory, less traffic [ours]
+  m.remat = False                  # recompute layers in the backward pass instead of keeping them: less memory
+  # With remat some values can still be kept, which costs memory and saves time: "attention" (its output), "mlp" (the
+  # outputs of its first two products), "qkv" (queries, keys, values).
+  m.remat_keep = ()                # names of the values kept on the device; () for none [ours]
+  m.remat_offload = ()             # names of the values kept in the host's memory, where links are fast [ours]
 
-  m.freeze_vision = False          # nothing of the vision tower is trained [ours; peers: either]
+  m.freeze_vision = False          # train nothing of the vision tower [ours; peers: either]
 
-  c.lora = a = ConfigDict()        # small matrices are trained beside the frozen weights; see docs/scaling.md
-  a.rank = 0                       # of those matrices; 0 trains the weights themselves [ours]
-  a.alpha = 32.0                   # what they add is multiplied by alpha / rank [ours]
-  a.targets = ("q_proj", "k_proj", "v_proj", "o_proj",  # modules that get one [PEFT: all-linear]
+  c.lora = a = ConfigDict()        # adapters: small matrices beside frozen weights; see docs/scaling.md
+  a.rank = 0                       # rank of the adapters; 0 trains the weights themselves [ours]
+  a.alpha = 32.0                   # the adapters' output is multiplied by alpha / rank [ours]
+  a.targets = ("q_proj", "k_proj", "v_proj", "o_proj",  # modules that get an adapter [PEFT: all-linear]
                "gate_proj", "up_proj", "down_proj")
 
   c.data = d = ConfigDict()
-  d.source = "needle"              # needle | jsonl | set
+  d.source = "needle"              # where tasks come from: needle (drawn pictures) | jsonl | set; see docs/data.md
   d.path = ""                      # jsonl: the records file; set: its folder; needle: cache folder ("" = user cache)
                                    #   several files or sets stand with commas, or in a folder of sets
   d.weights = ()                   # "NAME:WEIGHT" of each set or file: its share of a step; () for by size [ours]
@@ -95,79 +96,79 @@ def _knobs() -> ConfigDict:
                                    #   solved; 0 for any order [ours]
   d.easy_first_width = 0.25        # share of a set's tasks that is mixed at a time while they do [ours]
   d.eval_fraction = 0.2            # jsonl, set: share of records held out for evaluation [ours]
-  d.split_seed = 0                 # draws which those are, and which of them are asked; independent of c.seed
+  d.split_seed = 0                 # draws the held-out records, and which of them are asked; independent of seed
   d.needle = n = ConfigDict()
-  n.families = ("pattern", "pair_pattern")  # see tiny/needle.py
+  n.families = ("pattern", "pair_pattern")  # kinds of questions; see tiny/needle.py
   n.objects = (2, 4)               # fewest and most objects in a picture [ours]
   n.side_px = 252                  # side of the square picture [ours]
   n.train_size = 2048              # pictures in the train split [ours]
   n.test_size = 512                # pictures in the test split [ours]
-  n.seed = 0                       # draws the pictures; independent of c.seed
+  n.seed = 0                       # draws the pictures; independent of seed
   n.guessable = 0.0                # share of train pictures that can be answered without a zoom [ours]
 
   c.image = i = ConfigDict()
-  i.min_pixels = 3136              # shown image, after resizing [Qwen2.5-VL]
-  i.max_pixels = 1003520           # shown image, after resizing [transformers' class default]
-  i.crop_min_pixels = 3136         # crops, after resizing [Qwen2.5-VL]
-  i.crop_max_pixels = 1003520      # crops, after resizing [ours]
-  i.crop_min_side_px = 8           # smaller boxes are refused, in original pixels [ours]
+  i.min_pixels = 3136              # least pixels of the shown image, after resizing [Qwen2.5-VL]
+  i.max_pixels = 1003520           # most pixels of the shown image, after resizing [transformers' class default]
+  i.crop_min_pixels = 3136         # least pixels of a crop, after resizing [Qwen2.5-VL]
+  i.crop_max_pixels = 1003520      # most pixels of a crop, after resizing [ours]
+  i.crop_min_side_px = 8           # boxes with a shorter side are refused; pixels of the original [ours]
   i.crop_max_aspect = 100.0        # long side / short side; longer boxes are refused [DeepEyes]
-  i.crop_expand = False            # cut a larger region for such boxes instead of refusing them [ours]
-  i.decode_max_pixels = 178956970  # larger files are skipped as decompression bombs [Pillow]
+  i.crop_expand = False            # cut a larger region for small or thin boxes instead of refusing them [ours]
+  i.decode_max_pixels = 178956970  # image files of more pixels are skipped as decompression bombs [Pillow]
 
   c.prompt = p = ConfigDict()
-  p.system = "You are a helpful assistant."  # [Qwen2.5-VL]
+  p.system = "You are a helpful assistant."  # text of the system turn [Qwen2.5-VL]
   p.describe_tool = True           # put the tool's JSON schema into the system turn [Hermes]
-  p.image_first = True             # image before the question [Qwen2.5-VL]
-  p.instruction = ""               # appended to every question
+  p.image_first = True             # put the image before the question [Qwen2.5-VL]
+  p.instruction = ""               # text appended to every question
   p.zoom_into_crops = False        # a call may name an earlier crop, by target_image [Pixel-Reasoner]
-  p.last_notice = "No further zoom is possible. Answer now."  # told with the last crop; "" for nothing [ours]
+  p.last_notice = "No further zoom is possible. Answer now."  # text that goes with the last crop; "" for none [ours]
 
-  c.rollout = r = ConfigDict()     # what is rolled out
-  r.tensor = free(1)               # devices that a copy of the weights is split over in rollouts [ours]
+  c.rollout = r = ConfigDict()     # what is rolled out, and its budgets
+  r.tensor = free(1)               # devices that share one copy of the weights in rollouts [ours]
   r.prompts = 16                   # prompts a step [ours]
   r.group_size = 8                 # rollouts of one prompt, G [DeepEyes, Mini-o3: 8-16]
-  r.max_rounds = 6                 # visual actions a trajectory [published]
-  r.max_turn_tokens = 1024         # tokens sampled in one turn [ours]
-  r.max_total_tokens = 16384       # tokens of a whole trajectory, prompt included [ours]
-  r.max_images = 0                 # images a trajectory, the shown one too; 0 for no limit
-  r.max_vision_tokens = 0          # vision tokens a trajectory; 0 for no limit
-  r.temperature = 1.0              # [DeepEyes, Pixel-Reasoner, Mini-o3]
-  # Three cuts of what is sampled from. PPO's loss doesn't know of them, so that they bias training: they are for
-  # evaluation [DeepEyes, Mini-o3: none].
-  r.top_k = 0                      # only the k likeliest tokens; 0 for all
-  r.top_p = 1.0                    # only the likeliest tokens that together have this probability; 1 for all
-  r.min_p = 0.0                    # only tokens at least this share as likely as the likeliest; 0 for all
+  r.max_rounds = 6                 # most visual actions in a trajectory [published]
+  r.max_turn_tokens = 1024         # most tokens sampled in one turn [ours]
+  r.max_total_tokens = 16384       # most tokens of a whole trajectory, prompt included [ours]
+  r.max_images = 0                 # most images in a trajectory, the shown one included; 0 for no limit
+  r.max_vision_tokens = 0          # most vision tokens in a trajectory; 0 for no limit
+  r.temperature = 1.0              # of sampling, and in the loss [DeepEyes, Pixel-Reasoner, Mini-o3]
+  # These three narrow what is sampled from. PPO's loss does not account for them, so they bias training: they are
+  # for evaluation [DeepEyes, Mini-o3: none].
+  r.top_k = 0                      # sample from the k likeliest tokens only; 0 for all
+  r.top_p = 1.0                    # from the likeliest tokens that together have this probability; 1 for all
+  r.min_p = 0.0                    # from tokens at least this share as likely as the likeliest; 0 for all
   r.stop_strings = ()              # text that ends a turn, such as ("</tool_call>", "</answer>")
-  r.resample = 0                   # most further batches of prompts drawn for groups that are not informative [DAPO]
-  r.mask_overlong = False          # trajectories that ran out of tokens don't count in the loss
-  r.mask_out_of_rounds = False     # nor those that asked for a zoom when no round was left [Mini-o3: so]
+  r.resample = 0                   # most extra batches of prompts drawn to replace uninformative groups [DAPO]
+  r.mask_overlong = False          # leave trajectories that ran out of tokens out of the loss
+  r.mask_out_of_rounds = False     # and those that asked for a zoom when no round was left [Mini-o3: True]
 
   c.engine = y = ConfigDict()      # how rollouts use the device; see docs/rollout.md
-  y.slots = 0                      # rows of the cache, on all devices; trajectories queue for them; 0 for one each
-  y.segment_tokens = 32            # most tokens decoded in a row before the host looks at which turns have ended [ours]
-  y.serve_share = 0.125            # the host looks sooner if turns have ended in this share of the slots [ours]
-  # Programs are compiled for few sizes, and what lies between is padded to the next: finer sizes pad less, and
+  y.slots = 0                      # rows of the cache, over all devices; trajectories queue for them; 0: one each
+  y.segment_tokens = 32            # most tokens decoded before the host looks which turns have ended [ours]
+  y.serve_share = 0.125            # it looks sooner once turns have ended in this share of the slots [ours]
+  # Programs are compiled for a few sizes, and what lies between is padded to the next: finer sizes pad less and
   # compile more often.
-  y.decode_ratio = 4.0             # rows that decode: for all slots, and again for fewer by this ratio, twice [ours]
-  y.append_ratio = 4.0             # the same for rows that are given a prompt or a crop [ours]
+  y.decode_ratio = 4.0             # rows that decode: all slots, and twice fewer by this ratio [ours]
+  y.append_ratio = 4.0             # rows that are given a prompt or a crop: all slots, and twice fewer by it [ours]
   y.token_steps = 1                # tokens of a crop's turn: powers of two in 1, 2 or 4 steps each [ours]
   y.pad_tokens = 64                # tokens of a prompt: multiples of this [ours]
   y.threads = free(2)              # host threads that parse turns, crop and cut into patches; or decode files [ours]
 
-  c.pack = l = ConfigDict()        # how the learner pads a minibatch; sizes between these are compiled once each
-  l.pad_tokens = 64                # tokens of a row: multiples of this, or of four times this if rows are joined [ours]
+  c.pack = l = ConfigDict()        # how the learner pads a minibatch; each size is compiled once
+  l.pad_tokens = 64                # tokens of a row: multiples of this, or of four times this with join_rows [ours]
   l.join_rows = False              # several short trajectories share a row (sequence packing): less padding [ours]
-  l.crops_share = 0.5              # crops: padded to multiples of this share of the minibatch's trajectories [ours]
-  l.joined_share = 0.125           # joined rows: the same [ours]
+  l.crops_share = 0.5              # crops: multiples of this share of the minibatch's trajectories [ours]
+  l.joined_share = 0.125           # joined rows: multiples of this share of its trajectories [ours]
 
   c.learner = k = ConfigDict()     # how an update uses a device's memory; see docs/scaling.md
-  k.microbatch_tokens = 0          # of a device, whose gradients are computed together; 0 for all of a minibatch [ours]
-  k.row_shown = 4                  # places that a row of a microbatch has for images, its trajectories together [ours]
-  k.row_crops = 8                  # and for crops; at least rollout.max_rounds [ours]
-  k.offload = free(())             # what waits in the host's memory between steps: "optimizer", "reference" [ours]
+  k.microbatch_tokens = 0          # tokens of a device in one gradient computation; 0 for the whole minibatch [ours]
+  k.row_shown = 4                  # places for shown images in each row of a microbatch [ours]
+  k.row_crops = 8                  # places for crops in each row of a microbatch; at least rollout.max_rounds [ours]
+  k.offload = free(())             # what moves to the host's memory between steps: "optimizer", "reference" [ours]
 
-  c.reward = w = ConfigDict()
+  c.reward = w = ConfigDict()      # what zooms and answers are worth; rl/reward.py, docs/algorithm.md
   w.h0 = 0.4                       # IoU that makes a visual action correct [ours, within the published sweep 0.2-0.5]
   w.h0_start = 0.2                 # where a linear schedule of h0 begins [ours]
   w.h0_steps = 0                   # steps until it arrives at h0; 0 for a constant h0 [ours]
@@ -175,145 +176,183 @@ def _knobs() -> ConfigDict:
   w.w_sign = 1.0                   # weight of signed correctness [ours]
   w.lam = 0.5                      # weight of progressive refinement [ours]
   w.rho = 0.5                      # redundancy penalty [ours]
-  w.refine_margin = 0.05           # more IoU than this is a refinement, and not redundant; 0: any more [ours]
+  w.refine_margin = 0.05           # IoU gained that makes a repeated look a refinement, not redundant [ours]
   w.average = "mean"               # of the actions' rewards: mean | sum | discounted | best [published: mean]
-  w.discount = 0.9                 # of each further action, if discounted [ours]
+  w.discount = 0.9                 # factor of each further action, if discounted [ours]
   w.w_cover = 0.0                  # weight of the share of a task's boxes that were hit [ours]
   w.w_answer = 1.0                 # weight of a right answer [ours]
   w.w_format = 0.2                 # weight of keeping to the protocol in every turn [DeepEyes]
-  w.w_fidelity = 1.0               # weight of the visual actions' average [ours]
+  w.w_fidelity = 1.0               # weight of the visual actions' rewards [ours]
   w.no_action = -1.0               # fidelity of a trajectory that never zooms where it should [ours]
 
-  c.credit = k = ConfigDict()
-  k.kind = "hard"                  # hard | soft | additive | none; see rl/credit.py [ours]
+  c.credit = k = ConfigDict()      # how an advantage is shared out to tokens; see docs/algorithm.md
+  k.kind = "hard"                  # by class or by IoU: hard | soft | additive | none; see rl/credit.py [ours]
   k.scope = "turn"                 # tokens of an action: its turn, reasoning and all | call | box [ours]
-  k.h_good = 1.5                   # amplifies: correct if A > 0, erroneous if A < 0; at least 1 [ours]
-  k.h_redundant = 0.75             # attenuates the redundant if A > 0; 2 - h_redundant if A < 0; 0 to 1 [ours]
-  k.h_bad = 0.5                    # attenuates: erroneous if A > 0, correct if A < 0; 0 to 1 [ours]
+  k.h_good = 1.5                   # factor of correct actions if A > 0, erroneous if A < 0; at least 1 [ours]
+  k.h_redundant = 0.75             # factor of redundant ones if A > 0; 2 - h_redundant if A < 0; 0 to 1 [ours]
+  k.h_bad = 0.5                    # factor of erroneous ones if A > 0, correct if A < 0; 0 to 1 [ours]
   k.softness = 0.1                 # width of the sigmoid around h0, in IoU, if soft [ours]
-  k.mirror = True                  # if A < 0, erroneous actions get most of the blame; False: the multipliers of A > 0
-                                   #   serve A < 0 too, so that correct ones get it [ours: our reading]
+  k.mirror = True                  # if A < 0, erroneous actions get most of the blame; False: the factors of A > 0
+                                   #   hold for A < 0 too, and correct ones get it [ours: our reading]
   k.step_weight = 0.5              # weight of the actions' own advantages, if additive [ours]
   k.keep_scale = False             # keep the batch's mean absolute advantage as it was before [ours]
 
-  c.advantage = a = ConfigDict()
-  a.kind = "group"                 # group (GRPO) | rloo | batch (REINFORCE++) | gae (with a critic)
+  c.advantage = a = ConfigDict()   # what a rollout's reward is compared with; see docs/algorithm.md
+  a.kind = "group"                 # relative to what: group (GRPO) | rloo | batch (REINFORCE++) | gae (with a critic)
   a.normalize_std = True           # group: divide by the group's standard deviation [GRPO]; False is Dr. GRPO
   a.std_floor = 0.005              # least deviation that is divided by, in units of the reward; 0 for none [ours]
-  a.gamma = 1.0                    # gae: discount a token [verl]
+  a.gamma = 1.0                    # gae: discount per token [verl]
   a.lam = 1.0                      # gae: lambda, from one step (0) to the whole return (1) [verl]
   # A group is informative if its rollouts differ by more than least_spread in what spread_of names.
-  a.spread_of = "total"            # total | answer | fidelity [DAPO: answer; ours: total]
-  a.least_spread = 0.01            # in units of what is looked at [ours]
-  a.drop_equal = False             # leave groups that are not informative out of the loss's means [DAPO]
+  a.spread_of = "total"            # which reward: total | answer | fidelity [DAPO: answer; ours: total]
+  a.least_spread = 0.01            # least difference, in units of that reward [ours]
+  a.drop_equal = False             # leave uninformative groups out of the loss's means [DAPO]
 
-  c.loss = o = ConfigDict()
-  o.kind = "ppo"                   # ppo | gspo | cispo; see rl/loss.py
-  o.aggregate = "token"            # token [DAPO] | sequence [GRPO] | constant [Dr. GRPO]
-  o.norm_tokens = 1024             # constant: tokens that each trajectory is divided by [ours]
+  c.loss = o = ConfigDict()        # what an update minimises; rl/loss.py, docs/algorithm.md
+  o.kind = "ppo"                   # the surrogate: ppo | gspo | cispo
+  o.aggregate = "token"            # its mean over a batch: token [DAPO] | sequence [GRPO] | constant [Dr. GRPO]
+  o.norm_tokens = 1024             # if constant: each trajectory's sum is divided by so many tokens [ours]
   o.clip_low = 0.2                 # ratios below 1 - clip_low are clipped; 0 to 1 [PPO]
   o.clip_high = 0.28               # ratios above 1 + clip_high are clipped [DAPO; DeepEyes uses 0.28-0.35]
-  o.dual_clip = 0.0                # most that blame is multiplied by; 0 for no limit [verl: 3]
-  o.sampler_cap = 0.0              # truncated importance weights against the sampler; 0 for none [verl: 2]
+  o.dual_clip = 0.0                # largest ratio that counts where A < 0; above 1, or 0 for no limit [verl: 3]
+  o.sampler_cap = 0.0              # largest importance weight of trainer against sampler; 0: no weights [verl: 2]
   o.kl_coef = 0.0                  # weight of the KL against the frozen reference; 0 keeps no reference [DeepEyes]
   o.kl_estimator = "k3"            # in the loss k2 | k3, in the reward k1; k3 is at most 10 nats [GRPO: k3; verl]
-  o.kl_in_reward = False           # take it off each token's reward instead of adding it to the loss; wants k1
-  o.kl_target = 0.0                # nats a token that an adaptive kl_coef aims at; 0 for a constant one
-  o.kl_horizon = 10000.0           # trajectories that it takes to get there [arXiv 1909.08593]
+  o.kl_in_reward = False           # subtract the KL from each token's reward, not add it to the loss; needs k1
+  o.kl_target = 0.0                # nats per token that an adaptive kl_coef aims at; 0 for a constant one
+  o.kl_horizon = 10000.0           # trajectories over which an adaptive kl_coef adjusts [arXiv 1909.08593]
   o.entropy_coef = 0.0             # weight of an entropy bonus; 0 for none, entropy is a metric anyway [ours]
   o.value_coef = 0.5               # gae: weight of the critic's loss [PPO]
-  o.value_clip = 0.2               # gae: most that a value moves in the loss; 0 for no limit [PPO]
+  o.value_clip = 0.2               # gae: most that a value moves in one update; 0 for no limit [PPO]
 
-  c.ppo = q = ConfigDict()
+  c.ppo = q = ConfigDict()         # updates of a rollout batch
   q.minibatches = 1                # updates a rollout batch is split into, whole groups each [ours]
   q.epochs = 1                     # passes over a rollout batch [ours]
 
-  c.optim = t = ConfigDict()
-  t.kind = "adamw"                 # adamw | adafactor (hardly any state) | muon (half of it): learner/optim.py [ours]
-  t.learning_rate = 1e-6           # peak [DeepEyes, Pixel-Reasoner]
-  t.critic_learning_rate = 1e-5    # peak of the value head's [verl]
+  c.optim = t = ConfigDict()       # the optimiser; learner/optim.py
+  t.kind = "adamw"                 # adamw | adafactor (hardly any state) | muon (half of adamw's state) [ours]
+  t.learning_rate = 1e-6           # peak learning rate [DeepEyes, Pixel-Reasoner]
+  t.critic_learning_rate = 1e-5    # peak learning rate of the value head [verl]
   t.warmup_steps = 0               # updates of linear warm-up; 0 for none [ours]
   t.decay_steps = 0                # updates of linear decay to a tenth after warm-up; 0 is constant [ours]
-  t.b1, t.b2, t.eps = 0.9, 0.999, 1e-8  # AdamW's decay of the mean and of the square, and what is added below [AdamW]
+  t.b1 = 0.9                       # adamw: decay of the gradients' running mean [AdamW]
+  t.b2 = 0.999                     # adamw: decay of their running mean square [AdamW]
+  t.eps = 1e-8                     # adamw: added to the root that is divided by [AdamW]
   t.first_moment = "param"         # dtype of the mean that AdamW or Muon keep: float32 | bfloat16 | param, which is
                                    #   model.dtype [ours]
-  t.weight_decay = 0.0             # an update, times the learning rate; 0 for none [ours]
-  t.clip_norm = 1.0                # longer gradients are shortened to this norm; 0 for no clipping [DeepEyes]
+  t.weight_decay = 0.0             # share of a weight removed by an update, times the learning rate; 0 for none [ours]
+  t.clip_norm = 1.0                # gradients are clipped to this norm; 0 for no clipping [DeepEyes]
   # An update whose loss or gradient is not finite is skipped, always; see docs/monitors.md.
   t.stop_after = free(3)           # steps in a row with such updates that end the run; 0 never ends it [ours]
-  t.skip_above = 0.0               # gradients longer than so many medians of their norm are skipped; 0 for none [ours]
-  t.skip_window = 64               # steps that the median is taken over; it wants half as many [ours]
+  t.skip_above = 0.0               # skip updates whose gradient norm is above so many medians; 0 for none [ours]
+  t.skip_window = 64               # steps that the median is over; it needs at least half as many [ours]
 
-  c.mesh = h = ConfigDict()        # devices along each axis; one of them may be -1, what is left
-  h.data = free(-1)                # batches are split
-  h.fsdp = free(1)                 # batches are split, and parameters too
-  h.tensor = free(1)               # heads and widths are split
+  c.mesh = h = ConfigDict()        # devices along each axis; one of them may be -1: all that are left
+  h.data = free(-1)                # batches are split over these
+  h.fsdp = free(1)                 # batches and parameters are split over these
+  h.tensor = free(1)               # heads and widths are split over these
 
-  c.checkpoint = s = ConfigDict()
-  s.every = free(50)               # steps; 0 for none but the last, which is always saved
-  s.keep = free(2)                 # newest kept
+  c.checkpoint = s = ConfigDict()  # what is saved, and when
+  s.every = free(50)               # steps between checkpoints; 0 for the last alone, which is always saved
+  s.keep = free(2)                 # newest checkpoints kept
   s.best = free("")                # a metric of metrics.jsonl, such as acc_rat or -loss/total: the checkpoint where its
                                    #   mean since the one before was best is kept as well; "" for none [ours]
 
-  c.eval = e = ConfigDict()
+  c.eval = e = ConfigDict()        # the evaluations before and after a run
   e.tasks = 256                    # held-out tasks, before and after; 0 turns evaluation off
-  e.temperature = 1.0              # 0 is greedy
+  e.temperature = 1.0              # of sampling; 0 is greedy
   e.bootstrap = free(2000)         # resamples for the 95% intervals
 
-  c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`, which compares its workdir by these; all [ours]
+  c.curate = u = ConfigDict()      # `python -m virl_jax.curate`, from built sets to tasks that need looking; see
+                                   #   docs/curation.md. The paper's own thresholds are not published: all [ours]
+  u.shard_tasks = free(256)        # tasks that are asked, and written down, together
+  u.benchmarks = free(())          # "NAME=PATH" or "NAME=PATH=IMAGES": no task may be on a picture of these
+  u.rules = q = ConfigDict()       # what can be said of a task without a policy
+  q.least_coverage = free(0.0)     # share of the picture that its boxes cover, at least
+  q.most_coverage = free(0.3)      # and at most
+  q.keep_whole = free(False)       # but keep those whose boxes are the whole picture, whether zooming helps or not
+  q.whole_from = free(0.9)         # coverage that counts as whole
+  q.least_box_px = free(36.0)      # pixels that the smallest box has in the picture as it is shown
+  q.need_boxes = free(True)        # drop tasks without a box
+  q.most_boxes = free(8)           # boxes of a task
+  q.answer_types = free(("option", "yes_no", "number", "text"))  # which are kept; see data/curation/facts.py
+  q.most_answer_chars = free(80)   # of the shortest accepted answer
+  q.most_question_chars = free(600)  # of the question
+  q.hash_distance = free(8)        # bits of 64 in which the hashes of near-duplicate pictures differ at most
+  q.pixel_difference = free(6.0)   # levels of 255 by which their thumbnails differ on average, at most
+  q.question_similarity = free(0.9)  # share of words that near-duplicate questions have in common, at least
+  q.per_picture = free(0)          # tasks on pictures that are near-duplicates of each other; 0 for no limit
+  q.caps = free(())                # "SOURCE=COUNT": most tasks of a source
+  u.policy = q = ConfigDict()      # what a policy makes of those that are left
+  q.with_zoom = free(8)            # samples of a task; 0, as in the next: the policy is not asked
+  q.without_zoom = free(4)         # samples with zooming off
+  q.temperature = free(1.0)        # of sampling
+  u.filter = q = ConfigDict()      # what is concluded from that
+  q.most_without = free(0.5)       # share right without zooming, above which a task needs no zoom
+  q.least_pass = free(0.1)         # share right with zooms, below which it is too hard; above 0 drops the never solved
+  q.most_pass = free(0.9)          # above which it is too easy; below 1 drops the always solved
+  u.endpoint = q = ConfigDict()    # of --endpoint, in place of the engine
+  q.model = free("")               # as it names the policy; "" sends none
+  q.timeout_s = free(300.0)        # for one turn
+  q.wait_s = free(1.0)             # before the second try; then twice as long each time
+  q.patience_s = free(3600.0)      # without any reply, until the program ends
+  q.in_flight = free(32)           # requests at a time
+
+  c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; it refuses a workdir where these differ; all [ours]
   # A warm start ends with the clumsy stage: demonstrations whose boxes are made worse on purpose, so that a base
   # reads well, zooms badly, and has something to learn.
   u.base = free("")                # HF folder to go on from, in the clumsy stage alone; "" starts from nothing
-  u.p_direct = free(0.0)           # share of that stage's demonstrations that answer without a zoom
-  u.p_clumsy = free(1.0)           # share of that stage's zooms whose box is made worse
-  u.p_count = free(0.0)            # share of that stage's demonstrations that count all objects with a mark
+  u.p_direct = free(0.0)           # share of the clumsy stage's demonstrations that answer without a zoom
+  u.p_clumsy = free(1.0)           # share of the clumsy stage's zooms whose box is made worse
+  u.p_count = free(0.0)            # share of the clumsy stage's demonstrations that count objects with a mark
   u.steps = free(2500)             # optimiser updates
   u.pictures = free(8000)          # different pictures in each stage
   u.marks = free(("pattern",))     # kinds of marks, keys of needle.MARKS
-  u.learning_rate = free(1.2e-3)   # peak, until the clumsy stage
-  u.clumsy_learning_rate = free(3e-4)  # peak of the clumsy stage
-  u.workers = free(2)              # processes that draw
-  u.save_every = free(100)         # updates; 0 for none but the last
+  u.learning_rate = free(1.2e-3)   # peak learning rate of the stages before
+  u.clumsy_learning_rate = free(3e-4)  # peak learning rate of the clumsy stage
+  u.workers = free(2)              # processes that draw pictures
+  u.save_every = free(100)         # updates between checkpoints; 0 for the last alone
 
-  c.sft = b = ConfigDict()         # `python -m virl_jax.sft`, which compares its workdir by these; see docs/sft.md
+  c.sft = b = ConfigDict()         # `python -m virl_jax.sft`; it refuses a workdir where these differ; see docs/sft.md
   b.data = free(())                # files of trajectories, or workdirs whose rollouts are learned from; --data
-  b.batch = free(64)               # demonstrations an update [ours]
+  b.batch = free(64)               # demonstrations per update [ours]
   b.frame = free("original")       # ShareGPT's boxes: pixels of the image's file (original) or as it is shown to the
                                    #   policy (shown), shares of its sides (share) or thousandths [ours]
   b.only_right = free(True)        # leave out trajectories whose answer is known to be wrong [ours]
-  b.least_reward = free(-1e9)      # leave out those that are known to have earned less [ours]
-  b.best_of = free(0)              # of each task's trajectories, so many that earned the most; 0 for all [ours]
-  b.most_left_out = free(0.5)      # share of what was chosen that may turn out to be of no use [ours]
-  b.cache_gib = free(2.0)          # of this process: demonstrations that are kept ready; 0 makes each anew [ours]
+  b.least_reward = free(-1e9)      # leave out trajectories that are known to have earned less [ours]
+  b.best_of = free(0)              # of each task keep only so many trajectories, the best; 0 for all [ours]
+  b.most_left_out = free(0.5)      # the run ends if more than this share of what was chosen is unusable [ours]
+  b.cache_gib = free(2.0)          # GiB of this process for demonstrations kept ready; 0 makes each anew [ours]
 
-  c.watch = w = ConfigDict()       # what is said and done where steps don't get on; see docs/monitors.md
+  c.watch = w = ConfigDict()       # slow steps and stuck runs; see docs/monitors.md
   w.stuck_s = free(3600.0)         # seconds without progress after which a run ends, to be started again; 0 for never
-  w.slow_ratio = free(3.0)         # times the median: a step that takes so long is named with its phase; 0 for none
+  w.slow_ratio = free(3.0)         # a step that takes so many times the median is reported; 0 for none
 
-  c.log = g = ConfigDict()
+  c.log = g = ConfigDict()         # what a workdir keeps beside checkpoints
   g.gallery = free(8)              # trajectories kept for the report each time; 0 for none
   g.gallery_every = free(20)       # steps between kept rollouts; 0 keeps none while training
-  g.bad_batches = free(4)          # most folders in bad_batches/, a step with skipped updates each; 0 for none [ours]
+  g.bad_batches = free(4)          # most steps with skipped updates kept in bad_batches/; 0 for none [ours]
   g.tensorboard = free(True)       # write scalars where TensorBoard's writer is installed
-  g.peak_flops = free(0.0)         # what a device can do, bfloat16 operations/s, for speed/mfu; 0 by its name [ours]
+  g.wandb = free("")               # project of Weights & Biases that the same numbers go to; "" for none; extra wandb
+  g.peak_flops = free(0.0)         # peak of a device, bfloat16 operations/s, for speed/mfu; 0: by its name [ours]
 
   c.monitor = v = ConfigDict()     # alarms while training, see docs/monitors.md; all thresholds [ours]
   v.window = free(8)               # steps that means and medians are taken over [ours]
   v.past = free(16)                # steps before those that count as the recent past [ours]
   v.collapse_acc_ans = free(0.5)   # visual thinking collapse: share of right answers, at least [ours]
-  v.collapse_zooms = free(0.1)     #   zooms a trajectory, at most [ours]
+  v.collapse_zooms = free(0.1)     # visual thinking collapse: zooms per trajectory, at most [ours]
   v.explosion_ratio = free(1.5)    # invocation explosion: zooms against the recent past, at least [ours]
-  v.explosion_zooms = free(0.5)    #   more zooms a trajectory, at least [ours]
-  v.explosion_acc_drop = free(0.1)  #   fall of the share of right answers, at least [ours]
-  v.superficial_zooms = free(2.0)  # superficial grounding: zooms a trajectory, at least [ours]
-  v.superficial_acc_rat = free(0.2)  #   share of right zooms, at most [ours]
+  v.explosion_zooms = free(0.5)    # invocation explosion: rise in zooms per trajectory, at least [ours]
+  v.explosion_acc_drop = free(0.1)  # invocation explosion: fall of the share of right answers, at least [ours]
+  v.superficial_zooms = free(2.0)  # superficial grounding: zooms per trajectory, at least [ours]
+  v.superficial_acc_rat = free(0.2)  # superficial grounding: share of right zooms, at most [ours]
   v.hacking_log2 = free(1.0)       # box-size hacking: doublings between areas of box and truth, at least [ours]
-  v.hacking_growth = free(0.5)     #   doublings more than in the first steps, at least [ours]
-  v.hacking_fidelity_rise = free(0.1)  #   fidelity reward above that of the first steps, at least [ours]
-  v.entropy_nats = free(0.02)      # entropy collapse: nats a token, at most [ours]
-  v.entropy_share = free(0.2)      #   or share of the first steps' entropy, at most [ours]
+  v.hacking_growth = free(0.5)     # box-size hacking: doublings more than in the first steps, at least [ours]
+  v.hacking_fidelity_rise = free(0.1)  # box-size hacking: rise of the fidelity reward since then, at least [ours]
+  v.entropy_nats = free(0.02)      # entropy collapse: nats per token, at most [ours]
+  v.entropy_share = free(0.2)      # entropy collapse: or this share of the first steps' entropy, at most [ours]
   v.drift_mean_nats = free(0.05)   # sampler drift: mean gap of log-probabilities, nats, at least [ours]
-  v.drift_max_nats = free(5.0)     #   or largest gap, nats, at least [ours]
+  v.drift_max_nats = free(5.0)     # sampler drift: or the largest gap, nats, at least [ours]
   v.stop = free(())                # names of monitors that end the run; () for none [ours]
   return c
 
@@ -324,8 +363,8 @@ def to_json(c: ConfigDict) -> str:
 
 
 def from_json(text: str, where: str = "config.json") -> ConfigDict:
-  """The inverse of `to_json`, of older versions too: keys that the text lacks keep their defaults, and those that were
-  called otherwise get today's names.
+  """The inverse of `to_json`, for older versions too: keys that the text lacks keep their defaults, and old names
+  become today's.
 
   Args:
     text: what a workdir's config.json holds.
@@ -353,7 +392,7 @@ def translate(tree: dict) -> dict:
     tree: nested; what stands there under today's name wins over what is translated to it.
 
   Returns:
-    Nested.  A knob that is no more is left out, unless it held another value than the one that is left.
+    Nested.  A knob that was taken out is left out, unless it held another value than today's code stands for.
   """
   new = {}
   for key, value in flat(tree).items():

@@ -3,17 +3,20 @@
     python -m virl_jax.evaluate --model=runs/v7b --benchmark=vstar,hrbench4k --data=VSTAR,HR/hr_bench_4k.tsv --out=DIR
     python -m virl_jax.evaluate --score=PREDICTIONS --benchmark=pope --data=POPE/output/coco [--out=DIR]
     python -m virl_jax.evaluate --score=result_direct_attributes.jsonl --benchmark=vstar
+    python -m virl_jax.evaluate --compare A/vstar B/vstar [--out=DIR]
 
 Which benchmarks, layouts and files of predictions there are, and what rule each is scored by, is in docs/evaluation.md.
 --data is each benchmark's own file or folder, in the order of --benchmark.
 
 --model is a run's folder, whose own configuration says how it is asked, or an HF folder, with --config=FILE for that.
-DIR/NAME/ then has meta.json, predictions.jsonl (raw text, boxes, seed), results.json and rows.jsonl.  Stop it at any
-time and give the same command again: it goes on, and ends as if it had not been stopped.
+DIR/NAME/ then has meta.json, predictions.jsonl (raw text, boxes, seed), results.json, rows.jsonl and report.html.  Stop
+it at any time and give the same command again: it goes on, and ends as if it had not been stopped.
 
 --score needs no model and looks at no picture; --data may be left out where the predictions hold their questions and
 references themselves.  With either, --judge=http://HOST:PORT/v1 --judge_model=NAME has a language model judge answers
 that are not literally the reference (V*, VisualProbe, records, ...); verdicts are kept in DIR/verdicts.jsonl.
+
+--compare sets two evaluations of the same tasks side by side: the paired difference, an exact test, what flipped.
 
 It prints the figures, what could not be used and why, and last a line of JSON for each benchmark.
 """
@@ -37,16 +40,17 @@ from ml_collections import config_flags
 from virl_jax import config as config_lib
 from virl_jax.data import judge_model
 from virl_jax.eval import asked
+from virl_jax.eval import compare
 from virl_jax.eval import outcome
 from virl_jax.eval import predictions
 from virl_jax.eval.benchmarks import rows as rows_lib
 from virl_jax.eval.benchmarks import table
-from virl_jax.model import weights as weights_lib
+from virl_jax.report import benchmark as benchmark_page
+from virl_jax.report import gallery
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 from virl_jax.run import files
 from virl_jax.run import hosts
-from virl_jax.run import load
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
@@ -111,7 +115,7 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
   seeds = {"shuffled": (how.seed,), "native": (None,), "both": (how.seed, None)}[options]
   there = [[_usable(path, name, dataclasses.replace(how, seed=seed)) for seed in seeds]
            for name, path in zip(benchmarks, data)]
-  c, loaded, p = _policy(model, c)
+  c, loaded, p = setup.of_policy(model, c)
   params = sample.weights(loaded.params, p.policy.model, p.policy.mesh)
   header = workdir_lib.header(c)
   fixed = {"model": model, "step": loaded.step, "h0": c.reward.h0, "config": config_lib.flat(
@@ -125,9 +129,9 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
     for about, seed in zip(orders, seeds):
       if about is not orders[0] and asked.fingerprint(about.tasks) == asked.fingerprint(orders[0].tasks):
         continue  # nothing of this benchmark is shuffled
-      found = {}
+      found, pages = {}, []
       for zoom in _ZOOMS[zooms]:
-        policy = p.policy if zoom else _without_zoom(p.policy)
+        policy = p.policy if zoom else turns.without_actions(p.policy)
         folder = files.path(out) / "_".join([name, *(["native_options"] if about is not orders[0] else []),
                                              *([] if zoom else ["without_zoom"])])
         hosts.say(f"{folder.name}: asking {len(about.tasks)} tasks")
@@ -143,24 +147,38 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
         hosts.first(lambda folder=folder, result=result, read=read: _write(folder, result, read, tables))
         _tell(result, read)
         results.append(result)
+        pages.append((folder, result, read, entries))
+      gap = {key: value for key, value in results[-1].items() if key == "zooming_gap"}  # which the first shows, too
+      hosts.first(lambda pages=pages, gap=gap: [
+          _page(folder, result | gap, read, said, c.eval.bootstrap) for folder, result, read, said in pages])
   return results
 
 
-def _policy(model: str, c: config_lib.ConfigDict | None):
-  """Configuration, weights and pieces of what --model and --config name."""
-  loaded = load.policy(model, (c or config_lib.default()).model.dtype)
-  if loaded.config is not None and c is not None:
-    raise ValueError(f"--config must be left out for {model}: a run has its own")
-  c = config_lib.ConfigDict((loaded.config or c or config_lib.default()).to_dict())
-  if loaded.config is None:
-    c.model.path = model
-  model_config = weights_lib.read_config(loaded.hf_dir)
-  return c, loaded, setup.assemble(c, model_config, load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
+def compared(a: str, b: str, out: str | None) -> list[dict]:
+  """What one evaluation has more than another, for each benchmark.
 
+  Args:
+    a, b: folders that `evaluate` has written, of a benchmark or of several.
+    out: folder for comparison.json and comparison.html, in folders as `a` has them; None for none.
 
-def _without_zoom(policy: turns.Policy) -> turns.Policy:
-  """The same policy, told of no visual action, and whose calls are refused."""
-  return dataclasses.replace(policy, actions={}, prompt=dataclasses.replace(policy.prompt, describe_tool=False))
+  Returns:
+    What `compare.compare` gives for each.
+
+  Raises:
+    ValueError: they are not of the same benchmarks and tasks, by name.
+  """
+  found = []
+  for one, other in compare.pairs(a, b):
+    told = compare.compare(one, other)
+    if out:
+      folder = files.path(out)
+      if one.folder != files.path(a):  # it has folders of several benchmarks
+        folder = folder / one.folder.name
+      files.make(folder)
+      files.write_text(folder / "comparison.json", json.dumps(told, indent=1) + "\n")
+      files.write_text(folder / "comparison.html", benchmark_page.comparison(told, one, other))
+    found.append(told)
+  return found
 
 
 def _gap(without: list[outcome.Outcome], with_: list[outcome.Outcome], c) -> dict:
@@ -229,6 +247,39 @@ def _write(folder: epath.Path, result: dict, read: predictions.Read, tables: Seq
   files.write_text(folder / "results.json", json.dumps(_bare(result) | lost, indent=1) + "\n")
 
 
+def _page(folder: epath.Path, result: dict, read: predictions.Read, entries: Sequence[dict], bootstrap: int = 2000
+          ) -> None:
+  """What can be looked at: tasks and raw answers, and a page of them."""
+  said = {(uid, i): {"text": p.text, "boxes": p.boxes} for uid, samples in read.predictions.items()
+          for i, p in enumerate(samples)}
+  said |= {(e["uid"], e["sample"]): e for e in entries if "skipped" not in e}
+  shown = benchmark_page.entries(read.loaded.tasks, result["rows"], said)
+  lost = {"rows that cannot be used": [f"row {r.row} {r.name}: {r.cause}" for r in read.loaded.rejects],
+          "tasks that cannot be asked": [f"{e['uid']}: {e['skipped']}" for e in entries if "skipped" in e],
+          "predictions for no row": list(read.strange),
+          "predictions that cannot be used": [f"row {r.row} {r.name}: {r.cause}" for r in read.rejects]}
+  gallery.save(str(folder / "shown.jsonl"), shown)
+  files.write_text(folder / "report.html", benchmark_page.evaluation(result, shown, lost, bootstrap))
+
+
+def _tell_compared(found: dict) -> None:
+  """Prints a comparison."""
+  def interval(it, sign=""):
+    value, low, high = (f"{100 * it[key]:{sign}.2f}" for key in ("value", "low", "high"))
+    return f"{value} % [{low}, {high}]"
+
+  lines = [f"{found['benchmark']}: {found['n']} tasks",
+           *(f"  {name}: {interval(found[side])}" for name, side in zip(found["names"], "ab")),
+           f"  difference: {interval(found['difference'], '+')}, paired",
+           f"  {found['gained']} gained, {found['lost']} lost: p = {found['p']:.4g} (McNemar's exact test, two-sided)"]
+  if "p_scores" in found:
+    lines.append(f"  {found['better']} better, {found['worse']} worse: p = {found['p_scores']:.4g} (sign test of "
+                 "scores)")
+  lines += [f"  not the same: {name}: {one!r} and {other!r}" for name, (one, other) in found["differ"].items()]
+  hosts.say("\n".join(lines))
+  hosts.say(json.dumps({key: value for key, value in found.items() if key not in ("flips", "by_kind", "differ")}))
+
+
 def _tell(result: dict, read: predictions.Read) -> None:
   """Prints the figures, what could not be used, and a line of JSON."""
   lost = {"rows": read.loaded.describe() if read.loaded.rejects else "",
@@ -261,6 +312,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   several("data", "Each benchmark's own file or folder.")
   text("images", "Folder of the pictures, where they do not lie beside --data.")
   text("out", "Folder for results.")
+  text("compare", "Two folders of results to compare: --compare A B.")
   flags.DEFINE_enum("options", "shuffled", ["shuffled", "native", "both"], "Whether options are shuffled where a "
                     "benchmark has the right one in a place of its own.", flag_values=values)
   number("seed", 0, 0, "Shuffles options, and draws samples.")
@@ -280,6 +332,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def main(argv):
   args = flags.FLAGS
+  if args.compare:
+    if len(argv) != 2 or args.model or args.score or args.benchmark:
+      raise app.UsageError("--compare needs two folders, --compare A B, and no benchmark, model or predictions")
+    with setup.told():
+      for found in compared(args.compare, argv[1], args.out):
+        _tell_compared(found)
+    return
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   if (args.score is None) == (args.model is None) or not args.benchmark:
@@ -305,7 +364,9 @@ def main(argv):
     judge = _judge(args)
     result, read = score(args.score, args.benchmark[0], args.data[0] if args.data else None, judge)
     if args.out:
-      _write(files.path(args.out) / result["benchmark"], result, read, args.table)
+      folder = files.path(args.out) / result["benchmark"]
+      _write(folder, result, read, args.table)
+      _page(folder, result, read, ())
     _tell(result, read)
 
 

@@ -12,8 +12,13 @@ from virl_jax.data import judge_model
 ASKED = [judge_model.Asked("What colour is it?", ("red",), answer) for answer in ("crimson", "blue", "scarlet")]
 
 
+def _verdict(body: dict) -> str:
+  prompt = body["messages"][0]["content"]
+  return "Yes." if "crimson" in prompt or "scarlet" in prompt else "no"
+
+
 class Server:
-  """An endpoint in a thread.
+  """An endpoint in a thread, which says what `speak` makes of a request: words or a message, alone or with why it ends.
 
   Attributes:
     faults: what happens to the next requests, first come, first served: an HTTP status, "drop", "cut", "slow", "empty",
@@ -21,7 +26,7 @@ class Server:
     bodies: what it was asked.
   """
 
-  def __init__(self):
+  def __init__(self, speak=_verdict):
     self.faults, self.bodies, self.headers = [], [], []
     outer, lock = self, threading.Lock()
 
@@ -32,8 +37,8 @@ class Server:
           outer.bodies.append(body)
           outer.headers.append(dict(self.headers))
           fault = outer.faults.pop(0) if outer.faults else None
-        prompt = body["messages"][0]["content"]
-        words = "Yes." if "crimson" in prompt or "scarlet" in prompt else "no"
+        said = speak(body)
+        words, finish = said if isinstance(said, tuple) else (said, "stop")
         if fault == "drop":
           self.connection.close()
           return
@@ -47,7 +52,8 @@ class Server:
           self.end_headers()
           self.wfile.write(b"busy")
           return
-        reply = {"choices": [{"message": {"content": "It may be." if fault == "mumble" else words}}]}
+        message = words if isinstance(words, dict) else {"content": "It may be." if fault == "mumble" else words}
+        reply = {"choices": [{"message": message, "finish_reason": finish}]}
         data = json.dumps({"choices": []} if fault == "empty" else reply).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))

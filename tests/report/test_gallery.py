@@ -107,6 +107,25 @@ def test_outside_training_nothing_is_graded():
   assert item["reward"] is None and item["reward_parts"] is None
 
 
+def test_tokens_have_their_own_numbers():
+  """Of the policy's turns alone, at their places behind the prompt; what all tokens of a turn share is one number."""
+  letters = "é".encode()  # a character of two tokens
+  pieces = [b"a", letters[:1], letters[1:], b"\xff", b"z"]
+  decode = lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace")
+  said = types.Turn("assistant", np.arange(5), np.float32([-1, -2, -3, -4, -5]) / 3, "a")
+  traj = _trajectory()
+  traj.prompt_ids, traj.turns = np.zeros(3, np.int32), [types.Turn("tool", np.zeros(2, np.int32)), said]
+  at = np.arange(10, dtype=np.float32)
+  trainer = np.concatenate([np.zeros(9), [np.nan]])
+  told, said = gallery.entry(traj, _picture(30, 30), [], [], [], 1.0, 1.0, None, decode, {
+      "advantage": at, "modulator": np.ones(10), "trainer": trainer})["turns"]
+  assert "tokens" not in told
+  assert said["tokens"] == {
+      "text": ["a", "é", "", "\ufffd", "z"], "logp": [-0.3333, -0.6667, -1.0, -1.3333, -1.6667],
+      "advantage": [5, 6, 7, 8, 9], "modulator": 1.0, "gap": [0.3333, 0.6667, 1.0, 1.3333, None]}
+  assert "tokens" not in _entry()["turns"][0], "without a codec there are none"
+
+
 @pytest.mark.parametrize("name", ["ious", "classes", "modulators"])
 def test_lengths_must_agree(name):
   with pytest.raises(ValueError, match=f"{name} must have one element for each of the 1 visual actions.*2"):

@@ -1,19 +1,27 @@
 """The page shows what happened, needs nothing from elsewhere, and trusts no text."""
 
+import base64
+import dataclasses
+import hashlib
 import html.parser
 import importlib.resources
 import json
 import pathlib
 import re
 
+from absl import app
+from absl import flags
 import numpy as np
 from PIL import Image
 import pytest
 
 from virl_jax import types
 from virl_jax.eval import monitors
+from virl_jax.report import __main__ as report_main
 from virl_jax.report import gallery
 from virl_jax.report import html as page_html
+from virl_jax.report import page as page_lib
+from virl_jax.report import trajectory
 from virl_jax.run import log
 
 _VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -43,7 +51,7 @@ class _Page(html.parser.HTMLParser):
     assert self.open.pop() == tag
 
   def handle_data(self, data):
-    if not self.open or self.open[-1] != "style":
+    if not self.open or self.open[-1] not in ("style", "script"):
       self.words.append(data)
 
   def all(self, tag, **attrs):
@@ -82,17 +90,25 @@ def _entropies(*stretches):
 
 def _render(config=None, metrics=(), before=None, after=None, difference=None, kept=(), title="run",
             clock=()):
-  return page_html.render(config or {}, list(metrics), before, after, difference, list(kept), title, clock)
+  if after is not None and difference is not None:
+    after = after | {"difference": difference}
+  return page_html.render(page_html.Run(title, config or {}, list(metrics), before, after, list(kept), clock))
 
 
 def _kept(*items, label="After"):
-  return {"step": 3, "label": label, "entries": list(items)}
+  return label, list(items)
 
 
-def _article(item):
-  """The part of a page that is about one trajectory."""
-  text = _render(kept=[_kept(item)])
-  return text[text.index("<article"):text.index("</article>") + len("</article>")]
+def _data(text):
+  """What a page's script reads."""
+  inside = re.search(r'<script type="application/json" id="trajectories">(.*?)</script>', text, re.DOTALL)
+  return {"items": [], "pictures": []} if inside is None else json.loads(inside[1])
+
+
+def _shown(item):
+  """What a page's script is told of one trajectory."""
+  found, = _data(_render(kept=[_kept(item)]))["items"]
+  return found
 
 
 def _full(**more):
@@ -109,13 +125,19 @@ def test_page_needs_nothing_from_elsewhere():
   text = _full()
   page = _Page(text)
   for tag, attrs in page.elements:
-    assert tag not in ("script", "iframe", "object", "base")
+    assert tag not in ("iframe", "object", "base")
     for name in ("src", "href", "srcset", "action", "xlink:href"):
-      assert attrs.get(name, "data:").startswith("data:"), (tag, attrs)
+      assert attrs.get(name, "data:").startswith(("data:", "#")), (tag, attrs)
     assert not any(name.startswith("on") for name in attrs)
   assert "url(" not in text and "@import" not in text
   policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
-  assert "default-src 'none'" in policy and "script-src" not in policy
+  script = importlib.resources.files("virl_jax.report").joinpath("viewer.js").read_text(encoding="utf-8")
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}';" in policy
+  assert [a.get("type") for a in page.all("script")] == ["application/json", None]
+  assert f"<script>{script}</script>" in text
+  assert not any(name in script for name in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(",
+                                             "fetch(", "XMLHttpRequest", "</script", "import("))
 
 
 def _strings(value):
@@ -130,6 +152,12 @@ def _put(value, place, text):
   value[place[-1]] = text
 
 
+def _get(value, place):
+  for key in place:
+    value = value[key]
+  return value
+
+
 def _entry():
   """An entry with text wherever one can have it."""
   item = _item()
@@ -140,6 +168,8 @@ def _entry():
 
 def _safe(text):
   text.encode("utf-8")
+  for ours in ('<script type="application/json" id="trajectories">', "\n<script>\"use strict\"", "\n<script>// "):
+    text = text.replace(ours, "<i>", 1).replace("</script>", "</i>", 1) if ours in text else text
   assert "<script" not in text and "<img src=x" not in text and "\x00" not in text and "\u202e" not in text
   page = _Page(text)
   assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
@@ -150,12 +180,16 @@ def _safe(text):
 def test_hostile_text_in_a_trajectory_is_text(place):
   item = _entry()
   _put(item, place, {_HOSTILE: 1.0} if place == ("reward_parts",) else _HOSTILE)
-  page = _safe(_render(after=_summary(0.5), kept=[_kept(item), _kept(item)]))
+  page = _render(after=_summary(0.5), kept=[_kept(item), _kept(item)])
+  _safe(page)
+  data = _data(page)
   if place[-1] in ("image", "crop"):
-    assert len(page.all("img")) == 2
+    assert len(data["pictures"]) == 1 and "alert" not in json.dumps(data)
   else:
-    assert "alert(1)" in page.text
-    assert any(_HOSTILE[:-3] in words for words in page.words)  # to the last quote as it was written
+    told = [word for item in data["items"] for at in _strings(item) for word in [_get(item, at)] if "alert(1)" in word]
+    keys = [name for item in data["items"] for name, _ in item["parts"]]
+    assert any(_HOSTILE[:20] in word for word in told + keys)
+    assert not {"\x00", "\ud800", "\u202e"} & set(json.dumps(data, ensure_ascii=False))
 
 
 def _crowded():
@@ -192,12 +226,12 @@ def test_a_hostile_alarm_is_text(monkeypatch):
   alarm = monitors.Alarm(_HOSTILE, 1, _HOSTILE)
   monkeypatch.setattr(monitors, "all_begun", lambda lines, cfg: [alarm])
   text = _render(metrics=_entropies((3, 0.5)))
-  assert _safe(text).text.count("alert(1)") == 3 and 'class="mark"' in text  # listed, told, and marked on a curve
+  assert _safe(text).text.count("alert(1)") == 4 and 'class="mark"' in text  # in a tile, listed, told, and on a curve
 
 
 def test_a_forgotten_filter_leaves_nothing_unsafe():
   """Escaping and the taking out of what can't be seen are the environment's, not the template's."""
-  shown = page_html._environment().from_string("{{ text }}{{ many }}<i title='{{ text }}'>").render(
+  shown = page_lib._environment().from_string("{{ text }}{{ many }}<i title='{{ text }}'>").render(
       text=_HOSTILE, many=[_HOSTILE])
   assert "<script" not in shown and "<img" not in shown and "'\"" not in shown
   assert not {"\x00", "\ud800", "\u202e"} & set(shown)
@@ -205,15 +239,14 @@ def test_a_forgotten_filter_leaves_nothing_unsafe():
 
 def test_what_the_page_is_made_of_is_in_the_package():
   files = importlib.resources.files("virl_jax.report")
-  texts = {name: files.joinpath(name).read_text(encoding="utf-8")
-           for name in ("page.css", "page.html.j2", "trajectory.html.j2")}
+  texts = {file.name: file.read_text(encoding="utf-8") for file in files.iterdir() if file.is_file()}
   assert "</style" not in texts["page.css"] and "url(" not in texts["page.css"]
-  templates = texts["page.html.j2"] + texts["trajectory.html.j2"]
-  assert "<script" not in templates and not re.search(r"\|\s*safe|autoescape", templates)
-  assert templates.count("<img") == 1  # the one that looks at what it is given
+  templates = {name: text for name, text in texts.items() if name.endswith(".j2")}
+  assert not any(re.search(r"\|\s*safe|autoescape|<img", text) for text in templates.values())
+  assert [name for name, text in templates.items() if "<script" in text] == ["base.html.j2"]
   setup = (pathlib.Path(__file__).parents[2] / "setup.py").read_text(encoding="utf-8")
   shipped = re.search(r"package_data=\{(.*?)\}", setup)[1]
-  assert '"**/*.css"' in shipped and '"**/*.j2"' in shipped
+  assert all(f'"**/*.{ending}"' in shipped for ending in ("css", "j2", "js"))
 
 
 @pytest.mark.parametrize("uri", [
@@ -222,43 +255,65 @@ def test_what_the_page_is_made_of_is_in_the_package():
 def test_only_pictures_are_shown_as_pictures(uri):
   item = _item()
   item["image"] = item["turns"][0]["crop"] = uri
-  assert _Page(_render(kept=[_kept(item)])).all("img") == []
+  shown = _shown(item)
+  assert shown["picture"] is None and shown["turns"][0]["crop"] is None
+
+
+def test_a_picture_that_many_have_is_there_once():
+  data = _data(_render(kept=[_kept(_item(), label="Before"), _kept(_item(), _item(size=(50, 50)))]))
+  first, second, third = (item["picture"] for item in data["items"])
+  assert first == third != second
+  assert len(data["pictures"]) == 4 and all(uri.startswith("data:image/png") for uri in data["pictures"])
+
+
+def test_nothing_ends_the_element_that_holds_the_data():
+  for text in ("</script>", "<!--<script>", "\u2028", "&lt;", "]]>", "</SCRIPT >"):
+    inside = page_lib.embedded({text: [text, float("nan")]})
+    assert not set("<>&\u2028") & set(inside) and json.loads(inside) == {text: [text, None]}
 
 
 def test_boxes_lie_where_they_were_drawn():
-  page = _Page(_article(_item(boxes=((10, 20, 40.5, 60), (100, 50, 200, 100)),
-                                        classes=("correct", "erroneous"), size=(200, 100))))
-  assert page.all("svg")[0]["viewbox"] == "0 0 200 100"  # the overlay covers the picture: original pixels
-  found = {a["class"]: tuple(float(a[k]) for k in ("x", "y", "width", "height"))
-           for a in page.all("rect") if a["class"] != "halo"}
-  assert found == {"box truth": (1, 2, 30, 40), "box correct": (10, 20, 30.5, 40),
-                   "box erroneous": (100, 50, 100, 50)}
-  tags = [(a["class"], a["style"]) for a in page.all("span") if "style" in a]
-  assert [name for name, _ in tags] == ["tag correct", "tag erroneous"]
-  assert "left:min(5.00% + 0px" in tags[0][1] and "top:max(20.00%" in tags[0][1]
-  assert "left:min(50.00% + 0px" in tags[1][1] and "top:max(50.00%" in tags[1][1]
+  shown = _shown(_item(boxes=((10, 20, 40.5, 60), (100, 50, 200, 100)), classes=("correct", "erroneous"),
+                       size=(200, 100)))
+  place = lambda box: tuple(float(box[k]) for k in ("x", "y", "width", "height"))
+  assert (shown["width"], shown["height"]) == (200, 100)  # the overlay's units: original pixels
+  assert [place(box) for box in shown["truth"]] == [(1, 2, 30, 40)]
+  assert [(box["kind"], place(box), box["left"], box["top"]) for box in shown["drawn"]] == [
+      ("correct", (10, 20, 30.5, 40), "5.00", "20.00"), ("erroneous", (100, 50, 100, 50), "50.00", "50.00")]
 
 
 def test_shrunk_picture_keeps_original_coordinates():
-  item = _item(boxes=((1000, 500, 1500, 700),), size=(3000, 2000))
-  page = _Page(_article(item))
-  assert page.all("svg")[0]["viewbox"] == "0 0 3000 2000"
-  assert page.all("rect", **{"class": "box correct"})[0]["x"] == "1000"
+  shown = _shown(_item(boxes=((1000, 500, 1500, 700),), size=(3000, 2000)))
+  assert (shown["width"], shown["drawn"][0]["x"], shown["crisp"]) == (3000, "1000", False)
 
 
 def test_numbers_of_zooms_at_one_place_stand_side_by_side():
   box = (100, 50, 150, 90)
-  page = _Page(_article(_item(boxes=(box, box, (102, 51, 150, 90)), classes=("correct",) * 3)))
-  assert [re.search(r"\+ (\d+)px", a["style"])[1] for a in page.all("span") if "style" in a] == ["0", "19", "38"]
-  assert "1 2 3 200 × 100 px" in page.text
+  shown = _shown(_item(boxes=(box, box, (102, 51, 150, 90)), classes=("correct",) * 3))
+  assert [(box["beside"], box["number"]) for box in shown["drawn"]] == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_an_item_says_what_it_is_found_by():
+  shown = _shown(_item(boxes=((10, 20, 40, 60), (0, 0, 9, 9)), classes=("redundant", "correct")))
+  for key, value in {"outcome": "right", "stop": "answered", "best": 0.5, "classes": ["correct", "redundant"],
+                     "kind": "pattern", "source": "", "when": "After", "run": 0, "reward": 1.25, "advantage": 0.9,
+                     "parts": [["answer", 1.0], ["fidelity", -0.5]]}.items():
+    assert shown[key] == value, key
+  assert _shown(_item(boxes=(), classes=()))["best"] == 0.0, "who looks nowhere has found nothing"
+  assert _shown(_item() | {"correct": False})["outcome"] == "wrong"
+  assert _shown(_item() | {"source": "gqa", "stop": None}).items() >= {"source": "gqa", "stop": "unfinished"}.items()
+  untold = _item()
+  untold["turns"][0]["iou"] = None
+  assert _shown(untold)["best"] is None
 
 
 def test_turns_say_what_was_made_of_them():
-  item = _item(boxes=((10, 20, 40, 60),), classes=("redundant",))
-  text = _Page(_article(item)).text
-  for said in ("redundant", "IoU 0.50", "× 1.5", "A +1.35", "reward +1.25", "advantage +0.90", "right",
-               "answered", "fidelity −0.50", "box (10, 20, 40, 60) px", "told: too small"):
-    assert said in text, said
+  first, last = _shown(_item(boxes=((10, 20, 40, 60),), classes=("redundant",)))["turns"]
+  for key, value in {"class": "redundant", "kind": "redundant", "iou": 0.5, "modulator": 1.5, "number": 1,
+                     "advantage": pytest.approx(1.35), "call": "zoom 1", "tiny": True,
+                     "notes": ["box (10, 20, 40, 60) px of the original", "written as (10, 20, 40, 60)"]}.items():
+    assert first[key] == value, key
+  assert (last["error"], last["notes"], last["number"]) == ("too small", ["told: too small"], None)
 
 
 def test_an_entry_without_names_of_actions_is_of_zooms():
@@ -266,20 +321,17 @@ def test_an_entry_without_names_of_actions_is_of_zooms():
   for turn in item["turns"]:
     del turn["action"]  # as runs wrote them once
   told = {**item, "turns": [{**turn, "action": turn["box"] and "image_zoom_in_tool"} for turn in item["turns"]]}
-  assert _article(told) == _article(item) and "image_zoom_in_tool" not in _article(item)
-  assert 'alt="what zoom 1 showed"' in _article(item) and "<title>zoom 1: correct</title>" in _article(item)
+  assert _shown(told) == _shown(item) and "image_zoom_in_tool" not in json.dumps(_shown(item))
+  assert _shown(item)["drawn"][0]["title"] == "zoom 1: correct"
 
 
 def test_an_action_that_showed_no_picture_has_its_box_and_its_name():
   item = _item(boxes=((10, 20, 40, 60), (50, 20, 90, 60)), classes=("correct", "redundant"))
   item["turns"][1] |= {"action": "read_text", "crop": None}
-  page = _Page(_article(item))
-  assert [a["class"] for a in page.all("rect")] == ["halo", "box correct", "halo", "box redundant", "halo", "box truth"]
-  assert len(page.all("img")) == 2  # the picture, and what the zoom showed
-  assert [a["class"] for a in page.all("span") if a.get("class", "").startswith("num")] == [
-      "num correct", "num redundant"]
-  assert "2 policy read_text redundant IoU 0.50" in page.text and "read_text 2: redundant" in page.text
-  assert "box (50, 20, 90, 60) px" in page.text
+  shown = _shown(item)
+  assert [box["title"] for box in shown["drawn"]] == ["zoom 1: correct", "read_text 2: redundant"]
+  assert [turn["crop"] is None for turn in shown["turns"]] == [False, True, True]
+  assert (shown["turns"][1]["other_action"], shown["turns"][1]["number"]) == ("read_text", 2)
 
 
 def test_an_action_without_a_box_has_no_number():
@@ -287,31 +339,23 @@ def test_an_action_without_a_box_has_no_number():
   measured = {**item["turns"][1], "action": "measure", "error": None, "modulator": 0.5, "class": "correct"}
   item["turns"].insert(0, measured)
   del measured["crop"]
-  page = _Page(_article(item))
-  assert "policy measure correct × 0.5" in page.text and "1 policy correct IoU 0.50" in page.text
-  assert [a["class"] for a in page.all("span") if a.get("class", "").startswith("num")] == ["num correct"]
-  assert len(page.all("rect", **{"class": "box correct"})) == 1 and page.text.count("px of the original") == 1
-  refused = {**measured, "error": "no such thing"}
-  assert "measure" in _article({**item, "turns": [refused], "boxes": []})
+  shown = _shown(item)
+  assert [(t["other_action"], t["number"]) for t in shown["turns"]] == [("measure", None), (None, 1), (None, None)]
+  assert len(shown["drawn"]) == 1 and shown["turns"][0]["notes"] == []
 
 
 def test_without_an_accepted_answer_nothing_is_right_or_wrong():
-  text = _Page(_article(_item(answers=()))).text
-  assert "right" not in text and "wrong" not in text and "accepted" not in text
+  assert _shown(_item(answers=()))["outcome"] == "no answer known"
 
 
 def test_transcript_dims_special_tokens_and_folds_pads():
-  def shown(text):
-    item = _item(boxes=(), classes=())
-    item["turns"][0]["text"] = text
-    return re.search("<pre>(.*?)</pre>", _article(item), re.DOTALL)[1]
-
-  assert shown("<|im_start|>a <b>" + "<|image_pad|>" * 324 + "</tool_call>\n") == (
-      '<span class="sp">&lt;|im_start|&gt;</span>a &lt;b&gt;'
-      '<span class="sp">&lt;|image_pad|&gt;</span>×324<span class="sp">&lt;/tool_call&gt;</span>')
-  assert shown("\n two\r\n  lines \n") == " two\n  lines "  # as they were written
-  long = shown("x" * 20000)
-  assert len(long) < 12100 and "8000 more characters" in long
+  said = "<|im_start|>a <b>" + "<|image_pad|>" * 324 + "</tool_call>\n"
+  assert trajectory.transcript(said) == ["", "<|im_start|>", "a <b>", "<|image_pad|>", "×324", "</tool_call>", ""]
+  item = _item(boxes=(), classes=())
+  item["turns"][0]["text"] = "\n two\r\n  lines \n"
+  assert _shown(item)["turns"][0]["text"] == [" two\n  lines "]  # as they were written
+  long = trajectory.transcript("x" * 20000)
+  assert len(long[0]) == 12000 and long[1] == " … 8000 more characters"
 
 
 def test_cards_show_values_intervals_and_the_difference():
@@ -393,17 +437,89 @@ def test_missing_pieces_are_left_out():
   _Page(_render(before=empty, after={"n": 0}, metrics=[{"note": 1}], kept=[_kept()]))
 
 
-def test_last_rollouts_are_shown_first_and_each_can_be_chosen():
-  text = _render(kept=[_kept(_item(), label="Before"), _kept(_item(), label="Step 20"), _kept(_item())])
+def test_last_rollouts_are_shown_first():
+  text = _render(kept=[_kept(_item(), label=label) for label in ("Before", "Step 20", "Skipped, step 30", "Step 40",
+                                                                 "After")])
+  assert [item["when"] for item in _data(text)["items"]] == [
+      "After", "Before", "Skipped, step 30", "Step 40", "Step 20"]
+  assert {a.get("data-part") for a in _Page(text).all("select")} >= {
+      "run", "when", "outcome", "class", "kind", "source"}
+  assert 'id="viewer"' not in _render() and "<script" not in _render()
+
+
+def test_the_sampler_trainer_gap_is_on_the_first_screen():
+  lines = [{"step": i, "rollout/logp_gap_mean": v, "rollout/logp_gap_max": 10 * v, "optim/skipped": float(i == 1)}
+           for i, v in enumerate((1e-4, 0.06, 2e-4))]
+  text = _render(metrics=lines, before=_summary(0.5))
   page = _Page(text)
-  radios = page.all("input")
-  assert ["checked" in a for a in radios] == [False, False, True]
-  assert [a["for"] for a in page.all("label")] == [a["id"] for a in radios]
-  for i, radio in enumerate(radios, start=1):
-    assert f"#{radio['id']}:checked~.panes>:nth-child({i}){{display:block}}" in text
+  assert "Sampler–trainer gap, mean 2e-4 nats last step; at most 0.06, in step 1; alarm from 0.05" in page.text
+  assert "largest 0.002 nats last step; at most 0.6, in step 1; alarm from 5" in page.text
+  assert [a["class"] for a in page.all("div") if a.get("class", "").startswith("tile")] == [
+      "tiles", "tile bad", "tile", "tile", "tile bad"]
+  assert text.index("Sampler–trainer gap") < text.index("Before and after")
+  assert "tiles" not in _render().split("</style>")[1]
+
+
+def _side(**more):
+  outcomes = lambda right: [{"uid": f"u{i}", "correct": i < right, "ious": [0.9 if i < right else 0.1],
+                             "invalid_actions": 0, "has_boxes": True, "overlong": False, "kind": "k",
+                             "answerable": True} for i in range(20)]
+  make = lambda name, right, rate: page_html.Run(
+      name, {"optim": {"rate": rate}, "steps": 3}, _entropies((5, 0.5)), _summary(0.25),
+      _summary(right / 20) | {"outcomes": outcomes(right)}, [_kept(_item())])
+  return make("one", 5, 1e-5), dataclasses.replace(make("two", 15, 2e-5), **more)
+
+
+def test_two_runs_side_by_side():
+  page = _Page(text := page_html.render(*_side()))
+  assert "one and two" in page.text and "20 tasks that both were asked" in page.text
+  assert re.search(r"Answer accuracy 25.0% → 25.0% 20.0 to 30.0 25.0% → 75.0% 70.0 to 80.0 \+50.0 pts [\d.]+ to",
+                   page.text)
+  assert "optim.rate 1e-05 2e-05" in page.text and "steps" not in page.text.split("where it differs")[1]
+  assert text.count('<g class="other">') == 1, "the second run's entropy"
+  data = _data(text)
+  assert data["runs"] == ["one", "two"] and [item["run"] for item in data["items"]] == [0, 1] and data["beside"]
+
+
+def test_runs_of_other_tasks_have_no_difference():
+  first, second = _side()
+  second.after["outcomes"][0]["uid"] = "another"
+  assert "Without a difference: their held-out tasks are not the same." in _Page(page_html.render(first, second)).text
+  assert "no evaluation after training" in _Page(page_html.render(*_side(after=None))).text
+  del second.after["outcomes"]
+  assert "outcomes of tasks are not there" in _Page(page_html.render(first, second)).text
+
+
+def test_hostile_names_of_two_runs_are_text():
+  first, second = _side(name=_HOSTILE, kept=[(_HOSTILE, [_entry()])], config={_HOSTILE: _HOSTILE})
+  _safe(page_html.render(first, second))
+  _safe(page_html.render(second, first))
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+  for name in ("a/x", "b/x"):
+    _workdir(tmp_path / name)
+
+  def command(*args):
+    values = flags.FlagValues()
+    report_main.define_flags(values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    report_main.main(values(["report", *map(str, args)]))
+
+  command(tmp_path / "a/x")
+  with pytest.raises(app.UsageError, match="--out=PAGE.html is needed"):
+    command(tmp_path / "a/x", tmp_path / "b/x")
+  with pytest.raises(app.UsageError, match="a run's folder is needed"):
+    command()
+  with pytest.raises(SystemExit, match="error: workdir must be a folder"):
+    command(tmp_path / "c")
+  command(tmp_path / "a/x", tmp_path / "b/x", f"--out={tmp_path}/pages/both.html")
+  assert capsys.readouterr().out.split() == [str(tmp_path / "a/x/report.html"), str(tmp_path / "pages/both.html")]
+  assert "a/x and b/x" in _Page((tmp_path / "pages/both.html").read_text()).text
 
 
 def _workdir(tmp_path):
+  tmp_path.mkdir(parents=True, exist_ok=True)
   config = {"rollout": {"prompts": 4, "group_size": 8, "max_rounds": 6}}
   (tmp_path / "config.json").write_text(json.dumps(config))
   metrics_log = log.MetricsLog(str(tmp_path / "metrics.jsonl"), 0)
@@ -424,7 +540,8 @@ def test_write_puts_a_run_together(tmp_path):
   page = _Page((tmp_path / "report.html").read_text(encoding="utf-8"))
   assert "5 steps · 4 prompts × 8 rollouts a step · at most 6 zooms" in page.text
   assert "+50.0 pts 40.0 to 60.0" in page.text
-  assert "Before Step 20 Step 100 After" in page.text
+  data = _data((tmp_path / "report.html").read_text(encoding="utf-8"))
+  assert [item["when"] for item in data["items"]] == ["After", "Before", "Step 100", "Step 20"]
   assert str(tmp_path) not in page.text
 
 
@@ -440,12 +557,12 @@ def test_write_makes_do_with_an_empty_folder(tmp_path):
 
 def test_page_keeps_first_last_and_newest_when_there_is_too_much(tmp_path, monkeypatch):
   _workdir(tmp_path)
-  one = len(json.dumps(_item(uid="task of step_000100")))
-  monkeypatch.setattr(page_html, "_GALLERY_BYTES", int(3.5 * one))
+  one = len(json.dumps(_shown(_item(uid="task of step_000100"))))  # the picture counts once
+  monkeypatch.setattr(page_html, "_GALLERY_BYTES", int(3.5 * one) + 2 * len(_item()["image"]))
   page_html.write(str(tmp_path))
   text = (tmp_path / "report.html").read_text(encoding="utf-8")
-  there = [name for name in ("before", "step_000020", "step_000100", "after") if f"task of {name}<" in text]
-  assert there == ["before", "step_000100", "after"]
+  assert [item["uid"] for item in _data(text)["items"]] == ["task of after", "task of before", "task of step_000100"]
+  assert "1 more are kept in rollouts/, for which this page has no room." in _Page(text).text
 
 
 def test_where_the_time_went():

@@ -101,6 +101,17 @@ def test_a_row_does_not_depend_on_its_neighbours(base):
   assert any(not np.array_equal(a.ids, b.ids) for a, b in zip(together[1:], other[1:]))
 
 
+def test_with_seeds_of_their_own_samples_do_not_depend_on_the_company(base):
+  policy, params, _ = base
+  tasks, key = draw_tasks(4), jax.random.key(2)
+  some = engine.run(policy, params, tasks, key, seeds=[7, 2 ** 31 - 1, 9, 11])[0]
+  others = engine.run(policy, params, [tasks[2], tasks[1], tasks[0], tasks[3]], key, seeds=[9, 2 ** 31 - 1, 8, 11])[0]
+  assert [t.index for t in others] == [0, 1, 2, 3]
+  for a, b in ((2, 0), (1, 1), (3, 3)):
+    np.testing.assert_array_equal(some[a].ids, others[b].ids)
+  assert not np.array_equal(some[0].ids, others[2].ids)
+
+
 def test_the_step_key_changes_samples_and_greedy_ignores_it(base):
   policy, params, _ = base
   tasks = draw_tasks(4)

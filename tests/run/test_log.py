@@ -1,5 +1,6 @@
 """metrics.jsonl survives kills and resumes; the terminal line says what is left."""
 
+import importlib.util
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import subprocess
 import sys
 
 import numpy as np
+from PIL import Image
 import pytest
 from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
@@ -291,3 +293,114 @@ def test_tensorboard_loses_nothing_where_the_process_ends_without_closing(tmp_pa
                         cwd=pathlib.Path(__file__).parents[2])
   assert "a fault" in done.stderr
   assert len(_scalars(str(tmp_path))) == 80
+
+
+def test_tensorboard_has_pictures(tmp_path):
+  writer = log.tensorboard_writer(str(tmp_path), True)
+  writer.pictures(3, [Image.new("RGB", (9, 5), "red"), Image.new("RGB", (7, 7))])
+  writer.close()
+  found = {v.tag: (e.step, v.image.width, v.image.height) for e in _events(tmp_path) for v in e.summary.value}
+  assert found == {"trajectories/0": (3, 9, 5), "trajectories/1": (3, 7, 7)}
+
+
+def test_wandb_is_only_there_if_asked_for(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  assert log.wandb_writer(str(tmp_path), "", 0, {}) is None
+  with pytest.raises(ValueError, match=r"config.log.wandb must be '' unless .* pip install -e '.\[wandb\]'"):
+    log.wandb_writer(str(tmp_path), "p", 0, {})
+  assert os.listdir(tmp_path) == []
+
+
+class FakeWandB:
+  """What of the library is called."""
+
+  class Error(Exception):
+    pass
+
+  def __init__(self, refuses=None):
+    self.refuses, self.started, self.logged, self.finished = refuses, [], [], 0
+    self.Settings, self.Image = dict, lambda picture: ("picture", picture.size)
+
+  def init(self, **how):
+    if self.refuses:
+      raise self.Error(self.refuses)
+    self.started.append(how)
+    return self
+
+  def log(self, values, step):
+    self.logged.append((step, values))
+
+  def finish(self):
+    self.finished += 1
+
+
+def test_wandb_gets_what_tensorboard_gets_and_each_step_once(place, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandB())
+  monkeypatch.delenv("WANDB_DIR", raising=False)
+  log.MetricsLog(f"{place}/metrics.jsonl", 0)  # makes the folder, as a run does
+  writer = log.wandb_writer(place, "p", 2, {"a": {"b": 1}})
+  for step in range(2):
+    writer.write(step, {"step": step, "loss/policy": step / 4, "note": "text", "none": None, "count": 3})
+  writer.pictures(1, [Image.new("RGB", (9, 5))])
+  writer.close()
+  assert fake.logged == [(0, {"loss/policy": 0.0, "count": 3.0}), (1, {"loss/policy": 0.25, "count": 3.0}),
+                         (1, {"trajectories/0": ("picture", (9, 5))})], "nothing was sent of this workdir before"
+  writer = log.wandb_writer(place, "p", 2, {})  # a start that goes on from step 1
+  for step in (1, 2):
+    writer.write(step, {"loss/policy": 0.5})
+    writer.pictures(step, [])
+  assert [step for step, _ in fake.logged[3:]] == [2, 2] and fake.finished == 1
+  first, second = fake.started
+  assert first["id"] == second["id"] and (first["project"], first["name"], first["resume"]) == ("p", "run", "allow")
+  assert first["dir"] == (None if place.startswith("gs:") else place) and first["config"] == {"a": {"b": 1}}
+
+
+def test_what_wandb_refuses_is_said_and_leaves_no_id(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", FakeWandB("no API key\nmore"))
+  with pytest.raises(ValueError, match="WANDB_MODE=offline. Received: no API key$"):
+    log.wandb_writer(str(tmp_path), "p", 0, {})
+  assert os.listdir(tmp_path) == []
+
+
+def _wandb_records(path):
+  """The records of a file that W&B will sync: blocks of 32 KiB, records in pieces, as LevelDB's logs have them."""
+  from wandb.proto import wandb_internal_pb2
+  data, at, whole, found = path.read_bytes(), 7, b"", []
+  while at + 7 <= len(data):
+    if 32768 - at % 32768 < 7:
+      at += 32768 - at % 32768
+      continue
+    length, kind = struct.unpack("<HB", data[at + 4:at + 7])
+    whole += data[at + 7:at + 7 + length]
+    at += 7 + length
+    if kind in (1, 4):  # all of a record, or its end
+      found.append(wandb_internal_pb2.Record.FromString(whole))
+      whole = b""
+  return found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the extra wandb")
+def test_wandb_offline(tmp_path, monkeypatch):
+  """The library itself, without a network: two starts of one run, the same names and steps as in TensorBoard."""
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  monkeypatch.delenv("WANDB_DIR", raising=False)
+  board = log.tensorboard_writer(str(tmp_path / "tensorboard"), True)
+  for start, sent in ((0, 0), (1, 3)):
+    writer = log.wandb_writer(str(tmp_path), "p", sent, {"a": {"b": 1}})
+    for step in range(start, start + 3):
+      for each in (writer, board):
+        each.write(step, {"loss/policy": step / 4, "gap": math.inf})
+    writer.pictures(start + 2, [Image.new("RGB", (9, 5), "red")])
+    writer.close()
+  board.close()
+  files_ = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+  records = [r for path in files_ for r in _wandb_records(path)]
+  (run, *others) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+  assert {r.run_id for r in (run, *others)} == {(tmp_path / "wandb_id").read_text().strip()} and run.project == "p"
+  steps = [(r.history.step.num, {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item})
+           for r in records if r.WhichOneof("record_type") == "history"]
+  assert [step for step, _ in steps] == [0, 1, 2, 3], "each once, though steps 1 and 2 were done again"
+  assert {("loss/policy", step): found["loss/policy"] for step, found in steps} == {
+      key: value for key, value in _scalars(tmp_path / "tensorboard").items() if key[0] == "loss/policy"}
+  assert steps[2][1]["trajectories/0/_type"] == "image-file" and "trajectories/0/_type" not in steps[1][1]
+  assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/trajectories/0_*.png"))) == 2

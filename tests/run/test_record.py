@@ -73,6 +73,25 @@ def run(tmp_path):
   return steps, tmp_path, c
 
 
+def test_what_training_made_of_each_token():
+  """Advantage, modulator and gap of tokens come from the batch's rows, whatever order those stand in."""
+  found, scored = part(0)
+  T = scored.advantage_BT.shape[1]
+  action_BT = np.full((2, T), -1)
+  action_BT[1, 4:6] = 1
+  scored = scored.replace(
+      advantage_BT=jnp.arange(2 * T, dtype=jnp.float32).reshape(2, T), modulator_BR=jnp.float32([[2, 3], [4, 5]]),
+      logp_old_BT=jnp.full((2, T), 0.5), batch=scored.batch.replace(action_BT=action_BT, order_B=np.int32([1, 0])))
+  first, second = record.entries(found, scored, (0, 1), lambda ids: " ".join(map(str, ids)))
+  tokens = first["turns"][0]["tokens"]
+  assert tokens["text"] == ["0", "1", "2", "3", "4"] and (tokens["logp"], tokens["gap"]) == (0.0, 0.5)
+  assert tokens["advantage"] == [T + 2, T + 3, T + 4, T + 5, T + 6] and tokens["modulator"] == [1, 1, 5, 5, 1]
+  assert second["turns"][0]["tokens"]["modulator"] == 1.0 and second["turns"][0]["tokens"]["advantage"][0] == 2
+  assert "tokens" not in record.entries(found, scored, (0,))[0]["turns"][0]
+  alone = record.entries(found, scored.replace(logp_old_BT=None), (0,), lambda ids: "x")[0]["turns"][0]["tokens"]
+  assert "gap" not in alone and "advantage" in alone
+
+
 def test_a_skipped_update_is_said_kept_and_no_end(run, capsys):
   steps, folder, _ = run
   recorder, _ = steps(0, [update(), update()], [update(), FAILED], [update(), update()])
@@ -87,7 +106,7 @@ def test_a_skipped_update_is_said_kept_and_no_end(run, capsys):
   assert json.loads(entries[0])["advantage"] == 1.0 and json.loads(entries[0])["image"].startswith("data:image/png")
   html.write(str(folder))
   page = (folder / "report.html").read_text()
-  assert "Skipped, step 1</label>" in page and "task 1" in page
+  assert '"when":"Skipped, step 1"' in page and "task 1" in page
 
 
 def test_steps_in_a_row_end_a_run_in_whatever_process(run, capsys):
@@ -126,3 +145,29 @@ def test_the_limit_follows_from_the_log(run, capsys):
       None if math.isinf(v) else v for v in whole]
   assert steps(3, *history[3:])[1] == whole[3:]
   assert [step for step, _ in bad.kept(folder)] == [5]
+
+
+def test_boards_get_the_numbers_and_the_kept_trajectories(run, monkeypatch):
+  """What is kept for the report, as pictures, at the same step; and what an earlier process has logged is known."""
+  steps, folder, c = run
+  told, opened = [], []
+
+  class Board:
+    def write(self, step, line):
+      told.append((step, line["reward/total"]))
+
+    def pictures(self, step, pictures):
+      told.append((step, [type(p).__name__ for p in pictures]))
+
+    def close(self):
+      told.append("closed")
+
+  monkeypatch.setattr(log, "wandb_writer", lambda *how: opened.append(how) or Board())
+  c.log.gallery_every, c.log.gallery, c.log.wandb = 2, 3, "p"
+  fine = [update(), update()]
+  steps(0, fine, fine, fine)
+  assert told == [(0, 1.0), (1, 1.0), (2, 1.0), (2, ["Image"] * 2)] and (folder / "rollouts/step_000002.jsonl").exists()
+  recorder, _ = steps(1, fine)
+  recorder.close()
+  assert told[4:] == [(1, 1.0), "closed"]
+  assert opened == [(str(folder), "p", 0, {}), (str(folder), "p", 3, {})], "steps 0 to 2 had been logged"

@@ -13,17 +13,14 @@ from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
 import hashlib
-import http.client
 import json
-import os
 import threading
 import time
-import urllib.error
-import urllib.request
 
 from virl_jax import checks
 from virl_jax import types
 from virl_jax.data import choice
+from virl_jax.data import endpoint
 from virl_jax.data import exact
 
 PROMPT_VERSION = 1  # raised with every change to `_PROMPT`, so that no verdict of another prompt is used
@@ -37,13 +34,8 @@ instruction.
 Is the answer right? Reply with one word, yes or no."""
 _MAX_CHARS = 2000       # of an answer
 _MAX_TOKENS = 8         # of a verdict
-_AGAIN = (408, 409, 425, 429)  # and all from 500 on
-_LONGEST_WAIT_S = 60.0
-_KEY_VARIABLE = "OPENAI_API_KEY"
 
-
-class Unreachable(RuntimeError):
-  """The endpoint gave no verdict, however often it was asked."""
+Unreachable = endpoint.Unreachable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,47 +158,21 @@ class Judge:
   def _reply(self, prompt: str) -> str:
     """The model's words, tried for as often as is set."""
     cfg, wait_s = self._cfg, self._cfg.wait_s
-    body = json.dumps({"model": cfg.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-                       "max_tokens": _MAX_TOKENS}).encode("utf-8", "replace")
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get(_KEY_VARIABLE):
-      headers["Authorization"] = f"Bearer {os.environ[_KEY_VARIABLE]}"
+    body = {"model": cfg.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
+            "max_tokens": _MAX_TOKENS}
     for attempt in range(1, cfg.tries + 1):
-      pause_s = wait_s
       try:
-        request = urllib.request.Request(cfg.url.rstrip("/") + "/chat/completions", body, headers)
-        with urllib.request.urlopen(request, timeout=cfg.timeout_s) as reply:
-          said = json.loads(reply.read())["choices"][0]["message"]["content"]
-        if isinstance(said, str):
-          return said
-        why = "a reply without text"
-      except urllib.error.HTTPError as e:
-        words = _body(e)
-        if e.code < 500 and e.code not in _AGAIN:
-          raise ValueError(f"judge.url must be an endpoint that takes chat completions of {cfg.model!r}. Received: "
-                           f"{e.code} from {cfg.url} ({words[:200]})") from e
-        why, pause_s = f"{e.code} {words[:100]}", _asked_for(e.headers.get("Retry-After"), wait_s)
-      except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:  # ValueError: cut off JSON
-        why = f"{type(e).__name__}: {e}"
+        return endpoint.chat(cfg.url, body, cfg.timeout_s).text
+      except endpoint.Again as e:
+        why, pause_s = str(e), wait_s if e.wait_s is None else e.wait_s
+      except ValueError as e:
+        raise ValueError(f"judge.url must be an endpoint that takes chat completions of {cfg.model!r}. Received: {e}"
+                         ) from e
       if attempt < cfg.tries:
         time.sleep(pause_s)
-        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        wait_s = min(2 * wait_s, endpoint.LONGEST_WAIT_S)
     raise Unreachable(f"judge.url {cfg.url} gave no verdict in {cfg.tries} tries (the last: {why}). Verdicts until "
                       "then are kept; start again when it is back")
-
-
-def _body(e: urllib.error.HTTPError) -> str:
-  try:
-    return e.read(500).decode("utf-8", "replace").strip()
-  except (OSError, http.client.HTTPException):
-    return "no more was said"
-
-
-def _asked_for(header: str | None, wait_s: float) -> float:
-  try:
-    return min(max(float(header), 0.0), _LONGEST_WAIT_S)
-  except (TypeError, ValueError):
-    return wait_s
 
 
 def _read(path: str) -> dict[str, float]:

@@ -152,7 +152,7 @@ def _resume(folder: epath.Path, file: epath.Path, meta: dict, sizes: list[int]) 
 
 def _chunk(policy, params, tasks, sample, key, cfg, judged_by) -> list[dict]:
   """The predictions of some tasks, in their order."""
-  why = {task.uid: _unfit(policy, task) for task in tasks}
+  why = {task.uid: unfit(policy, task) for task in tasks}
   fit = [task for task in tasks if why[task.uid] is None]
   said = {}
   if fit:
@@ -163,7 +163,7 @@ def _chunk(policy, params, tasks, sample, key, cfg, judged_by) -> list[dict]:
       "uid": task.uid, "sample": sample, "answer": None, "skipped": why[task.uid]} for task in tasks]
 
 
-def _unfit(policy, task) -> str | None:
+def unfit(policy: turns.Policy, task: types.Task) -> str | None:
   """Why a task cannot be asked.  Its picture is decoded again when it is: all of a chunk would fill the memory."""
   try:
     turns.check(policy, dataclasses.replace(task, image=images.decode(task.image, policy.image.decode_max_pixels)))

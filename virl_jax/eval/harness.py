@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import dataclasses
 
 import jax
@@ -42,11 +43,10 @@ class Judged:
         overlong=t.stop == types.StopReason.OVERLONG, kind=t.task.kind, answerable=bool(t.task.answers),
         answer=t.answer, score=t.score)
 
-  @property
-  def entry(self) -> dict:
-    """For the report's gallery."""
+  def entry(self, decode: Callable[[Sequence[int]], str] | None = None) -> dict:
+    """For the report's gallery; `decode` as there."""
     t = self.trajectory
-    return gallery.entry(t, t.task.image, self.ious, self.classes, None, None, None, None)
+    return gallery.entry(t, t.task.image, self.ious, self.classes, None, None, None, None, decode)
 
 
 _looks = jax.jit(judge_lib.looks, static_argnames="cfg")

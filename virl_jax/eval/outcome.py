@@ -20,6 +20,7 @@ Our reading: the paper names the first four and the mean IoU; over which tasks e
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
@@ -125,6 +126,51 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
   samples_SK = _ratio(new_top_SK, new_bottom_SK) - _ratio(old_top_SK, old_bottom_SK)
   return {"n": len(before)} | {
       name: _interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS) if name in _COMPARED}
+
+
+def mean(values: Sequence[float], bootstrap: int = 2000, seed: int = 0) -> dict:
+  """The mean of one number a task, with its interval.
+
+  Args:
+    values: a number for each task; differences of two policies on the same tasks make a paired interval.
+    bootstrap: resamples, 1 or more.
+    seed: of the resampling.
+
+  Returns:
+    {"n", "value", "low", "high"}; None stands for what is not defined, of no values.
+
+  Source: ours; the interval is Efron's percentile bootstrap.
+  """
+  _check(0.0, bootstrap)
+  values_N1 = np.asarray(values, np.float64).reshape(-1, 1)
+  n = len(values_N1)
+  samples_SK, = _resample(n, bootstrap, seed, values_N1)
+  value = values_N1.mean() if n else np.nan
+  return {"n": n} | _interval(value, samples_SK[:, 0] / n if n else np.full(1, np.nan))
+
+
+def sign_test(better: int, worse: int) -> float:
+  """How likely so uneven a split is, if each of the two is as likely as the other: exact, two-sided.
+
+  Of tasks that one policy gets right and another wrong, and the other way round, this is McNemar's exact test.
+
+  Args:
+    better: tasks that got better.
+    worse: tasks that got worse.
+
+  Returns:
+    The p-value, in [0, 1]; 1 if there are none.
+
+  Source: McNemar 1947; the binomial's tails in whole numbers.
+  """
+  n = better + worse
+  if n < 0 or min(better, worse) < 0:
+    raise ValueError(f"better and worse must be counts. Received: {better} and {worse}")
+  tail, term = 0, 1  # term is n over i
+  for i in range(min(better, worse) + 1):
+    tail += term
+    term = term * (n - i) // (i + 1)
+  return min(1.0, 2 * tail / 2 ** n)
 
 
 def paired(before: list[Outcome], after: list[Outcome]) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""Metrics that say how those of several minibatches become one.
+"""Metrics, each of which knows how to be merged over minibatches.
 
 A step's metrics are a dict of these.  The device fills them in; `merge` reads them on the host, once a step.
 Source: ours.

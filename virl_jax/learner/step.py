@@ -5,8 +5,8 @@ minibatch, with statistics of all of them.  `update_step` is one PPO update.  `i
 likelihood, for supervised fine-tuning and warm starts; `shown` says what demonstrations are like, as `score` does.
 All are pure; the state they update is donated.
 
-An update whose loss or gradient is not finite is skipped: what was one number becomes all parameters, moments and
-steps to come.  The device decides, leaf by leaf, and counts: "optim/skipped".
+An update whose loss or gradient is not finite is skipped: else that one number would spread to all parameters,
+moments and later steps.  The device decides, leaf by leaf, and counts: "optim/skipped".
 """
 
 from __future__ import annotations

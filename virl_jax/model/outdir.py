@@ -1,4 +1,4 @@
-"""How an HF folder is written: whole or not at all, and only over one of ours."""
+"""Writes an HF folder: whole or not at all, and only over one that this program wrote."""
 
 from __future__ import annotations
 

@@ -12,13 +12,15 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 54, 34, 24  # margins around the plot: tick l
 _MAX_DRAWN = 400    # more points than this can't be told apart at this width
 _MAX_HOVER = 120    # each hover target is an element of its own
 _ACCENT = "var(--accent, #1f6fb5)"
+_OTHER = "var(--other, #8a63d2)"
 _ALERT = "var(--bad, #b8420b)"
 _FONT = "font-family:system-ui,-apple-system,'Segoe UI',sans-serif;font-variant-numeric:tabular-nums"
 
 
 def svg(points: Sequence[tuple[float, float]], title: str, *, subtitle: str = "", log: bool = False,
         zero: bool = False, cap: float | None = None, marks: Sequence[tuple[float, str, str]] = (),
-        before: dict | float | None = None, after: dict | float | None = None) -> str:
+        before: dict | float | None = None, after: dict | float | None = None,
+        beside: Sequence[tuple[float, float]] = ()) -> str:
   """Draws one quantity over the steps of a run.
 
   The thin line is the raw values, the bold one their moving average, whose last value is labelled.
@@ -36,6 +38,7 @@ def svg(points: Sequence[tuple[float, float]], title: str, *, subtitle: str = ""
       the label is shown on hovering.
     before: an evaluation before the run, drawn at the left edge: its value, or value, low and high.
     after: the same after the run, at the right edge.
+    beside: the same quantity of a second run, of which the moving average alone is drawn, dashed, in --other.
 
   Returns:
     One <svg> element, well-formed XML that needs nothing from elsewhere.
@@ -56,16 +59,22 @@ def svg(points: Sequence[tuple[float, float]], title: str, *, subtitle: str = ""
           f'<text x="2" y="14" font-size="12.5" font-weight="600">{html.escape(title)}'
           f'<tspan dx="6" font-weight="400" font-size="10.5" fill-opacity=".55">{html.escape(subtitle)}'
           f'</tspan></text>')
-  if not shown and not ends:
+  others = [(float(x), float(y)) for x, y in beside if math.isfinite(x) and _drawable(y, log)]
+  if cap is not None and others:
+    limit = cap * statistics.median(y for _, y in others)
+    others = [(x, y) for x, y in others if not y > limit > 0]
+  if not shown and not ends and not others:
     return head + _text(_WIDTH / 2, _HEIGHT / 2 + 8, "no values", "middle", size=11) + "</svg>"
 
-  xs = [x for x, _ in shown + outliers]
+  xs = [x for x, _ in shown + outliers + others]
   at_x = _scale(xs or [0.0, 1.0], _LEFT, _WIDTH - _RIGHT, pad=0.0)
-  values = [y for _, y in shown] + [v for _, e in ends for v in e if _drawable(v, log)]
+  values = [y for _, y in shown + others] + [v for _, e in ends for v in e if _drawable(v, log)]
   values += [0.0] if zero and not log else []
   at_y, y_ticks = _y_axis(values, log)
   parts = [head, _grid(at_x, at_y, y_ticks, bool(xs))]
   parts.append(_marks([mark for mark in marks if at_x.low <= mark[0] <= at_x.high], at_x))
+  if others:
+    parts.append(_second(others, at_x, at_y, log))
   parts.append(_lines(kept, shown, at_x, at_y, log))
   for x, y in outliers:
     parts.append(f'<path class="outlier" d="M{at_x(x):.1f} {_TOP}l4 7h-8z" style="fill:{_ACCENT}">'
@@ -182,11 +191,25 @@ def _marks(marks, at_x):
   return "".join(out)
 
 
+def _average(shown, log):
+  return [10 ** y if log else y for y in smooth([math.log10(y) if log else y for _, y in shown])]
+
+
+def _second(shown, at_x, at_y, log):
+  """A second run's moving average, and its last value."""
+  bold = [(x, y) for (x, _), y in zip(shown, _average(shown, log), strict=True)]
+  bold = bold[:-1:math.ceil(len(bold) / _MAX_DRAWN)] + bold[-1:]
+  path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in bold)
+  x, y = bold[-1]
+  return (f'<g class="other"><polyline points="{path}" fill="none" style="stroke:{_OTHER}" stroke-width="1.8" '
+          f'stroke-dasharray="5 3"/><text x="{at_x(x) + 7:.1f}" y="{at_y(y) + 4:.1f}" font-size="10.5" '
+          f'style="fill:{_OTHER}">{number(y)}</text></g>')
+
+
 def _lines(kept, shown, at_x, at_y, log):
   if not shown:
     return ""
-  ys = [math.log10(y) if log else y for _, y in shown]
-  average = [10 ** y if log else y for y in smooth(ys)]
+  average = _average(shown, log)
   runs, run = [], []
   for x, y in [*kept, (0.0, math.nan)]:  # a gap in the values is a gap in the line
     if _drawable(y, log):

@@ -1,33 +1,31 @@
-"""The report of a run: one HTML file that needs no network, no script and nothing beside it.
+"""The report of a run, or of two side by side: one HTML file that needs no network and nothing beside it.
 
-Here the page's plain data is put together; what it looks like stands in page.html.j2, trajectory.html.j2 and page.css.
-Everything that a model or a data set wrote is hostile text.  The template escapes whatever it prints, and takes out
-what can't be seen; only what is `Markup` here goes through as it is, and says why it may.
+Here the page's plain data is put together; how it is made safe stands in page.py, and what it looks like in
+page.html.j2, viewer.html.j2, viewer.js and page.css.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import functools
-import importlib.resources
 import json
 import os
 import re
 
-import jinja2
+from etils import epath
 import markupsafe
 
 from virl_jax import config as config_lib
 from virl_jax.eval import monitors
+from virl_jax.eval import outcome
 from virl_jax.report import curves
 from virl_jax.report import gallery
-from virl_jax.report import trajectory
+from virl_jax.report import page as page_lib
 from virl_jax.run import files
 from virl_jax.run import goodput
 from virl_jax.run import log
 
-_GALLERY_BYTES = 13_500_000  # keeps a page below 15 MB: curves and tables need far less than the rest
+_GALLERY_BYTES = 32_000_000  # of a page: curves and tables need far less than the rest
 
 # The headline: key in an evaluation's summary, name, what it means, whether it is a share (of 1).
 _CARDS = (
@@ -65,76 +63,103 @@ _CHARTS = (
                  ("speed/goodput", "Goodput", {"zero": True}))))
 
 _ALARM_STEPS = 8       # beginnings of one alarm that are listed; the curves show all
-_LONGEST_TEXT = 12000  # characters shown of one turn
-
-_IMAGE_URI = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
-_SPECIAL = re.compile(r"(<\|[A-Za-z0-9_/]{1,40}\|>|</?(?:think|answer|tool_call|tool_response|tools)>)")
-_REPEATED = re.compile(r"(<\|(?:image|video)_pad\|>)\1+")
-# Control characters, lone surrogates and marks that reorder text: they could make a page unreadable or
-# make it say what the model did not.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def render(config: dict, metrics: list[dict], before: dict | None, after: dict | None,
-           difference: dict | None, gallery: list[dict], title: str, clock: Sequence[dict] = ()) -> str:
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a run has left.
+
+  Attributes:
+    name: of the run.
+    config: its configuration, nested.
+    metrics: the lines of metrics.jsonl.
+    before: the evaluation's summary before training, or None.
+    after: the same after training, with "difference" by measure, each with value, low and high; or None.
+    kept: rollouts in order of time, each (label, entries of `gallery`).
+    clock: the lines of wallclock.jsonl, as `goodput.read` gives them.
+  """
+
+  name: str
+  config: dict = dataclasses.field(default_factory=dict)
+  metrics: Sequence[dict] = ()
+  before: dict | None = None
+  after: dict | None = None
+  kept: Sequence[tuple[str, list[dict]]] = ()
+  clock: Sequence[dict] = ()
+
+
+def render(run: Run, beside: Run | None = None) -> str:
   """Makes the page.
 
   Args:
-    config: the run's configuration, nested.
-    metrics: the lines of metrics.jsonl.
-    before: the evaluation's summary before training, or None.
-    after: the same after training, or None.
-    difference: after - before by measure, each with value, low and high, or None.
-    gallery: kept rollouts, each {"step": int, "label": str, "entries": [gallery.entry(...), ...]};
-      the last one is shown first.
-    title: of the page.
-    clock: the lines of wallclock.jsonl, as `goodput.read` gives them.
+    run: what it is about.
+    beside: a second run to compare with.
 
   Returns:
     A whole HTML document.  What is empty or None is left out.
   """
-  ended, summaries = bool(after), (before or {}, after or {})
-  alarms = _begun(config, metrics) if metrics else []
-  page = {
-      "title": title, "facts": _facts(config, metrics, before, after),
-      "kind": "ViRL training report" if metrics or before or after else "ViRL",
-      "css": markupsafe.Markup(_file("page.css")),  # a file of this package, never text of a run
-      "cards": _cards(config, *summaries, difference or {}, ended) if before or after else None,
-      "by_kind": _by_kind(*summaries, ended), "others": _others(*summaries, ended),
-      "alarms": [_alarm(of_one) for of_one in alarms] if metrics else None,
-      "wall": _wall(clock),
-      "training": _training(metrics, *summaries, alarms) if metrics else None,
-      "kept": [{"label": each["label"], "entries": [trajectory.view(item) for item in each["entries"]]}
-               for each in gallery],
-      "classes": trajectory.CLASSES, "config": _flat(config)}
-  return _environment().get_template("page.html.j2").render(page)
+  before, after = run.before or {}, run.after or {}
+  ended, runs = bool(run.after), [run] + [beside] * (beside is not None)
+  alarms = [_begun(each) if each.metrics else [] for each in runs]
+  shown = page_lib.Shown(_GALLERY_BYTES)
+  for number, label, entries in _first_to_last(runs):
+    for entry in entries:
+      shown.add(entry, label, number)
+  names = [each.name for each in runs]
+  values = {
+      "title": " and ".join(names), "facts": [_facts(each) for each in runs], "names": names,
+      "kind": "ViRL training report" if run.metrics or before or after else "ViRL",
+      "sound": [tiles for each, found in zip(runs, alarms) if (tiles := _sound(each, found))],
+      "cards": _cards(run.config, before, after, after.get("difference") or {}, ended) if before or after else None,
+      "by_kind": _by_kind(before, after, ended), "others": _others(before, after, ended),
+      "alarms": [_alarm(of_one, each.name if beside else "") for each, found in zip(runs, alarms) for of_one in found]
+      if any(each.metrics for each in runs) else None,
+      "wall": _wall(run.clock),
+      "side": _side(run, beside) if beside else None,
+      "training": _training(run, beside, alarms[0]) if any(each.metrics for each in runs) else None,
+      "left_out": f"{shown.left_out} more are kept in rollouts/, for which this page has no room."
+      if shown.left_out else "",
+      "config": flat(run.config) if beside is None else _differences(run.config, beside.config)}
+  return page_lib.render("page.html.j2", values, shown.data(names, beside is not None))
 
 
-def write(workdir: str) -> str:
+def write(workdir: str, beside: str | None = None, out: str | None = None) -> str:
   """Makes report.html from what a run has left in its folder so far.
 
   Args:
     workdir: may hold config.json, metrics.jsonl, wallclock.jsonl, eval_before.json, eval_after.json and
       rollouts/{before,step_*,after}.jsonl and bad_batches/; what is missing is left out of the page.
+    beside: folder of a second run to compare with; None for none.
+    out: the page; None for report.html in `workdir`.
 
   Returns:
     The page's path.
 
   Raises:
-    ValueError: `workdir` is no folder, or a file in it is not what its name says.
+    ValueError: a folder is none, or a file in it is not what its name says.
   """
+  first, second = read(workdir), None
+  if beside is not None:
+    second = read(beside)
+    if first.name == second.name:  # runs/a/x and runs/b/x
+      first, second = (dataclasses.replace(run, name=os.path.join(*files.absolute(files.path(folder)).parts[-2:]))
+                       for run, folder in ((first, workdir), (second, beside)))
+  target = files.path(workdir) / "report.html" if out is None else files.path(out)
+  files.make(target.parent)
+  files.write_text(target, render(first, second))
+  return str(target)
+
+
+def read(workdir: str) -> Run:
+  """What a run has left in its folder; see `write`."""
   folder = files.path(workdir)
   if not files.is_dir(folder):
     raise ValueError(f"workdir must be a folder. Received: {workdir!r}")
   metrics_path = folder / "metrics.jsonl"
-  metrics = log.read(str(metrics_path)) if files.exists(metrics_path) else []
-  before, after = (_json(folder / f"eval_{when}.json") for when in ("before", "after"))
-  config = config_lib.translate(_json(folder / "config.json") or {})
-  kept = _kept_rollouts(folder, metrics)
-  page = render(config, metrics, before, after, (after or {}).get("difference"), kept,
-                files.absolute(folder).name, goodput.read(str(folder / "wallclock.jsonl")))
-  files.write_text(folder / "report.html", page)
-  return str(folder / "report.html")
+  return Run(files.absolute(folder).name, config_lib.translate(_json(folder / "config.json") or {}),
+             log.read(str(metrics_path)) if files.exists(metrics_path) else [],
+             *(_json(folder / f"eval_{when}.json") for when in ("before", "after")),
+             _kept_rollouts(folder), goodput.read(str(folder / "wallclock.jsonl")))
 
 
 def _json(path):
@@ -146,28 +171,25 @@ def _json(path):
     raise ValueError(f"{path} must be JSON. Received: {e}") from e
 
 
-def _kept_rollouts(folder, metrics):
-  """The rollouts in order of time, bad batches among them; too many for a page, the middle of the run goes first."""
+def _kept_rollouts(folder: epath.Path) -> list[tuple[str, list[dict]]]:
+  """The rollouts in order of time, bad batches among them."""
   rollouts = folder / "rollouts"
-  last = max((line["step"] for line in metrics if isinstance(line.get("step"), int)), default=-1) + 1
-  before, after = ((step, name.title(), rollouts / f"{name}.jsonl") for step, name in ((0, "before"), (last, "after")))
   steps = [(step, f"Step {step}", path) for step, path in _numbered(rollouts, r"step_(\d+)\.jsonl")]
   skipped = [(step, f"Skipped, step {step}", path / "trajectories.jsonl")
              for step, path in _numbered(folder / "bad_batches", r"step_(\d+)")]
-  kept, room = {}, _GALLERY_BYTES
-  for each in [after, before, *skipped[::-1], *steps[::-1]]:
-    entries = []
-    for item in gallery.load(str(each[2])) if files.exists(each[2]) else ():
-      room -= len(json.dumps(item))
-      if room < 0:
-        break
-      entries.append(item)
-    if entries:
-      kept[each] = entries
-    if room < 0:
-      break
-  return [{"step": each[0], "label": each[1], "entries": kept[each]}
-          for each in (before, *sorted([*steps, *skipped]), after) if each in kept]
+  wanted = [(-1, "Before", rollouts / "before.jsonl"), *sorted([*steps, *skipped]),
+            (-1, "After", rollouts / "after.jsonl")]
+  kept = ((label, gallery.load(str(path))) for _, label, path in wanted if files.exists(path))
+  return [(label, entries) for label, entries in kept if entries]
+
+
+def _first_to_last(runs: Sequence[Run]) -> list[tuple[int, str, list[dict]]]:
+  """(number of the run, label, entries) by what a page should have room for first: the end, the beginning, skipped
+  batches, and then the steps from the last on."""
+  rank = lambda label: next(i for i, start in enumerate(("After", "Before", "Skipped", "")) if label.startswith(start))
+  found = [(rank(label), -at, number, label, entries) for number, run in enumerate(runs)
+           for at, (label, entries) in enumerate(run.kept)]
+  return [each[2:] for each in sorted(found, key=lambda each: each[:3])]
 
 
 def _numbered(folder, pattern):
@@ -176,57 +198,8 @@ def _numbered(folder, pattern):
   return [(number, folder / name) for number, name in sorted(found)]
 
 
-@functools.cache  # with the templates that it has compiled
-def _environment() -> jinja2.Environment:
-  env = jinja2.Environment(loader=jinja2.FunctionLoader(_file), autoescape=True, undefined=jinja2.StrictUndefined,
-                           finalize=_visible, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-  env.filters |= {"figure": _figure, "number": curves.number, "signed": _signed, "cut": _cut, "picture": _picture,
-                  "transcript": _transcript}
-  return env
-
-
-def _file(name: str) -> str:
-  return importlib.resources.files("virl_jax.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _visible(value: object) -> str:
-  """Whatever the template prints goes through here before it is escaped: nothing invisible is left in it."""
-  if isinstance(value, markupsafe.Markup):
-    return value  # a macro's output, whose values came through here, or markup of this module
-  return _UNSEEN.sub("\ufffd", str(value).replace("\r\n", "\n"))
-
-
-def _picture(uri: str | None) -> str | None:
-  """The data URI of a picture as it is, or None for anything else."""
-  return uri if isinstance(uri, str) and _IMAGE_URI.fullmatch(uri) else None
-
-
-def _cut(text: str, longest: int) -> str:
-  return text if len(text) <= longest else text[:longest] + " …"
-
-
-def _transcript(text: str) -> list[tuple[str, bool]]:
-  """What a turn holds in pieces: (text, whether it is a special token, which the style dims)."""
-  text = _REPEATED.sub(lambda m: f"{m[1]}×{len(m[0]) // len(m[1])}", text.strip("\n"))
-  more = len(text) - _LONGEST_TEXT
-  pieces = [(piece, i % 2 == 1) for i, piece in enumerate(_SPECIAL.split(text[:_LONGEST_TEXT]))]
-  return pieces + [(f" … {more} more characters", True)] * (more > 0)
-
-
-def _signed(value: float | None) -> str:
-  """A number with its sign, two decimals."""
-  return "–" if value is None else f"{value:+.2f}".replace("-", "−")
-
-
-def _figure(value: float | None, share: bool, unit: str = "") -> str:
-  """A measure for people; the unit is that of shares."""
-  if value is None:
-    return "–"
-  return (f"{100 * value:.1f}{unit}" if share else f"{value:.2f}").replace("-", "−")
-
-
-def _facts(config, metrics, before, after):
-  facts = []
+def _facts(run):
+  config, metrics, facts = run.config, run.metrics, []
   if metrics:
     facts.append(f"{len(metrics)} steps")
   rollout, example = config.get("rollout") or {}, config.get("sft") or {}
@@ -240,10 +213,62 @@ def _facts(config, metrics, before, after):
     facts.append(f"model {os.path.basename(str(config['model']['path']).rstrip('/'))}")
   if (config.get("reward") or {}).get("h0") is not None:
     facts.append(f"h0 = {config['reward']['h0']}")
-  tasks = (after or before or {}).get("n")
+  tasks = (run.after or run.before or {}).get("n")
   if tasks:
     facts.append(f"{tasks} held-out tasks")
   return facts
+
+
+def _sound(run, alarms):
+  """Whether the figures can be believed: the gap between sampler and trainer first of all."""
+  tiles, cfg = [], _monitor(run.config)
+  for key, name, limit in (("rollout/logp_gap_mean", "Sampler–trainer gap, mean", cfg.drift_mean_nats),
+                           ("rollout/logp_gap_max", "Sampler–trainer gap, largest", cfg.drift_max_nats)):
+    found = [(line[key], line.get("step")) for line in run.metrics if _is_number(line.get(key))]
+    if found:
+      worst, step = max(found, key=lambda each: (each[0] != each[0], each[0]))
+      tiles.append({"name": name, "value": f"{curves.number(found[-1][0])} nats", "bad": not worst < limit,
+                    "told": f"last step; at most {curves.number(worst)}, in step {step}; alarm from "
+                            f"{curves.number(limit)}"})
+  if run.metrics:
+    told = ", ".join(_spoken(of_one[0]) for of_one in alarms) or "no monitor has anything to say"
+    tiles.append({"name": "Alarms", "value": str(sum(map(len, alarms))), "bad": bool(alarms), "told": told})
+    skipped = sum(line["optim/skipped"] for line in run.metrics if _is_number(line.get("optim/skipped")))
+    tiles.append({"name": "Skipped updates", "value": curves.number(skipped), "bad": skipped > 0,
+                  "told": "for a loss or gradient that was not finite, or far too long"})
+  if wall := _wall(run.clock):
+    tiles.append({"name": "Goodput", "value": page_lib.figure(wall["goodput"], True, "%"), "bad": False,
+                  "told": f"steps that count, of {wall['total']}"})
+  return {"run": run.name, "tiles": tiles} if tiles else None
+
+
+def _side(run, beside):
+  """Both runs' measures, and what the second has more than the first on the same tasks."""
+  rows, paired, why = [], {}, "one of them has no evaluation after training"
+  if run.after and beside.after:
+    try:
+      found = [[outcome.Outcome(**{"uid": "", **o, "ious": tuple(o["ious"])}) for o in each.after["outcomes"]]
+               for each in (run, beside)]
+      paired = outcome.difference(*found, (run.config.get("reward") or {}).get("h0", 0.5))
+      why = ""
+    except (KeyError, TypeError, ValueError) as e:
+      why = "their held-out tasks are not the same" if isinstance(e, ValueError) else "outcomes of tasks are not there"
+  for key, name, share in [(key, name, share) for key, name, _, share in _CARDS] + list(_OTHER):
+    cells = []
+    for each in (run, beside):
+      b, a = (_interval((of or {}).get(key)) for of in (each.before, each.after))
+      cells.append({"was": b, "now": a})
+    if any(cell["was"] or cell["now"] for cell in cells):
+      rows.append({"name": name, "share": share, "cells": cells,
+                   "change": _change(None, None, _interval(paired.get(key)), judged=True)})
+  return {"rows": rows, "names": [run.name, beside.name], "why": why if rows else "", "n": paired.get("n")}
+
+
+def _differences(one, other):
+  """Knobs that are not the same: (name, value in the first, value in the second)."""
+  found = [dict(flat(config)) for config in (one, other)]
+  return [(key, *(each.get(key, "–") for each in found)) for key in dict.fromkeys([*found[0], *found[1]])
+          if found[0].get(key) != found[1].get(key)]
 
 
 def _cards(config, before, after, difference, ended):
@@ -261,6 +286,7 @@ def _cards(config, before, after, difference, ended):
 
 
 def _change(before, after, difference, judged):
+  """What of a measure has changed, in words and colours; None if that is not known."""
   if difference is None and not (before and after):
     return None
   value, low, high = difference or (after[0] - before[0], None, None)
@@ -299,19 +325,22 @@ def _cell(before, after, share, ended):
   return {"was": b[0] if b and ended else None, "now": ((a if ended else b) or (None,))[0], "share": share}
 
 
-def _begun(config, metrics):
-  """The alarms of a run by monitor, in order of the first: a monitor's number in the page is its place."""
+def _monitor(config):
   section = config.get("monitor") or {}  # runs once had none
-  known = {f.name: section[f.name] for f in dataclasses.fields(monitors.Config) if f.name in section}
-  steps = [line for line in metrics if _is_number(line.get("step"))]
+  return monitors.Config(**{f.name: section[f.name] for f in dataclasses.fields(monitors.Config) if f.name in section})
+
+
+def _begun(run):
+  """The alarms of a run by monitor, in order of the first: a monitor's number in the page is its place."""
+  steps = [line for line in run.metrics if _is_number(line.get("step"))]
   found = {}
-  for alarm in monitors.all_begun(steps, monitors.Config(**known)):
+  for alarm in monitors.all_begun(steps, _monitor(run.config)):
     found.setdefault(alarm.name, []).append(alarm)
   return list(found.values())
 
 
-def _alarm(of_one):
-  return {"name": _spoken(of_one[0]), "message": of_one[0].message,
+def _alarm(of_one, run):
+  return {"name": _spoken(of_one[0]), "message": of_one[0].message, "run": run,
           "steps": [alarm.step for alarm in of_one[:_ALARM_STEPS]], "more": max(0, len(of_one) - _ALARM_STEPS)}
 
 
@@ -331,28 +360,35 @@ def _wall(clock):
   return {"rows": rows, "goodput": goodput.share(parts), "total": log.duration(total), "starts": starts}
 
 
-def _training(metrics, before, after, alarms):
-  marks = sorted((alarm.step, str(i), _visible(f"step {alarm.step}: {_spoken(alarm)} begins"))
+def _training(run, beside, alarms):
+  before, after = run.before or {}, run.after or {}
+  marks = sorted((alarm.step, str(i), page_lib.visible(f"step {alarm.step}: {_spoken(alarm)} begins"))
                  for i, of_one in enumerate(alarms, start=1) for alarm in of_one)
   groups = []
   for heading, charts in _CHARTS:
     drawn = []
     for key, name, how in charts:
-      points = [(line["step"], line[key]) for line in metrics
-                if _is_number(line.get(key)) and _is_number(line.get("step"))]
-      if points:
+      points, others = _points(run, key), _points(beside, key) if beside else []
+      if points or others:
         ends = {"before": before.get(key), "after": after.get(key)} if heading == "Behaviour" else {}
         # Markup: `curves.svg` draws numbers, and escapes its few words.
-        drawn.append(markupsafe.Markup(curves.svg(points, name, subtitle=key, marks=marks, **how, **ends)))
+        drawn.append(markupsafe.Markup(curves.svg(points, name, subtitle=key, marks=marks, beside=others, **how,
+                                                  **ends)))
     if drawn:
       groups.append((heading, drawn))
   return {"groups": groups, "held_out": bool(before or after), "marked": bool(marks)}
 
 
-def _flat(nested, prefix=""):
+def _points(run, key):
+  return [(line["step"], line[key]) for line in run.metrics
+          if _is_number(line.get(key)) and _is_number(line.get("step"))]
+
+
+def flat(nested: dict, prefix: str = "") -> list[tuple[str, str]]:
+  """The leaves of a nested dict as JSON, by dotted key."""
   out = []
   for key, value in nested.items():
-    out += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, json.dumps(value))]
+    out += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, json.dumps(value))]
   return out
 
 

@@ -1,27 +1,38 @@
-"""One trajectory of `report.gallery`, made ready for the page's template: plain data, no markup."""
+"""One trajectory of `report.gallery`, made ready for the page's script: plain data, no markup."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import re
 
 CLASSES = ("correct", "redundant", "erroneous")
 _ZOOM = "image_zoom_in_tool"  # the action that goes without saying
 _TINY_CROP_PX = 96            # smaller crops are enlarged on the page, pixel by pixel
 _CRISP_SIDE_PX = 300          # so are pictures up to this size
+_LONGEST_TEXT = 12000         # characters shown of one turn
+_LONGEST_ANSWER = 300
+
+_SPECIAL = re.compile(r"(<\|[A-Za-z0-9_/]{1,40}\|>|</?(?:think|answer|tool_call|tool_response|tools)>)")
+_REPEATED = re.compile(r"(<\|(?:image|video)_pad\|>)\1+")
 
 
-def view(item: dict) -> dict:
-  """What the template needs to draw one entry.
+def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
+  """What viewer.js needs to draw one entry.
 
   Args:
     item: what `gallery.entry` returns.  A turn may also have "action", the name of the visual action that it
       carried out; a turn without it that has a box is a zoom.
+    keep: a picture's data URI -> its number among the page's pictures, or None for what is no picture.
 
   Returns:
-    The entry with: crisp (whether the picture is shown pixel by pixel); drawn, the policy's boxes, each a place (x, y,
-    width, height in pixels of the original picture), kind, title, number, and left and top in per cent and how many
-    numbers stand beside it; truth, the places of the ground truth; and turns, each with number (counted from 1 over
-    those that have a box, else None), kind, call ("zoom 1"), other_action (its name if it is no zoom), tiny, notes.
+    uid, rollout, kind, source, question, options, answers, answer, reward, advantage, score, width and height; and
+    outcome ("right", "wrong", or "no answer known"); stop in words; best, the best IoU of all actions, 0 without one,
+    None if not known; classes, which there are; parts, the reward's terms as pairs; picture, its number; crisp (whether
+    it is shown pixel by pixel); drawn, the policy's boxes, each a place (x, y, width, height in pixels of the original
+    picture), kind, title, number, and left and top in per cent and how many numbers stand beside it; truth, the places
+    of the ground truth; and turns, each with role, text (pieces, of which every second is a special token), number
+    (counted from 1 over those that have a box, else None), kind, call ("zoom 1"), other_action (its name if it is no
+    zoom), class, iou, modulator, advantage, error, tokens, crop (a picture's number), tiny and notes.
   """
   width, height = int(item["width"]), int(item["height"])
   turns, drawn, number = [], [], 0
@@ -29,18 +40,44 @@ def view(item: dict) -> dict:
   for turn in item["turns"]:
     box = turn["box"]
     number += box is not None
-    shown = _turn(turn, None if box is None else number)
+    shown = _turn(turn, None if box is None else number, keep)
     turns.append(shown)
     if box is not None and None not in box:
       left, top, beside = _corner(box, width, height, rows)
       drawn.append({**_place(box), "number": number, "kind": shown["kind"], "left": f"{left:.2f}", "top": f"{top:.2f}",
                     "beside": beside, "title": f"{shown['call']}: {turn['class'] or 'not graded'}"})
-  return {**item, "width": width, "height": height, "crisp": max(width, height) <= _CRISP_SIDE_PX, "drawn": drawn,
-          "truth": [_place(box) for box in item["boxes_gt"] if None not in box], "turns": turns}
+  known = ("uid", "kind", "question", "options", "reward", "advantage")
+  ious = [turn["iou"] for turn in item["turns"] if turn["box"] is not None]
+  graded = bool(item["boxes_gt"]) and None not in ious
+  return {name: item[name] for name in known} | {
+      "rollout": item.get("rollout", 0), "source": item.get("source") or "", "score": item.get("score"),
+      "answers": [cut(str(answer)) for answer in item["answers"]],
+      "answer": None if item["answer"] is None else cut(str(item["answer"])),
+      "outcome": "no answer known" if not item["answers"] else "right" if item["correct"] else "wrong",
+      "stop": str(item["stop"] or "unfinished").replace("_", " "), "change": item.get("change") or "",
+      "best": max(ious, default=0.0) if graded else None,
+      "classes": sorted({turn["class"] for turn in item["turns"] if turn["class"] in CLASSES}),
+      "parts": [[name, value] for name, value in (item["reward_parts"] or {}).items()],
+      "width": width, "height": height, "crisp": max(width, height) <= _CRISP_SIDE_PX,
+      "picture": keep(item["image"]), "left_out": item.get("left_out") or "", "drawn": drawn,
+      "truth": [_place(box) for box in item["boxes_gt"] if None not in box], "turns": turns}
 
 
-def _turn(turn: dict, number: int | None) -> dict:
-  box, action, crop = turn["box"], turn.get("action"), turn.get("crop")
+def cut(text: str) -> str:
+  """An answer that is not too long for a line or two."""
+  return text if len(text) <= _LONGEST_ANSWER else text[:_LONGEST_ANSWER] + " …"
+
+
+def transcript(text: str) -> list[str]:
+  """What a turn holds in pieces, of which every second is a special token, which the style dims."""
+  text = _REPEATED.sub(lambda m: f"{m[1]}×{len(m[0]) // len(m[1])}", text.strip("\n"))
+  more = len(text) - _LONGEST_TEXT
+  pieces = _SPECIAL.split(text[:_LONGEST_TEXT])
+  return pieces + [f" … {more} more characters"] * (more > 0)
+
+
+def _turn(turn: dict, number: int | None, keep: Callable[[str | None], int | None]) -> dict:
+  box, action = turn["box"], turn.get("action")
   other = None if action == _ZOOM else action
   notes = []
   if box is not None:
@@ -50,9 +87,13 @@ def _turn(turn: dict, number: int | None) -> dict:
   if turn["error"] is not None:
     notes.append(f"told: {turn['error']}")
   measured = box is not None and None not in box
-  return {**turn, "number": number, "kind": turn["class"] if turn["class"] in CLASSES else "plain",
-          "call": (other or "zoom") + ("" if number is None else f" {number}"), "other_action": other, "crop": crop,
-          "tiny": measured and max(box[2] - box[0], box[3] - box[1]) < _TINY_CROP_PX, "notes": notes}
+  known = ("role", "class", "iou", "modulator", "advantage", "error")
+  return {name: turn[name] for name in known} | {
+      "text": transcript(turn["text"]), "tokens": turn.get("tokens"), "number": number,
+      "kind": turn["class"] if turn["class"] in CLASSES else "plain",
+      "call": (other or "zoom") + ("" if number is None else f" {number}"), "other_action": other,
+      "crop": keep(turn.get("crop")), "notes": notes,
+      "tiny": measured and max(box[2] - box[0], box[3] - box[1]) < _TINY_CROP_PX}
 
 
 def _place(box: Sequence[float]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What rows are to be given, as padded arrays of few shapes.
+"""Prompts and tool turns for rows of the cache, as padded arrays of few shapes.
 
 Rows are split over lanes, one for each part of the mesh that holds rows of its own; a chunk has the same
 number of rows for each lane, so that each device appends to what it holds.

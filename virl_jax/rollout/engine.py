@@ -16,6 +16,7 @@ device they agree on its shape, which is all they need to know of each other.
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 import concurrent.futures
 import dataclasses
 import itertools
@@ -113,7 +114,8 @@ def rollout(policy: turns.Policy, params: dict, tasks: list[types.Task], key: ja
 
 
 def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Array, group_size: int = 1,
-        temperature: float | None = None, protocol=turns) -> tuple[list[types.Trajectory], Stats]:
+        temperature: float | None = None, protocol=turns, seeds: Sequence[int] | None = None
+        ) -> tuple[list[types.Trajectory], Stats]:
   """Rolls out every task `group_size` times.
 
   Args:
@@ -125,6 +127,8 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
     group_size: G.
     temperature: overrides `policy.rollout.temperature`; 0 is greedy.
     protocol: has `begin`, `left`, `hear` and `read` as `turns` does: what a turn leads to.
+    seeds: int32 of each trajectory, which its samples depend on in place of its index: what is sampled for a task is
+      then the same in whatever company it is asked.
 
   Returns:
     The trajectories by index, groups together, each with a stop reason; with several processes, those of
@@ -137,7 +141,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
     raise ValueError("tasks must not be empty")
   with concurrent.futures.ThreadPoolExecutor(policy.engine.threads) as pool:
     try:
-      return _Loop(policy, params, tasks, key, group_size, temperature, protocol, pool).run()
+      return _Loop(policy, params, tasks, key, group_size, temperature, protocol, pool, seeds).run()
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       raise
@@ -146,8 +150,9 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
 class _Loop:
   """One rollout under way."""
 
-  def __init__(self, policy, params, tasks, key, group_size, temperature, protocol, pool):
+  def __init__(self, policy, params, tasks, key, group_size, temperature, protocol, pool, seeds):
     cfg = policy.engine
+    self.seeds = range(len(tasks) * group_size) if seeds is None else seeds
     self.policy, self.params, self.key, self.protocol, self.pool = policy, params, key, protocol, pool
     self.temperature = np.float32(policy.rollout.temperature if temperature is None else temperature)
     self.shards, self.n_lanes = sharding.row_shards(policy.mesh), len(hosts.row_lanes(policy.mesh))
@@ -263,7 +268,7 @@ class _Loop:
   # --- calls to the device ----------------------------------------------------------------------------------
 
   def _dispatch(self) -> None:
-    """Before each call: if the device was known to rest, it has rested until now."""
+    """Before each call: ends the device's idle time, if it has been idle."""
     if self.rested is not None:
       self.stats.idle_s += time.perf_counter() - self.rested
       self.rested = None
@@ -311,7 +316,7 @@ class _Loop:
     used = [0] * self.n_lanes
     for number, slot in writers:
       row, a = self.lanes[number].rows[slot], slot if whole else used[number]
-      asked[:, number, a] = row.traj.index, row.turn, row.said, self.protocol.left(policy, row), slot
+      asked[:, number, a] = self.seeds[row.traj.index], row.turn, row.said, self.protocol.left(policy, row), slot
       used[number] += 1
       who[number * each + a] = number, slot
     asked = asked.reshape(5, -1)

@@ -1,4 +1,4 @@
-"""A recorded conversation as one of ours: what its assistant said is said again, in our protocol, and answered by us.
+"""A recorded conversation as one of ours: the assistant's turns in our protocol, each zoom carried out anew.
 
 Each turn goes through `turns.read` as if it had been sampled, so that a demonstration is a `types.Trajectory` like any
 other: the same prompt, the same crops, the same budgets, and what can't be a rollout can't be learned.

@@ -1,4 +1,4 @@
-"""What an engine has in its slots: prompts, rows that are under way, and what is appended to them."""
+"""The contents of an engine's slots: prompts, unfinished rows, and the chunks appended to them."""
 
 from __future__ import annotations
 

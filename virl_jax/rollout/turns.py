@@ -1,7 +1,7 @@
 """One trajectory on the host: its prompt, and what each sampled turn leads to.
 
 Every turn is read once, by strict rules that never raise: it takes a visual action (what that shows comes back),
-answers, or has failed (the policy is told why, or the trajectory ends).  Budgets are kept here.
+answers, or fails (the policy gets the reason, or the trajectory ends).  Budgets are kept here.
 A turn holds one call: credit goes to one visual action a turn, so two calls in one are an error.
 """
 
@@ -70,6 +70,11 @@ class Policy:
   mesh: jax.sharding.Mesh
   engine: slots.Config = slots.Config()
   actions: Mapping[str, Any] = dataclasses.field(default_factory=lambda: table.ACTIONS)
+
+
+def without_actions(policy: Policy) -> Policy:
+  """The same policy, told of no visual action, and whose calls are refused."""
+  return dataclasses.replace(policy, actions={}, prompt=dataclasses.replace(policy.prompt, describe_tool=False))
 
 
 def check(policy: Policy, task: types.Task) -> None:

@@ -1,4 +1,4 @@
-"""Where things are kept that can be made again."""
+"""Where compiled programs and drawn pictures are kept between runs; deleting them costs time alone."""
 
 from __future__ import annotations
 

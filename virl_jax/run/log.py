@@ -1,8 +1,8 @@
-"""What a training run writes down while it runs: metrics.jsonl, a line on the terminal, TensorBoard."""
+"""What a training run writes down while it runs: metrics.jsonl, a line on the terminal, TensorBoard, W&B."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import importlib
 import json
 import logging
@@ -11,9 +11,11 @@ import os
 import statistics
 import sys
 import time
+import uuid
 
 from etils import epath
 import numpy as np
+from PIL import Image
 
 from virl_jax.run import files
 
@@ -162,19 +164,29 @@ def duration(seconds: float) -> str:
   return f"{whole}s"
 
 
+def numbers(metrics: dict) -> dict[str, float]:
+  """What boards are told of a step: its numbers by name; what is missing or text is left out."""
+  return {name: float(value) for name, value in metrics.items()
+          if name != "step" and value is not None and not isinstance(value, str)}
+
+
 class TensorBoard:
-  """Writes scalars for TensorBoard, in a thread of the library's: the files are about a second behind, in a bucket half
-  a minute."""
+  """Writes scalars and pictures for TensorBoard, in a thread of the library's: the files are about a second behind, in
+  a bucket half a minute."""
 
   def __init__(self, writer):
     """Takes the library's writer; see `tensorboard_writer`."""
     self._writer = writer
 
   def write(self, step: int, metrics: dict) -> None:
-    """Hands on a step's numbers; what is missing or text is left out."""
-    for tag, value in metrics.items():
-      if tag != "step" and value is not None and not isinstance(value, str):
-        self._writer.add_scalar(tag, float(value), step)
+    """Hands on a step's `numbers`."""
+    for tag, value in numbers(metrics).items():
+      self._writer.add_scalar(tag, value, step)
+
+  def pictures(self, step: int, pictures: Sequence[Image.Image]) -> None:
+    """Hands on a step's pictures, by the names trajectories/0, trajectories/1 ..."""
+    for i, picture in enumerate(pictures):
+      self._writer.add_image(f"trajectories/{i}", np.asarray(picture), step, dataformats="HWC")
 
   def close(self) -> None:
     """Waits until everything is on the disk.  Without it, the end of the process does the same."""
@@ -206,6 +218,67 @@ def tensorboard_writer(logdir: str, enabled: bool, start_step: int = 0) -> Tenso
   flush_secs = 1 if files.is_local(logdir) else 30  # in a bucket, all that there is so far is written each time
   return TensorBoard(library.SummaryWriter(logdir, purge_step=start_step, flush_secs=flush_secs,
                                            filename_suffix=f".{start_step:08d}"))
+
+
+class WandB:
+  """Sends what TensorBoard is given to Weights & Biases, by the same names and steps."""
+
+  def __init__(self, library, run, sent: int):
+    """Takes the library and its run; steps before `sent` are there already; see `wandb_writer`."""
+    self._library, self._run, self._sent = library, run, sent
+
+  def write(self, step: int, metrics: dict) -> None:
+    """Hands on a step's `numbers`."""
+    if step >= self._sent:
+      self._run.log(numbers(metrics), step=step)
+
+  def pictures(self, step: int, pictures: Sequence[Image.Image]) -> None:
+    """Hands on the pictures of the step that was written last."""
+    if step >= self._sent:
+      self._run.log({f"trajectories/{i}": self._library.Image(picture) for i, picture in enumerate(pictures)},
+                    step=step)
+
+  def close(self) -> None:
+    """Waits until everything is sent or, offline, on the disk."""
+    self._run.finish()
+
+
+def wandb_writer(workdir: str, project: str, sent: int, config: dict) -> WandB | None:
+  """Opens a run of Weights & Biases, or goes on with the one of this workdir, whose id is in its file wandb_id.
+
+  The service takes each step once: what a resumed run does again is not sent again.  The variables that the library
+  knows, such as WANDB_MODE=offline, WANDB_ENTITY and WANDB_DIR, mean what they do elsewhere.
+
+  Args:
+    workdir: of the run; the library's own files go there too, if it is on a disk.
+    project: "" returns None at once.
+    sent: the first step that an earlier process did not log.
+    config: of the run, nested.
+
+  Raises:
+    ValueError: the package is not installed, or the library refuses.
+  """
+  if not project:
+    return None
+  try:
+    library = importlib.import_module("wandb")  # seconds
+  except ImportError as e:
+    raise ValueError("config.log.wandb must be '' unless the package wandb is installed: pip install -e '.[wandb]'. "
+                     f"Received: {project!r}") from e
+  folder = files.path(workdir)
+  file = folder / "wandb_id"
+  known = files.read_text(file).strip() if files.exists(file) else ""
+  name = known or uuid.uuid4().hex[:12]
+  where = os.environ.get("WANDB_DIR") or (str(folder) if files.is_local(workdir) else None)
+  try:
+    run = library.init(project=project, id=name, name=files.absolute(folder).name, resume="allow", dir=where,
+                       config=config, settings=library.Settings(console="off", silent=True))
+  except library.Error as e:
+    raise ValueError("config.log.wandb needs an account: run `wandb login` first, or set WANDB_MODE=offline. "
+                     f"Received: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+  if not known:
+    files.write_text(file, name + "\n")
+  return WandB(library, run, sent if known else 0)
 
 
 def _plain(value):

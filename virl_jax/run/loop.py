@@ -216,7 +216,8 @@ def begin(c: config_lib.ConfigDict, p: setup.Pieces, claimed: workdir_lib.Claime
   start, state = checkpoints.resume(state)
   if start:
     hosts.say(f"going on from step {start}")
-  record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed), learner, clock)
+  record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed), learner, clock,
+                               p.policy.codec.decode)
   return Run(c, p, workdir, clock, root_key, base, fits, held_out, before, checkpoints, start, state, record)
 
 
@@ -255,8 +256,8 @@ def evaluate(c, p, params, tasks, root_key, workdir: epath.Path, when: str, befo
   if before is not None:
     result["difference"] = outcome.difference(harness.outcomes(before, tasks), harness.outcomes(result), c.reward.h0,
                                               c.eval.bootstrap)
-  record_lib.save_gallery(workdir / "rollouts" / f"{when}.jsonl", [j.entry for j in judged[:c.log.gallery]],
-                          c.log.gallery)
+  shown = [j.entry(p.policy.codec.decode) for j in judged[:c.log.gallery]]
+  record_lib.save_gallery(workdir / "rollouts" / f"{when}.jsonl", shown, c.log.gallery)
   hosts.first(lambda: files.write_text(file, json.dumps(result) + "\n"))
   hosts.say(f"evaluated in {time.perf_counter() - began:.0f} s")
   return result

@@ -1,4 +1,4 @@
-"""What is known of memory: what a rollout's cache takes, and what the C library does with what is given back."""
+"""Memory: how much a rollout's cache takes, and whether the C library returns freed memory to the system."""
 
 from __future__ import annotations
 

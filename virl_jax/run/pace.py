@@ -1,4 +1,4 @@
-"""How fast a run is for what it runs on: tokens a second, and the share of the devices' operations that are put to use.
+"""How fast a run is on its devices: tokens per second, and model FLOPs utilisation.
 
 `work` counts on the host what a step's trajectories hold; what `metrics` says follows from that, from the step's
 seconds, and from `costs.flops`.  All of it is in a line of metrics.jsonl, so that it can be worked out again.

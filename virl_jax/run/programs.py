@@ -1,4 +1,4 @@
-"""The programs that a run compiles, with the shapes of their arguments and nothing allocated."""
+"""The programs that a run compiles, with their arguments' shapes; nothing is allocated."""
 
 from __future__ import annotations
 

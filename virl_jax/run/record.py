@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import pathlib
 import platform
 import time
@@ -14,11 +14,13 @@ from virl_jax import types
 from virl_jax.data import images
 from virl_jax.eval import monitors
 from virl_jax.learner import pooled
+from virl_jax.report import drawn
 from virl_jax.report import gallery
 from virl_jax.rl import credit
 from virl_jax.rollout import pack
 from virl_jax.run import bad
 from virl_jax.run import compiles
+from virl_jax.run import files
 from virl_jax.run import goodput
 from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
@@ -27,8 +29,8 @@ from virl_jax.run import watch
 
 
 class Recorder:
-  """Writes a workdir's metrics.jsonl, rollouts/, bad_batches/ and tensorboard/, prints a line a step, and watches for
-  failures.
+  """Writes a workdir's metrics.jsonl, rollouts/, bad_batches/ and tensorboard/, tells Weights & Biases if it should,
+  prints a line a step, and watches for failures.
 
   Of several processes the first does so, and all know what it has written.
 
@@ -39,19 +41,25 @@ class Recorder:
     header: what the figures are made with; see `log.MetricsLog`.
     learner: what it runs on, and what steps take.
     clock: writes down where time goes.
+    decode: text of token ids, for single tokens in the report; None leaves them out.
   """
 
-  def __init__(self, workdir: pathlib.Path, c, start: int, header: dict, learner: pace.Learner, clock: goodput.Clock):
+  def __init__(self, workdir: pathlib.Path, c, start: int, header: dict, learner: pace.Learner, clock: goodput.Clock,
+               decode: Callable[[Sequence[int]], str] | None = None):
+    self._decode = decode
     self._workdir, self._cfg, self._watch = workdir, c.log, monitors.Config(**c.monitor)
     self._optim = c.optim
     self._compiled, self._learner, self._clock = compiles.Counter(), learner, clock
     file = str(workdir / "metrics.jsonl")
+    sent = hosts.first(lambda: _logged(workdir / "metrics.jsonl"))  # before what will be done again is forgotten
     self._log = hosts.first(lambda: log_lib.MetricsLog(file, start, header))
     self._history = hosts.first(lambda: log_lib.read(file))
     self._alarms = monitors.all_begun(self._history, self._watch)
     self._progress = log_lib.Progress(c.steps, start)
-    self._tensorboard = log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard and hosts.leads(),
-                                                   start)
+    leads = hosts.leads()
+    boards = (log_lib.tensorboard_writer(str(workdir / "tensorboard"), c.log.tensorboard and leads, start),
+              log_lib.wandb_writer(str(workdir), c.log.wandb if leads else "", sent, header["config"]))
+    self._boards = [board for board in boards if board is not None]
     self._laps: dict[str, float] = {}
     self._waits, self._waited, self._pace = {}, 0.0, watch.Config(**c.watch)
     self._compiled_s, self._then = 0.0, time.perf_counter()
@@ -132,13 +140,13 @@ class Recorder:
     line = hosts.first(lambda: self._log.write(step, found))
     if hosts.leads():
       self._progress.line(step, line)
-    if self._tensorboard is not None:
-      self._tensorboard.write(step, line)
+    for board in self._boards:
+      board.write(step, line)
     if not bad.failures(line):
       _check_finite(line, self._workdir, self._optim.learning_rate)
     if line.get(bad.SKIPPED):
       at = bad.save(self._workdir, self._cfg.bad_batches, line, metrics[-1], minibatches,
-                    lambda i, which: entries(parts[i], minibatches[i], which))
+                    lambda i, which: entries(parts[i], minibatches[i], which, self._decode))
       hosts.say(bad.said(line, metrics[-1], at))
     self._history.append(line)
     if said := watch.slow(self._history, hosts.everyone((platform.node(), self._waits)), self._pace):
@@ -148,8 +156,13 @@ class Recorder:
       print(f"alarm: {alarm.name}: {alarm.message}", flush=True)
     self._alarms += begun
     if step and self._cfg.gallery_every and step % self._cfg.gallery_every == 0:
-      save_gallery(self._workdir / "rollouts" / f"step_{step:06d}.jsonl",
-                   entries(parts[0], minibatches[0], range(min(len(parts[0]), self._cfg.gallery))), self._cfg.gallery)
+      kept = save_gallery(
+          self._workdir / "rollouts" / f"step_{step:06d}.jsonl",
+          entries(parts[0], minibatches[0], range(min(len(parts[0]), self._cfg.gallery)), self._decode),
+          self._cfg.gallery)
+      pictures = [drawn.picture(entry) for entry in kept] if self._boards else []
+      for board in self._boards:
+        board.pictures(step, pictures)
     self._then = time.perf_counter()
 
   def _goodput(self, step: int) -> dict[str, float]:
@@ -161,14 +174,21 @@ class Recorder:
 
   def close(self) -> None:
     """Everything is on disk when it returns."""
-    if self._tensorboard is not None:
-      self._tensorboard.close()
+    for board in self._boards:
+      board.close()
 
 
-def save_gallery(file: pathlib.Path, entries: list[dict], most: int) -> None:
-  """Writes the first of what all processes have for the report."""
-  all_ = hosts.in_order([(entry["rollout"], entry) for entry in entries[:most]])
-  hosts.first(lambda: gallery.save(str(file), all_[:most]))
+def _logged(file: pathlib.Path) -> int:
+  """The first step that no earlier process has logged."""
+  steps = [line["step"] for line in log_lib.read(str(file)) if "step" in line] if files.exists(file) else []
+  return max(steps, default=-1) + 1
+
+
+def save_gallery(file: pathlib.Path, entries: list[dict], most: int) -> list[dict]:
+  """Writes the first of what all processes have for the report, and returns them."""
+  all_ = hosts.in_order([(entry["rollout"], entry) for entry in entries[:most]])[:most]
+  hosts.first(lambda: gallery.save(str(file), all_))
+  return all_
 
 
 def stops(trajectories: Sequence[types.Trajectory]) -> pooled.Metrics:
@@ -180,26 +200,36 @@ def stops(trajectories: Sequence[types.Trajectory]) -> pooled.Metrics:
   return reasons | {"invalid_action_rate": pooled.Ratio(refused, refused + taken)}
 
 
-def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch, which: Sequence[int]) -> list[dict]:
+def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch, which: Sequence[int],
+            decode: Callable[[Sequence[int]], str] | None = None) -> list[dict]:
   """Trajectories for the report, with what training made of them.
 
   Args:
     trajectories: this process's part of the batch, in order.
     scored: the batch.
     which: numbers of those that are wanted.
+    decode: text of token ids; None leaves out what training made of single tokens.
   """
   rows = list(zip(*hosts.fetch_rows((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
                                      scored.reward_B))))
+  tokens = hosts.fetch_rows({name: values for name, values in (
+      ("advantage", scored.advantage_BT), ("action", scored.batch.action_BT), ("trainer", scored.logp_old_BT))
+      if values is not None}) if decode is not None else {}
+  order_B = range(len(rows))
   if scored.batch.order_B is not None:
-    rows = [rows[i] for i in hosts.fetch_rows(scored.batch.order_B) % len(rows)]
+    order_B = hosts.fetch_rows(scored.batch.order_B) % len(rows)
   found = []
   for i in which:
-    traj, (iou_R, class_R, modulator_R, advantage, earned) = trajectories[i], rows[i]
+    traj, (iou_R, class_R, modulator_R, advantage, earned) = trajectories[i], rows[order_B[i]]
     k = len(traj.regions)
+    by_token = {name: values[order_B[i]] for name, values in tokens.items()}
+    if by_token:
+      action_T = by_token.pop("action")
+      by_token["modulator"] = np.where(action_T >= 0, modulator_R[np.maximum(action_T, 0)], 1.0)
     parts = {"answer": traj.worth, "format": float(pack.well_formed(traj))}
     classes = [credit.NAMES[int(v)] for v in class_R[:k]]
     found.append(gallery.entry(traj, images.decode(traj.task.image), iou_R[:k].tolist(), classes,
-                               modulator_R[:k].tolist(), float(advantage), float(earned), parts))
+                               modulator_R[:k].tolist(), float(advantage), float(earned), parts, decode, by_token))
   return found
 
 

@@ -24,6 +24,7 @@ from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import mixture
 from virl_jax.data import prompt
+from virl_jax.data.curation import stages as curation
 from virl_jax.data.recorded import script
 from virl_jax.data.sources import jsonl
 from virl_jax.data.sources import sets
@@ -65,7 +66,7 @@ def begin() -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Reads the command line, for `app.run`; a knob that there is not is said in a line.
+  """Reads the command line, for `app.run`; an unknown knob ends the program with one line.
 
   Raises:
     SystemExit: in place of its error.
@@ -150,6 +151,7 @@ class Sections:
   optim: optim.OptimConfig
   monitor: monitors.Config
   watch: watch.Config
+  curate: curation.Config
 
 
 def sections(c: config_lib.ConfigDict) -> Sections:
@@ -194,7 +196,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c.eval, "eval", tasks=some, temperature=checks.real(0, wanted="0 (greedy) or positive"),
                  bootstrap=count)
   checks.section(c.log, "log", gallery=some, gallery_every=some, bad_batches=some, tensorboard=checks.flag,
-                 peak_flops=checks.real(0))
+                 wandb=checks.text, peak_flops=checks.real(0))
   checks.section(c.warmstart, "warmstart", base=checks.text, p_direct=share, p_clumsy=share, p_count=share,
                  steps=count, pictures=count, marks=checks.some_of(needle.MARKS, 1), learning_rate=checks.real(0),
                  clumsy_learning_rate=checks.real(0), workers=count, save_every=some)
@@ -210,7 +212,8 @@ def sections(c: config_lib.ConfigDict) -> Sections:
       rollout=turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),
       engine=slots.Config(**c.engine), reward=reward.Config(**c.reward), credit=credit.Config(**c.credit),
       advantage=advantage.Config(**c.advantage), loss=loss.Config(**c.loss), optim=optim.OptimConfig(**c.optim),
-      monitor=monitors.Config(**c.monitor), watch=watch.Config(**c.watch))
+      monitor=monitors.Config(**c.monitor), watch=watch.Config(**c.watch),
+      curate=curation.config(c.curate))
   _combinations(c)
   return found
 
@@ -298,6 +301,30 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
   hf_dir = load.model_dir(c.model.path)
   model = weights.read_config(hf_dir)
   return assemble(c, model, load.codec(hf_dir, model), hf_dir)
+
+
+def of_policy(path: str, c: config_lib.ConfigDict | None = None
+              ) -> tuple[config_lib.ConfigDict, load.Loaded, Pieces]:
+  """What a policy that is there is asked with.
+
+  Args:
+    path: a run's folder, an HF folder, or "@tiny".
+    c: how prompts are worded and images shown, for an HF folder; None for the defaults.  A run has its own.
+
+  Returns:
+    The configuration, a copy, the weights, and the pieces.
+
+  Raises:
+    ValueError: there is no policy at that path, a run is given another configuration, or a piece does not fit.
+  """
+  loaded = load.policy(path, (c or config_lib.default()).model.dtype)
+  if loaded.config is not None and c is not None:
+    raise ValueError(f"--config must be left out for {path}: a run has its own")
+  c = config_lib.ConfigDict((loaded.config or c or config_lib.default()).to_dict())
+  if loaded.config is None:
+    c.model.path = path
+  model = weights.read_config(loaded.hf_dir)
+  return c, loaded, assemble(c, model, load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
 
 
 def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec | None, hf_dir: str, devices=None

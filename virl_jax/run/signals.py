@@ -1,8 +1,8 @@
 """What Ctrl-C, SIGTERM and a terminal that goes away do to a command: it closes what is open, says so, and ends.
 
 The main thread may be compiling, or waiting for a device, for minutes in which no Python runs in it; and raised in the
-middle of a save or of an update, an exception does harm.  So it is not asked: a thread hears of a signal, has closed
-what is to be closed, and ends the process: with 130 for Ctrl-C, 129 for a lost terminal, and 0 for SIGTERM, with which
+middle of a save or of an update, an exception does harm.  So it is left alone: another thread receives the signal,
+closes what is open, and ends the process: with 130 for Ctrl-C, 129 for a lost terminal, and 0 for SIGTERM, with which
 schedulers take back a machine.  What the main thread was doing ends as if the process had been killed, which everything
 here survives; what a `closing` does comes first.  Another Ctrl-C ends the process at once; another SIGTERM does not,
 for schedulers send several.

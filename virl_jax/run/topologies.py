@@ -1,4 +1,4 @@
-"""Machines that programs can be compiled for without having them: what they are made of, and stand-ins for JAX."""
+"""Machines that programs can be compiled for without having them: their data sheets, and stand-ins for JAX."""
 
 from __future__ import annotations
 

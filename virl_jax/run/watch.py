@@ -1,8 +1,8 @@
-"""Watches over the steps of a run: names one that takes far longer than its like, and ends a run that is stuck.
+"""Watches over the steps of a run: names one that takes far longer than the others, and ends a run that is stuck.
 
-What gets on says so: `beat`, at each phase of a step and each round of a rollout.  A thread looks now and then; where
-nothing has got on for too long, it writes down where all threads are, and ends the process, so that whoever started it
-starts it again.  Python can't be asked to: it may be waiting for a device, or for another process, for ever.
+Each phase of a step and each round of a rollout calls `beat`.  A thread looks now and then; after too long without a
+beat it writes down where all threads are and ends the process, so that whoever started it can start it again.  The main
+thread can't do that: it may wait for a device, or for another process, for ever.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _write_stacks(file: epath.Path) -> None:
 
 
 def slow(history: Sequence[Mapping], laps: Sequence[tuple[str, Mapping[str, float]]], cfg: Config) -> str | None:
-  """What is to be said of the last step, if it took far longer than its like.
+  """A warning about the last step, if it took far longer than others like it.
 
   Steps that compile anything are not compared, nor are others compared with them.
 

@@ -114,7 +114,7 @@ def draw_batch(course: Course, step: int):
   whole = step % stage.whole_every == 0
   kind = ("reading" if stage.learn == "reading" else "first zooms" if not whole else
           "counting" if manner.p_count else "whole")
-  questions = min(QUESTIONS, objects[1])  # of the only object one can ask but one thing
+  questions = min(QUESTIONS, objects[1])  # a picture with one object has only one question
   pictures, rows = _ROWS[kind] // questions, []
   for i in range(pictures):
     drawn = _picture(course, objects, (step * pictures + i) % course.pictures)

@@ -23,7 +23,7 @@ from virl_jax.tiny import needle
 
 # A mark is readable when a crop holds this share of the object at this many shown pixels a picture pixel.
 _COVERAGE = 0.6
-# Every turn; every turn but clumsy zooms; no zoom, only what is said of the crops.
+# All turns; all but clumsy zooms; no zoom, only the words about crops.
 LEARN = ("all", "careful", "reading")
 _UNCLEAR = "unclear"
 _SCALE = 0.9
@@ -97,7 +97,7 @@ def _readable(crop: types.ImageInput, target: types.Box, grid: patches.Grid) -> 
 
 
 def _thought(question: needle.Question, read: list[str], ahead: needle.Thing | None) -> str:
-  """What is said of the last crop; who counts says the number so far and the next object's colour, too."""
+  """The words about the last crop; where objects are counted, also the number so far and the next one's colour."""
   words = read[-1:]
   if question.counted is not None:
     words += [question.answer(read)] * bool(read) + ([ahead.colour] if ahead else [])
@@ -136,7 +136,7 @@ def demonstrate(scene: needle.Scene, question: needle.Question, image, shown: ty
 
   if cfg.p_direct and rng.random() < cfg.p_direct:
     answer, targets = needle.guess(question, scene.mark), ()
-  read, said = [], []  # of every target what was read in the end, and of every crop
+  read, said = [], []  # the mark read in the end, for each target; and for each crop
   for target in targets:
     others = [t.box for t in scene.things if t is not target]
     for _ in range(2 if learn == "all" and not counts else 1):

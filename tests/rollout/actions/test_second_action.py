@@ -19,6 +19,7 @@ from virl_jax.model import patches
 from virl_jax.model import sharding
 from virl_jax.report import gallery
 from virl_jax.report import html
+from virl_jax.report import trajectory
 from virl_jax.rl import credit
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
@@ -130,9 +131,11 @@ def test_both_are_drawn(played):
   t = next(t for t in found if {turn.action for turn in t.turns} >= {zoom.NAME, NAME})
   k = len(t.regions)
   item = gallery.entry(t, images.decode(t.task.image), [0.5] * k, ["correct"] * k, [1.0] * k, 1.0, 1.0, None)
-  page = html.render({}, [], None, None, None, [{"step": 0, "label": "x", "entries": [item]}], "both")
-  assert NAME in page and "rgb [" in page and page.count('class="crop') == sum(
-      turn.action == zoom.NAME for turn in t.turns)
+  page = html.render(html.Run("both", kept=[("x", [item])]))
+  assert NAME in page and "rgb [" in page
+  shown = trajectory.view(item, lambda uri: uri)
+  zooms = sum(turn.action == zoom.NAME for turn in t.turns)
+  assert len(shown["drawn"]) == k and sum(turn["crop"] is not None for turn in shown["turns"]) == zooms
 
 
 def test_an_action_about_no_region_is_not_judged(played):

@@ -195,13 +195,20 @@ class Source:
   def task(self, index: int) -> types.Task:
     """The task with that number, from 0."""
     row = int(self._rows_N[index])
-    root = next(root for end, root in self._roots if row < end)
-    return decode(self._records[row], root)
+    return decode(self._records[row], self._root_of(row))
+
+  def stored(self, index: int) -> tuple[types.Task, str]:
+    """The task as it lies in its set, and the raw folder that the path of its image is relative to; "" for none."""
+    row = int(self._rows_N[index])
+    return decode(self._records[row]), self._root_of(row)
 
   @property
   def tasks(self) -> Sequence[types.Task]:
     """All of them, read as they are asked for."""
     return _Tasks(self)
+
+  def _root_of(self, row):
+    return next(root for end, root in self._roots if row < end)
 
   def fingerprint(self) -> str:
     """The same for the same tasks, of both splits, wherever they lie and in whatever order."""

@@ -1,0 +1,140 @@
+"""The command: what is printed while a policy looks, the page that is written, and the page that is served."""
+
+import http.client
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+from absl import app
+from absl import flags
+import pytest
+
+from configs import tiny
+from tests import realdata
+from tests.asking import played
+from tests.asking.test_site import events
+from tests.asking.test_site import Served
+from virl_jax import ask
+from virl_jax import types
+from virl_jax.data import images
+from virl_jax.rollout import told
+from virl_jax.tiny import needle
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def task(picture, question="Which pattern does the red object have?"):
+  return types.Task("x", images.decode(picture), question, kind="asked")
+
+
+@pytest.fixture(scope="module")
+def base():
+  """The base that ships, as `--model=@tiny --config=configs/tiny.py` has it."""
+  return ask.load("@tiny", tiny.get_config())
+
+
+def here(monkeypatch, *args):
+  """The command, in this process."""
+  values = flags.FlagValues()
+  ask.define_flags(values)
+  monkeypatch.setattr(sys, "argv", ["ask", *map(str, args)])
+  values(sys.argv)
+  monkeypatch.setattr(flags, "FLAGS", values)
+  ask.main(["ask"])
+
+
+@pytest.mark.parametrize("args, said", [
+    ((), "--model=DIR and either"), (("--model=m",), "either"), (("--model=m", "--image=i"), "go together"),
+    (("--model=m", "--question=i"), "go together"), (("--model=m", "--serve", "--image=i"), "or --serve"),
+    (("--serve",), "--model=DIR"), (("--model=m", "--serve", "--out=o"), "or --serve")])
+def test_how_it_is_used(monkeypatch, args, said):
+  with pytest.raises(app.UsageError, match=said):
+    here(monkeypatch, *args)
+
+
+@pytest.mark.parametrize("args, said", [
+    (("--image={place}/nothing.png",), "error: image must be a decodable file. Received: .*nothing.png"),
+    (("--image={place}/a.png", "--model=nothing"), "error: config.model.path must be a folder"),
+    (("--serve", "--model=nothing"), "error: config.model.path must be a folder")])
+def test_a_slip_is_a_line(monkeypatch, tmp_path, args, said):
+  (tmp_path / "a.png").write_bytes(played.picture())
+  more = () if "--serve" in args else ("--question=?",)
+  with pytest.raises(SystemExit, match=said):
+    here(monkeypatch, "--model=@tiny", *more, *(a.format(place=tmp_path) for a in args))
+
+
+def test_what_is_printed():
+  out = io.StringIO()
+  ask.ask(played.Played(played.policy(), pieces=3), task(played.picture()), stream=out)
+  lines = out.getvalue().splitlines()
+  assert lines[:5] == ["252 x 168 px, shown as 84 x 56 px", "<think>there</think><tool_call>",
+                       '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [10, 12, 40, 48]}}', "</tool_call>",
+                       "[look 1: x 30 to 120, y 36 to 144 of 252 x 168 px; back came x 30 to 120, y 36 to 144 as 28 x "
+                       "56 px]"]
+  assert "[refused: bbox_2d must have x1 < x2 and y1 < y2]" in lines and lines[-1].startswith("answer: rows <script>")
+  assert not {"\x1b", "\u202e"} & set(out.getvalue()), "nothing that a policy wrote moves the cursor"
+
+
+def test_the_end_without_an_answer():
+  out = io.StringIO()
+  ask.Printer(out)(told.Ended(types.StopReason.OUT_OF_ROUNDS, None, None))
+  ask.Printer(out)(told.Ended(types.StopReason.MALFORMED, None, "the answer tag\x1b is not closed"))
+  assert out.getvalue() == "no answer (out of rounds)\nno answer (malformed: the answer tag\ufffd is not closed)\n"
+
+
+def test_the_tiny_base_looks_and_answers(base, tmp_path, capsys):
+  """On a needle picture, which it knows; the page has what the terminal had."""
+  one = needle.draw(5, "zoom", 0, needle.Config(families=("pattern",)))[0]
+  traj = ask.ask(base, types.Task(one.uid, images.decode(one.image), one.question, kind="asked"),
+                 str(tmp_path / "page.html"))
+  said = capsys.readouterr().out
+  assert traj.regions and len(re.findall(r"^\[look \d+: x ", said, re.M)) == len(traj.regions)
+  assert all(turn.text.removesuffix("<|im_end|>") in said for turn in traj.turns if turn.role == "assistant")
+  page = (tmp_path / "page.html").read_text()
+  assert page.count('class="crop') == len(traj.regions) and "https://" not in page
+
+
+def test_the_tiny_base_is_served(base):
+  """Two questions in turn over HTTP, with pictures of other shapes; greedy, so that the same gives the same."""
+  served = Served(base, upload_pixels=10 ** 6)
+  try:
+    ends = [events(served.ask(played.picture(size=size), "Which pattern?")) for size in ((252, 252),) * 2]
+    tell = lambda found: [e for e in found if e["kind"] != "place"]
+    assert tell(ends[0]) == tell(ends[1]) and ends[0][-1]["kind"] == "ended"
+  finally:
+    served.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (realdata.ROOT / "images").exists(), reason=f"no real photographs at {realdata.ROOT}")
+def test_real_photographs(base, tmp_path):
+  photos = sorted((realdata.ROOT / "images").glob("*.jpg"))[:5]
+  assert len(photos) == 5
+  for n, photo in enumerate(photos):
+    out = io.StringIO()
+    traj = ask.ask(base, task(str(photo), "Which pattern does the red ring have?"), str(tmp_path / f"{n}.html"), out)
+    w, h = traj.task.image.size
+    assert traj.stop is not None and f"{w} x {h} px, shown as" in out.getvalue()
+    assert all(0 <= b.x1 < b.x2 <= w and 0 <= b.y1 < b.y2 <= h for b in traj.regions)
+    assert (tmp_path / f"{n}.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_stopped():
+  process = subprocess.Popen(
+      [sys.executable, "-m", "virl_jax.ask", "--model=@tiny", "--config=configs/tiny.py", "--serve", "--port=0"],
+      cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  try:
+    port = int(re.match(r"http://127\.0\.0\.1:(\d+)/ ", process.stdout.readline())[1])
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    link.request("GET", "/about")
+    assert json.loads(link.getresponse().read())["about"] == {"model": "@tiny", "at most": "3 looks"}
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+  finally:
+    process.kill()

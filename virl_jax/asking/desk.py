@@ -1,0 +1,139 @@
+"""Where several people wait for one policy: a question is answered at a time, first come, first served."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import queue
+import sys
+import threading
+import traceback
+from typing import Any
+
+from virl_jax import types
+
+_END = object()
+
+
+class Full(Exception):
+  """Too many wait already."""
+
+
+class Gone(Exception):
+  """Who asked has left: raised where he would have been told, so that the policy stops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """So many come before."""
+
+  ahead: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+  """The question could not be answered.
+
+  Attributes:
+    error: why, for who asked.
+  """
+
+  error: str
+
+
+class _Job:
+  """A question, what there is to tell about it, and whether somebody still listens."""
+
+  def __init__(self, task: types.Task):
+    self.task, self.events, self.left = task, queue.SimpleQueue(), threading.Event()
+    self._ahead: int | None = None
+
+  def tell(self, event: Any) -> None:
+    if self.left.is_set():
+      raise Gone
+    self.events.put(event)
+
+  def place(self, ahead: int) -> None:
+    if ahead != self._ahead:
+      self._ahead = ahead
+      self.events.put(Place(ahead))
+
+
+class Desk:
+  """A thread that answers, and a queue before it.
+
+  Args:
+    answer: called with a task and `tell`, in a thread of its own, once at a time; calls `tell(event)` with whatever
+      happens.  A ValueError's words are for who asked; any other error is printed, and the next question is answered.
+    most: questions that are waiting or being answered.
+    beat_s: how long nothing happens until the one who listens is told so.
+  """
+
+  def __init__(self, answer: Callable[[types.Task, Callable[[Any], None]], Any], most: int = 16, beat_s: float = 2.0):
+    self._answer, self._most, self._beat_s = answer, most, beat_s
+    self._waiting: collections.deque[_Job] = collections.deque()
+    self._busy = False
+    self._changed = threading.Condition()
+    threading.Thread(target=self._work, name="desk", daemon=True).start()
+
+  @contextlib.contextmanager
+  def ask(self, task: types.Task) -> Iterator[Iterator[Any]]:
+    """Joins the queue; who leaves this context early leaves the queue, and the policy stops.
+
+    Yields:
+      What happens: `Place` whenever it changes, what `answer` tells, perhaps `Failed` at last; None where nothing has
+      happened for a while.
+
+    Raises:
+      Full: too many wait.
+    """
+    job = _Job(task)
+    with self._changed:
+      if len(self._waiting) + self._busy >= self._most:
+        raise Full(f"{self._most} questions are waiting already; try again later")
+      self._waiting.append(job)
+      self._places()
+      self._changed.notify()
+    try:
+      yield self._events(job)
+    finally:
+      job.left.set()
+      with self._changed:
+        if job in self._waiting:
+          self._waiting.remove(job)
+          self._places()
+
+  def _events(self, job: _Job) -> Iterator[Any]:
+    while True:
+      try:
+        event = job.events.get(timeout=self._beat_s)
+      except queue.Empty:
+        event = None
+      if event is _END:
+        return
+      yield event
+
+  def _places(self) -> None:
+    for ahead, job in enumerate(self._waiting):
+      job.place(ahead + self._busy)
+
+  def _work(self) -> None:
+    while True:
+      with self._changed:
+        self._busy = False
+        self._changed.wait_for(lambda: self._waiting)
+        job, self._busy = self._waiting.popleft(), True
+        job.place(0)
+        self._places()
+      try:
+        self._answer(job.task, job.tell)
+      except Gone:
+        pass
+      except ValueError as e:
+        job.events.put(Failed(str(e)))
+      except Exception as e:  # one question must not end the service for all others
+        traceback.print_exc(file=sys.stderr)
+        job.events.put(Failed(f"the policy failed: {type(e).__name__}"))
+      job.events.put(_END)

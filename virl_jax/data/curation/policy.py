@@ -1,0 +1,110 @@
+"""The second stage and the third: what a policy says to a task, with zooms and without, and whether that is right.
+
+Who writes is the engine, on the whole mesh, or an endpoint.  What is sampled for a task depends on the seed, on the
+task's content and on the number of the sample: not on its neighbours, its shard or how often the program was stopped.
+Answers are judged by the tasks' own rules (`data.answers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import hashlib
+
+import jax
+
+from virl_jax import types
+from virl_jax.data import answers
+from virl_jax.data.curation import stages
+from virl_jax.eval import asked
+from virl_jax.rollout import engine
+from virl_jax.rollout import remote
+from virl_jax.rollout import turns
+from virl_jax.run import hosts
+
+# (tasks, seeds, samples of each, whether they may zoom) -> (index, trajectory), of this process.
+Rollout = Callable[[Sequence[types.Task], Sequence[int], int, bool], list[types.Trajectory]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asker:
+  """Who is asked.
+
+  Attributes:
+    policy: its shapes, wording and budgets.
+    rollout: has it speak.
+    together: whether all processes take part in each shard; else shards are dealt to them.
+    about: what its words depend on, ready for JSON.
+  """
+
+  policy: turns.Policy
+  rollout: Rollout
+  together: bool
+  about: dict
+
+
+def by_engine(policy: turns.Policy, params: dict, cfg: stages.Policy, seed: int, about: dict) -> Asker:
+  """Our own engine.
+
+  Args:
+    policy: everything but the parameters.
+    params: its parameters, as rollouts want them.
+    cfg: how it is asked.
+    seed: of the sampling.
+    about: see `Asker`.
+  """
+  key = jax.random.key(seed)
+
+  def rollout(tasks, seeds, samples, zooms):
+    of = policy if zooms else turns.without_actions(policy)
+    return engine.run(of, params, list(tasks), key, samples, cfg.temperature, seeds=seeds)[0]
+
+  return Asker(policy, rollout, True, about)
+
+
+def by_endpoint(policy: turns.Policy, server: remote.Endpoint, cfg: stages.Policy, about: dict) -> Asker:
+  """An endpoint; see `by_engine`."""
+  def rollout(tasks, seeds, samples, zooms):
+    of = policy if zooms else turns.without_actions(policy)
+    return remote.rollout(of, server, tasks, seeds, samples, cfg.temperature)
+
+  return Asker(policy, rollout, False, about)
+
+
+def ask(asker: Asker, tasks: Sequence[types.Task], cfg: stages.Policy, seed: int) -> list[dict]:
+  """What is said to some tasks.
+
+  Args:
+    asker: who is asked.
+    tasks: the tasks; if all processes take part, the same on all.
+    cfg: how often.
+    seed: of the sampling.
+
+  Returns:
+    A dict a task, ready for JSON, in their order: provenance; "with" and "without", a list a sample {"score", "zooms",
+    "stop", "answer"}; "unasked", why it could not be asked, or None.
+  """
+  why = [asked.unfit(asker.policy, task) for task in tasks]
+  fit = [i for i, reason in enumerate(why) if reason is None]
+  found = [{"provenance": task.provenance, "unasked": reason, "with": [], "without": []}
+           for task, reason in zip(tasks, why)]
+  for name, samples, zooms in (("with", cfg.with_zoom, True), ("without", cfg.without_zoom, False)):
+    if not samples or not fit:
+      continue
+    seeds = [_seed(seed, tasks[i].provenance, name, k) for i in fit for k in range(samples)]
+    said = asker.rollout([tasks[i] for i in fit], seeds, samples, zooms)
+    answers.grade(said)
+    lines = [(t.index, _line(t)) for t in said]
+    for at, line in enumerate(hosts.in_order(lines) if asker.together else [line for _, line in lines]):
+      found[fit[at // samples]][name].append(line)
+  return found
+
+
+def _line(t: types.Trajectory) -> dict:
+  return {"score": t.worth, "zooms": len(t.regions), "stop": t.stop.value if t.stop else None, "answer": t.answer}
+
+
+def _seed(seed: int, provenance: str, name: str, sample: int) -> int:
+  """31 bits."""
+  words = f"{seed} {provenance} {name} {sample}".encode()
+  return int.from_bytes(hashlib.blake2b(words, digest_size=4).digest()) >> 1

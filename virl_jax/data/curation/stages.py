@@ -1,0 +1,81 @@
+"""The section `curate` of the configuration: what each stage of curation goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+
+from virl_jax import checks
+from virl_jax.data.curation import band as band_lib
+from virl_jax.data.curation import rules as rules_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """How often a policy is asked; see `config.py`, section `curate.policy`."""
+
+  with_zoom: int = 8
+  without_zoom: int = 4
+  temperature: float = 1.0
+
+  def __post_init__(self):
+    checks.section(vars(self), "curate.policy", with_zoom=checks.whole(0), without_zoom=checks.whole(0),
+                   temperature=checks.real(0))
+    checks.need(self.temperature > 0 or max(self.with_zoom, self.without_zoom) <= 1, "curate.policy.temperature",
+                "positive with several samples of a task: greedy ones are all the same", self.temperature)
+
+  @property
+  def is_on(self) -> bool:
+    """Whether the policy is asked at all."""
+    return bool(self.with_zoom or self.without_zoom)
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+  """Whom to ask in place of the engine, and how patiently; see `config.py`, section `curate.endpoint`.
+
+  Attributes:
+    model: as the endpoint names it.
+    timeout_s: for one turn.
+    wait_s: before the second try; twice as long before each further one, or as the endpoint asks for.
+    patience_s: how long an endpoint may give no reply at all before that is an error.
+    in_flight: trajectories, and so requests, at a time.
+  """
+
+  model: str = ""
+  timeout_s: float = 300.0
+  wait_s: float = 1.0
+  patience_s: float = 3600.0
+  in_flight: int = 32
+
+  def __post_init__(self):
+    checks.section(vars(self), "curate.endpoint", model=checks.text, timeout_s=checks.real(above=0),
+                   wait_s=checks.real(0), patience_s=checks.real(0), in_flight=checks.whole(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All of it; see `config.py`, section `curate`."""
+
+  shard_tasks: int
+  benchmarks: tuple[str, ...]
+  rules: rules_lib.Config
+  policy: Policy
+  band: band_lib.Config
+  endpoint: Endpoint
+
+  def __post_init__(self):
+    pairs = lambda v: checks.texts[0](v) and all(len(entry.split("=")) in (2, 3) for entry in v)
+    checks.section(vars(self), "curate", shard_tasks=checks.whole(1),
+                   benchmarks=(pairs, '"NAME=PATH" or "NAME=PATH=IMAGES" each'))
+    object.__setattr__(self, "benchmarks", tuple(self.benchmarks))
+
+
+def config(c: Mapping) -> Config:
+  """The section `curate` of a configuration, checked.
+
+  Raises:
+    ValueError: names the key, what was wanted and what came.
+  """
+  return Config(c["shard_tasks"], c["benchmarks"], rules_lib.Config(**c["rules"]), Policy(**c["policy"]),
+                band_lib.Config(**c["filter"]), Endpoint(**c["endpoint"]))

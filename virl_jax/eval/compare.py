@@ -1,0 +1,174 @@
+"""Two evaluations of the same tasks: the difference, an exact test, and the tasks that flipped.
+
+A folder is one that `evaluate` has written for a benchmark: results.json, rows.jsonl (what each prediction was worth)
+and shown.jsonl (tasks and raw answers, for pages).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import json
+
+from etils import epath
+
+from virl_jax.eval import outcome
+from virl_jax.run import files
+
+_RIGHT = 0.5  # a score from here on is a right answer, as everywhere
+_TOLD = ("model", "step", "zoom", "options_seed", "limit", "judge", "rule", "layout")
+CHANGES = {(False, True): "gained", (True, False): "lost", (True, True): "right in both",
+           (False, False): "wrong in both"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """An evaluation as it lies in its folder.
+
+  Attributes:
+    name: what to call it.
+    result: of results.json.
+    rows: what each prediction was worth.
+    shown: entries of `report.benchmark`, or none where the folder has no such file.
+    folder: where it lies.
+  """
+
+  name: str
+  result: dict
+  rows: list[dict]
+  shown: list[dict] = dataclasses.field(default_factory=list)
+  folder: epath.Path | None = None
+
+  @property
+  def scores(self) -> dict[str, float]:
+    """The mean score of each task's predictions."""
+    found: dict[str, list[float]] = {}
+    for row in self.rows:
+      found.setdefault(row["uid"], []).append(float(row["score"]))
+    return {uid: sum(scores) / len(scores) for uid, scores in found.items()}
+
+
+def pairs(a: str, b: str) -> list[tuple[Side, Side]]:
+  """The evaluations of two folders, benchmark by benchmark.
+
+  Args:
+    a: a benchmark's folder, or one that has such folders.
+    b: the same of the other.
+
+  Raises:
+    ValueError: there is none, or the two have not the same ones.
+  """
+  found = [_folders(name) for name in (a, b)]
+  if all(list(each) == [""] for each in found):
+    return [(_side(found[0][""], a), _side(found[1][""], b))]
+  lone = sorted(found[0].keys() ^ found[1].keys())
+  if lone:
+    raise ValueError(f"{a} and {b} must have evaluations of the same names. Received: only one has "
+                     f"{', '.join(name or 'results.json itself' for name in lone)}")
+  return [(_side(found[0][name], a), _side(found[1][name], b)) for name in found[0]]
+
+
+def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
+  """What B has more than A.
+
+  Args:
+    a, b: evaluations of the same tasks.
+    bootstrap: resamples for intervals.
+
+  Returns:
+    JSON-able: benchmark; folders; names, what of these tells them apart; n; a, b and difference (B less A), each a mean
+    of scores over tasks with its interval, the last one paired; gained and lost, counts of the tasks that flipped, and
+    p, of the exact test of these; where scores are not all 0 or 1, better, worse and p_scores, the same of any change
+    of score; by_kind, the same by category; differ, what the two were made with where it is not the same; quoted, the
+    benchmark's own figure of both; flips, the tasks, with both answers.
+
+  Raises:
+    ValueError: they are not of the same benchmark and tasks, by name.
+  """
+  benchmarks = [side.result.get("benchmark") for side in (a, b)]
+  if benchmarks[0] != benchmarks[1]:
+    raise ValueError(f"{a.name} and {b.name} must be of the same benchmark. Received: {benchmarks[0]} and "
+                     f"{benchmarks[1]}")
+  old, new = a.scores, b.scores
+  for one, other, has in ((a, b, old.keys() - new.keys()), (b, a, new.keys() - old.keys())):
+    if has:
+      named = ", ".join(sorted(has)[:5]) + (", ..." if len(has) > 5 else "")
+      raise ValueError(f"{a.name} and {b.name} must be of the same tasks. Received: {len(has)} of {one.name} that "
+                       f"{other.name} has no prediction for: {named}")
+  if not old:
+    raise ValueError(f"{a.name} and {b.name} must have predictions that were scored. Received: none")
+  answers = [{row["uid"]: row["answers"] for row in side.rows} for side in (a, b)]
+  other = [uid for uid in old if answers[0][uid] != answers[1][uid]]
+  if other:
+    raise ValueError(f"{a.name} and {b.name} must be of the same tasks. Received: other accepted answers for "
+                     f"{len(other)}, such as {other[0]}: {answers[0][other[0]]!r:.80} and {answers[1][other[0]]!r:.80}")
+  kinds = {row["uid"]: row["kind"] for row in a.rows}
+  said = [{row["uid"]: row["prediction"] for row in reversed(side.rows)} for side in (a, b)]
+  by_kind = {kind: _figures([uid for uid in old if kinds[uid] == kind], old, new, bootstrap)
+             for kind in sorted(set(kinds.values()))}
+  differ = {key: [side.result.get(key) for side in (a, b)] for key in _TOLD if a.result.get(key) != b.result.get(key)}
+  return {"benchmark": benchmarks[0], "folders": [a.name, b.name], "names": _apart(a.name, b.name),
+          **_figures(list(old), old, new, bootstrap), "by_kind": by_kind, "differ": differ,
+          "quoted": {"metric": a.result.get("metric"), "values": [side.result.get("score") for side in (a, b)]},
+          "flips": [{"uid": uid, "kind": kinds[uid], "change": change(old[uid], new[uid]), "answers": answers[0][uid],
+                     "said": [each[uid] for each in said], "scores": [old[uid], new[uid]]}
+                    for uid in old if (old[uid] >= _RIGHT) != (new[uid] >= _RIGHT)]}
+
+
+def change(old: float, new: float) -> str:
+  """What became of a task, in words."""
+  return CHANGES[old >= _RIGHT, new >= _RIGHT]
+
+
+def _apart(a: str, b: str) -> list[str]:
+  """What of two paths is not the same: "x" and "y" of runs/x/vstar and runs/y/vstar."""
+  parts = [name.rstrip("/").split("/") for name in (a, b)]
+  for end in (0, -1):
+    while all(len(each) > 1 for each in parts) and parts[0][end] == parts[1][end]:
+      for each in parts:
+        del each[end]
+  return ["/".join(each) for each in parts]
+
+
+def _figures(uids: Sequence[str], old: dict[str, float], new: dict[str, float], bootstrap: int) -> dict:
+  flips = [change(old[uid], new[uid]) for uid in uids]
+  gained, lost = flips.count("gained"), flips.count("lost")
+  found = {"n": len(uids), "a": outcome.mean([old[uid] for uid in uids], bootstrap),
+           "b": outcome.mean([new[uid] for uid in uids], bootstrap),
+           "difference": outcome.mean([new[uid] - old[uid] for uid in uids], bootstrap),
+           "gained": gained, "lost": lost, "p": outcome.sign_test(gained, lost)}
+  if any(scores[uid] not in (0.0, 1.0) for uid in uids for scores in (old, new)):
+    better, worse = (sum(sign * (new[uid] - old[uid]) > 0 for uid in uids) for sign in (1, -1))
+    found |= {"better": better, "worse": worse, "p_scores": outcome.sign_test(better, worse)}
+  return found
+
+
+def _folders(name: str) -> dict[str, epath.Path]:
+  """Folders with results, by the name under the given one; "" for itself."""
+  folder = files.path(name)
+  if not files.is_dir(folder):
+    raise ValueError(f"{name} must be a folder that evaluate has written. Received: no folder")
+  if files.exists(folder / "results.json"):
+    return {"": folder}
+  found = {each: folder / each for each in sorted(files.names(folder)) if files.exists(folder / each / "results.json")}
+  if not found:
+    raise ValueError(f"{name} must be a folder that evaluate has written. Received: one without results.json, in it or "
+                     "in its folders")
+  return found
+
+
+def _side(folder: epath.Path, name: str) -> Side:
+  try:
+    result = json.loads(files.read_text(folder / "results.json"))
+    rows = _lines(folder / "rows.jsonl")
+    for row in rows:
+      row["uid"], row["kind"], row["answers"], row["prediction"], float(row["score"])
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise ValueError(f"{folder} must have results.json and rows.jsonl as evaluate writes them. Received: "
+                     f"{type(e).__name__}: {e}") from e
+  shown = folder / "shown.jsonl"
+  return Side(name, result, rows, _lines(shown) if files.exists(shown) else [], folder)
+
+
+def _lines(path: epath.Path) -> list[dict]:
+  return [json.loads(line) for line in files.read_text(path).splitlines() if line]

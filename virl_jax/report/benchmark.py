@@ -1,0 +1,199 @@
+"""Pages of evaluations: a benchmark's results, and two of them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import functools
+
+from PIL import Image
+
+from virl_jax import types
+from virl_jax.data import images
+from virl_jax.eval import compare
+from virl_jax.eval import outcome
+from virl_jax.report import gallery
+from virl_jax.report import page
+
+_PICTURES = 100          # of a page: to decode thousands of large ones takes longer than to look at them
+_ROOM = 32_000_000       # characters of all that is shown
+_LISTED = 20             # of what was not evaluated
+_MEASURES = (("acc_ans", "Answers right", True), ("acc_rat", "Actions right", True), ("hit_rate", "Hit rate", True),
+             ("mean_iou", "Mean IoU", False), ("mean_best_iou", "Best IoU per task", False),
+             ("rationale_count", "Zooms per task", False), ("invalid_action_rate", "Invalid zooms", True),
+             ("overlong_rate", "Overlong", True))
+
+
+def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tuple[str, int], dict]) -> list[dict]:
+  """What pages show of predictions: entries as `gallery.entry` has them, but of raw answers rather than turns.
+
+  Args:
+    tasks: of the benchmark.
+    rows: what predictions were worth; see `eval.benchmarks.rows.scored`.
+    said: by uid and sample, of a prediction: text, boxes (pixels of the original) and, where they are known, options,
+      ious, classes and stop.
+
+  Returns:
+    One a row.  A picture that is a file is named, under "file", and not in it; of others the first to be looked at have
+    theirs.
+  """
+  by_uid, found = {task.uid: task for task in tasks}, []
+  for row in rows:
+    task, told = by_uid[row["uid"]], said.get((row["uid"], row["sample"]), {})
+    boxes = [[float(v) for v in box] for box in told.get("boxes") or ()]
+    grades = [told.get(name) or [None] * len(boxes) for name in ("ious", "classes")]
+    turn = {"role": "assistant", "text": told.get("text", row["prediction"]), "action": None, "box": None,
+            "box_shown": None, "error": None, "iou": None, "class": None, "modulator": None, "advantage": None,
+            "crop": None}
+    zooms = [{**turn, "role": "looked", "text": "", "box": box, "iou": iou, "class": name}
+             for box, iou, name in zip(boxes, *grades)]
+    options = told.get("options") or task.options
+    found.append({
+        "uid": task.uid, "rollout": row["sample"], "kind": task.kind, "source": task.source, "question": task.question,
+        "options": None if options is None else list(options), "answers": list(row["answers"]),
+        "answer": row["prediction"], "correct": row["score"] >= 0.5, "score": row["score"], "stop": told.get("stop"),
+        "width": None, "height": None, "boxes_gt": [[float(v) for v in box] for box in task.boxes], "boxes": boxes,
+        "reward": None, "advantage": None, "reward_parts": None, "image": None,
+        "file": task.image if isinstance(task.image, str) and task.image else None, "turns": [turn, *zooms]})
+  chosen = _chosen(found)
+  for i, entry in enumerate(found):
+    image = by_uid[entry["uid"]].image
+    if i in chosen and image and not isinstance(image, str):
+      found[i] = _pictured(entry, image)
+  return found
+
+
+def evaluation(result: dict, shown: Sequence[dict], lost: dict, bootstrap: int = 2000) -> str:
+  """The page of a benchmark's results.
+
+  Args:
+    result: of the benchmark's `score`, with rows, and what `evaluate` adds.
+    shown: of `entries`.
+    lost: what was not evaluated: by what it is, a list of lines.
+    bootstrap: resamples for intervals.
+
+  Returns:
+    A whole HTML document.
+  """
+  scores: dict[str, list[float]] = {}
+  kinds = {}
+  for row in result["rows"]:
+    scores.setdefault(row["uid"], []).append(row["score"])
+    kinds[row["uid"]] = row["kind"]
+  of_task = {uid: sum(each) / len(each) for uid, each in scores.items()}
+  whole = outcome.mean(list(of_task.values()), bootstrap)
+  ends = (whole["low"], whole["high"])
+  categories = [(kind, outcome.mean([v for uid, v in of_task.items() if kinds[uid] == kind], bootstrap))
+                for kind in sorted(set(kinds.values()))]
+  is_mean = None not in (whole["value"], result["score"]) and abs(whole["value"] - result["score"]) < 1e-9
+  trajectories = page.Shown(_ROOM)
+  chosen = _chosen(shown)
+  for i in sorted(range(len(shown)), key=lambda i: (i not in chosen, i)):
+    trajectories.add(_ready(shown[i], i in chosen), "")
+  summary, gap = result.get("summary") or {}, result.get("zooming_gap") or {}
+  done = result["evaluated"]
+  values = {
+      "title": str(result["benchmark"]), "kind": "Evaluation",
+      "facts": [fact for fact in (
+          f"model {result['model']}" if result.get("model") else "",
+          f"step {result['step']}" if result.get("step") else "",
+          "without zooms" if result.get("zoom") is False else "", str(result.get("rule") or ""),
+          f"judge {result['judge']['model']}" if result.get("judge") else "") if fact],
+      "metric": result["metric"], "score": (result["score"], *(ends if is_mean else (None, None))),
+      "of": f"{result['n']} of {done['rows']} rows evaluated ({100 * done['share']:.2f} %)",
+      "figures": list(_flat(result["figures"])), "categories": categories,
+      "measures": [(name, share, _values(summary[key])) for key, name, share in _MEASURES
+                   if key in summary and summary[key]["value"] is not None],
+      "gap": [(name, _values(gap[key])) for key, name in (("acc_ans", "Answers right"), ("acc_rat", "Actions right"))
+              if gap and gap[key]["value"] is not None], "gap_n": gap.get("n"),
+      "lost": [(what, lines[:_LISTED], len(lines) - _LISTED) for what, lines in lost.items() if lines],
+      "note": _note(trajectories, shown)}
+  return page.render("evaluation.html.j2", values, trajectories.data([""], False, "sample"))
+
+
+def comparison(found: dict, a: compare.Side, b: compare.Side) -> str:
+  """The page of two evaluations of the same tasks.
+
+  Args:
+    found: of `compare.compare`.
+    a, b: what was compared.
+
+  Returns:
+    A whole HTML document.
+  """
+  old, new = a.scores, b.scores
+  told = {uid: compare.change(old[uid], new[uid]) for uid in old}
+  order = ["lost", "gained", "wrong in both", "right in both"]
+  both = sorted(((order.index(told[entry["uid"]]), i, run, entry) for run, side in enumerate((a, b))
+                 for i, entry in enumerate(side.shown) if entry["uid"] in told), key=lambda each: each[:3])
+  trajectories, pictured, files = page.Shown(_ROOM), set(), 0
+  for _, _, run, entry in both:
+    if entry["uid"] not in pictured and files < _PICTURES:
+      pictured.add(entry["uid"])
+      files += 1
+    trajectories.add(_ready(entry | {"change": told[entry["uid"]]}, entry["uid"] in pictured), "", run)
+  summaries = [side.result.get("summary") or {} for side in (a, b)]
+  values = {
+      "title": f"{found['benchmark']}: {' and '.join(found['names'])}", "kind": "Two evaluations", "found": found,
+      "rows": [("all", found), *(found["by_kind"].items() if len(found["by_kind"]) > 1 else ())],
+      "measures": [(name, share, [_values(each.get(key)) for each in summaries]) for key, name, share in _MEASURES
+                   if any((each.get(key) or {}).get("value") is not None for each in summaries)],
+      "note": _note(trajectories, [entry for *_, entry in both]) if both else
+      "The folders have no shown.jsonl, so that there is nothing to look at."}
+  return page.render("comparison.html.j2", values, trajectories.data(found["names"], True, "sample", found["names"][0]))
+
+
+def _chosen(shown: Sequence[dict]) -> set[int]:
+  """The entries whose pictures are shown: wrong answers first."""
+  return set(sorted(range(len(shown)), key=lambda i: (shown[i]["correct"], i))[:_PICTURES])
+
+
+def _ready(entry: dict, wanted: bool) -> dict:
+  """An entry with its picture, if it is wanted and can be had, or why it has none; and a size in any case."""
+  if entry["image"] is not None:
+    return entry
+  why = "" if not entry["file"] else "no room for this picture"
+  if wanted and entry["file"]:
+    try:
+      return _pictured(entry, _decoded(entry["file"]))
+    except ValueError:
+      why = "its picture can no longer be read"
+  corners = [v for box in [*entry["boxes_gt"], *entry["boxes"]] for v in box if v is not None]
+  side = max(corners, default=0.0) or 4.0  # boxes lie right to each other all the same
+  return entry | {"width": max(1, round(side)), "height": max(1, round(side)), "left_out": why}
+
+
+@functools.lru_cache(maxsize=1)  # two of a task stand next to each other
+def _decoded(path: str) -> Image.Image:
+  return images.decode(path)
+
+
+def _pictured(entry: dict, image: bytes | Image.Image) -> dict:
+  decoded = images.decode(image)
+  turns = [turn if turn["box"] is None else {**turn, "crop": gallery.crop(decoded, turn["box"])}
+           for turn in entry["turns"]]
+  return entry | {"image": gallery.data_uri(decoded, gallery.IMAGE_SIDE_PX), "width": decoded.width,
+                  "height": decoded.height, "turns": turns}
+
+
+def _note(trajectories: page.Shown, shown: Sequence[dict]) -> str:
+  """What of all predictions the page has no room for."""
+  told = []
+  if len({entry["uid"] for entry in shown}) > _PICTURES:
+    told.append(f"Pictures of {_PICTURES} are shown; the others have their words alone.")
+  if trajectories.left_out:
+    told.append(f"{trajectories.left_out} more predictions are in predictions.jsonl or rows.jsonl, for which this page "
+                "has no room.")
+  return " ".join(told)
+
+
+def _values(measure: dict | None) -> tuple:
+  return (None, None, None) if measure is None else tuple(measure.get(key) for key in ("value", "low", "high"))
+
+
+def _flat(tree: dict, prefix: str = ""):
+  """(name, value, whether it is a share) of nested figures."""
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f"{prefix}{key}: ")
+    else:
+      yield f"{prefix}{key}", value, isinstance(value, float)

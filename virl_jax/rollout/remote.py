@@ -1,0 +1,186 @@
+"""Rollouts whose words come from an OpenAI-compatible endpoint: the loop, the crop and the parser are ours.
+
+The same prompt, budgets and rules as in the engine (`turns`); the endpoint only writes turns.  What it is sent are the
+words and the pictures of our own chat text, turn by turn, so that a server with the model's chat template reads the
+very same; pictures go as they are shown, already of a size that the model keeps, so that boxes mean the same pixels.
+
+An endpoint that does not reply is waited for and asked again, for as long as `curate.endpoint.patience_s` says; then
+it is an error.  No trajectory ends because of a connection.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from concurrent import futures
+import hashlib
+import io
+import re
+import threading
+import time
+
+import numpy as np
+from PIL import Image
+
+from virl_jax import types
+from virl_jax.data import endpoint
+from virl_jax.data import prompt
+from virl_jax.data.curation import stages
+from virl_jax.model import patches
+from virl_jax.rollout import row as row_lib
+from virl_jax.rollout import turns
+
+_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.S)
+_SAY_EVERY_S = 30.0
+
+
+class Endpoint:
+  """An endpoint under use by several threads, which find out together that it is gone."""
+
+  def __init__(self, url: str, cfg: stages.Endpoint, say: Callable[[str], None] = lambda line: None):
+    """Args:
+      url: up to and with "/v1".
+      cfg: how it is asked.
+      say: is told when it does not reply.
+    """
+    if not url.startswith(("http://", "https://")):
+      raise ValueError(f"--endpoint must be an address, http://HOST:PORT/v1. Received: {url!r}")
+    self.url, self.cfg, self._say = url, cfg, say
+    self._lock, self._replied, self._told = threading.Lock(), 0.0, 0.0
+    self.retries = 0
+
+  def ask(self, body: dict) -> endpoint.Said:
+    """A reply, however many tries that takes.
+
+    Raises:
+      endpoint.Unreachable: none came to anybody for `patience_s`.
+      ValueError: the endpoint refuses the request.
+    """
+    wait_s, began = self.cfg.wait_s, time.monotonic()
+    while True:
+      try:
+        said = endpoint.chat(self.url, body, self.cfg.timeout_s)
+      except endpoint.Again as e:
+        self._wait(e, wait_s, began)
+        wait_s = min(2 * wait_s, endpoint.LONGEST_WAIT_S)
+        continue
+      except ValueError as e:
+        raise ValueError(f"--endpoint must take chat completions with pictures of {self.cfg.model!r} "
+                         f"(config.curate.endpoint.model). Received: {e}") from e
+      with self._lock:
+        self._replied = time.monotonic()
+      return said
+
+  def _wait(self, e: endpoint.Again, wait_s: float, began: float) -> None:
+    with self._lock:
+      self.retries += 1
+      now = time.monotonic()
+      silent_s = now - max(self._replied, began)
+      if silent_s > self.cfg.patience_s:
+        raise endpoint.Unreachable(
+            f"--endpoint {self.url} has given no reply for {silent_s:.0f} s (the last: {e}). Nothing was counted as "
+            "wrong; what is finished is kept: start again when it is back") from e
+      if now - self._told > _SAY_EVERY_S:
+        self._told = now
+        self._say(f"{self.url} gives no reply ({e}): waiting, for {silent_s:.0f} s until now")
+    time.sleep(wait_s if e.wait_s is None else e.wait_s)
+
+
+def rollout(policy: turns.Policy, server: Endpoint, tasks: Sequence[types.Task], seeds: Sequence[int],
+            group_size: int = 1, temperature: float | None = None) -> list[types.Trajectory]:
+  """Rolls out every task `group_size` times.
+
+  Args:
+    policy: as the engine takes it; of its model only the shapes, of the codec all.
+    server: who writes.
+    tasks: prompts.
+    seeds: int32 of each trajectory, i * group_size + g of rollout g of task i; sent with each request.
+    group_size: G.
+    temperature: overrides `policy.rollout.temperature`; 0 is greedy.
+
+  Returns:
+    The trajectories by index, groups together, each with a stop reason.
+
+  Raises:
+    ValueError: a task cannot be asked (see `turns.begin`), or the endpoint refuses a request.
+    endpoint.Unreachable: see `Endpoint.ask`.
+  """
+  heat = policy.rollout.temperature if temperature is None else temperature
+  pool = futures.ThreadPoolExecutor(server.cfg.in_flight)
+  one = lambda i: _one(policy, server, tasks[i // group_size], i, seeds[i], heat)
+  try:
+    return list(pool.map(one, range(len(tasks) * group_size)))
+  finally:
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one(policy, server, task, index, seed, temperature) -> types.Trajectory:
+  """One trajectory from its prompt to its end."""
+  row = turns.begin(policy, task).row(index)
+  words = prompt.render(task.question, task.options, policy.prompt, policy.actions)
+  while True:
+    shown = [_uri(picture(row.picture, image, policy.model.vision.grid)) for image in row.traj.images]
+    body = {"model": server.cfg.model, "messages": messages(words, shown), "temperature": temperature,
+            "max_tokens": turns.left(policy, row), "seed": _seed(seed, row.turn)}
+    _hear(policy, row, server.ask(body))
+    reply = turns.read(policy, row)
+    if reply is None:
+      return row.traj
+    row.filled, row.next_pos = reply.start + len(reply.ids), reply.next_pos
+    words += "".join(turn.text for turn in row.traj.turns[-2:])
+
+
+def _hear(policy: turns.Policy, row: row_lib.Row, said: endpoint.Said) -> None:
+  """Takes in a turn, closed unless it was cut off; of one that is longer than it may be, what fits.
+
+  Stop strings are found here: endpoints take them off the text.
+  """
+  ids = policy.codec.encode(prompt.plain(said.text.removesuffix(prompt.END)))
+  if said.finish != "length":
+    ids = np.append(ids, np.int32(policy.codec.end))
+  ids = ids[:max(1, turns.left(policy, row))]
+  turns.hear(policy, row, ids, np.zeros(len(ids), np.float32))
+
+
+def messages(words: str, shown: Sequence[str]) -> list[dict]:
+  """Chat text as messages of the endpoint.
+
+  Args:
+    words: whole turns, and then the assistant's opening, as `prompt.render` and `prompt.tool_turn` have them.
+    shown: data URIs of the pictures, in the order of their placeholders.
+
+  Returns:
+    {"role", "content"}; where there are pictures, content is in parts, in the order of the text.
+  """
+  found, used = [], 0
+  for role, text in _TURN.findall(words):
+    pieces = text.split(prompt.IMAGE)
+    if len(pieces) == 1:
+      found.append({"role": role, "content": text})
+      continue
+    parts = []
+    for i, piece in enumerate(pieces):
+      if i:
+        parts.append({"type": "image_url", "image_url": {"url": shown[used]}})
+        used += 1
+      if piece:
+        parts.append({"type": "text", "text": piece})
+    found.append({"role": role, "content": parts})
+  return found
+
+
+def picture(original: Image.Image, shown: types.ImageInput, grid: patches.Grid) -> Image.Image:
+  """The pixels of an image as the policy is shown it."""
+  if shown.region != (0, 0, *original.size):
+    original = original.crop(tuple(shown.region))
+  return original.resize(patches.shown_wh(shown, grid), Image.Resampling.BICUBIC)
+
+
+def _uri(image: Image.Image) -> str:
+  out = io.BytesIO()
+  image.save(out, "PNG", compress_level=1)
+  return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _seed(seed: int, turn: int) -> int:
+  return int.from_bytes(hashlib.blake2b(f"{seed} {turn}".encode(), digest_size=4).digest()) >> 1
