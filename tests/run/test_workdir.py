@@ -101,6 +101,7 @@ def test_what_belongs_to_the_run_may_change_on_purpose_only(tmp_path):
 
 
 @pytest.mark.parametrize("key, value, why", [
+    ("data.weights", ("a:1", "b:2"), "they order the data"), ("data.easy_first_width", 0.5, "it orders the data"),
     ("model.path", "elsewhere", "the checkpoints are of that model"), ("model.dtype", "bfloat16", "of that type"),
     ("seed", 1, "orders the data"), ("data.needle.guessable", 0.5, "about the same tasks"),
     ("eval.tasks", 8, "in the same way")])

@@ -30,6 +30,9 @@ _FIXED = {"model.path": "the checkpoints are of that model",
           "lora": "the checkpoints hold adapters of that kind",
           "seed": "it orders the data",
           "data": "evaluations before and after must be about the same tasks",
+          "data.weights": "they order the data",
+          "data.easy_first_epochs": "it orders the data",
+          "data.easy_first_width": "it orders the data",
           "eval": "evaluations before and after must be made in the same way"}
 
 
