@@ -80,7 +80,8 @@ def test_caps_are_per_source():
 
 def test_no_task_is_on_a_benchmarks_picture():
   tasks = [fact(i) for i in range(6)] + [fact(6, 2, question="something else?")]
-  leaks = [("vstar", facts.look(photo(2, (100, 80)))), ("pope", facts.look(photo(99))), ("pope", facts.look(photo(4)))]
+  leaks = [(name, facts.look(photo(*which))) for name, *which in (
+      ("vstar", 2, (100, 80)), ("pope", 99), ("pope", 99, (90, 70)), ("pope", 4))]  # one of them twice
   found = rules.together(tasks, leaks, rules.Config(), 0)
   assert {tasks[i].uid: drop.detail for i, drop in found.items()} == {"u2": "vstar", "u6": "vstar", "u4": "pope"}
   assert {drop.reason for drop in found.values()} == {"on a benchmark's picture"}
