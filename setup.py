@@ -38,7 +38,6 @@ setuptools.setup(
         # Reference implementations, for tests.  A CPU build of torch will do; get that one first.
         # trl's losses are methods of a trainer, which may change with each version.
         "parity": ["peft>=0.17", "rlax>=0.1.8", "safetensors>=0.6.2", "torch>=2.6", "trl>=1.16,<1.17"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # 2 drops the plugins that the theme is made of
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
@@ -53,7 +52,6 @@ setuptools.setup(
         "launch": ["pyyaml>=6"],        # of launch/gke/jobset.py
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # 2 drops the plugins that the theme is made of
         "browser": ["playwright>=1.50"],  # tests of the pages in a Chromium that is there; large, downloads none
         "tensorboard": ["tensorboard>=2.17", "tensorboardX>=2.6"],  # to look, to write
         "wandb": ["wandb>=0.17"],
