@@ -52,6 +52,7 @@ setuptools.setup(
         "launch": ["pyyaml>=6"],        # of launch/gke/jobset.py
         "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
         "benchmarks": ["matplotlib>=3.9"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # 2 drops the plugins that the theme is made of
         "browser": ["playwright>=1.50"],  # tests of the pages in a Chromium that is there; large, downloads none
         "tensorboard": ["tensorboard>=2.17", "tensorboardX>=2.6"],  # to look, to write
         "wandb": ["wandb>=0.17"],
