@@ -78,14 +78,14 @@ def test_what_training_made_of_each_token():
   found, scored = part(0)
   T = scored.advantage_BT.shape[1]
   action_BT = np.full((2, T), -1)
-  action_BT[1, 4:6] = 1
+  action_BT[1, 3], action_BT[1, 4:6] = 0, 1
   scored = scored.replace(
       advantage_BT=jnp.arange(2 * T, dtype=jnp.float32).reshape(2, T), modulator_BR=jnp.float32([[2, 3], [4, 5]]),
       logp_old_BT=jnp.full((2, T), 0.5), batch=scored.batch.replace(action_BT=action_BT, order_B=np.int32([1, 0])))
   first, second = record.entries(found, scored, (0, 1), lambda ids: " ".join(map(str, ids)))
   tokens = first["turns"][0]["tokens"]
   assert tokens["text"] == ["0", "1", "2", "3", "4"] and (tokens["logp"], tokens["gap"]) == (0.0, 0.5)
-  assert tokens["advantage"] == [T + 2, T + 3, T + 4, T + 5, T + 6] and tokens["modulator"] == [1, 1, 5, 5, 1]
+  assert tokens["advantage"] == [T + 2, T + 3, T + 4, T + 5, T + 6] and tokens["modulator"] == [1, 4, 5, 5, 1]
   assert second["turns"][0]["tokens"]["modulator"] == 1.0 and second["turns"][0]["tokens"]["advantage"][0] == 2
   assert "tokens" not in record.entries(found, scored, (0,))[0]["turns"][0]
   alone = record.entries(found, scored.replace(logp_old_BT=None), (0,), lambda ids: "x")[0]["turns"][0]["tokens"]
