@@ -132,6 +132,11 @@ def test_what_is_left_and_what_is_said_of_the_rest(data, tmp_path):
   original = {t.uid: t for name in ("a-train", "b-train") for t in sets.load(data / name, "all", 0.5, 0).tasks}
   for task in found:
     assert vars(task) == vars(original[task.uid]) and images.decode(task.image).size == (320, 240)
+  # From easy to hard, by what the policy made of them.
+  c.data.easy_first_epochs, c.data.easy_first_width = 1, 0.0
+  source, rate_of = setup.source(c, "train"), {line["uid"]: line["pass_with"] for line in kept}
+  rates = [rate_of[source.task(source.plan.due(0, step, 1)[0]).uid] for step in range(len(source))]
+  assert rates == sorted(rates, reverse=True) and f"by pass rates of {len(source)} tasks" in source.describe()
 
 
 def test_the_report_has_each_reason_and_no_hostile_text(data, tmp_path):
