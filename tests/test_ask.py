@@ -96,7 +96,9 @@ def test_the_tiny_base_looks_and_answers(base, tmp_path, capsys):
   assert traj.regions and len(re.findall(r"^\[look \d+: x ", said, re.M)) == len(traj.regions)
   assert all(turn.text.removesuffix("<|im_end|>") in said for turn in traj.turns if turn.role == "assistant")
   page = (tmp_path / "page.html").read_text()
-  assert page.count('class="crop') == len(traj.regions) and "https://" not in page
+  shown = json.loads(re.search(r'<script type="application/json" id="trajectories">(.*?)</script>', page, re.S)[1])
+  crops = [turn["crop"] for turn in shown["items"][0]["turns"] if turn.get("crop") is not None]
+  assert len(crops) == len(traj.regions) and "https://" not in page
 
 
 def test_the_tiny_base_is_served(base):

@@ -59,7 +59,7 @@ class Shown:
 
     def keep(uri):
       nonlocal taken
-      if _picture(uri) is None:
+      if not _is_picture(uri):
         return None
       if uri not in self._pictures:
         self._pictures[uri], taken = len(self._pictures), taken + len(uri)
@@ -152,9 +152,14 @@ def _cut(text: str, longest: int) -> str:
   return text if len(text) <= longest else text[:longest] + " …"
 
 
-def _picture(uri: object) -> str | None:
-  """The data URI of a picture as it is, or None for anything else."""
-  return uri if isinstance(uri, str) and _IMAGE_URI.fullmatch(uri) else None
+def _is_picture(uri: object) -> bool:
+  """Whether it is the data URI of a picture."""
+  return isinstance(uri, str) and _IMAGE_URI.fullmatch(uri) is not None
+
+
+def _picture(uri: object, alt: str) -> markupsafe.Markup:
+  """A picture, if that is what the data URI is of, or nothing."""
+  return markupsafe.Markup('<img src="{}" alt="{}">').format(uri, alt) if _is_picture(uri) else markupsafe.Markup()
 
 
 def _file(name: str) -> str:
