@@ -122,16 +122,17 @@ def step(c: config_lib.ConfigDict, kind: str, chips: int, picture_s: float) -> S
     return costs.flops(cfg, costs.Work(row, work.trajectory_tokens / 2, row, own * (shown + work.crops * crop), shown,
                                        passes, passes))
 
+  size = params_lib.count(family.of(cfg).specs(cfg))
   turns = c.ppo.minibatches * micro
-  link = chip.link if chips <= machine.slice_chips else machine.between
   inside = min(fsdp, machine.slice_chips)
-  if kind == "h100":  # layers are split over machines, too
+  if chip.platform == "gpu":  # layers are split over machines, too
+    link = chip.link if chips <= machine.slice_chips else machine.between
     received = BEYOND * scaling.least_gib(cfg, row, fsdp, tensor) * plan.GIB / link
   else:  # slices are copies of each other: gradients are added up between them
     received = BEYOND * scaling.least_gib(cfg, row, inside, tensor) * plan.GIB / chip.link
     slices = math.ceil(chips / machine.slice_chips)
-    received += 4 * params_lib.count(family.of(cfg).specs(cfg)) / inside / tensor * 2 * (slices - 1) / machine.between
-  whole = 2 * params_lib.count(family.of(cfg).specs(cfg))
+    received += 4 * size / inside / tensor * 2 * (slices - 1) / machine.between
+  whole = 2 * size
   shown_tokens, crop_tokens = (n / cfg.vision.merge ** 2 for n in (shown, crop))
   prompt = shown_tokens + 300  # the question, and the tool's description
   sampled = work.trajectory_tokens - prompt - work.crops * crop_tokens
@@ -152,7 +153,7 @@ def step(c: config_lib.ConfigDict, kind: str, chips: int, picture_s: float) -> S
       costs.flops(cfg, costs.Work(trajectories * work.crops * crop_tokens, work.trajectory_tokens / 2, 0,
                                   trajectories * work.crops * crop, crop))
   hosts = math.ceil(chips / machine.host_chips)
-  state = 3 * 4 * params_lib.count(family.of(cfg).specs(cfg))
+  state = 3 * 4 * size
   return Step(
       chips, f"{fsdp} x {tensor}", over,
       turns * of_row(passes + c.model.remat) / tensor / speed, turns * received,
