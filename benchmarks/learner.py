@@ -20,6 +20,7 @@ import numpy as np
 import timing  # of this folder
 
 from virl_jax.data import batches
+from virl_jax.learner import state as state_lib
 from virl_jax.learner import step as step_lib
 from virl_jax.model import family
 from virl_jax.rollout import engine
@@ -38,7 +39,7 @@ class Side:
   def __init__(self, p, params, batch, h0: float):
     # A copy: an update donates its state.
     self.p, self.h0, self.batch = p, np.float32(h0), hosts.place_batch(batch, p.mesh)
-    self.state = step_lib.init_state(jax.tree.map(lambda a: a.copy(), params), p.step.optim, offload=p.step.offload,
+    self.state = state_lib.init(jax.tree.map(lambda a: a.copy(), params), p.step.optim, offload=p.step.offload,
                                      specs=family.of(p.step.model).specs(p.step.model))
 
   def score(self):

@@ -24,6 +24,7 @@ import timing  # of this folder
 from virl_jax import shapes
 from virl_jax import types
 from virl_jax.learner import optim
+from virl_jax.learner import state as state_lib
 from virl_jax.learner import step as step_lib
 from virl_jax.model import cache as cache_lib
 from virl_jax.model import params as params_lib
@@ -67,7 +68,7 @@ class Ours:
     self.params, self.new_tokens, self.tokens_BT = params, new_tokens, np.stack([r.ids for r in rows])
     self.cfg = dataclasses.replace(cfg, eos=())  # generation goes on to its limit
     self.batch = jax.device_put(pack.pack(rows, pack.Config(cfg.vision.grid, cfg.image_token, 1, 1, 1)))
-    self.step = step_lib.Config(cfg, 1, optim=optim.OptimConfig(learning_rate=1e-5))
+    self.step = state_lib.Config(cfg, 1, optim=optim.OptimConfig(learning_rate=1e-5))
     b = self.batch
     ones = np.full(len(rows), self.tokens_BT.shape[1], np.int32)
     images = jax.tree.map(lambda a: a[0], b.rows.images)
@@ -82,7 +83,7 @@ class Ours:
 
   def train(self):
     if self.state is None:
-      self.state = step_lib.init_state(jax.tree.map(jnp.copy, self.params), self.step.optim)
+      self.state = state_lib.init(jax.tree.map(jnp.copy, self.params), self.step.optim)
     self.state, metrics = step_lib.imitate_step(self.state, self.batch, self.step)
     self.loss = float(metrics["loss/total"])
 

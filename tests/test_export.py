@@ -14,7 +14,7 @@ from virl_jax import config as config_lib
 from virl_jax import export
 from virl_jax.learner import checkpoint
 from virl_jax.learner import optim
-from virl_jax.learner import step as step_lib
+from virl_jax.learner import state as state_lib
 from virl_jax.model import weights
 from virl_jax.run import load
 
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
   saves, saved = checkpoint.Checkpoints(workdir / "checkpoints", 10, 5), {}
   for step, factor in ((10, 2.0), (20, 3.0)):
     saved[step] = jax.tree.map(lambda a, f=factor: f * a, base)
-    saves.maybe_save(step, step_lib.init_state(saved[step], optim.OptimConfig()))
+    saves.maybe_save(step, state_lib.init(saved[step], optim.OptimConfig()))
   saves.close()
   return workdir, saved
 

@@ -31,9 +31,9 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "eval.benchmarks.treebench eval.benchmarks.vstar model.qwen2_5.model",
     "data.curation.stages data.sources.grit data.sources.textvqa eval.benchmarks.table eval.predictions model.family "
     "model.qwen tiny.demos tiny.tokenizer",
-    "data.sources.docvqa model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
-    "data.sources.infographicsvqa learner.step rollout.sample run.load run.pace run.serving",
-    "data.sources.table rollout.turns run.record",
+    "data.sources.docvqa learner.state model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
+    "data.sources.infographicsvqa learner.microbatch rollout.sample run.load run.pace run.serving",
+    "data.sources.table learner.step rollout.turns run.record",
     "data.curation.build rollout.chunks rollout.remote rollout.replay rollout.told run.setup",
     "asking.site export warmstart rollout.engine run.lessons run.programs",
     "ask eval.harness plan rollout.dynamic",

@@ -31,6 +31,7 @@ import numpy as np
 from virl_jax import plan
 from virl_jax import types
 from virl_jax.data import batches
+from virl_jax.learner import state as state_lib
 from virl_jax.learner import step as step_lib
 from virl_jax.rl import reward
 from virl_jax.rollout import dynamic
@@ -70,7 +71,7 @@ def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
 
 def _train(c, p: setup.Pieces, source, run: loop.Run) -> dict:
   state, record = run.state, run.record
-  ref_params = step_lib.reference(run.base.trained, run.base.frozen, p.step) if c.loss.kl_coef else None
+  ref_params = state_lib.reference(run.base.trained, run.base.frozen, p.step) if c.loss.kl_coef else None
   rows = c.rollout.prompts * c.rollout.group_size
   hosts.say(memory.cache_size(p.policy.model, c.rollout.max_total_tokens, c.engine.slots, rows, p.policy.mesh,
                               memory.free_bytes()))

@@ -277,6 +277,11 @@ class Batch:
   rows: Rows
   order_B: jax.Array | None = None
 
+  @property
+  def trained_BT(self) -> jax.Array:
+    """bool[B, T]: the tokens that the loss is about."""
+    return self.sampled_BT & self.row_mask_B[:, None]
+
 
 @flax.struct.dataclass
 class ScoredBatch:

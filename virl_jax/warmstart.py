@@ -40,6 +40,7 @@ from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.learner import checkpoint
 from virl_jax.learner import optim
+from virl_jax.learner import state as state_lib
 from virl_jax.learner import step as step_lib
 from virl_jax.model import outdir
 from virl_jax.model import params as params_lib
@@ -113,8 +114,8 @@ def _warm_start(c, base: str | None, out: str, workdir: epath.Path, command: str
       stages=curriculum.last(tuple(c.data.needle.objects)) if base else curriculum.STAGES, p_direct=u.p_direct,
       p_clumsy=u.p_clumsy, p_count=u.p_count)
   turn = curriculum.turning(course)
-  careful, clumsy = (step_lib.Config(cfg, 1, optim=optim_config(c, turn, k)) for k in (False, True))
-  state = step_lib.init_state(params, careful.optim)
+  careful, clumsy = (state_lib.Config(cfg, 1, optim=optim_config(c, turn, k)) for k in (False, True))
+  state = state_lib.init(params, careful.optim)
   print(f"{params_lib.count(qwen.specs(cfg)):,} parameters, {jax.devices()[0]}", flush=True)
 
   saves = checkpoint.Checkpoints(workdir / "checkpoints", u.save_every, 2)
@@ -127,7 +128,7 @@ def _warm_start(c, base: str | None, out: str, workdir: epath.Path, command: str
     for step, batch in enumerate(curriculum.batches(course, start, u.workers), start):
       with kept.changing():
         if step == turn:  # a new optimiser: the careful stage's schedule has run out
-          state = step_lib.init_state(state.params, clumsy.optim)
+          state = state_lib.init(state.params, clumsy.optim)
         state, metrics = step_lib.imitate_step(state, batch, careful if step < turn else clumsy)
         skips.append(metrics["optim/skipped"].value)
         last = step + 1 == u.steps

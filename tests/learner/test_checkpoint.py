@@ -14,7 +14,7 @@ import pytest
 
 from virl_jax.learner import checkpoint
 from virl_jax.learner import optim
-from virl_jax.learner import step as step_lib
+from virl_jax.learner import state as state_lib
 from virl_jax.model import params as params_lib
 from virl_jax.model import sharding
 
@@ -34,7 +34,7 @@ def make_state(seed=0, update=3, sharding=None, critic_width=0):
   rng = np.random.default_rng(seed)
   draw = lambda *shape: jax.device_put(rng.standard_normal(shape, np.float32), sharding)
   params = {"a_w": draw(8, 4), "inner": {"b_b": draw(8), "half_w": draw(8, 8).astype(jnp.bfloat16)}}
-  state = step_lib.init_state(params, OPTIM, 0.1 * update, critic_width)
+  state = state_lib.init(params, OPTIM, 0.1 * update, critic_width)
   filled = lambda tree: jax.tree.map(lambda a: a + (1 if a.dtype == jnp.int32 else 0.1), tree)
   return state.replace(update=jnp.int32(update), opt_state=filled(state.opt_state), critic=filled(state.critic),
                        critic_opt_state=filled(state.critic_opt_state))
@@ -79,7 +79,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, critic_width):
   assert again.latest() == 4
   found = again.restore(4, make_state(seed=1, update=0, critic_width=critic_width))
   same(found, state)
-  assert type(found) is step_lib.TrainState and int(found.update) == 3
+  assert type(found) is state_lib.TrainState and int(found.update) == 3
   again.close()
 
 
@@ -105,7 +105,7 @@ def recipe_state(seed, kind="adamw", offload=()):
   spec = params_lib.ParamSpec((2, 128, 256), ("layers", "embed", None), "normal", "q.{layer}", (256, 128), (1, 0))
   draw = lambda shape, s: jax.device_put(rng.standard_normal(shape, np.float32), s)
   params = jax.tree.map(draw, shapes, where, is_leaf=lambda x: isinstance(x, tuple))
-  state = step_lib.init_state(params, dataclasses.replace(OPTIM, kind=kind), offload=offload,
+  state = state_lib.init(params, dataclasses.replace(OPTIM, kind=kind), offload=offload,
                               specs={"blocks": {"q_w": spec}})
   return state.replace(opt_state=jax.tree.map(lambda a: draw(a.shape, a.sharding) if a.ndim else a, state.opt_state))
 
@@ -258,9 +258,9 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
   saves = checkpoint.Checkpoints(tmp_path, 1, 1)
   saves.maybe_save(1, make_state())
   saves.wait()
-  wider = step_lib.init_state({"a_w": jnp.ones((8, 5)), "inner": {"b_b": jnp.ones(8), "half_w": jnp.ones((8, 8))}},
+  wider = state_lib.init({"a_w": jnp.ones((8, 5)), "inner": {"b_b": jnp.ones(8), "half_w": jnp.ones((8, 8))}},
                               OPTIM)
-  longer = step_lib.init_state({"a_w": jnp.ones((8, 4)), "new_w": jnp.ones(3)}, OPTIM)
+  longer = state_lib.init({"a_w": jnp.ones((8, 4)), "new_w": jnp.ones(3)}, OPTIM)
   for other in (wider, longer):
     with pytest.raises(ValueError, match=f"(?s)checkpoint 1 in {tmp_path} does not fit this model"):
       saves.restore(1, other)

@@ -13,6 +13,7 @@ import pytest
 
 from virl_jax import config
 from virl_jax.learner import optim
+from virl_jax.learner import state as state_lib
 from virl_jax.learner import step as step_lib
 from virl_jax.model import params as params_lib
 from virl_jax.model import sharding
@@ -239,7 +240,7 @@ def test_moments_lie_like_their_parameters_and_all_else_whole(kind):
   where = sharding.param_shardings(specs, mesh)
   params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
                         params_lib.abstract(specs, jnp.float32), where)
-  state = step_lib.abstract_state(params, of(kind), specs=specs).opt_state
+  state = state_lib.abstract(params, of(kind), specs=specs).opt_state
   whole, seen = sharding.replicated(mesh), {True: 0, False: 0}
   for path, a in jax.tree_util.tree_flatten_with_path(state)[0]:
     name = jax.tree_util.keystr(path)
@@ -268,11 +269,11 @@ def after_two_steps(kind, mesh=None, offload=()):
   rng = np.random.default_rng(0)
   values = params_lib.map_specs(lambda s: rng.standard_normal(s.shape, np.float32), specs)
   params = jax.device_put(values, sharding.param_shardings(specs, mesh) if mesh else None)
-  cfg = step_lib.Config(WIDE, 1, optim=of(kind, weight_decay=0.1), mesh=mesh, offload=offload)
+  cfg = state_lib.Config(WIDE, 1, optim=of(kind, weight_decay=0.1), mesh=mesh, offload=offload)
   apply = jax.jit(lambda state, grads: step_lib._apply(state, grads, None, jnp.float32(1), step_lib.NO_LIMIT, cfg)[0],
                   donate_argnums=0)
-  state = step_lib.init_state(params, cfg.optim, offload=offload, specs=specs)
-  like = step_lib.abstract_state(params, cfg.optim, offload=offload, specs=specs)
+  state = state_lib.init(params, cfg.optim, offload=offload, specs=specs)
+  like = state_lib.abstract(params, cfg.optim, offload=offload, specs=specs)
   jax.tree.map(lambda a, s: np.testing.assert_equal((a.shape, a.dtype), (s.shape, s.dtype)), state, like)
   states, counter = [jax.tree.map(lambda a: a.sharding, state)], None
   for seed in range(2):
@@ -309,7 +310,7 @@ def test_a_state_stays_where_it_is(alone, kind, offload):
 
 def test_what_is_offloaded_needs_a_mesh(small):
   with pytest.raises(ValueError, match="parameters must be on a mesh for an optimizer that is offloaded"):
-    step_lib.init_state(small.params, OPTIM, offload=("optimizer",))
+    state_lib.init(small.params, OPTIM, offload=("optimizer",))
 
 
 def first_steps(of, params, grads, **more):

@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from virl_jax import types
+from virl_jax.learner import microbatch
 from virl_jax.learner import optim
 from virl_jax.learner import pooled
+from virl_jax.learner import state as state_lib
 from virl_jax.learner import step as step_lib
 from virl_jax.model import family
 from virl_jax.model import head
@@ -46,11 +48,11 @@ def update_step(*args):
 
 def held(params):
   """A state that is only read."""
-  return step_lib.TrainState(jnp.int32(0), params, (), jnp.float32(0.0))
+  return state_lib.TrainState(jnp.int32(0), params, (), jnp.float32(0.0))
 
 
 def make_config(model, group_size=4, **kwargs):
-  return step_lib.Config(model.cfg, group_size, optim=OPTIM, **kwargs)
+  return state_lib.Config(model.cfg, group_size, optim=OPTIM, **kwargs)
 
 
 def trajectories(cfg):
@@ -182,7 +184,7 @@ def test_a_reference_has_log_probabilities_of_its_own(small, batch, scored):
 
 def fresh(small):
   """A state of its own: updates donate it."""
-  return step_lib.init_state(jax.tree.map(jnp.copy, small.params), OPTIM)
+  return state_lib.init(jax.tree.map(jnp.copy, small.params), OPTIM)
 
 
 def poisoned(s, value=np.nan):
@@ -277,7 +279,7 @@ def test_several_devices_compute_what_one_does(small, batch, scored, updated, si
     for name in ("logp_old_BT", "advantage_BT"):
       mine, want = (np.asarray(getattr(s, name)) for s in (got, scored[0]))
       np.testing.assert_allclose(mine[order][batch.valid_BT], want[batch.valid_BT], atol=1e-4, err_msg=name)
-  state = step_lib.init_state(params, OPTIM)
+  state = state_lib.init(params, OPTIM)
   where = [a.sharding for a in jax.tree.leaves(state)]
   moments = [a.sharding for a in jax.tree.leaves(state.opt_state) if a.ndim]
   assert moments == 2 * [a.sharding for a in jax.tree.leaves(params)]  # Adam's two, split as the parameters
@@ -312,7 +314,7 @@ def adapted(small, batch, adapters):
   """Scores and an update of those adapters."""
   cfg = make_config(tuned(small, LORA))
   s, _ = score_step(held(adapters), None, batch, cfg, frozen=small.params)
-  state = step_lib.init_state(jax.tree.map(jnp.copy, adapters), OPTIM)
+  state = state_lib.init(jax.tree.map(jnp.copy, adapters), OPTIM)
   state, metrics = update_step(state, s, cfg, small.params)
   return s, jax.device_get(state), metrics
 
@@ -343,7 +345,7 @@ def test_an_adapters_gradient_is_the_matrixs(small, scored):
   low, cfg = tuned(small, LORA), make_config(small)
   fresh_ones = params_lib.init(family.tables(low.cfg)[0], jax.random.key(0), jnp.float32)
   nll = lambda found, here_BT, whole_BT: -jnp.where(here_BT, found[0] + 0.3 * found[1], 0.0).sum()
-  run = jax.jit(lambda params, frozen, batch, cfg: step_lib._gradients(held(params), frozen, batch, cfg, nll)[0][0],
+  run = jax.jit(lambda params, frozen, batch, cfg: microbatch.gradients(held(params), frozen, batch, cfg, nll)[0][0],
                 static_argnums=3)
   want = run(small.params, None, scored[0].batch, cfg)["text"]["blocks"]
   got = run(fresh_ones, small.params, scored[0].batch, make_config(low))["text"]["blocks"]
@@ -374,7 +376,7 @@ def test_adapters_on_several_devices(small, adapters, adapted, sizes, micro):
   valid_BT = np.asarray(s.batch.valid_BT)
   np.testing.assert_allclose(np.asarray(got.logp_old_BT)[order][valid_BT], np.asarray(s.logp_old_BT)[valid_BT],
                              atol=1e-4)
-  state, metrics = update_step(step_lib.init_state(trained, OPTIM), got, cfg, frozen)
+  state, metrics = update_step(state_lib.init(trained, OPTIM), got, cfg, frozen)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, want.params)
   assert metrics == pytest.approx(want_metrics, abs=1e-4)
 
@@ -388,7 +390,7 @@ def test_what_is_frozen_stays_and_the_rest_learns_as_ever(small, batch, scored):
   for model, params, rest in ((small, jax.tree.map(jnp.copy, small.params), None),
                               (tuned(small, frozen_tower), trained, frozen)):
     cfg = dataclasses.replace(make_config(model), optim=unclipped)
-    found.append(update_step(step_lib.init_state(params, unclipped), scored[0], cfg, rest)[0].params)
+    found.append(update_step(state_lib.init(params, unclipped), scored[0], cfg, rest)[0].params)
   everything, decoder = found
   assert set(decoder) == {"text"}
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), decoder["text"], everything["text"])
@@ -412,7 +414,7 @@ def test_any_number_of_microbatches_gives_the_same_update(small, loss_cfg, criti
     b = packed(small, join=join, microbatch_tokens=8 // micro * 24)
     b = b.replace(row_mask_B=np.array([True, True, False, True] * 2))
     assert b.tokens_BT.shape[1] == (32 if join else 24)
-    state = step_lib.init_state(jax.tree.map(jnp.copy, small.params), OPTIM, o.kl_coef,
+    state = state_lib.init(jax.tree.map(jnp.copy, small.params), OPTIM, o.kl_coef,
                                 small.cfg.text.hidden if critic else 0)
     s, _ = score_step(state, ref, b, cfg)
     moved = s.replace(logp_old_BT=s.logp_old_BT - 0.1 * jnp.cos(jnp.arange(s.logp_old_BT.shape[1]))[None])
@@ -464,7 +466,7 @@ def test_joined_rows_compute_what_rows_of_their_own_do(small, batch, scored, upd
 def test_a_critic_values_tokens_of_joined_rows_as_of_their_own(small, batch):
   critic = {"w": jnp.asarray(np.random.default_rng(0).normal(size=small.cfg.text.hidden), jnp.float32),
             "b": jnp.full(1, 0.5)}
-  run = jax.jit(lambda b: step_lib.outputs(small.params, make_config(small), b, critic))
+  run = jax.jit(lambda b: microbatch.outputs(small.params, make_config(small), b, critic))
   T = batch.tokens_BT.shape[1]
   for got, want in zip(run(joined(small)), run(batch)):
     np.testing.assert_allclose(got[:, :T][batch.valid_BT], want[batch.valid_BT], atol=1e-5)
@@ -507,7 +509,7 @@ def test_imitation_lowers_the_loss(small, batch):
     losses.append(float(metrics["loss/total"].value))
   assert all(b < a for a, b in zip(losses, losses[1:])) and losses[-1] < losses[0] - 0.1
   assert int(state.update) == 5
-  logp = step_lib.outputs(small.params, cfg, batch)[0]
+  logp = microbatch.outputs(small.params, cfg, batch)[0]
   np.testing.assert_allclose(losses[0], -np.asarray(logp)[batch.sampled_BT].mean(), rtol=1e-5)
 
 
@@ -529,7 +531,7 @@ def test_imitation_follows_the_gradient_of_the_cross_entropy(small, batch):
   (nll, right), wanted = jax.jit(jax.value_and_grad(lambda p: cross_entropy(p, small, batch), has_aux=True))(
       small.params)
   gradient = lambda state: jax.tree.map(lambda m: m / (1 - plain.b1), optax.tree.get(state.opt_state, "mu"))
-  start = lambda: step_lib.init_state(jax.tree.map(jnp.copy, small.params), plain)
+  start = lambda: state_lib.init(jax.tree.map(jnp.copy, small.params), plain)
   state, metrics = step_lib.imitate_step(start(), batch, cfg)
   found = pooled.merge([metrics])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(state), wanted)
@@ -562,7 +564,7 @@ def score(small, batch, monkeypatch):
     state = held(small.params).replace(kl_coef=jnp.float32(cfg.loss.kl_coef if coef is None else coef))
     if cfg.advantage.kind == "gae":
       state = state.replace(critic={"w": jnp.zeros(1), "b": jnp.zeros(1)})
-    monkeypatch.setattr(step_lib, "outputs", outputs)
+    monkeypatch.setattr(microbatch, "outputs", outputs)
     with jax.disable_jit():
       if batches is not None:
         return step_lib.score(state, {"other": jnp.ones(1)}, jax.tree.map(jnp.asarray, batches), cfg, h0)
@@ -777,11 +779,11 @@ def test_a_value_s_step_is_clipped_about_what_it_was(small, batch):
   """Against the values that scored the batch, not against themselves."""
   cfg = make_config(small, advantage=advantage.Config(kind="gae"), loss=loss.Config(value_clip=0.01))
   cfg = dataclasses.replace(cfg, optim=dataclasses.replace(OPTIM, learning_rate=0.0, critic_learning_rate=0.05))
-  state = step_lib.init_state(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.0, small.cfg.text.hidden)
+  state = state_lib.init(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.0, small.cfg.text.hidden)
   s, _ = score_step(state, None, batch, cfg)
   state, first = update_step(state, s, cfg)
   assert first["critic/clip_frac"] == 0
-  value = np.asarray(step_lib.outputs(state.params, cfg, batch, state.critic)[2])[batch.sampled_BT]
+  value = np.asarray(microbatch.outputs(state.params, cfg, batch, state.critic)[2])[batch.sampled_BT]
   want, old = (np.asarray(x)[batch.sampled_BT] for x in (s.return_BT, s.value_old_BT))
   held_back = np.square(old + np.clip(value - old, -0.01, 0.01) - want)
   _, second = update_step(state, s, cfg)
@@ -794,7 +796,7 @@ def test_a_value_s_step_is_clipped_about_what_it_was(small, batch):
 def test_a_critic_learns_what_to_expect(small, batch):
   cfg = make_config(small, advantage=advantage.Config(kind="gae", lam=0.95), loss=loss.Config(value_clip=0.0))
   cfg = dataclasses.replace(cfg, optim=dataclasses.replace(OPTIM, learning_rate=0.0, critic_learning_rate=0.05))
-  state = step_lib.init_state(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.0, small.cfg.text.hidden)
+  state = state_lib.init(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.0, small.cfg.text.hidden)
   s, _ = score_step(state, None, batch, cfg)
   assert not np.asarray(s.value_old_BT).any()  # it expects nothing at first
   losses = []
@@ -812,11 +814,11 @@ def test_what_waits_in_the_host_s_memory_changes_no_number(small, batch, scored,
   params = jax.device_put(jax.tree.map(np.array, small.params), sharding.param_shardings(qwen.specs(small.cfg), mesh))
   there = hosts.place_batch(packed(small, shards=2), mesh)
   found = {}
-  for offload in ((), step_lib.OFFLOAD):
+  for offload in ((), state_lib.OFFLOAD):
     cfg = make_config(small, mesh=mesh, offload=offload, loss=loss.Config(kl_coef=0.1))
     ref = jax.tree.map(lambda a: a * 0.9, params)
-    ref = step_lib.reference(ref, {}, cfg)
-    state = step_lib.init_state(jax.tree.map(jnp.copy, params), OPTIM, 0.1, offload=offload)
+    ref = state_lib.reference(ref, {}, cfg)
+    state = state_lib.init(jax.tree.map(jnp.copy, params), OPTIM, 0.1, offload=offload)
     where = [a.sharding for a in jax.tree.leaves((state, ref))]
     s, _ = score_step(state, ref, there, cfg)
     state, metrics = update_step(state, s, cfg)
@@ -840,7 +842,7 @@ def test_an_update_that_is_not_finite_leaves_everything_as_it_was(small):
   cfg = dataclasses.replace(cfg, optim=dataclasses.replace(OPTIM, warmup_steps=5))
   batch = packed(small, microbatch_tokens=48)
   assert len(batch.rows.index_MUT) == 4
-  state = step_lib.init_state(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.1, small.cfg.text.hidden)
+  state = state_lib.init(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.1, small.cfg.text.hidden)
   s, _ = score_step(state, jax.tree.map(lambda a: a * 0.9, small.params), batch, cfg)
   state, metrics = update_step(state, s, cfg, None, step_lib.NO_LIMIT)
   assert state.update == 1 and float(state.kl_coef) != np.float32(0.1) and np.asarray(state.critic["w"]).any()
@@ -869,7 +871,7 @@ def test_what_is_finite_is_updated_as_if_nothing_were_skipped(small, optimized, 
   rng = np.random.default_rng(0)
   draw = lambda tree: jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), tree)
   params = small.params if kind == "muon" else {"layer": small.params["text"]["blocks"]}  # less to compile
-  state = step_lib.init_state(params, cfg.optim, 0.1, small.cfg.text.hidden, specs=family.tables(small.cfg)[0])
+  state = state_lib.init(params, cfg.optim, 0.1, small.cfg.text.hidden, specs=family.tables(small.cfg)[0])
   start, grads = jax.device_get(state), [(draw(state.params), draw(state.critic)) for _ in range(2)]
   found, judged = [], step_lib._judged
   for judge in (judged, lambda *args: (jnp.array(True), judged(*args)[1])):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from virl_jax import types
+from virl_jax.learner import state as state_lib
 from virl_jax.learner import step as step_lib
 from virl_jax.rl import advantage
 from virl_jax.rollout import dynamic
@@ -81,7 +82,7 @@ def test_what_is_informative_is_what_the_reward_says(small):
 
   rows = [row(True, box), row(True, box), row(True, box), row(True, other), row(False), row(True)]
   def groups(rows=rows, h0=0.4, mask=(), least_spread=0.1, spread_of="total", **kwargs):
-    cfg = step_lib.Config(small.cfg, G, reward=step_lib.reward.Config(**kwargs),
+    cfg = state_lib.Config(small.cfg, G, reward=step_lib.reward.Config(**kwargs),
                           advantage=advantage.Config(spread_of=spread_of, least_spread=least_spread))
     got = step_lib.informative(pack.boxes(rows, 3), *pack.outcomes(rows), pack.answerable(rows),
                                pack.counted(rows, mask), cfg.judge, jnp.float32(h0)).tolist()

@@ -19,7 +19,8 @@ from virl_jax import types
 from virl_jax.data import answers
 from virl_jax.data import images
 from virl_jax.data import prompt
-from virl_jax.learner import step as step_lib
+from virl_jax.learner import microbatch
+from virl_jax.learner import state as state_lib
 from virl_jax.model import patches
 from virl_jax.model import sharding
 from virl_jax.model import weights
@@ -86,7 +87,7 @@ def test_sampled_logps_are_the_learners(base):
   got = engine.rollout(policy, params, draw_tasks(4), jax.random.key(1), group_size=2, temperature=0.7)
   answers.grade(got)
   batch = jax.tree.map(jax.numpy.asarray, pack.pack(got, padding))
-  logp, _, _ = step_lib.outputs(params, step_lib.Config(policy.model, 2, temperature=0.7), batch)
+  logp, _, _ = microbatch.outputs(params, state_lib.Config(policy.model, 2, temperature=0.7), batch)
   mask = np.asarray(batch.sampled_BT)
   np.testing.assert_allclose(np.asarray(logp)[mask], batch.logp_sampler_BT[mask], atol=1e-4)
 

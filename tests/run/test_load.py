@@ -12,7 +12,7 @@ import pytest
 from virl_jax import config as config_lib
 from virl_jax.learner import checkpoint
 from virl_jax.learner import optim
-from virl_jax.learner import step as step_lib
+from virl_jax.learner import state as state_lib
 from virl_jax.model import sharding
 from virl_jax.model import weights
 from virl_jax.run import load
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
   (workdir / "config.json").write_text(config_lib.to_json(c))
   params = jax.tree.map(lambda a: 2 * a, load.base(load.model_dir("@tiny")).params)
   saves = checkpoint.Checkpoints(workdir / "checkpoints", 10, 5)
-  saves.maybe_save(10, step_lib.init_state(params, optim.OptimConfig()))
+  saves.maybe_save(10, state_lib.init(params, optim.OptimConfig()))
   saves.close()
   return workdir, params
 
@@ -51,7 +51,7 @@ def test_the_best_policy_of_a_run_may_be_asked_for(run, tmp_path):
   (tmp_path / "config.json").write_text(config_lib.to_json(c))
   saves = checkpoint.Checkpoints(tmp_path / "checkpoints", 1, 1, best=True)
   for step, score in ((1, 0.5), (2, 0.9), (3, 0.1)):
-    saves.maybe_save(step, step_lib.init_state(jax.tree.map(lambda a, by=step: by * a, params), optim.OptimConfig()),
+    saves.maybe_save(step, state_lib.init(jax.tree.map(lambda a, by=step: by * a, params), optim.OptimConfig()),
                      score=score)
   saves.close()
   assert load.trained(str(tmp_path)).step == 3
@@ -73,7 +73,7 @@ def test_of_the_base_only_what_is_frozen_is_read_again(tmp_path, changes):
   base = load.base(hf_dir, model=load.of_config(c, weights.read_config(hf_dir)))
   moved = jax.tree.map(lambda a: a + 1, base.trained)
   saves = checkpoint.Checkpoints(tmp_path / "checkpoints", 1, 1)
-  saves.maybe_save(1, step_lib.init_state(moved, optim.OptimConfig()))
+  saves.maybe_save(1, state_lib.init(moved, optim.OptimConfig()))
   saves.close()
   found = load.trained(str(tmp_path))
   jax.tree.map(np.testing.assert_array_equal, found.trained, moved)

@@ -36,7 +36,7 @@ from virl_jax.data import batches
 from virl_jax.eval import harness
 from virl_jax.eval import outcome
 from virl_jax.learner import checkpoint
-from virl_jax.learner import step as step_lib
+from virl_jax.learner import state as state_lib
 from virl_jax.model import family
 from virl_jax.report import html
 from virl_jax.rollout import sample
@@ -84,10 +84,10 @@ class Run:
   before: dict | None
   checkpoints: checkpoint.Checkpoints
   start: int
-  state: step_lib.TrainState
+  state: state_lib.TrainState
   record: record_lib.Recorder
 
-  def policy(self, state: step_lib.TrainState) -> dict:
+  def policy(self, state: state_lib.TrainState) -> dict:
     """All parameters of the policy, as the model takes them."""
     return family.whole(state.params, self.base.frozen, self.p.step.model)
 
@@ -104,7 +104,7 @@ class Run:
       self.record.begin()
       yield step
 
-  def finished(self, kept: ending.Kept, step: int, state: step_lib.TrainState) -> None:
+  def finished(self, kept: ending.Kept, step: int, state: state_lib.TrainState) -> None:
     """A step is recorded and has led to this state: after the log, which the checkpoint never runs ahead of."""
     c, record = self.c, self.record
     kept.finished(step + 1, state, last=step + 1 == c.steps or bool(record.stopping or record.stuck),
@@ -120,7 +120,7 @@ class Run:
       hosts.say(f"report: {hosts.first(lambda: html.write(str(self.workdir)))}")
       raise SystemExit(self.record.stuck)
 
-  def end(self, state: step_lib.TrainState) -> dict:
+  def end(self, state: state_lib.TrainState) -> dict:
     """Evaluation, what changed, report; returns the last step's metrics."""
     self.clock.lap("checkpoint")
     if stopped := self.record.stopping:
@@ -208,7 +208,7 @@ def begin(c: config_lib.ConfigDict, p: setup.Pieces, claimed: workdir_lib.Claime
   clock.lap("evaluation")
 
   # --- where are we? -----------------------------------------------------------------------------------
-  state = step_lib.init_state(base.trained, p.step.optim, p.step.loss.kl_coef,
+  state = state_lib.init(base.trained, p.step.optim, p.step.loss.kl_coef,
                               p.policy.model.text.hidden if p.step.advantage.kind == "gae" else 0, p.step.offload,
                               family.tables(p.step.model)[0])
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.every, c.checkpoint.keep,

@@ -13,6 +13,7 @@ import numpy as np
 from virl_jax import config as config_lib
 from virl_jax import shapes
 from virl_jax import types
+from virl_jax.learner import state as state_lib
 from virl_jax.learner import step as step_lib
 from virl_jax.model import cache as cache_lib
 from virl_jax.model import family
@@ -117,11 +118,11 @@ def _split(c, p) -> tuple[dict, dict]:
 
 def _reference(c, p) -> dict | None:
   """Of the KL term, if there is one."""
-  return step_lib.reference(*_split(c, p), p.step) if c.loss.kl_coef else None
+  return state_lib.reference(*_split(c, p), p.step) if c.loss.kl_coef else None
 
 
-def _state(c, p) -> step_lib.TrainState:
-  return step_lib.abstract_state(
+def _state(c, p) -> state_lib.TrainState:
+  return state_lib.abstract(
       _split(c, p)[0], p.step.optim, p.step.model.text.hidden if c.advantage.kind == "gae" else 0, p.step.offload,
       family.tables(p.step.model)[0])
 

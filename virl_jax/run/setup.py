@@ -30,7 +30,7 @@ from virl_jax.data.sources import jsonl
 from virl_jax.data.sources import sets
 from virl_jax.eval import monitors
 from virl_jax.learner import optim
-from virl_jax.learner import step as step_lib
+from virl_jax.learner import state as state_lib
 from virl_jax.model import family
 from virl_jax.model import remat
 from virl_jax.model import sharding
@@ -188,7 +188,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   part = checks.real(above=0, high=1)
   checks.section(c.pack, "pack", pad_tokens=count, join_rows=checks.flag, crops_share=part, joined_share=part)
   checks.section(c.learner, "learner", microbatch_tokens=some, row_shown=count, row_crops=count,
-                 offload=checks.some_of(step_lib.OFFLOAD))
+                 offload=checks.some_of(state_lib.OFFLOAD))
   checks.section(c.ppo, "ppo", minibatches=count, epochs=count)
   axis = (lambda v: checks.whole(-1)[0](v) and v != 0, "at least 1, or -1 for what is left")
   checks.section(c.mesh, "mesh", data=axis, fsdp=axis, tensor=axis)
@@ -285,7 +285,7 @@ class Pieces:
   """
 
   policy: turns.Policy
-  step: step_lib.Config
+  step: state_lib.Config
   pack: pack.Config
   mesh: jax.sharding.Mesh
   hf_dir: str
@@ -365,7 +365,7 @@ def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec
   return Pieces(
       policy=turns.Policy(model, codec, s.prompt, s.image, s.rollout, sharding.replicas(mesh, c.rollout.tensor),
                           s.engine),
-      step=step_lib.Config(model, c.rollout.group_size, c.rollout.temperature, s.reward, s.credit, s.advantage, s.loss,
+      step=state_lib.Config(model, c.rollout.group_size, c.rollout.temperature, s.reward, s.credit, s.advantage, s.loss,
                            s.optim, mesh, single_update=c.ppo.minibatches * c.ppo.epochs == 1,
                            offload=tuple(c.learner.offload)),
       pack=pack.Config(model.vision.grid, model.image_token, c.rollout.max_rounds, c.pack.pad_tokens,

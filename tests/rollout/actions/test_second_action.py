@@ -14,6 +14,7 @@ from virl_jax.data import answers
 from virl_jax.data import images
 from virl_jax.data import prompt
 from virl_jax.learner import pooled
+from virl_jax.learner import state as state_lib
 from virl_jax.learner import step as step_lib
 from virl_jax.model import patches
 from virl_jax.model import sharding
@@ -108,7 +109,7 @@ def test_both_stand_in_the_system_turn_and_a_third_is_refused(played):
 @pytest.mark.parametrize("scope", credit.SCOPES)
 def test_both_are_scored_and_trained_on(played, scope):
   policy, params, found = played
-  cfg = step_lib.Config(policy.model, 4, credit=credit.Config(scope=scope), single_update=True)
+  cfg = state_lib.Config(policy.model, 4, credit=credit.Config(scope=scope), single_update=True)
   padding = pack.Config(policy.model.vision.grid, policy.model.image_token, 3, 32, 8, scope=scope)
   batch = jax.tree.map(jnp.asarray, pack.pack(found, padding))
   for b, t in enumerate(found):
@@ -116,7 +117,7 @@ def test_both_are_scored_and_trained_on(played, scope):
     credited = np.asarray(batch.action_BT[b] >= 0)
     if scope != "turn" and t.regions:
       assert 0 < credited.sum() < sum(len(turn.ids) for turn in t.turns if turn.action)
-  state = step_lib.init_state(jax.tree.map(jnp.copy, params), cfg.optim)
+  state = state_lib.init(jax.tree.map(jnp.copy, params), cfg.optim)
   scored, metrics = step_lib.score_step(state, None, batch, cfg)
   line = pooled.merge([metrics])
   assert line["rationale_count"] == np.mean([len(t.regions) for t in found]) and line["mean_iou"] > 0
