@@ -83,6 +83,7 @@ def test_algorithms_that_make_sense_are_not(changes):
 @pytest.mark.parametrize("key, value, message", [
     ("steps", -1, "steps must be 0 or more"), ("rollout.group_size", 0, "rollout.group_size must be at least 1"),
     ("rollout.group_size", 1, "at least 2"), ("data.source", "web", "data.source must be 'needle' or 'jsonl'"),
+    ("data.eval_path", "DIR", "'' while config.data.source is 'needle'"),
     ("data.source", "jsonl", "data.path must be the path"), ("data.eval_fraction", 1.0, "between 0 and 1"),
     ("reward.h0", 1.5, "an IoU"), ("rollout.temperature", 0.0, "positive"), ("eval.temperature", -1.0, "greedy"),
     ("rollout.top_p", 0.0, "above 0"), ("rollout.min_p", 2.0, "between 0 and 1"), ("engine.slots", -1, "0 or more"),

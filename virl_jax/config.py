@@ -94,7 +94,9 @@ def _knobs() -> ConfigDict:
   d.easy_first_epochs = 0          # so many epochs walk from what curation's policy solved often to what it seldom
                                    #   solved; 0 for any order [ours]
   d.easy_first_width = 0.25        # share of a set's tasks that is mixed at a time while they do [ours]
-  d.eval_fraction = 0.2            # jsonl, set: share of records held out for evaluation [ours]
+  d.eval_path = ""                 # jsonl, set: held-out tasks of a file or set of their own, and all of data.path is
+                                   #   trained on; "" holds out a share of data.path
+  d.eval_fraction = 0.2            # jsonl, set: share of records held out for evaluation, without data.eval_path [ours]
   d.split_seed = 0                 # draws the held-out records, and which of them are asked; independent of seed
   d.needle = n = ConfigDict()
   n.families = ("pattern", "pair_pattern")  # kinds of questions; see tiny/needle.py

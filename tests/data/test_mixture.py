@@ -19,6 +19,7 @@ from virl_jax import types
 from virl_jax.data import batches
 from virl_jax.data import mixture
 from virl_jax.data import order
+from virl_jax.data.sources import sets
 from virl_jax.run import hosts
 from virl_jax.run import setup
 from virl_jax.tiny import needle
@@ -294,6 +295,24 @@ def test_a_run_by_weights(curated):
   assert not {t.uid for t in test.tasks} & {uid for step in taken for uid in step}
   drawn = batches.held_out(test, 5, 10 ** 6)
   assert len(drawn.tasks) == 5
+
+
+def test_held_out_tasks_of_their_own(curated, tmp_path):
+  c = a_config(curated / "big-train", eval_path=str(curated / "small-train"))
+  train, test = setup.source(c, "train"), setup.source(c, "test")
+  small, big = (sets.load(curated / name, "all", 0.2, 0) for name in ("small-train", "big-train"))
+  assert [t.uid for t in test.tasks] == [t.uid for t in small.tasks]
+  assert {t.uid for t in train.tasks} == {t.uid for t in big.tasks} and len(train) == len(big)
+  assert uids(train) == uids(big)  # in the order that it has by itself
+  assert f"held out: {small.describe()}" in train.describe()
+  other = setup.source(a_config(curated / "big-train", eval_path=str(curated)), "train")
+  assert len({train.fingerprint(), other.fingerprint(), big.fingerprint()}) == 3
+  weights = ("small:3", "big-train:1")
+  weighted = setup.source(a_config(curated, eval_path=str(curated / "small-train"), weights=weights), "train")
+  assert [sum(len(uid) == 4 for uid in step) for step in uids(weighted)] == [6] * 15
+  assert "weights small 0.75" in weighted.describe() and "held out: " in weighted.describe()
+  with pytest.raises(ValueError, match="data.eval_path must be a finished set.*nowhere"):
+    setup.source(a_config(curated, eval_path=str(tmp_path / "nowhere")), "test")
 
 
 def test_the_fingerprint_is_of_all_that_decides_who_comes(curated, tmp_path):

@@ -1,6 +1,8 @@
 """Which groups are kept, what is drawn for it, and that nothing changes where nothing is asked."""
 
+import concurrent.futures
 import dataclasses
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from virl_jax.rl import advantage
 from virl_jax.rollout import dynamic
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
+from virl_jax.run import hosts
 
 G = 2
 
@@ -59,13 +62,60 @@ BATCHES = [["a", "one_b", "c"], ["d", "e", "one_f"], ["one_g", "one_h", "i"], ["
 
 @pytest.mark.parametrize("tries, kept, further", [
     (0, ["a", "one_b", "c"], 0),
-    (1, ["a", "one_b", "one_f"], 1),   # the first of the others fill up; all in the order that they were drawn in
-    (2, ["one_b", "one_f", "one_g"], 2),
-    (3, ["one_b", "one_f", "one_g"], 2)])  # enough is enough
+    (1, ["one_f", "one_b", "c"], 1),   # in the first place that is free; what nothing comes for stays
+    (2, ["one_f", "one_b", "one_g"], 2),
+    (3, ["one_f", "one_b", "one_g"], 2)])  # enough is enough
 def test_informative_groups_are_kept(played, tries, kept, further):
   assert go(BATCHES, tries) == (kept, further)
   assert len({str(k) for k in played}) == len(played)  # each try has a key of its own
   assert played[0] == jax.random.key_data(jax.random.key(3)).tolist()  # the first, the step's
+
+
+class Lockstep:
+  """`hosts` for threads that stand for processes."""
+
+  def __init__(self, processes):
+    self.processes, self.barrier, self.said = processes, threading.Barrier(processes, timeout=60), {}
+    self.me = threading.local()
+
+  def mine(self, number):
+    return number % self.processes == self.me.number
+
+  def everyone(self, value):
+    self.said[self.me.number] = value
+    self.barrier.wait()
+    all_ = [self.said[i] for i in range(self.processes)]
+    self.barrier.wait()
+    return all_
+
+  def run(self, do):
+    def as_process(number):
+      self.me.number = number
+      return do()
+    with concurrent.futures.ThreadPoolExecutor(self.processes) as pool:
+      return list(pool.map(as_process, range(self.processes)))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("tries", [1, 2])
+def test_the_batch_does_not_depend_on_the_number_of_processes(monkeypatch, processes, tries):
+  batches = [["a", "one_b", "c", "d", "e", "one_f"], ["g", "one_h", "i", "j", "k", "one_l"], ["m", "one_n", *"opqr"]]
+  world = Lockstep(processes)
+
+  def run(policy, params, tasks, key, group_size):
+    found = [types.Trajectory(t, i * G + g, np.zeros(1, np.int32), answer="x" if "one" in t.uid and g == 0 else None)
+             for i, t in enumerate(tasks) if world.mine(i) for g in range(group_size)]
+    return found, engine.Stats(seconds=1.0)
+
+  monkeypatch.setattr(engine, "run", run)
+  for name in ("mine", "everyone"):
+    monkeypatch.setattr(hosts, name, getattr(world, name))
+  draw = lambda attempt: [types.Task(uid, b"", "?", ("x",)) for uid in batches[attempt]]
+  parts = world.run(lambda: dynamic.run(None, None, draw(0), draw, jax.random.key(3), G, tries, informative)[0])
+  assert [len(part) for part in parts] == [6 * G // processes] * processes
+  kept = [parts[i % processes][i // processes * G].task.uid for i in range(6)]
+  assert kept == ["one_h", "one_b", "one_l", "one_n" if tries == 2 else "d", "e", "one_f"]
+  assert all(part[i].task.uid == part[i + 1].task.uid for part in parts for i in range(0, len(part), G))
 
 
 def test_an_informative_batch_is_left_alone(played):
@@ -82,7 +132,7 @@ def test_what_is_informative_is_what_the_reward_says(small):
 
   rows = [row(True, box), row(True, box), row(True, box), row(True, other), row(False), row(True)]
   def groups(rows=rows, h0=0.4, mask=(), least_spread=0.1, spread_of="total", **kwargs):
-    cfg = state_lib.Config(small.cfg, G, reward=step_lib.reward.Config(**kwargs),
+    cfg = state_lib.Config(small.cfg, G, reward=state_lib.reward.Config(**kwargs),
                           advantage=advantage.Config(spread_of=spread_of, least_spread=least_spread))
     got = step_lib.informative(pack.boxes(rows, 3), *pack.outcomes(rows), pack.answerable(rows),
                                pack.counted(rows, mask), cfg.judge, jnp.float32(h0)).tolist()

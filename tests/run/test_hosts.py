@@ -73,6 +73,8 @@ found["reads programs"] = jax.config.jax_enable_compilation_cache
 found["who"] = [hosts.number(), hosts.leads(), [i for i in range(5) if hosts.mine(i)], list(hosts.row_lanes(mesh))]
 found["agree"] = hosts.agree([[1 + me, 2 - me], [0, 7]]).tolist()
 found["everyone"] = hosts.everyone({"me": me, "long": "x" * 1000 * me})  # of different sizes
+large = hosts.everyone(bytes([me]) * (2 ** 21 + 9 - me))  # in pieces
+found["large"] = [[len(b), sorted(set(b))] for b in large]
 found["in_order"] = hosts.in_order([(2 * i + me, chr(97 + 2 * i + me)) for i in (1, 0)])
 found["first"] = hosts.first(lambda: f"made by {me}")
 def fails():
@@ -130,6 +132,7 @@ def test_two_processes_agree(tmp_path):
   for it in (a, b):
     assert it["agree"] == [[2, 2], [0, 7]] and it["first"] == "made by 0" and it["in_order"] == list("abcd")
     assert [(x["me"], len(x["long"])) for x in it["everyone"]] == [(0, 0), (1, 1000)]
+    assert it["large"] == [[2 ** 21 + 9, [0]], [2 ** 21 + 8, [1]]]
     assert it["global"] == [4, 3] and it["rows in the second axis"] == [3, 4]
     assert not it["reads programs"], "on CPUs, what is read and what is compiled sum in different orders"
     assert it["not ended by it"] == [0, 1] and it["stopped"] == ["stopped by SIGTERM", 0, False]

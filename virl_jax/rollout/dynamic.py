@@ -1,8 +1,9 @@
 """Rollouts of a step, graded.  Dynamic sampling: uninformative groups are replaced, the batch keeps its shape.
 
 A group whose rewards are all equal is not informative: it has no advantage.  Instead of training on what is left,
-further prompts are rolled out until there are as many groups as before, or the tries are spent; then the first of the
-uninformative groups fill up.
+further prompts are rolled out, and the informative groups among them take the places of the others in order, until no
+place is left or the tries are spent; what is left then stays.  So the batch does not depend on how many processes there
+are, and little of it moves between them.
 Source: DAPO (arXiv 2503.14476), section 3.2.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +23,7 @@ from virl_jax.rollout import engine
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
 
+T = TypeVar("T")
 _FURTHER = 2 ** 30  # folded into the step's key; no trajectory's index is ever so large
 
 
@@ -43,7 +46,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
     Trajectories, groups together, as many as the first try gave; and metrics: what all tries took, and how many
     further ones there were.
   """
-  good, spare, wanted, stats = [], [], 0, None
+  stats = None
   for attempt in range(tries + 1):
     of_try = jax.random.fold_in(key, _FURTHER + attempt) if attempt else key
     found, took = engine.run(policy, params, draw(attempt) if attempt else tasks, of_try, group_size)
@@ -51,16 +54,30 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
     stats = took if stats is None else _sum(stats, took)
     if not tries:
       return found, _metrics(stats, 0)
-    groups = [(attempt, i, found[i:i + group_size]) for i in range(0, len(found), group_size)]
-    wanted = wanted or len(groups)
-    for group, useful in zip(groups, np.asarray(informative(found))[::group_size], strict=True):
-      (good if useful else spare).append(group)
-    # Processes go on together: each keeps its own groups, and the one that lacks most decides.
-    if hosts.agree([wanted - len(good)])[0] <= 0:
+    groups = {found[i].index // group_size: found[i:i + group_size] for i in range(0, len(found), group_size)}
+    useful = hosts.in_order(list(zip(groups, np.asarray(informative(found))[::group_size].tolist(), strict=True)))
+    if not attempt:
+      batch, places = groups, [number for number, yes in enumerate(useful) if not yes]
+    else:
+      moves = list(zip(places, [number for number, yes in enumerate(useful) if yes]))
+      batch |= _moved(groups, moves)
+      places = places[len(moves):]
+    if not places:
       break
-  # In the order that they were drawn in, so that no minibatch gets all of those that fill up.
-  kept = sorted((good + spare)[:wanted], key=lambda group: group[:2])
-  return [t for *_, group in kept for t in group], _metrics(stats, attempt)
+  return [t for _, group in sorted(batch.items()) for t in group], _metrics(stats, attempt)
+
+
+def _moved(groups: dict[int, T], moves: list[tuple[int, int]]) -> dict[int, T]:
+  """This process's part of what takes places in the batch, by place.
+
+  Args:
+    groups: this process's part of a try, by number.
+    moves: (place in the batch, number in the try) of all processes; `hosts.mine` says whose either is.
+  """
+  sent = {place: groups[number] for place, number in moves if number in groups and not hosts.mine(place)}
+  arrived = {place: group for sent in hosts.everyone(sent) for place, group in sent.items()}
+  return {place: groups[number] if number in groups else arrived[place]
+          for place, number in moves if hosts.mine(place)}
 
 
 def _sum(a: engine.Stats, b: engine.Stats) -> engine.Stats:

@@ -34,6 +34,7 @@ from virl_jax.run import signals
 
 AUTOMATIC = "VIRL_JAX_DISTRIBUTED"  # environment: "auto" has JAX ask its cluster, as launchers set it
 _HEARTBEAT_S = 30  # of a process that is silent for so long, JAX has the others end
+_PIECE = 2 ** 20  # bytes of a process that all have on their devices at once
 _LISTEN_S = 1.0  # how often a process asks whether another one has failed
 FAREWELL_S = 5.0  # how long a process that knows of a failure waits for the others to hear of it
 _LEAVING_S = 0.5  # and then, for those who have heard to end
@@ -245,10 +246,14 @@ def everyone(value: T) -> list[T]:
   if jax.process_count() == 1:
     return [value]
   mine = np.frombuffer(pickle.dumps(value), np.uint8)
-  sizes = _gather(np.array([len(mine)], np.int32))[:, 0]
-  room = 1 << int(sizes.max() - 1).bit_length()  # few sizes: each is compiled
-  found = _gather(np.pad(mine, (0, room - len(mine))))
-  return [pickle.loads(row[:n].tobytes()) for row, n in zip(found, sizes)]
+  pieces = _gather(np.array(divmod(len(mine), _PIECE), np.int32)).astype(np.int64)
+  sizes = pieces @ (_PIECE, 1)
+  parts = []
+  for start in range(0, int(sizes.max()), _PIECE):
+    room = 1 << int(min(sizes.max() - start, _PIECE) - 1).bit_length()  # few sizes: each is compiled
+    part = mine[start:start + room]
+    parts.append(_gather(np.pad(part, (0, room - len(part)))))
+  return [pickle.loads(row[:n].tobytes()) for row, n in zip(np.concatenate(parts, 1), sizes)]
 
 
 def in_order(numbered: list[tuple[int, T]]) -> list[T]:

@@ -168,7 +168,8 @@ def sections(c: config_lib.ConfigDict) -> Sections:
                  remat_keep=checks.some_of(remat.NAMES), remat_offload=checks.some_of(remat.NAMES),
                  freeze_vision=checks.flag, patches_together=some, gather_vision=checks.flag)
   checks.section(c.lora, "lora", rank=some, alpha=checks.real(above=0), targets=checks.texts)
-  checks.section(c.data, "data", path=checks.text, source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
+  checks.section(c.data, "data", path=checks.text, eval_path=checks.text,
+                 source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
                  eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"), split_seed=word,
                  weights=checks.texts, easy_first_epochs=some, easy_first_width=share)
   need, d = checks.need, c.data
@@ -176,6 +177,8 @@ def sections(c: config_lib.ConfigDict) -> Sections:
     mixture.parse(d.weights)
   except ValueError as e:
     raise ValueError(f"config.data.weights: {e}") from e
+  need(d.source != "needle" or not d.eval_path, "data.eval_path", "'' while config.data.source is 'needle'",
+       d.eval_path)
   need(d.source != "needle" or not d.weights, "data.weights", "() while config.data.source is 'needle'", d.weights)
   need(d.source == "set" or not d.easy_first_epochs, "data.easy_first_epochs",
        "0 unless config.data.source is 'set': only sets come with pass rates", d.easy_first_epochs)
@@ -203,7 +206,8 @@ def sections(c: config_lib.ConfigDict) -> Sections:
   checks.section(c.sft, "sft", data=checks.texts, batch=count, frame=checks.one_of(script.FRAMES),
                  only_right=checks.flag, least_reward=checks.real(), best_of=some, most_left_out=share,
                  cache_gib=checks.real(0))
-  paths = [("model.path", c.model.path), ("data.path", c.data.path), ("warmstart.base", c.warmstart.base)]
+  paths = [("model.path", c.model.path), ("data.path", c.data.path), ("data.eval_path", c.data.eval_path),
+           ("warmstart.base", c.warmstart.base)]
   for key, path in paths + [("sft.data", path) for path in c.sft.data]:
     checks.need("://" not in path, key, "on a disk, for only a workdir may lie in a bucket: copy it, or mount that",
                 path)
@@ -389,14 +393,22 @@ def source(c: config_lib.ConfigDict, split: str):
   if c.data.source == "needle":
     return tiny_source.load(c.data.path, split, needle.Config(**c.data.needle))
   kind = sets if c.data.source == "set" else jsonl
-  found = kind.load(c.data.path, split, c.data.eval_fraction, c.data.split_seed)
-  return _planned(c.data, split, found) if c.data.weights or c.data.easy_first_epochs else found
+  of = lambda path, side: kind.load(path, side, c.data.eval_fraction, c.data.split_seed)
+  if not c.data.eval_path:
+    found = of(c.data.path, split)
+    return _planned(c.data, split, found) if c.data.weights or c.data.easy_first_epochs else found
+  try:
+    held_out = of(c.data.eval_path, "all")
+  except ValueError as e:
+    raise ValueError(str(e).replace("data.path", "data.eval_path")) from e
+  return held_out if split == "test" else _planned(c.data, split, of(c.data.path, "all"), held_out)
 
 
-def _planned(d: config_lib.ConfigDict, split: str, found: sets.Source | jsonl.Source) -> mixture.Source:
-  """A source that is walked through by weights, from easy to hard, or both."""
+def _planned(d: config_lib.ConfigDict, split: str, found: sets.Source | jsonl.Source,
+             held_out: sets.Source | jsonl.Source | None = None) -> mixture.Source:
+  """A source that is walked through by weights, from easy to hard, or both; and known with what is held out for it."""
   parts, rate_N, epochs, known = mixture.weighted(d.weights, found.names), None, d.easy_first_epochs, {}
-  about = []
+  about = [] if held_out is None else [f"held out: {held_out.describe()}"]
   if d.weights:
     total = sum(places for places, _ in parts.values())
     about.append("weights " + ", ".join(f"{name} {places / total:.4g}" for name, (places, _) in parts.items()))
@@ -407,7 +419,9 @@ def _planned(d: config_lib.ConfigDict, split: str, found: sets.Source | jsonl.So
     if split == "train" and np.isnan(rate_N).all():
       raise ValueError(f"config.data.easy_first_epochs needs pass rates of the sets' tasks. Received: {len(known)} in "
                        f"the tasks.jsonl of {d.path}, all of other tasks")
-  plan = mixture.plan(parts, found.set_N, rate_N, epochs, d.easy_first_width) if split == "train" else None
+  walked = split == "train" and (d.weights or epochs)
+  plan = mixture.plan(parts, found.set_N, rate_N, epochs, d.easy_first_width) if walked else None
   how = mixture.digest(sorted((name, places, [found.names[i] for i in its]) for name, (places, its) in parts.items()),
-                       *((epochs, d.easy_first_width, sorted(known.items())) if epochs else ()))
+                       *((epochs, d.easy_first_width, sorted(known.items())) if epochs else ()),
+                       *([] if held_out is None else [held_out.fingerprint()]))
   return mixture.Source(found, plan, "; ".join(about), how)

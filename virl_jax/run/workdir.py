@@ -192,7 +192,7 @@ def _compare(folder: epath.Path, c: config_lib.ConfigDict, source, changes: bool
   known = fingerprint(folder)
   same_data = source is not None and known is not None and source.fingerprint() == known["fingerprint"]
   differ = {k: [old[k], new.get(k)] for k in sorted(old) if k not in free and old[k] != new.get(k)
-            and not (k == "data.path" and same_data)}
+            and not (k in ("data.path", "data.eval_path") and same_data)}
   fixed = {k: why for k in differ for key, why in _FIXED.items() if k == key or k.startswith(f"{key}.")}
   if differ and (fixed or not changes):
     told = [f"{k}: {was!r} there, {now!r} now" + (f" ({fixed[k]})" if k in fixed and changes is not None else "")
