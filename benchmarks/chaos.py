@@ -151,14 +151,12 @@ def damage(folder: pathlib.Path, how: str) -> None:
 def fill(workdir: pathlib.Path) -> pathlib.Path:
   """Takes what is left of the workdir's disk."""
   filler = workdir.parent / "filler"
-  with open(filler, "wb") as out:
-    try:
+  try:
+    with open(filler, "wb", buffering=0) as out:
       while True:
         out.write(bytes(2 ** 16))
-        out.flush()
-    except OSError:
-      pass
-  return filler
+  except OSError:
+    return filler
 
 
 def trouble(life: Life, kind: str, rng: random.Random) -> tuple[str, pathlib.Path | None]:
@@ -210,7 +208,7 @@ def event(workdir: pathlib.Path, kind: str, number: int, args, env, rng: random.
     what = f"{DAMAGES[number % len(DAMAGES)]}: checkpoint {whole[-1]}"
     damage(workdir / "checkpoints" / str(whole[-1]), DAMAGES[number % len(DAMAGES)])
   if filler is not None:
-    filler.unlink()
+    filler.unlink(missing_ok=True)
   return {"kind": kind, "what": what, "moment_s": moment_s, "codes": codes, "lonely_s": lonely_s, "steps": steps,
           "saved": whole, "stepped": bool(STEP.search(said)),
           "lines": [line for line in said.splitlines() if line.startswith(("error:", "stopped by"))]}

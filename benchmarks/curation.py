@@ -91,6 +91,11 @@ def draw(folder: pathlib.Path, n: int) -> dict[str, str]:
   return groups
 
 
+def side(data: bytes) -> int:
+  """Of a square picture, in pixels."""
+  return Image.open(io.BytesIO(data)).width
+
+
 CONFIG = """
 import runpy
 def get_config():

@@ -84,6 +84,17 @@ def make_base(folder: pathlib.Path, how: tuple[str, ...]) -> None:
       raise SystemExit(f"error: the base was not made, see {log_path}; give the same command again to go on")
 
 
+def make_sets(folder: pathlib.Path, base: pathlib.Path) -> None:
+  """Makes the sets that arms train on, unless they are there."""
+  if not (folder / "curated" / "report.html").exists():
+    print(f"sets, in {folder}", flush=True)
+    log_path = folder.with_suffix(".log")
+    script = ROOT / "benchmarks" / "unfiltered.py"
+    if call([sys.executable, str(script), f"--base={base}", f"--out={folder}"], log_path) or not (
+        folder / "curated" / "report.html").exists():
+      raise SystemExit(f"error: the sets were not made, see {log_path}; give the same command again to go on")
+
+
 class Progress:
   """Says what has ended, and when the rest will have."""
 
@@ -181,11 +192,16 @@ def main():
   base = {arm: out / pathlib.Path(known[arm]["model.path"]).name for arm in arms if "model.path" in known[arm]}
   for folder, how in {base[arm]: bases[known[arm]["model.path"]] for arm in base}.items():
     make_base(folder, how)
+  on_sets = {arm for arm in arms if "data.eval_path" in known[arm]}
+  for path in {base[arm] for arm in on_sets}:
+    make_sets(out / "sets", path)
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
     # Seed by seed: after a third of the time there is one of each.
     todo = [(arm, seed) for seed in range(seeds) for arm in arms]
     shares = share_cores(args.jobs)
-    more = lambda arm: quick + ((f"--config.model.path={base[arm]}",) if arm in base else ())
+    here = lambda arm, key: f"--config.{key}={out / 'sets' / pathlib.Path(known[arm][key]).name}"
+    more = lambda arm: quick + ((f"--config.model.path={base[arm]}",) if arm in base else ()) + (
+        (here(arm, "data.path"), here(arm, "data.eval_path")) if arm in on_sets else ())
     good = list(pool.map(lambda t: run(*t, out, more(t[0]), progress, shares), todo))
   failed = [f"{arm}/seed_{seed}" for (arm, seed), ok in zip(todo, good) if not ok]
   minutes, figures = clock.minutes(), {}

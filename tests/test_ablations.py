@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from virl_jax.run import setup
+from virl_jax.tiny import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -39,6 +40,29 @@ def test_every_arm_is_a_configuration_and_differs_in_what_it_says(arm):
   differ = {k for k, v in flat(c).items() if v != flat(full)[k]}
   assert differ <= {".".join(k.split(".")[:2]) for k in arms.ARMS[arm]}  # a grid passes through the default
   assert differ or arm == "full"
+
+
+def test_the_sets_of_unfiltered_data_are_spoiled_as_they_say(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "benchmarks")
+  unfiltered = load(ROOT / "benchmarks/unfiltered.py")
+  unfiltered.records(tmp_path, 40)
+  lines = list(map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines()))
+  of = lambda group: [line for line in lines if line["id"].startswith(group)]
+  assert [len(of(group)) for group in ("guessable", "good", "wrong", "huge", "again")] == [18, 14, 4, 2, 2]
+  truth = lambda line: needle.draw(0, "train", int(line["id"][-5:]), needle.Config(guessable=float(
+      line["id"].startswith("guessable"))))
+  for line in lines:
+    task, scene = truth(line) if "again" not in line["id"] else (None, None)
+    if task is not None:
+      assert (line["answers"] == list(task.answers)) == (not line["id"].startswith("wrong")), line["id"]
+      assert (line["boxes"] == [list(box) for box in task.boxes]) == (not line["id"].startswith("huge")), line["id"]
+    if line["id"].startswith("guessable"):
+      assert all(thing.mark == needle.mark_of(thing.colour, "pattern") for thing in scene.things)
+  good = {line["question"]: line for line in of("good")}
+  for line in of("again"):  # the same objects, in a smaller picture
+    side_px = unfiltered.curation.side((tmp_path / line["image"]).read_bytes())
+    np.testing.assert_allclose(line["boxes"], np.array(good[line["question"]]["boxes"]) * side_px / 252)
+    assert line["answers"] == good[line["question"]]["answers"]
 
 
 def test_an_unknown_arm_is_named():

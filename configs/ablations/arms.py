@@ -25,6 +25,9 @@ BASES = {
                      "--config.data.needle.objects=(7,8)"),
 }
 _GUESSER = {"model.path": "runs/guesser"}
+# Sets that benchmarks/unfiltered.py makes with that base, before and after curation, asked about the same others.
+_SET = {name: _GUESSER | {"data.source": "set", "data.path": f"runs/sets/{name}",
+                          "data.eval_path": "runs/sets/held_out"} for name in ("unfiltered", "curated")}
 # Room for rounds beyond six: a tool turn and the turn after it take at most 60 tokens.
 _LONG = {"rollout.max_rounds": 8, "rollout.max_total_tokens": 640}
 # Tasks that need seven or eight zooms.  A trajectory is three times as long: fewer of them a step, and fewer steps.
@@ -49,6 +52,11 @@ ARMS = {
     "guessable_full": _GUESSER | _GUESSABLE,
     "guessable_outcome_only": _GUESSER | _GUESSABLE | _OUTCOME,
     "guessable_shipped_base": _GUESSABLE | _OUTCOME,
+    # The same question through the pipeline: a set as it was built, and what curation leaves of it.
+    "unfiltered": _SET["unfiltered"],
+    "curated": _SET["curated"],
+    "unfiltered_outcome_only": _SET["unfiltered"] | _OUTCOME,
+    "curated_outcome_only": _SET["curated"] | _OUTCOME,
     # Room for more rounds than six, and what is made of their rewards.
     "long_mean": _LONG,
     **{f"long_{a}": _LONG | {"reward.average": a} for a in ("sum", "discounted", "best")},
