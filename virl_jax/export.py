@@ -23,9 +23,12 @@ import pathlib
 from absl import app
 from absl import flags
 
+from virl_jax.model import family
 from virl_jax.model import outdir
+from virl_jax.model import params as params_lib
 from virl_jax.model import weights
 from virl_jax.run import load
+from virl_jax.run import progress
 from virl_jax.run import serving
 from virl_jax.run import setup
 
@@ -57,8 +60,10 @@ def export(workdir: str, out: str | None, step: int | str | None = None, dtype: 
   if adapters:
     weights.save_adapters(adapters, policy.model, policy.trained, policy.config.model.path)
   if out:
-    weights.save_hf(out, policy.model, policy.params, dtype, like=policy.hf_dir,
-                    beside=serving.files(policy.hf_dir, policy.model, policy.config))
+    beside = serving.files(policy.hf_dir, policy.model, policy.config)
+    with progress.bar(params_lib.count(family.of(policy.model).specs(policy.model)), f"writing {out}",
+                      "parameter") as bar:
+      weights.save_hf(out, policy.model, policy.params, dtype, policy.hf_dir, beside, bar.update)
   return policy.step
 
 

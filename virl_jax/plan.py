@@ -37,6 +37,7 @@ from virl_jax.run import hlo
 from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import programs
+from virl_jax.run import progress
 from virl_jax.run import setup
 from virl_jax.run import topologies
 
@@ -183,7 +184,7 @@ def plan(c: config_lib.ConfigDict, topology: topologies.Topology, names: tuple[s
   devices = topologies.devices(topology)
   p = setup.assemble(c, model_of(c), None, "", devices)
   rows, advice = {}, []
-  for name in names:
+  for name in progress.over(names, len(names), "compiling", "program"):
     rows[name] = compiled(c, topology, devices, name)
     tell(name, rows[name])
     gc.collect()
@@ -306,8 +307,7 @@ def main(argv):
     print(f"{topology.count} x {chip.kind}, {chip.memory_gib} GiB each; assumed: {chip.flops:.3g} operations/s, "
           f"{chip.bandwidth:.3g} bytes/s of memory, {chip.link:.3g} bytes/s over links", flush=True)
     result = plan(args.config, topology, tuple(args.programs),
-                  lambda name, row: print(f"  {name}: {'fits' if row.ok else row.error}, {row.compile_s:.0f} s",
-                                          flush=True))
+                  lambda name, row: progress.say(f"  {name}: {'fits' if row.ok else row.error}, {row.compile_s:.0f} s"))
     print("\n" + table(result) + "\n\n" + "  ".join(f"{k} {v:.2f} GiB" for k, v in result["kinds"].items()))
     print("fits" if result["fits"] else "does not fit: try " + " ".join(result["advice"]), flush=True)
     if args.json:

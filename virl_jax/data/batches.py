@@ -13,6 +13,7 @@ from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import order
 from virl_jax.run import hosts
+from virl_jax.run import progress
 
 _SLOW_S = 10.0  # a picture that is waited for so long is named
 
@@ -263,4 +264,4 @@ class Feed:
 def report(drawn: Drawn) -> None:
   """Says which tasks were passed over and why."""
   for why in drawn.skipped:
-    print(f"skipped {why}", flush=True)
+    progress.say(f"skipped {why}")

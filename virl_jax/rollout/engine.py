@@ -34,6 +34,7 @@ from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
+from virl_jax.run import progress
 
 
 @dataclasses.dataclass
@@ -179,8 +180,10 @@ class _Loop:
 
   def run(self) -> tuple[list[types.Trajectory], Stats]:
     began = self.rested = time.perf_counter()
-    while self._round():
-      pass
+    count = self.group_size * sum(len(lane.queue) for lane in self.lanes)
+    with progress.bar(count, "rollouts", "trajectory", shown=count > 1 and hosts.leads()) as bar:
+      while self._round():
+        bar.update(len(self.done) - bar.n)
     self.stats.seconds = time.perf_counter() - began
     return sorted(self.done, key=lambda t: t.index), self.stats
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from virl_jax import types
 from virl_jax.model import sharding
+from virl_jax.run import progress
 from virl_jax.run import signals
 
 AUTOMATIC = "VIRL_JAX_DISTRIBUTED"  # environment: "auto" has JAX ask its cluster, as launchers set it
@@ -196,7 +197,7 @@ def leads() -> bool:
 def say(line: object) -> None:
   """Prints a line, once for all processes."""
   if leads():
-    print(line, flush=True)
+    progress.say(line)
 
 
 def mine(number: int) -> bool:

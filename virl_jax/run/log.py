@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import statistics
-import sys
 import time
 import uuid
 
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from virl_jax.run import files
+from virl_jax.run import progress
 
 # Beginnings of the names of metrics that tell of the machine and the time: the same steps done again have others.
 MEASURED = ("time/", "compile/", "speed/", "memory/")
@@ -152,7 +152,10 @@ class Progress:
               if isinstance(metrics.get(key), (int, float))]
     parts += [f"{step_s:.{2 if step_s < 1 else 1}f} s/step",
               f"left {duration(step_s * max(0, self._total_steps - step - 1))}"]
-    print("  ".join(parts), file=self._stream or sys.stdout, flush=True)
+    if self._stream is None:
+      progress.say("  ".join(parts))
+    else:
+      print("  ".join(parts), file=self._stream, flush=True)
 
 
 def duration(seconds: float) -> str:

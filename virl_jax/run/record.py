@@ -25,6 +25,7 @@ from virl_jax.run import goodput
 from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
 from virl_jax.run import pace
+from virl_jax.run import progress
 from virl_jax.run import watch
 
 
@@ -153,7 +154,7 @@ class Recorder:
       hosts.say(said)
     begun = monitors.begun(self._history, self._watch)
     for alarm in begun if hosts.leads() else ():
-      print(f"alarm: {alarm.name}: {alarm.message}", flush=True)
+      progress.say(f"alarm: {alarm.name}: {alarm.message}")
     self._alarms += begun
     if step and self._cfg.gallery_every and step % self._cfg.gallery_every == 0:
       kept = save_gallery(

@@ -61,6 +61,7 @@ def begin() -> None:
   """What a program that trains does before all else: quiet libraries, memory that is kept, compiled programs too."""
   for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
     logging.getLogger(chatty).setLevel(logging.WARNING)
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: none is needed
   memory.keep_when_on_cpu()
   caches.keep_programs()
 

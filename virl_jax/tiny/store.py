@@ -9,11 +9,13 @@ import pathlib
 import shutil
 import tempfile
 
-os.environ.setdefault("TFDS_DISABLE_PROGRESS_BAR", "1")
-import tensorflow_datasets as tfds  # noqa: E402
+import tensorflow_datasets as tfds
 
-from virl_jax.run import signals  # noqa: E402
-from virl_jax.tiny import needle  # noqa: E402
+from virl_jax.run import progress
+from virl_jax.run import signals
+from virl_jax.tiny import needle
+
+tfds.disable_progress_bar()  # it draws into pipes and files, too
 
 
 class Needle(tfds.core.GeneratorBasedBuilder):
@@ -42,8 +44,13 @@ class Needle(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, split, size):
     return self._examples(split, size)
 
+  def _log_download_bytes(self):
+    """Nothing is downloaded, and so nothing is said of it."""
+
+  _log_download_done = _log_download_bytes
+
   def _examples(self, split: str, size: int):
-    for i in range(size):
+    for i in progress.over(range(size), size, f"drawing the {split} pictures", "picture"):
       task, _ = needle.draw(self._cfg.seed, split, i, self._cfg)
       fields = {"uid": task.uid, "question": task.question, "answers": task.answers, "boxes": task.boxes,
                 "kind": task.kind}
