@@ -1,4 +1,4 @@
-"""Asks a policy about a picture, and shows where it looks; or serves a page on which others ask.
+"""Asks a policy about a picture, and shows where it looks; or serves a page on which to ask.
 
     python -m virl_jax.ask --model=runs/v7b --image=kitchen.jpg --question='What is on the shelf?' --out=PAGE.html
     python -m virl_jax.ask --model=HF_DIR --image=a.png --question='Which colour?' --options=red,blue
@@ -194,19 +194,19 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   text("model", "A run's folder, or an HF folder.")
   text("image", "A picture's file.")
   text("question", "What to ask about it.")
-  flags.DEFINE_list("options", [], "Options that the answer is one of.", flag_values=values)
+  flags.DEFINE_list("options", [], "Options that the answer must be one of.", flag_values=values)
   text("out", "Path of a page with the picture and what the policy did.")
-  flags.DEFINE_bool("serve", False, "Serve a page on which others ask.", flag_values=values)
+  flags.DEFINE_bool("serve", False, "Serve a page on which to ask questions.", flag_values=values)
   flags.DEFINE_string("host", site.Config.host, "Address to serve at; 0.0.0.0 for all who reach this machine.",
                       flag_values=values)
   number("port", site.Config.port, 0, "Port to serve at; 0 for any that is free.")
-  flags.DEFINE_list("names", [], "Names by which the page may be called, besides its address: those of a server before "
-                    "this one.", flag_values=values)
-  number("waiting", 16, 1, "Questions at a time, most of which wait.")
-  number("upload_mb", site.Config.upload_bytes // 10 ** 6, 1, "Largest file that is taken.")
-  number("upload_megapixels", site.Config.upload_pixels // 10 ** 6, 1, "Largest picture that is taken.")
-  flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 is greedy.", 0.0, flag_values=values)
-  number("seed", 0, 0, "Draws the samples.")
+  flags.DEFINE_list("names", [], "Further host names by which browsers reach the page, such as a proxy's.",
+                    flag_values=values)
+  number("waiting", 16, 1, "Most questions in the queue, with the one that is being answered.")
+  number("upload_mb", site.Config.upload_bytes // 10 ** 6, 1, "Largest upload, in megabytes.")
+  number("upload_megapixels", site.Config.upload_pixels // 10 ** 6, 1, "Largest picture, in megapixels.")
+  flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 is greedy.", 0.0, flag_values=values)
+  number("seed", 0, 0, "Seed of the sampling.")
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
 
 

@@ -72,10 +72,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_string("workdir", None, "The run.", required=True, flag_values=values)
   flags.DEFINE_string("out", None, "HF folder to write: absent, empty, or an earlier export, which is replaced.",
                       flag_values=values)
-  flags.DEFINE_string("adapters", None, "Folder to write adapters to, as PEFT does; the same.", flag_values=values)
-  flags.DEFINE_string("step", None, "Which checkpoint, or best: by config.checkpoint.best.  The newest by default.",
+  flags.DEFINE_string("adapters", None, "Folder for adapters, as PEFT has them; absent, empty, or an earlier export.",
                       flag_values=values)
-  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the stored tensors.", flag_values=values)
+  flags.DEFINE_string("step", None, "Which checkpoint: a number, or best, by config.checkpoint.best; default: newest.",
+                      flag_values=values)
+  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of the stored tensors.", flag_values=values)
 
 
 def main(argv):

@@ -53,7 +53,7 @@ _TRIES = {"update": _TRAINING, "score": _TRAINING} | dict.fromkeys(
 
 @dataclasses.dataclass
 class Row:
-  """What came of compiling a program; bytes are a device's.
+  """The result of compiling a program; bytes are a device's.
 
   Attributes:
     ok: whether it compiles and fits beside what waits.
@@ -284,10 +284,10 @@ def table(result: dict) -> str:
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines what the command line takes; not on import, for other commands have flags of the same names."""
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-  flags.DEFINE_string("topology", None, "What to compile for: h100:8, v5e:8x8, v5p:2x2x4, v6e:4x4, cpu:8.",
+  flags.DEFINE_string("topology", None, "Machine to compile for, such as h100:8, v5e:8x8, v5p:2x2x4, v6e:4x4, cpu:8.",
                       required=True, flag_values=values)
   flags.DEFINE_string("json", None, "A file for the figures.", flag_values=values)
-  flags.DEFINE_list("programs", list(programs.NAMES), "Which of them.", flag_values=values)
+  flags.DEFINE_list("programs", list(programs.NAMES), "Which programs to compile.", flag_values=values)
 
 
 def main(argv):

@@ -56,7 +56,7 @@ from virl_jax.run import workdir as workdir_lib
 from virl_jax.tiny import curriculum
 from virl_jax.tiny import tokenizer as tiny_tokenizer
 
-# Which knobs may change between its starts: none that it reads, but for these two.
+# Which knobs may change between its starts: those that it does not read, and these two.
 _READS = ("warmstart.", "prompt.", "image.", "data.needle.objects", "data.needle.side_px", "seed")
 _FREE = frozenset(k for k in config_lib.flat(config_lib.default().to_dict()) if not k.startswith(_READS)) | {
     "warmstart.workers", "warmstart.save_every"}
@@ -126,7 +126,7 @@ def _warm_start(c, base: str | None, out: str, workdir: epath.Path, command: str
   with ending.Kept(saves, start, state) as kept:
     for step, batch in enumerate(curriculum.batches(course, start, u.workers), start):
       with kept.changing():
-        if step == turn:  # a new optimiser: the careful stage's schedule has run out
+        if step == turn:  # a new optimizer: the careful stage's schedule has run out
           state = step_lib.init_state(state.params, clumsy.optim)
         state, metrics = step_lib.imitate_step(state, batch, careful if step < turn else clumsy)
         skips.append(metrics["optim/skipped"].value)
@@ -167,7 +167,7 @@ def main(argv):
   if not out:
     raise app.UsageError("--out=HF_DIR is missing")
   setup.begin()
-  given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # where it went is of no matter to a recipe
+  given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # the place is no part of the recipe
   command = shlex.join(["python", "-m", "virl_jax.warmstart", *(given.get(arg, arg) for arg in sys.argv[1:])])
   with setup.told():
     setup.config_file(args)

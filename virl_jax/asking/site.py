@@ -202,7 +202,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _check_host(self) -> None:
     hosts = self.headers.get_all("Host") or []
     if len(hosts) != 1 or not _allowed(hosts[0], self.server.server_address, self.server.cfg):
-      raise _Refused(http.HTTPStatus.MISDIRECTED_REQUEST, "this server is called by another name")
+      raise _Refused(http.HTTPStatus.MISDIRECTED_REQUEST, "this server has another host name")
 
   def _check_origin(self) -> None:
     """A page of another site must not ask in the name of who looks at it."""
@@ -220,7 +220,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """What was sent, if it is as long as it says, and not too long."""
     length, most = self.headers.get("Content-Length", ""), _body_bytes(self.server.cfg)
     if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
-      raise _Refused(http.HTTPStatus.LENGTH_REQUIRED, "the body's length must be said")
+      raise _Refused(http.HTTPStatus.LENGTH_REQUIRED, "the request must give its Content-Length")
     if len(length) > 15 or int(length) > most:
       raise _Refused(http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the picture's file must have at most "
                      f"{self.server.cfg.upload_bytes / 1e6:g} MB")
@@ -228,7 +228,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     while left:
       piece = self.rfile.read1(min(left, _PIECE_BYTES))
       if not piece or time.monotonic() > until:
-        raise _Refused(http.HTTPStatus.REQUEST_TIMEOUT, "the body did not come whole")
+        raise _Refused(http.HTTPStatus.REQUEST_TIMEOUT, "the request's body was cut off")
       pieces.append(piece)
       left -= len(piece)
     self._read = True
@@ -237,7 +237,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _stream(self, events) -> None:
     self._head(http.HTTPStatus.OK, "application/x-ndjson")
     for event in events:
-      # An empty line means nothing; that it cannot be sent means that nobody listens.
+      # An empty line means nothing; if it cannot be sent, nobody is listening.
       self.wfile.write(b"\n" if event is None else json.dumps(plain(event)).encode() + b"\n")
 
   def _refuse(self, e: _Refused) -> None:

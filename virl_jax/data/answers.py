@@ -65,7 +65,7 @@ def rule(match: str) -> Callable[[str | None, tuple[str, ...], tuple[str, ...] |
 
 
 def attainable(match: str, answers: tuple[str, ...], options: tuple[str, ...] | None = None) -> float:
-  """The best score that one of the accepted answers gets by the task's own rule; 0: nobody can win.
+  """The best score that one of the accepted answers gets by the task's own rule; at 0 no answer can be right.
 
   Args:
     match: see `rule`.

@@ -41,7 +41,7 @@ Fits = Callable[[types.Task], None]
 
 @dataclasses.dataclass
 class _Begun:
-  """A picture that is being decoded: the task's number, its name as soon as it is known, and what comes of it."""
+  """A picture that is being decoded: the task's number, its name as soon as it is known, and its result."""
 
   index: int
   name: str
@@ -49,7 +49,7 @@ class _Begun:
 
 
 class Looks:
-  """Pictures of a source being decoded, in threads, so that one that is slow keeps no other waiting.
+  """Pictures of a source being decoded, in threads, so that a slow one does not delay the others.
 
   Args:
     source: has `task(index)`.

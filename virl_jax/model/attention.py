@@ -142,7 +142,7 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, lengths_BS, causal, interpret):
   attend = functools.partial(jax.nn.dot_product_attention, is_causal=causal,
                              implementation="xla" if interpret else "cudnn")
   T, S = q_BTNH.shape[1], lengths_BS.shape[1]
-  if S == 1 and causal:  # nothing but padding comes after, and that is seen by nobody
+  if S == 1 and causal:  # only padding comes after, and no query sees that
     return attend(q_BTNH, k_BTKH, v_BTKH)
   outs, places, base, start_B = [], [], 0, jnp.zeros_like(lengths_BS[:, 0])
   for j in range(S):

@@ -252,7 +252,7 @@ def _side(run, beside):
       paired = outcome.difference(*found, (run.config.get("reward") or {}).get("h0", 0.5))
       why = ""
     except (KeyError, TypeError, ValueError) as e:
-      why = "their held-out tasks are not the same" if isinstance(e, ValueError) else "outcomes of tasks are not there"
+      why = "their held-out tasks are not the same" if isinstance(e, ValueError) else "tasks have no outcomes"
   for key, name, share in [(key, name, share) for key, name, _, share in _CARDS] + list(_OTHER):
     cells = []
     for each in (run, beside):

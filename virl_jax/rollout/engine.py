@@ -149,7 +149,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
 
 
 class _Loop:
-  """One rollout under way."""
+  """One rollout in progress."""
 
   def __init__(self, policy, params, tasks, key, group_size, temperature, protocol, pool, seeds):
     cfg = policy.engine
@@ -213,7 +213,7 @@ class _Loop:
   def _ready(self) -> list[chunks.Entry]:
     """Replies of turns that have been read; trajectories that have stopped leave their slots.
 
-    Threads have one segment's time for a turn; then it is waited for, or at once if nobody else can write.
+    Threads have the time of one segment for a turn; then the loop waits for it, or at once if no other row can write.
     """
     taken, self.read_before, self.reading = self.read_before, self.reading, {}
     if not self._writers():

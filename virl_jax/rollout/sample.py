@@ -94,8 +94,8 @@ class Writers:
     index_A: int32, the trajectory; its samples depend on (key, index, turn) and on nothing beside it.
     turn_A: int32, which of its turns this is.
     said_A: int32, tokens of the turn that were sampled before.
-    left_A: int32, most tokens that it may still sample in this turn; 0 for nobody.
-    row_A: int32, its row within its shard, no row twice, past the last for nobody; None for all rows in order.
+    left_A: int32, most tokens that it may still sample in this turn; 0 for padding.
+    row_A: int32, its row within its shard, no row twice, past the last for padding; None for all rows in order.
   """
 
   index_A: jax.Array

@@ -73,7 +73,7 @@ class Policy:
 
 
 def without_actions(policy: Policy) -> Policy:
-  """The same policy, told of no visual action, and whose calls are refused."""
+  """The same policy without visual actions: the prompt describes none, and calls are refused."""
   return dataclasses.replace(policy, actions={}, prompt=dataclasses.replace(policy.prompt, describe_tool=False))
 
 

@@ -42,7 +42,7 @@ _BUCKETS = "gs://"
 _OTHER = re.compile(r"(?!gs://[a-z0-9])([A-Za-z][\w+.-]*://|gs:/)")  # addresses of other kinds, or none at all
 RENEW_S = 10.0  # a lease is renewed so often
 LEASE_S = 60.0  # and is another's to take when it was not for so long
-_PATIENCE_S = 5.0  # for a renewal that is under way when the lock is given back
+_PATIENCE_S = 5.0  # for a renewal that has begun when the lock is released
 _BLOCK_BYTES = 1 << 24  # of a large object that is read bit by bit
 
 
@@ -262,7 +262,7 @@ def lock(path: epath.Path, lost: Callable[[str], None]) -> Lock:
       holder = file.read().strip() or "another process"
       file.close()
       raise Held(holder) from None
-    print(f"{path.parent} can't be locked ({e}): see to it yourself that one process uses it", flush=True)
+    print(f"{path.parent} can't be locked ({e}): make sure that only one process uses it", flush=True)
   file.seek(0)
   file.truncate()
   file.write(f"{who}\n")
@@ -368,7 +368,7 @@ def _store():
     from google.cloud import storage  # noqa: F401  which Orbax needs
   except ImportError as e:
     raise ValueError(f"a workdir in a bucket needs packages that are missing ({e}): pip install 'virl-jax[gcs]'") from e
-  # It says at each call so if this account may not ask what kind of bucket it is, which is of no matter here.
+  # It says at each call so if this account may not ask what kind of bucket it is, which does not matter here.
   logging.getLogger("gcsfs").setLevel(logging.ERROR)
   # What a folder holds is never remembered, here and in epath: TensorStore and other processes write there as well.
   for name in ("gs", "gcs"):

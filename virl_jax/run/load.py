@@ -82,7 +82,7 @@ def policy(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = N
   if path != "@tiny" and _is_run(path):
     return trained(path, step, mesh)
   if step is not None:
-    raise ValueError(f"step {step} must be of a run's folder. Received: {path}")
+    raise ValueError(f"step {step} can be chosen only in a run's folder. Received: {path}")
   return base(model_dir(path), dtype, mesh or sharding.make(fsdp=-1, data=1))
 
 

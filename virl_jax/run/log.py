@@ -168,7 +168,7 @@ def duration(seconds: float) -> str:
 
 
 def numbers(metrics: dict) -> dict[str, float]:
-  """What boards are told of a step: its numbers by name; what is missing or text is left out."""
+  """What TensorBoard and W&B get of a step: its numbers by name; missing values and texts are left out."""
   return {name: float(value) for name, value in metrics.items()
           if name != "step" and value is not None and not isinstance(value, str)}
 
@@ -303,7 +303,7 @@ def _parse(path: str | os.PathLike, content: bytes) -> list[tuple[bytes, dict]]:
       parsed.append((raw, line))
     elif number < len(lines):  # only what follows the last newline can be a line cut off in writing
       raise ValueError(f"{path}, line {number}, must be a JSON object. Received: {raw[:80]!r}; if it "
-                       "can't be mended, delete the line")
+                       "can't be repaired, delete the line")
   return parsed
 
 

@@ -58,7 +58,7 @@ _LEAST_BFLOAT16_RATE = 1e-5
 
 
 def begin() -> None:
-  """What a program that trains does before all else: quiet libraries, memory that is kept, compiled programs too."""
+  """What a program does first: quiet libraries, kept memory, a cache of compiled programs."""
   for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
     logging.getLogger(chatty).setLevel(logging.WARNING)
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: none is needed
@@ -263,7 +263,7 @@ def _combinations(c: config_lib.ConfigDict) -> None:
 
 
 def cautions(c: config_lib.ConfigDict) -> list[str]:
-  """What works, and is hardly meant; to be said when a program starts."""
+  """Warnings about settings that work but are probably not meant, for the start of a program."""
   found = []
   if c.model.dtype == "bfloat16" and c.optim.learning_rate < _LEAST_BFLOAT16_RATE:
     found.append(

@@ -92,7 +92,7 @@ def noted() -> int:
 
 
 class Stopped(BaseException):
-  """All processes have agreed to stop here: what is under way unwinds, and what is finished is saved.
+  """All processes have agreed to stop here: the step in progress unwinds, and finished steps are saved.
 
   Attributes:
     number: the signal that one of them has got.

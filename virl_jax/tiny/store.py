@@ -45,7 +45,7 @@ class Needle(tfds.core.GeneratorBasedBuilder):
     return self._examples(split, size)
 
   def _log_download_bytes(self):
-    """Nothing is downloaded, and so nothing is said of it."""
+    """Nothing is downloaded: TFDS would say that it is."""
 
   _log_download_done = _log_download_bytes
 
@@ -68,7 +68,7 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
   """
   kept = pathlib.Path(Needle(cfg, folder).data_dir)
   if not kept.exists():
-    # Elsewhere first, then all at once: of runs that start together each draws, and what the first has drawn is kept.
+    # In another folder first, and then renamed: runs that start together all draw, and the first to finish is kept.
     kept.parent.mkdir(parents=True, exist_ok=True)
     with (tempfile.TemporaryDirectory(dir=folder) as elsewhere,
           signals.closing(lambda: shutil.rmtree(elsewhere, ignore_errors=True))):
@@ -79,5 +79,5 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
       except OSError:
         if not kept.exists():
           raise
-  # Anew, whoever has drawn it: a builder knows the splits that were there when it was made.
+  # A new builder, whichever process drew the set: one only knows the splits that were there when it was made.
   return Needle(cfg, folder).as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
