@@ -209,8 +209,10 @@ def small_files(folder):
   rows = [{"image": f"mine/{i}.png", "question": "Is it dark?", "answers": ["yes" if i < 4 else "no"],
            "boxes": [[20, 20, 120, 90]]} for i in range(8)]
   (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  gqa_folder(folder / "RAW", {f"{i}": question(question=f"What is number {i}?") for i in range(8)})
-  Image.new("RGB", (100, 50), "navy").save(folder / "RAW" / "images" / "7.jpg")
+  thing = {"name": "camera", "x": 100, "y": 50, "w": 200, "h": 100, "attributes": [], "relations": []}
+  gqa_folder(folder / "RAW", {f"{i}": question(question=f"What is number {i}?") for i in range(8)},
+             {"7": {"width": 1000, "height": 500, "objects": {"11": thing, "12": thing | {"name": "light"}}}})
+  Image.new("RGB", (1000, 500), "navy").save(folder / "RAW" / "images" / "7.jpg")
   pope_file(folder / "POPE" / "output" / "coco" / "coco_pope_random.json", [("cup", "yes"), ("dog", "no")])
   (folder / "answers.jsonl").write_text("".join(json.dumps(
       {"question_id": i, "prompt": f"Is there a {name} in the image?", "text": "Yes."}) + "\n"
