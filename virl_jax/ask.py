@@ -46,7 +46,7 @@ _SEGMENT_TOKENS = 8  # that are sampled between two looks at what there is to te
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """A policy that answers a question at a time.
+  """A policy that answers one question at a time.
 
   Attributes:
     policy: everything but the parameters.
@@ -61,7 +61,7 @@ class Asked:
   seed: int = 0
 
   def __call__(self, task: types.Task, tell: Callable) -> types.Trajectory:
-    """Puts a question.
+    """Asks a question.
 
     Args:
       task: its picture as bytes or decoded.
@@ -92,7 +92,7 @@ def load(model: str, c: config_lib.ConfigDict | None = None, temperature: float 
 
 
 def ask(asked: Callable, task: types.Task, out: str | None = None, stream=None) -> types.Trajectory:
-  """Puts a question, prints what happens, and writes it down.
+  """Asks a question, prints what happens, and writes the page.
 
   Args:
     asked: such as `load` gives.
@@ -110,7 +110,7 @@ def ask(asked: Callable, task: types.Task, out: str | None = None, stream=None) 
 
 
 def page(traj: types.Trajectory) -> str:
-  """One trajectory as a page that needs nothing beside it, in the report's style; its task's picture is decoded."""
+  """One trajectory as a page of one file, in the report's style; its task's picture must be decoded."""
   entry = gallery.entry(traj, traj.task.image, None, None, None, None, None, None)
   return html.render(html.Run("A question about a picture", kept=[("", [entry])]))
 
@@ -188,7 +188,7 @@ def serve(asked: Asked, model: str, cfg: site.Config, waiting: int = 16) -> None
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   text = lambda name, words: flags.DEFINE_string(name, None, words, flag_values=values)
   number = lambda name, default, least, words: flags.DEFINE_integer(name, default, words, least, flag_values=values)
   text("model", "A run's folder, or an HF folder.")

@@ -68,7 +68,7 @@ def export(workdir: str, out: str | None, step: int | str | None = None, dtype: 
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   flags.DEFINE_string("workdir", None, "The run.", required=True, flag_values=values)
   flags.DEFINE_string("out", None, "HF folder to write: absent, empty, or an earlier export, which is replaced.",
                       flag_values=values)

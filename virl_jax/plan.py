@@ -282,7 +282,7 @@ def table(result: dict) -> str:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
   flags.DEFINE_string("topology", None, "Machine to compile for, such as h100:8, v5e:8x8, v5p:2x2x4, v6e:4x4, cpu:8.",
                       required=True, flag_values=values)

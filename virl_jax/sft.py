@@ -113,7 +113,7 @@ def by_example(c: config_lib.ConfigDict) -> config_lib.ConfigDict:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   loop.define_flags(values)
   flags.adopt_module_key_flags(loop, values)  # so that --helpshort shows them
   flags.DEFINE_list("data", None, "Files of trajectories, or workdirs whose rollouts are learned from, separated by "

@@ -153,7 +153,7 @@ def _warm_start(c, base: str | None, out: str, workdir: epath.Path, command: str
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
   flags.DEFINE_string("out", None, "HF folder to write.", flag_values=values)
   flags.DEFINE_string("workdir", None, "Checkpoints and log; OUT.work by default.", flag_values=values)

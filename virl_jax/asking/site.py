@@ -65,7 +65,7 @@ class _Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What is served to whom.
+  """Address and limits of the server.
 
   Attributes:
     host: address to listen at.
@@ -149,7 +149,7 @@ class _Server(http.server.ThreadingHTTPServer):
       self.places.release()
 
   def handle_error(self, request, client_address):
-    """Clients leave whenever they like; what else fails is printed."""
+    """Prints errors, except that a client left."""
     if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
       super().handle_error(request, client_address)
 
@@ -169,7 +169,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     super().setup()
 
   def log_message(self, *args):
-    """Nobody's questions are printed."""
+    """Logs no requests: questions are private."""
 
   def do_GET(self):
     try:
@@ -205,7 +205,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       raise _Refused(http.HTTPStatus.MISDIRECTED_REQUEST, "this server has another host name")
 
   def _check_origin(self) -> None:
-    """A page of another site must not ask in the name of who looks at it."""
+    """Refuses requests that another site's page makes from a visitor's browser."""
     origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "same-origin")
     if origin is not None:
       found = urllib.parse.urlsplit(origin)
@@ -246,7 +246,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._drain()
 
   def _drain(self) -> None:
-    """Takes some of a body that is not wanted: a browser that still sends would not read the refusal."""
+    """Reads some of a refused body: a browser that is still sending would not read the refusal."""
     self.connection.shutdown(socket.SHUT_WR)
     self.connection.settimeout(_DRAIN_S)
     left, until = 2 * _body_bytes(self.server.cfg), time.monotonic() + _DRAIN_S

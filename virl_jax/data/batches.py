@@ -98,7 +98,7 @@ class Looks:
       return one.future.result()
 
   def close(self) -> None:
-    """Nothing more is wanted."""
+    """Stops the threads."""
     self._pool.shutdown(cancel_futures=True)
 
 
@@ -256,7 +256,7 @@ class Feed:
     return drawn.tasks
 
   def close(self) -> None:
-    """Nothing more is wanted."""
+    """Stops the threads."""
     self._now.close()
     self._next.close()
 

@@ -135,7 +135,7 @@ def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT, causal, block):
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, lengths_BS, causal, interpret):
-  """cuDNN's, which knows of lengths and of no segments: so the segments of a row are cut apart.
+  """cuDNN's, which takes lengths but no segments: so the segments of a row are separated.
 
   The j-th longest of a row is no longer than T / j, so that all cuts together are about log S times the row.
   """

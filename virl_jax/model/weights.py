@@ -130,7 +130,7 @@ def _open_tensors(folder: pathlib.Path, released_name: Callable[[str], str]) -> 
 
 
 def _is_tied(tensors: dict) -> bool:
-  """Whether the head, as far as it is stored, is the embedding."""
+  """Whether the head is the embedding, or is not stored."""
   if _HEAD not in tensors or _EMBED not in tensors:
     return True
   head, embed = (file.get_slice(key) for file, key in (tensors[_HEAD], tensors[_EMBED]))
@@ -186,7 +186,7 @@ def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None =
                      + ("." + _LOOKS_QUANTISED if no_floats else ""))
 
   def put(array, sharding):
-    """Waits, and has JAX let go of the host's array (it does when Python collects garbage) before the next is read."""
+    """Waits, and frees the host's array (JAX does when Python collects garbage) before the next is read."""
     array = jax.device_put(array, sharding).block_until_ready()
     gc.collect(0)
     return array

@@ -18,7 +18,7 @@ from virl_jax.rollout import turns
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A reply and whom it is for: row `slot` of lane `lane`."""
+  """A reply and the row that it is for: row `slot` of lane `lane`."""
 
   lane: int
   slot: int

@@ -264,7 +264,7 @@ class _Loop:
             if row is not None and (number, slot) not in self.reading and (number, slot) not in self.read_before]
 
   def _left(self) -> int:
-    """Turns that are being read, and groups of which someone waits."""
+    """Number of turns that are being read, plus groups with rollouts in the queue."""
     waits = lambda lane: len(lane.queue) + sum(g is not None and len(g.waiting) > 0 for g in lane.holds)
     return len(self.reading) + len(self.read_before) + sum(map(waits, self.lanes))
 

@@ -63,7 +63,7 @@ def merge(parts: Sequence[pooled.Metrics]) -> dict[str, float]:
 
 
 def limit(history: Sequence[dict], above: float, window: int) -> np.float32:
-  """The longest gradient that is followed in the step after these: a multiple of the median norm.
+  """The largest gradient norm that the next step accepts: a multiple of the median norm.
 
   Spikes are in the median too: where all gradients become longer for good, the limit follows within half a window.
 

@@ -98,7 +98,7 @@ def read_text(path: epath.Path) -> str:
 
 
 def opened(path: epath.Path) -> contextlib.AbstractContextManager[BinaryIO]:
-  """A file to be read bit by bit, however large it is."""
+  """An open file, for reading in pieces, however large it is."""
   if is_local(path):
     return open(path, "rb")
   with _as_os_errors(path):
@@ -193,7 +193,7 @@ def below(folder: epath.Path) -> list[str]:
 
 
 def move(folder: epath.Path, to: epath.Path) -> None:
-  """Gives a folder another name, in place of what bears it; see the table for what a kill leaves."""
+  """Renames a folder, replacing one of the new name; see the table for what a kill leaves."""
   if is_local(folder):
     shutil.rmtree(to, ignore_errors=True)
     make(to.parent)
@@ -210,7 +210,7 @@ def move(folder: epath.Path, to: epath.Path) -> None:
 
 
 def remove(folder: epath.Path) -> None:
-  """Removes a folder and all that is in it, if there is one; cut off, what is left lies there still."""
+  """Removes a folder and all that is in it, if it exists; if it is killed, some of it stays."""
   if is_local(folder):
     shutil.rmtree(folder, ignore_errors=True)
     return

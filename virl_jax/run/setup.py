@@ -118,7 +118,7 @@ def told():
 
 
 def _words(e: Exception) -> str:
-  """Our own words are for users; of others', what they are comes first, and the first line of pages is enough."""
+  """An error in a line: ours as it is; others' with its type, and the first line alone."""
   return str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
 
 
@@ -275,7 +275,7 @@ def cautions(c: config_lib.ConfigDict) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-  """Everything of a run that is fixed.
+  """The fixed parts of a run.
 
   Attributes:
     policy: for rollouts, in a layout of their own; see `sample.weights`.
@@ -306,7 +306,7 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
 
 def of_policy(path: str, c: config_lib.ConfigDict | None = None
               ) -> tuple[config_lib.ConfigDict, load.Loaded, Pieces]:
-  """What a policy that is there is asked with.
+  """What it takes to ask an existing policy.
 
   Args:
     path: a run's folder, an HF folder, or "@tiny".
@@ -381,7 +381,7 @@ def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec
 
 
 def _fields(kind, section) -> dict:
-  """What of a section of the configuration a dataclass has fields for."""
+  """The values of a section of the configuration that a dataclass has fields for."""
   return {f.name: section[f.name] for f in dataclasses.fields(kind) if f.name in section}
 
 

@@ -45,7 +45,7 @@ class Config:
 
 @contextlib.contextmanager
 def over(folder: epath.Path, cfg: Config):
-  """Within it, a process that does not get on for `cfg.stuck_s` ends with a line and status `STUCK`; 0 lets it wait.
+  """Within it, a process without progress for `cfg.stuck_s` ends with a line and status `STUCK`; 0 turns this off.
 
   Args:
     folder: where the threads' stacks are written.
