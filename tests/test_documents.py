@@ -328,6 +328,23 @@ def test_the_page_of_knobs_is_current():
   assert module.PAGE.read_text() == module.page(), "python docs/knobs.py writes it anew"
 
 
+def defines(stem, name):
+  """Whether a module of that name, or one in a folder of that name, has such a function, class or value."""
+  return any(re.search(rf"^\s*(def|class) {name}\b|^{name}\b.* = ", path.read_text(), re.MULTILINE)
+             for path in (ROOT / "virl_jax").rglob("*.py") if stem in (path.stem, path.parent.name))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_knobs_that_are_named_are_there(path):
+  """`section.key`: a knob, the beginning of one, or what a module of the section's name defines."""
+  sections = {name.partition(".")[0] for name in NAMES if "." in name}
+  for section, rest in re.findall(r"`(?:config\.)?([a-z]+)\.([\w.]+)[^`\n]*`", path.read_text()):
+    if section in sections and not (ROOT / "virl_jax" / f"{section}.{rest}").is_file():
+      key = f"{section}.{rest}".rstrip(".")
+      assert any(name.startswith(key) for name in NAMES) or defines(section, rest.partition(".")[0]) or (
+          defines(*key.split(".")[-2:])), f"{key} is no knob"
+
+
 def test_a_knob_without_words_of_its_own_is_seen(monkeypatch):
   module = knobs()
   lines = ["def _knobs():\n", "  c = ConfigDict()\n", "  c.a, c.b = 1, 2  # one for two\n"]

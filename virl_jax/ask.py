@@ -110,7 +110,7 @@ def ask(asked: Callable, task: types.Task, out: str | None = None, stream=None) 
 
 
 def page(traj: types.Trajectory) -> str:
-  """One trajectory as a page of one file, in the report's style; its task's picture must be decoded."""
+  """One trajectory as a page that needs nothing beside it, in the report's style; its task's picture is decoded."""
   entry = gallery.entry(traj, traj.task.image, None, None, None, None, None, None)
   return html.render(html.Run("A question about a picture", kept=[("", [entry])]))
 

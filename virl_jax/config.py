@@ -91,9 +91,9 @@ def _knobs() -> ConfigDict:
   d.path = ""                      # jsonl: the records file; set: its folder; needle: cache folder ("" = user cache)
                                    #   several files or sets have commas between them, or are a folder of sets
   d.weights = ()                   # "NAME:WEIGHT" of each set or file: its share of a step; () for by size [ours]
-  d.easy_first_epochs = 0          # epochs that go from tasks that curation's policy solved often to those that it
-                                   #   solved seldom; 0 for any order [ours]
-  d.easy_first_width = 0.25        # share of a set's tasks that is mixed at a time in these epochs [ours]
+  d.easy_first_epochs = 0          # so many epochs walk from what curation's policy solved often to what it seldom
+                                   #   solved; 0 for any order [ours]
+  d.easy_first_width = 0.25        # share of a set's tasks that is mixed at a time while they do [ours]
   d.eval_fraction = 0.2            # jsonl, set: share of records held out for evaluation [ours]
   d.split_seed = 0                 # draws the held-out records, and which of them are asked; independent of seed
   d.needle = n = ConfigDict()
@@ -289,12 +289,12 @@ def _knobs() -> ConfigDict:
   u.filter = q = ConfigDict()      # which tasks its answers leave
   q.most_without = free(0.5)       # share right without zooming, above which a task needs no zoom
   q.least_pass = free(0.1)         # share right with zooms, below which it is too hard; above 0 drops the never solved
-  q.most_pass = free(0.9)          # share right with zooms, above which it is too easy; below 1 drops the always solved
-  u.endpoint = q = ConfigDict()    # an --endpoint that is asked instead of the engine
-  q.model = free("")               # the name of the policy there; "" sends none
-  q.timeout_s = free(300.0)        # seconds for one turn
-  q.wait_s = free(1.0)             # seconds before the second try; doubled each time
-  q.patience_s = free(3600.0)      # seconds without any reply after which the program ends
+  q.most_pass = free(0.9)          # above which it is too easy; below 1 drops the always solved
+  u.endpoint = q = ConfigDict()    # of --endpoint, in place of the engine
+  q.model = free("")               # as it names the policy; "" sends none
+  q.timeout_s = free(300.0)        # for one turn
+  q.wait_s = free(1.0)             # before the second try; then twice as long each time
+  q.patience_s = free(3600.0)      # without any reply, until the program ends
   q.in_flight = free(32)           # requests at a time
 
   c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; it refuses a workdir where these differ; all [ours]

@@ -58,7 +58,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
     # Processes go on together: each keeps its own groups, and the one that lacks most decides.
     if hosts.agree([wanted - len(good)])[0] <= 0:
       break
-  # In the order in which they were drawn, so that no minibatch gets all of the replacements.
+  # In the order that they were drawn in, so that no minibatch gets all of those that fill up.
   kept = sorted((good + spare)[:wanted], key=lambda group: group[:2])
   return [t for *_, group in kept for t in group], _metrics(stats, attempt)
 
