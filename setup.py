@@ -28,6 +28,7 @@ setuptools.setup(
         "safetensors>=0.6.2",
         "tensorflow-datasets>=4.9.10",  # earlier ones import TensorFlow when offline
         "tokenizers>=0.22.2",
+        "tqdm>=4.66",                   # bars in a terminal; transformers has it, too
         "transformers>=5.0",
     ],
     extras_require={

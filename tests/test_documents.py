@@ -1,7 +1,7 @@
 """README and docs/: commands that are there are taken, links lead somewhere, named files and tests exist.
 
-A block that follows `<!-- runs: OPTIONS -->` is run, page by page from top to bottom, with OPTIONS behind each of its
-commands that is ours; see `test_marked_blocks_run`.
+A block that follows `<!-- runs: OPTIONS -->` is run, in a short form, page by page from top to bottom; see
+`test_marked_blocks_run`.  A command that is in no such block stands in `NOT_RUN`, with the reason.
 """
 
 import ast
@@ -17,11 +17,15 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 
 from absl import flags
 from PIL import Image
 import pytest
 
+from tests.data.sources.test_formats import gqa_folder
+from tests.data.sources.test_formats import question
+from tests.eval.test_benchmarks import pope_file
 from virl_jax import config as config_lib
 from virl_jax.data.sources import table as sources
 from virl_jax.eval.benchmarks import table as benchmarks
@@ -31,66 +35,51 @@ from virl_jax.run import topologies
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 OUTSIDE = {"git", "hf", "docker", "gcloud", "sky", "ruff", "source", "mkdocs", "nvidia-smi", "cd"}  # not ours
-FIRST = OUTSIDE | {"python", "pip", "bash", "mkdir"}
+FIRST = OUTSIDE | {"python", "python3", "pip", "bash", "mkdir"}
 NAMES = [*config_lib.flat(config_lib.default().to_dict())]
+# Commands in no marked block, by how they begin, and why no test runs them as they stand.
+NOT_RUN = {
+    **dict.fromkeys(("git clone", "cd virl_jax", "python -m venv", "python3 -m venv", "source", "pip install"),
+                    "benchmarks/newcomer.py and .ci/run do, in fresh environments"),
+    **dict.fromkeys(("python -m pytest", "ruff check"), "this is it"),
+    "hf download": "gigabytes from a hub",
+    **dict.fromkeys(("gcloud", "docker", "sky", "python -m virl_jax.train --config=configs/v",
+                     "python -m virl_jax.sft --config=configs/v", "python -m virl_jax.export --workdir=runs/v"),
+                    "machines, accounts or weights that are not here; tests/launch has the first with stand-ins"),
+    "python -m virl_jax.plan --config=configs/v": "gigabytes of compilers, and hours; README's block plans for CPUs",
+    "python benchmarks/": "minutes to hours; docs/benchmarks.md and others have what they printed",
+    "python -m virl_jax.warmstart": "45 minutes; tests/test_warmstart.py makes a short one",
+    "python -m virl_jax.ask --model=runs/tiny --serve": "it serves until it is stopped; tests/asking",
+    "python -m virl_jax.ask --model=runs/v7b --serve": "it serves until it is stopped; tests/asking",
+    **dict.fromkeys(("python -m virl_jax.curate build --source=gqa --data=RAW/gqa",
+                     "python -m virl_jax.curate --config=configs/curate.py --data=DIR",
+                     "python -m virl_jax.curate --config=configs/curate.py --data=SETS --out=DIR"),
+                    "README's block has the same, on small files"),
+    "python -m virl_jax.sft --config=configs/tiny_sft.py": "benchmarks/sft.py draws what it learns from",
+    "bash launch/local.sh": "tests/launch runs it",
+    "python -c import numpy as np, sys": "it wants a bad batch; tests/run/test_bad.py looks into some",
+    "python -m virl_jax.evaluate --model=runs/v7b": "public data; tests/test_evaluate.py runs it on small files",
+}
 
 
-def blocks(path):
-  """(line, language or None if it is indented, marker or None, text) of each block of code."""
-  found, marker, lines = [], None, path.read_text().splitlines()
-  at = 0
-  while at < len(lines):
-    fence = re.match(r"(\s*)```(\w*)", lines[at])
-    indented = lines[at].startswith("    ") and (at == 0 or not lines[at - 1].strip())
-    start = at
-    if fence:
-      at += 1
-      while not lines[at].strip().startswith("```"):
-        at += 1
-      found.append((start + 2, fence.group(2), marker, "\n".join(lines[start + 1:at])))
-    elif indented:
-      while at < len(lines) and (lines[at].startswith("    ") or not lines[at].strip()):
-        at += 1
-      at -= 1
-      found.append((start + 1, None, marker, "\n".join(line[4:] for line in lines[start:at + 1]).rstrip()))
-    if lines[at].strip():
-      marked = re.fullmatch(r"<!-- runs: ?(.*?) ?-->", lines[at].strip())
-      marker = marked.group(1) if marked else None
-    at += 1
-  return found
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[path.stem] = module  # where dataclasses look
+  spec.loader.exec_module(module)
+  return module
 
 
-def commands(text):
-  """The words of each command of a block; what is optional, in brackets, is taken."""
-  line = ""
-  for more in re.sub(r"\[(--[^\]]*)\]", r"\1", text.replace("\\\n", " ")).splitlines():
-    line += more
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-    lexer.whitespace_split, lexer.commenters = True, "#"
-    try:
-      found, line = list(lexer), ""
-    except ValueError:  # a quotation that goes on in the next line
-      line += "\n"
-      continue
-    words = []
-    for word in found:
-      if set(word) <= set("&|;"):
-        yield words
-        words = []
-      else:
-        words.append(word)
-    if words:
-      yield words
-  assert not line, f"a quotation without an end: {line}"
+reader = load(ROOT / "docs" / "commands.py")
 
 
 def written():
   """(where, words) of all commands, but what tests/launch compares with what is printed."""
   for path in PAGES:
-    for line, language, _, text in blocks(path):
+    for line, language, _, text in reader.blocks(path):
       first = text.split(maxsplit=1)[0] if text.strip() else ""
       if language == "bash" or language is None and first in FIRST:
-        for words in commands(text):
+        for words in reader.commands(text):
           yield f"{path.name}:{line}", words
     for code in re.findall(r"`(python -m virl_jax\.\w+ [^`]+|python benchmarks/[^`]+)`", path.read_text()):
       yield f"{path.name}: {code[:40]}", shlex.split(code.replace("...", ""))
@@ -187,26 +176,105 @@ def test_there_are_commands_and_all_of_ours_are_among_them():
 def test_a_command_that_there_is_not_is_seen(line, wrong, monkeypatch):
   monkeypatch.chdir(ROOT)
   with pytest.raises(wrong):
-    check(next(commands(line)), monkeypatch)
+    check(next(reader.commands(line)), monkeypatch)
 
 
-RUNS = {path: [(marker, text) for _, _, marker, text in blocks(path) if marker is not None] for path in PAGES}
+RUNS = {path: [(marker, text) for _, _, marker, text in reader.blocks(path) if marker is not None] for path in PAGES}
+
+
+def not_run(words):
+  """How the entry of `NOT_RUN` begins that a command belongs to, or None."""
+  return next((begin for begin in NOT_RUN if " ".join(words).startswith(begin)), None)
+
+
+def test_what_no_test_runs_is_known():
+  """Each command is in a marked block, or in the table; the table has none but such."""
+  found = set()
+  for path in PAGES:
+    for line, language, marker, text in reader.blocks(path):
+      first = text.split(maxsplit=1)[0] if text.strip() else ""
+      if marker is None and (language == "bash" or language is None and first in FIRST):
+        for words in reader.commands(text):
+          assert not_run(words), f"{path.name}:{line}: mark the block, or say in NOT_RUN why it isn't run: {words}"
+          found.add(not_run(words))
+  assert found == set(NOT_RUN), f"in no page any more: {set(NOT_RUN) - found}"
+
+
+def small_files(folder):
+  """What the pages' commands read, small."""
+  for name in ("mine", "RAW/images"):
+    (folder / name).mkdir(parents=True)
+  for i in range(8):
+    Image.new("RGB", (320, 240), (30 * i, 90, 160)).save(folder / "mine" / f"{i}.png")
+  rows = [{"image": f"mine/{i}.png", "question": "Is it dark?", "answers": ["yes" if i < 4 else "no"],
+           "boxes": [[20, 20, 120, 90]]} for i in range(8)]
+  (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  thing = {"name": "camera", "x": 100, "y": 50, "w": 200, "h": 100, "attributes": [], "relations": []}
+  gqa_folder(folder / "RAW", {f"{i}": question(question=f"What is number {i}?") for i in range(8)},
+             {"7": {"width": 1000, "height": 500, "objects": {"11": thing, "12": thing | {"name": "light"}}}})
+  Image.new("RGB", (1000, 500), "navy").save(folder / "RAW" / "images" / "7.jpg")
+  pope_file(folder / "POPE" / "output" / "coco" / "coco_pope_random.json", [("cup", "yes"), ("dog", "no")])
+  (folder / "answers.jsonl").write_text("".join(json.dumps(
+      {"question_id": i, "prompt": f"Is there a {name} in the image?", "text": "Yes."}) + "\n"
+      for i, name in ((1, "cup"), (2, "dog"))))
+  (folder / "result_direct_attributes.jsonl").write_text(json.dumps(
+      {"image": "1.jpg", "question": "What?", "answer": "It is red.", "pred_ans": "A. It is red.", "acc": 1.0,
+       "prompt_text": "Question: What?\nOptions: \nA. It is red.\nB. It is blue.\n\nThink first."}) + "\n")
+  Image.new("RGB", (200, 100), "olive").save(folder / "kitchen.jpg")
+  return folder
+
+
+def run(words, place):
+  env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "VIRL_JAX_CACHE": str(place / "cache")}
+  words = [sys.executable if words[0] == "python" else words[0], *words[1:]]
+  done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def marked(path):
+  """The commands of a page's marked blocks, in their short forms."""
+  for marker, text in RUNS[path]:
+    for words in reader.commands(text, with_optional=False):
+      words = reader.shortened(words, marker)
+      if not not_run(words):
+        yield words
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """One folder for all pages, in which README's tiny run is done."""
+  folder = small_files(tmp_path_factory.mktemp("pages"))
+  for name in ("configs", "docs", "launch"):
+    (folder / name).symlink_to(ROOT / name)
+  run(next(marked(ROOT / "README.md")), folder)
+  return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path, marked in RUNS.items() if marked], ids=lambda p: p.stem)
-def test_marked_blocks_run(path, tmp_path):
-  """In a folder of their own, one after another: what one leaves, the next finds."""
-  for name in ("configs", "docs", "launch"):
-    (tmp_path / name).symlink_to(ROOT / name)
-  env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "VIRL_JAX_CACHE": str(tmp_path / "cache")}
-  for marker, text in RUNS[path]:
-    text = text.replace("\\\n", " ")
-    text = "\n".join(re.sub(r"^(python -m virl_jax\.[^#]*)", rf"\1 {marker} ", line) for line in text.split("\n"))
-    ours = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}'
-    done = subprocess.run(["bash", "-ec", f"{ours}\n{text}"], cwd=tmp_path, env=env, capture_output=True, text=True,
-                          timeout=900)
-    assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+@pytest.mark.parametrize("path", [path for path, found in RUNS.items() if found], ids=lambda p: p.stem)
+def test_marked_blocks_run(path, place):
+  """Whatever README's tiny run and a page's blocks before have left, the next finds."""
+  for words in marked(path):
+    run(words, place)
+
+
+def test_blocks_are_read_and_shortened(tmp_path):
+  page = tmp_path / "page.md"
+  page.write_text(textwrap.dedent("""\
+      <!-- runs: --limit=2 w->v -->
+      ```bash
+      python -m virl_jax.evaluate --model=w [--zoom=on] && mkdir w  # then
+      ```
+
+          pip install x
+      """))
+  (line, language, marker, text), (*_, unmarked, other) = reader.blocks(page)
+  assert (line, language, marker, unmarked, other) == (3, "bash", "--limit=2 w->v", None, "pip install x")
+  first, second = reader.commands(text, with_optional=False)
+  assert reader.shortened(first, marker) == ["python", "-m", "virl_jax.evaluate", "--model=v", "--limit=2"]
+  assert reader.shortened(second, marker) == ["mkdir", "v"] and "--zoom=on" in next(reader.commands(text))
+  with pytest.raises(ValueError, match="end each quotation"):
+    list(reader.commands("echo 'x"))
 
 
 def anchors(path):
@@ -241,11 +309,7 @@ def test_files_and_tests_that_are_named_are_there(path):
 
 
 def knobs():
-  spec = importlib.util.spec_from_file_location("knobs", ROOT / "docs" / "knobs.py")
-  module = importlib.util.module_from_spec(spec)
-  sys.modules["knobs"] = module  # where dataclasses look
-  spec.loader.exec_module(module)
-  return module
+  return load(ROOT / "docs" / "knobs.py")
 
 
 def test_every_knob_has_words():
@@ -262,6 +326,23 @@ def test_every_knob_has_words():
 def test_the_page_of_knobs_is_current():
   module = knobs()
   assert module.PAGE.read_text() == module.page(), "python docs/knobs.py writes it anew"
+
+
+def defines(stem, name):
+  """Whether a module of that name, or one in a folder of that name, has such a function, class or value."""
+  return any(re.search(rf"^\s*(def|class) {name}\b|^{name}\b.* = ", path.read_text(), re.MULTILINE)
+             for path in (ROOT / "virl_jax").rglob("*.py") if stem in (path.stem, path.parent.name))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_knobs_that_are_named_are_there(path):
+  """`section.key`: a knob, the beginning of one, or what a module of the section's name defines."""
+  sections = {name.partition(".")[0] for name in NAMES if "." in name}
+  for section, rest in re.findall(r"`(?:config\.)?([a-z]+)\.([\w.]+)[^`\n]*`", path.read_text()):
+    if section in sections and not (ROOT / "virl_jax" / f"{section}.{rest}").is_file():
+      key = f"{section}.{rest}".rstrip(".")
+      assert any(name.startswith(key) for name in NAMES) or defines(section, rest.partition(".")[0]) or (
+          defines(*key.split(".")[-2:])), f"{key} is no knob"
 
 
 def test_a_knob_without_words_of_its_own_is_seen(monkeypatch):

@@ -11,7 +11,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "checks config shapes types data.endpoint data.exact data.official data.tables "
     "data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.drawn report.trajectory "
-    "run.caches run.compiles run.files run.hlo run.signals",
+    "run.caches run.compiles run.files run.hlo run.progress run.signals",
     "data.choice data.mixture data.quantity data.recorded.script eval.compare eval.monitors model.patches "
     "model.sharding model.tuning report.gallery report.page rl.advantage rl.credit rl.loss rl.reward rollout.slots "
     "run.log tiny.needle",

@@ -195,7 +195,7 @@ def test_what_they_were_given_must_be_alike(env, tmp_path):
   assert run.wait(120) == [1, 1]
   assert "error: process 1" in run.said(1) and "Traceback" not in run.said(0) + run.said(1)
   assert "must have the same configuration (seed). Received: 1 on process 1, 0 on process 0" in run.said(1)
-  assert "process 1 can't go on, and so no other" in run.said(0) and not workdir.exists()
+  assert "process 1 has failed, and so all stop" in run.said(0) and not workdir.exists()
 
 
 def test_a_workdir_in_use_is_refused_to_all(env, tmp_path):

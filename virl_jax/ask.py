@@ -1,4 +1,4 @@
-"""Asks a policy about a picture, and shows where it looks; or serves a page on which others ask.
+"""Asks a policy about a picture, and shows where it looks; or serves a page on which to ask.
 
     python -m virl_jax.ask --model=runs/v7b --image=kitchen.jpg --question='What is on the shelf?' --out=PAGE.html
     python -m virl_jax.ask --model=HF_DIR --image=a.png --question='Which colour?' --options=red,blue
@@ -46,7 +46,7 @@ _SEGMENT_TOKENS = 8  # that are sampled between two looks at what there is to te
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """A policy that answers a question at a time.
+  """A policy that answers one question at a time.
 
   Attributes:
     policy: everything but the parameters.
@@ -61,7 +61,7 @@ class Asked:
   seed: int = 0
 
   def __call__(self, task: types.Task, tell: Callable) -> types.Trajectory:
-    """Puts a question.
+    """Asks a question.
 
     Args:
       task: its picture as bytes or decoded.
@@ -92,7 +92,7 @@ def load(model: str, c: config_lib.ConfigDict | None = None, temperature: float 
 
 
 def ask(asked: Callable, task: types.Task, out: str | None = None, stream=None) -> types.Trajectory:
-  """Puts a question, prints what happens, and writes it down.
+  """Asks a question, prints what happens, and writes the page.
 
   Args:
     asked: such as `load` gives.
@@ -188,25 +188,25 @@ def serve(asked: Asked, model: str, cfg: site.Config, waiting: int = 16) -> None
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   text = lambda name, words: flags.DEFINE_string(name, None, words, flag_values=values)
   number = lambda name, default, least, words: flags.DEFINE_integer(name, default, words, least, flag_values=values)
   text("model", "A run's folder, or an HF folder.")
   text("image", "A picture's file.")
   text("question", "What to ask about it.")
-  flags.DEFINE_list("options", [], "Options that the answer is one of.", flag_values=values)
+  flags.DEFINE_list("options", [], "Options that the answer must be one of.", flag_values=values)
   text("out", "Path of a page with the picture and what the policy did.")
-  flags.DEFINE_bool("serve", False, "Serve a page on which others ask.", flag_values=values)
+  flags.DEFINE_bool("serve", False, "Serve a page on which to ask questions.", flag_values=values)
   flags.DEFINE_string("host", site.Config.host, "Address to serve at; 0.0.0.0 for all who reach this machine.",
                       flag_values=values)
   number("port", site.Config.port, 0, "Port to serve at; 0 for any that is free.")
-  flags.DEFINE_list("names", [], "Names by which the page may be called, besides its address: those of a server before "
-                    "this one.", flag_values=values)
-  number("waiting", 16, 1, "Questions at a time, most of which wait.")
-  number("upload_mb", site.Config.upload_bytes // 10 ** 6, 1, "Largest file that is taken.")
-  number("upload_megapixels", site.Config.upload_pixels // 10 ** 6, 1, "Largest picture that is taken.")
-  flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 is greedy.", 0.0, flag_values=values)
-  number("seed", 0, 0, "Draws the samples.")
+  flags.DEFINE_list("names", [], "Further host names by which browsers reach the page, such as a proxy's.",
+                    flag_values=values)
+  number("waiting", 16, 1, "Most questions in the queue, with the one that is being answered.")
+  number("upload_mb", site.Config.upload_bytes // 10 ** 6, 1, "Largest upload, in megabytes.")
+  number("upload_megapixels", site.Config.upload_pixels // 10 ** 6, 1, "Largest picture, in megapixels.")
+  flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 is greedy.", 0.0, flag_values=values)
+  number("seed", 0, 0, "Seed of the sampling.")
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
 
 

@@ -53,7 +53,7 @@ def some_of(known, least: int = 0) -> Rule:
 
 
 def need(ok: bool, key: str, wanted: str, got) -> None:
-  """Refuses a value.
+  """Raises the error about a value.
 
   Args:
     ok: whether it will do.

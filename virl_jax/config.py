@@ -89,7 +89,7 @@ def _knobs() -> ConfigDict:
   c.data = d = ConfigDict()
   d.source = "needle"              # where tasks come from: needle (drawn pictures) | jsonl | set; see docs/data.md
   d.path = ""                      # jsonl: the records file; set: its folder; needle: cache folder ("" = user cache)
-                                   #   several files or sets stand with commas, or in a folder of sets
+                                   #   several files or sets have commas between them, or are a folder of sets
   d.weights = ()                   # "NAME:WEIGHT" of each set or file: its share of a step; () for by size [ours]
   d.easy_first_epochs = 0          # so many epochs walk from what curation's policy solved often to what it seldom
                                    #   solved; 0 for any order [ours]
@@ -143,16 +143,16 @@ def _knobs() -> ConfigDict:
   r.stop_strings = ()              # text that ends a turn, such as ("</tool_call>", "</answer>")
   r.resample = 0                   # most extra batches of prompts drawn to replace uninformative groups [DAPO]
   r.mask_overlong = False          # leave trajectories that ran out of tokens out of the loss
-  r.mask_out_of_rounds = False     # leave out those that asked for a zoom when no round was left [Mini-o3: True]
+  r.mask_out_of_rounds = False     # the same for those that asked for a zoom when no round was left [Mini-o3: True]
 
   c.engine = y = ConfigDict()      # how rollouts use the device; see docs/rollout.md
   y.slots = 0                      # rows of the cache, over all devices; trajectories queue for them; 0: one each
-  y.segment_tokens = 32            # most tokens decoded before the host looks which turns have ended [ours]
-  y.serve_share = 0.125            # it looks sooner once turns have ended in this share of the slots [ours]
+  y.segment_tokens = 32            # most tokens decoded before the host checks which turns have ended [ours]
+  y.serve_share = 0.125            # it checks sooner once turns have ended in this share of the slots [ours]
   # Programs are compiled for a few sizes, and what lies between is padded to the next: finer sizes pad less and
   # compile more often.
-  y.decode_ratio = 4.0             # sizes for rows that decode: all slots, and this ratio down, twice [ours]
-  y.append_ratio = 4.0             # sizes for rows that get a prompt or a crop: the same way [ours]
+  y.decode_ratio = 4.0             # rows that decode: all slots, or all over this ratio, or over its square [ours]
+  y.append_ratio = 4.0             # rows that get a prompt or a crop: the same way [ours]
   y.token_steps = 1                # tokens of a crop's turn: powers of two in 1, 2 or 4 steps each [ours]
   y.pad_tokens = 64                # tokens of a prompt: multiples of this [ours]
   y.threads = free(2)              # host threads that parse turns, crop and cut into patches; or decode files [ours]
@@ -165,8 +165,8 @@ def _knobs() -> ConfigDict:
 
   c.learner = k = ConfigDict()     # how an update uses a device's memory; see docs/scaling.md
   k.microbatch_tokens = 0          # tokens of a device in one gradient computation; 0 for the whole minibatch [ours]
-  k.row_shown = 4                  # places for shown images in each row of a microbatch [ours]
-  k.row_crops = 8                  # places for crops in each row of a microbatch; at least rollout.max_rounds [ours]
+  k.row_shown = 4                  # most shown images in a row of a microbatch [ours]
+  k.row_crops = 8                  # most crops in a row of a microbatch; at least rollout.max_rounds [ours]
   k.offload = free(())             # what moves to the host's memory between steps: "optimizer", "reference" [ours]
 
   c.reward = w = ConfigDict()      # what zooms and answers are worth; rl/reward.py, docs/algorithm.md
@@ -177,7 +177,7 @@ def _knobs() -> ConfigDict:
   w.w_sign = 1.0                   # weight of signed correctness [ours]
   w.lam = 0.5                      # weight of progressive refinement [ours]
   w.rho = 0.5                      # redundancy penalty [ours]
-  w.refine_margin = 0.05           # IoU gained that makes a repeated look a refinement, not redundant [ours]
+  w.refine_margin = 0.05           # gain in IoU from which a repeated zoom is a refinement, not redundant [ours]
   w.average = "mean"               # of the actions' rewards: mean | sum | discounted | best [published: mean]
   w.discount = 0.9                 # factor of each further action, if discounted [ours]
   w.w_cover = 0.0                  # weight of the share of a task's boxes that were hit [ours]
@@ -186,7 +186,7 @@ def _knobs() -> ConfigDict:
   w.w_fidelity = 1.0               # weight of the visual actions' rewards [ours]
   w.no_action = -1.0               # fidelity of a trajectory that never zooms where it should [ours]
 
-  c.credit = k = ConfigDict()      # how an advantage is shared out to tokens; see docs/algorithm.md
+  c.credit = k = ConfigDict()      # how an advantage is assigned to tokens; see docs/algorithm.md
   k.kind = "hard"                  # by class or by IoU: hard | soft | additive | none; see rl/credit.py [ours]
   k.scope = "turn"                 # tokens of an action: its turn, reasoning and all | call | box [ours]
   k.h_good = 1.5                   # factor of correct actions if A > 0, erroneous if A < 0; at least 1 [ours]
@@ -201,7 +201,7 @@ def _knobs() -> ConfigDict:
   c.advantage = a = ConfigDict()   # what a rollout's reward is compared with; see docs/algorithm.md
   a.kind = "group"                 # relative to what: group (GRPO) | rloo | batch (REINFORCE++) | gae (with a critic)
   a.normalize_std = True           # group: divide by the group's standard deviation [GRPO]; False is Dr. GRPO
-  a.std_floor = 0.005              # least deviation that is divided by, in units of the reward; 0 for none [ours]
+  a.std_floor = 0.005              # smallest divisor in place of the deviation, in units of the reward; 0: none [ours]
   a.gamma = 1.0                    # gae: discount per token [verl]
   a.lam = 1.0                      # gae: lambda, from one step (0) to the whole return (1) [verl]
   # A group is informative if its rollouts differ by more than least_spread in what spread_of names.
@@ -224,21 +224,21 @@ def _knobs() -> ConfigDict:
   o.kl_horizon = 10000.0           # trajectories over which an adaptive kl_coef adjusts [arXiv 1909.08593]
   o.entropy_coef = 0.0             # weight of an entropy bonus; 0 for none, entropy is a metric anyway [ours]
   o.value_coef = 0.5               # gae: weight of the critic's loss [PPO]
-  o.value_clip = 0.2               # gae: most that a value moves in one update; 0 for no limit [PPO]
+  o.value_clip = 0.2               # gae: largest change of a value in one update; 0 for no limit [PPO]
 
   c.ppo = q = ConfigDict()         # updates of a rollout batch
   q.minibatches = 1                # updates a rollout batch is split into, whole groups each [ours]
   q.epochs = 1                     # passes over a rollout batch [ours]
 
-  c.optim = t = ConfigDict()       # the optimiser; learner/optim.py
-  t.kind = "adamw"                 # adamw | adafactor (hardly any state) | muon (half of adamw's state) [ours]
+  c.optim = t = ConfigDict()       # the optimizer; learner/optim.py
+  t.kind = "adamw"                 # adamw | adafactor (almost no state) | muon (half of adamw's state) [ours]
   t.learning_rate = 1e-6           # peak learning rate [DeepEyes, Pixel-Reasoner]
   t.critic_learning_rate = 1e-5    # peak learning rate of the value head [verl]
   t.warmup_steps = 0               # updates of linear warm-up; 0 for none [ours]
   t.decay_steps = 0                # updates of linear decay to a tenth after warm-up; 0 is constant [ours]
   t.b1 = 0.9                       # adamw: decay of the gradients' running mean [AdamW]
   t.b2 = 0.999                     # adamw: decay of their running mean square [AdamW]
-  t.eps = 1e-8                     # adamw: added to the root that is divided by [AdamW]
+  t.eps = 1e-8                     # adamw: added to the square root in the denominator [AdamW]
   t.first_moment = "param"         # dtype of the mean that AdamW or Muon keep: float32 | bfloat16 | param, which is
                                    #   model.dtype [ours]
   t.weight_decay = 0.0             # share of a weight removed by an update, times the learning rate; 0 for none [ours]
@@ -268,27 +268,27 @@ def _knobs() -> ConfigDict:
                                    #   docs/curation.md. The paper's own thresholds are not published: all [ours]
   u.shard_tasks = free(256)        # tasks that are asked, and written down, together
   u.benchmarks = free(())          # "NAME=PATH" or "NAME=PATH=IMAGES": no task may be on a picture of these
-  u.rules = q = ConfigDict()       # what can be said of a task without a policy
+  u.rules = q = ConfigDict()       # what is decided without a policy
   q.least_coverage = free(0.0)     # share of the picture that its boxes cover, at least
-  q.most_coverage = free(0.3)      # and at most
-  q.keep_whole = free(False)       # but keep those whose boxes are the whole picture, whether zooming helps or not
+  q.most_coverage = free(0.3)      # share of the picture that its boxes cover, at most
+  q.keep_whole = free(False)       # keep tasks whose boxes are the whole picture, whether zooming helps or not
   q.whole_from = free(0.9)         # coverage that counts as whole
-  q.least_box_px = free(36.0)      # pixels that the smallest box has in the picture as it is shown
+  q.least_box_px = free(36.0)      # fewest pixels of the smallest box, in the picture as it is shown
   q.need_boxes = free(True)        # drop tasks without a box
-  q.most_boxes = free(8)           # boxes of a task
+  q.most_boxes = free(8)           # most boxes of a task
   q.answer_types = free(("option", "yes_no", "number", "text"))  # which are kept; see data/curation/facts.py
-  q.most_answer_chars = free(80)   # of the shortest accepted answer
-  q.most_question_chars = free(600)  # of the question
-  q.hash_distance = free(8)        # bits of 64 in which the hashes of near-duplicate pictures differ at most
-  q.pixel_difference = free(6.0)   # levels of 255 by which their thumbnails differ on average, at most
-  q.question_similarity = free(0.9)  # share of words that near-duplicate questions have in common, at least
-  q.per_picture = free(0)          # tasks on pictures that are near-duplicates of each other; 0 for no limit
+  q.most_answer_chars = free(80)   # most characters of the shortest accepted answer
+  q.most_question_chars = free(600)  # most characters of the question
+  q.hash_distance = free(8)        # most bits of 64 in which the hashes of near-duplicate pictures differ
+  q.pixel_difference = free(6.0)   # most levels of 255 by which their thumbnails differ on average
+  q.question_similarity = free(0.9)  # least share of words that near-duplicate questions have in common
+  q.per_picture = free(0)          # most tasks on pictures that are near-duplicates of each other; 0 for no limit
   q.caps = free(())                # "SOURCE=COUNT": most tasks of a source
-  u.policy = q = ConfigDict()      # what a policy makes of those that are left
+  u.policy = q = ConfigDict()      # how a policy is asked about the tasks that remain
   q.with_zoom = free(8)            # samples of a task; 0, as in the next: the policy is not asked
   q.without_zoom = free(4)         # samples with zooming off
   q.temperature = free(1.0)        # of sampling
-  u.filter = q = ConfigDict()      # what is concluded from that
+  u.filter = q = ConfigDict()      # which tasks its answers leave
   q.most_without = free(0.5)       # share right without zooming, above which a task needs no zoom
   q.least_pass = free(0.1)         # share right with zooms, below which it is too hard; above 0 drops the never solved
   q.most_pass = free(0.9)          # above which it is too easy; below 1 drops the always solved
@@ -306,7 +306,7 @@ def _knobs() -> ConfigDict:
   u.p_direct = free(0.0)           # share of the clumsy stage's demonstrations that answer without a zoom
   u.p_clumsy = free(1.0)           # share of the clumsy stage's zooms whose box is made worse
   u.p_count = free(0.0)            # share of the clumsy stage's demonstrations that count objects with a mark
-  u.steps = free(2500)             # optimiser updates
+  u.steps = free(2500)             # optimizer updates
   u.pictures = free(8000)          # different pictures in each stage
   u.marks = free(("pattern",))     # kinds of marks, keys of needle.MARKS
   u.learning_rate = free(1.2e-3)   # peak learning rate of the stages before
@@ -323,13 +323,13 @@ def _knobs() -> ConfigDict:
   b.least_reward = free(-1e9)      # leave out trajectories that are known to have earned less [ours]
   b.best_of = free(0)              # of each task keep only so many trajectories, the best; 0 for all [ours]
   b.most_left_out = free(0.5)      # the run ends if more than this share of what was chosen is unusable [ours]
-  b.cache_gib = free(2.0)          # GiB of this process for demonstrations kept ready; 0 makes each anew [ours]
+  b.cache_gib = free(2.0)          # GiB of this process for demonstrations kept ready; 0 keeps none [ours]
 
   c.watch = w = ConfigDict()       # slow steps and stuck runs; see docs/monitors.md
   w.stuck_s = free(3600.0)         # seconds without progress after which a run ends, to be started again; 0 for never
   w.slow_ratio = free(3.0)         # a step that takes so many times the median is reported; 0 for none
 
-  c.log = g = ConfigDict()         # what a workdir keeps beside checkpoints
+  c.log = g = ConfigDict()         # what a workdir keeps besides checkpoints
   g.gallery = free(8)              # trajectories kept for the report each time; 0 for none
   g.gallery_every = free(20)       # steps between kept rollouts; 0 keeps none while training
   g.bad_batches = free(4)          # most steps with skipped updates kept in bad_batches/; 0 for none [ours]

@@ -23,9 +23,12 @@ import pathlib
 from absl import app
 from absl import flags
 
+from virl_jax.model import family
 from virl_jax.model import outdir
+from virl_jax.model import params as params_lib
 from virl_jax.model import weights
 from virl_jax.run import load
+from virl_jax.run import progress
 from virl_jax.run import serving
 from virl_jax.run import setup
 
@@ -57,20 +60,23 @@ def export(workdir: str, out: str | None, step: int | str | None = None, dtype: 
   if adapters:
     weights.save_adapters(adapters, policy.model, policy.trained, policy.config.model.path)
   if out:
-    weights.save_hf(out, policy.model, policy.params, dtype, like=policy.hf_dir,
-                    beside=serving.files(policy.hf_dir, policy.model, policy.config))
+    beside = serving.files(policy.hf_dir, policy.model, policy.config)
+    with progress.bar(params_lib.count(family.of(policy.model).specs(policy.model)), f"writing {out}",
+                      "parameter") as bar:
+      weights.save_hf(out, policy.model, policy.params, dtype, policy.hf_dir, beside, bar.update)
   return policy.step
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   flags.DEFINE_string("workdir", None, "The run.", required=True, flag_values=values)
   flags.DEFINE_string("out", None, "HF folder to write: absent, empty, or an earlier export, which is replaced.",
                       flag_values=values)
-  flags.DEFINE_string("adapters", None, "Folder to write adapters to, as PEFT does; the same.", flag_values=values)
-  flags.DEFINE_string("step", None, "Which checkpoint, or best: by config.checkpoint.best.  The newest by default.",
+  flags.DEFINE_string("adapters", None, "Folder for adapters, as PEFT has them; absent, empty, or an earlier export.",
                       flag_values=values)
-  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the stored tensors.", flag_values=values)
+  flags.DEFINE_string("step", None, "Which checkpoint: a number, or best, by config.checkpoint.best; default: newest.",
+                      flag_values=values)
+  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of the stored tensors.", flag_values=values)
 
 
 def main(argv):

@@ -37,6 +37,7 @@ from virl_jax.run import hlo
 from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import programs
+from virl_jax.run import progress
 from virl_jax.run import setup
 from virl_jax.run import topologies
 
@@ -52,7 +53,7 @@ _TRIES = {"update": _TRAINING, "score": _TRAINING} | dict.fromkeys(
 
 @dataclasses.dataclass
 class Row:
-  """What came of compiling a program; bytes are a device's.
+  """The result of compiling a program; bytes are a device's.
 
   Attributes:
     ok: whether it compiles and fits beside what waits.
@@ -183,7 +184,7 @@ def plan(c: config_lib.ConfigDict, topology: topologies.Topology, names: tuple[s
   devices = topologies.devices(topology)
   p = setup.assemble(c, model_of(c), None, "", devices)
   rows, advice = {}, []
-  for name in names:
+  for name in progress.over(names, len(names), "compiling", "program"):
     rows[name] = compiled(c, topology, devices, name)
     tell(name, rows[name])
     gc.collect()
@@ -281,12 +282,12 @@ def table(result: dict) -> str:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-  flags.DEFINE_string("topology", None, "What to compile for: h100:8, v5e:8x8, v5p:2x2x4, v6e:4x4, cpu:8.",
+  flags.DEFINE_string("topology", None, "Machine to compile for, such as h100:8, v5e:8x8, v5p:2x2x4, v6e:4x4, cpu:8.",
                       required=True, flag_values=values)
   flags.DEFINE_string("json", None, "A file for the figures.", flag_values=values)
-  flags.DEFINE_list("programs", list(programs.NAMES), "Which of them.", flag_values=values)
+  flags.DEFINE_list("programs", list(programs.NAMES), "Which programs to compile.", flag_values=values)
 
 
 def main(argv):
@@ -306,8 +307,7 @@ def main(argv):
     print(f"{topology.count} x {chip.kind}, {chip.memory_gib} GiB each; assumed: {chip.flops:.3g} operations/s, "
           f"{chip.bandwidth:.3g} bytes/s of memory, {chip.link:.3g} bytes/s over links", flush=True)
     result = plan(args.config, topology, tuple(args.programs),
-                  lambda name, row: print(f"  {name}: {'fits' if row.ok else row.error}, {row.compile_s:.0f} s",
-                                          flush=True))
+                  lambda name, row: progress.say(f"  {name}: {'fits' if row.ok else row.error}, {row.compile_s:.0f} s"))
     print("\n" + table(result) + "\n\n" + "  ".join(f"{k} {v:.2f} GiB" for k, v in result["kinds"].items()))
     print("fits" if result["fits"] else "does not fit: try " + " ".join(result["advice"]), flush=True)
     if args.json:

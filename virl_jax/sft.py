@@ -108,16 +108,16 @@ def by_example(c: config_lib.ConfigDict) -> config_lib.ConfigDict:
   taught.loss.kl_coef, taught.loss.kl_target, taught.loss.kl_in_reward = 0.0, 0.0, False
   taught.learner.offload = tuple(name for name in c.learner.offload if name != "reference")
   if not c.eval.tasks:
-    taught.data.source = "needle"  # nobody is asked, and so there need be no records
+    taught.data.source = "needle"  # there is no evaluation, and so no records are needed
   return taught
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   loop.define_flags(values)
   flags.adopt_module_key_flags(loop, values)  # so that --helpshort shows them
-  flags.DEFINE_list("data", None, "Files of trajectories, or workdirs whose rollouts are learned from, with commas "
-                    "between; config.sft.data by default.", flag_values=values)
+  flags.DEFINE_list("data", None, "Files of trajectories, or workdirs whose rollouts are learned from, separated by "
+                    "commas; config.sft.data by default.", flag_values=values)
 
 
 def main(argv):

@@ -121,7 +121,7 @@ def _threshold(p, step: int) -> np.float32:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   loop.define_flags(values)
   flags.adopt_module_key_flags(loop, values)  # so that --helpshort shows them
 

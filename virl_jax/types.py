@@ -49,7 +49,7 @@ class Task:
     options: the texts of the options A, B, C ... or None for a free answer.
     kind: the family the task belongs to, for metrics by kind.
     match: the rule by which an answer is judged; see `data.answers.rule`.
-    source: the set that the record is from, such as "gqa"; "" if nobody said.
+    source: the set that the record is from, such as "gqa"; "" if unknown.
     split: the side of its publisher's split, such as "train".
     licence: of the record, as its publisher states it; "" if unknown.
     provenance: what the task is made of, as a hash: of the image file's bytes, the question, the answers, the options,
@@ -150,7 +150,7 @@ class Turn:
 
 @dataclasses.dataclass
 class Trajectory:
-  """A prompt and what came of it.
+  """A prompt and one rollout of it.
 
   Attributes:
     task: the question.

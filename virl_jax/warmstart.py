@@ -57,7 +57,7 @@ from virl_jax.run import workdir as workdir_lib
 from virl_jax.tiny import curriculum
 from virl_jax.tiny import tokenizer as tiny_tokenizer
 
-# Which knobs may change between its starts: none that it reads, but for these two.
+# Which knobs may change between its starts: those that it does not read, and these two.
 _READS = ("warmstart.", "prompt.", "image.", "data.needle.objects", "data.needle.side_px", "seed")
 _FREE = frozenset(k for k in config_lib.flat(config_lib.default().to_dict()) if not k.startswith(_READS)) | {
     "warmstart.workers", "warmstart.save_every"}
@@ -154,7 +154,7 @@ def _warm_start(c, base: str | None, out: str, workdir: epath.Path, command: str
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
   flags.DEFINE_string("out", None, "HF folder to write.", flag_values=values)
   flags.DEFINE_string("workdir", None, "Checkpoints and log; OUT.work by default.", flag_values=values)
@@ -168,7 +168,7 @@ def main(argv):
   if not out:
     raise app.UsageError("--out=HF_DIR is missing")
   setup.begin()
-  given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # where it went is of no matter to a recipe
+  given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # the place is no part of the recipe
   command = shlex.join(["python", "-m", "virl_jax.warmstart", *(given.get(arg, arg) for arg in sys.argv[1:])])
   with setup.told():
     setup.config_file(args)

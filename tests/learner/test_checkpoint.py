@@ -131,7 +131,7 @@ def test_another_optimizer_s_checkpoint_is_named(tmp_path):
   saves = checkpoint.Checkpoints(tmp_path, 1, 1)
   saves.maybe_save(1, recipe_state(0, "adamw"))
   for kind in ("adafactor", "muon"):
-    with pytest.raises(ValueError, match="(?s)does not fit this model and optimiser"):
+    with pytest.raises(ValueError, match="(?s)does not fit this model and optimizer"):
       saves.restore(1, recipe_state(1, kind))
   saves.close()
 
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_before_the_checksums_is_taken_at_its_word(tmp_path, cap
   same(state, states[2])
   damage("cut", tmp_path / "2")  # Orbax sees that
   step, state = saves.resume(make_state())
-  assert step == 1 and "does not fit this model and optimiser, or is damaged" in capsys.readouterr().out
+  assert step == 1 and "does not fit this model and optimizer, or is damaged" in capsys.readouterr().out
   saves.close()
 
 

@@ -1,4 +1,4 @@
-"""Optimisers: what each is defined by, how much it keeps, and where that lies."""
+"""Optimizers: what each is defined by, how much it keeps, and where that lies."""
 
 import dataclasses
 import inspect

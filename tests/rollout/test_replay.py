@@ -90,7 +90,7 @@ NEAR = script.Look("", (0, 0, 100, 100), "original")
 @pytest.mark.parametrize("said, change_of, reason", [
     ((FAR, ANSWER), {}, "its box is empty, or outside its image"),
     ((script.Look("", (0.5, 0.5, 0.2, 0.9), "share"), ANSWER), {}, "its box is empty, or outside its image"),
-    ((script.Look("", (0, 0, 1, 1), "share", 1), ANSWER), {}, "its box is of an image that is not known"),
+    ((script.Look("", (0, 0, 1, 1), "share", 1), ANSWER), {}, "its box names an unknown image"),
     ((script.Look("", (0, 0, 3, 3), "original"), ANSWER), {}, "its call can't be carried out"),
     ((NEAR,), {}, "no answer"), ((ANSWER, ANSWER), {}, "it goes on after its answer"),
     ((NEAR, NEAR, NEAR, NEAR, ANSWER), {}, "more zooms than rollout.max_rounds"),

@@ -103,5 +103,5 @@ def test_what_is_no_policy_is_named(run, tmp_path):
     load.policy(str(run[0]), step=3)
   with pytest.raises(ValueError, match="must be a folder with a Qwen2.5-VL checkpoint"):
     load.policy(str(tmp_path))
-  with pytest.raises(ValueError, match="step 3 must be of a run's folder"):
+  with pytest.raises(ValueError, match="step 3 can be chosen only in a run's folder"):
     load.policy("@tiny", step=3)

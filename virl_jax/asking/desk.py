@@ -1,4 +1,4 @@
-"""Where several people wait for one policy: a question is answered at a time, first come, first served."""
+"""The queue of questions for one policy: one is answered at a time, first come, first served."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _END = object()
 
 
 class Full(Exception):
-  """Too many wait already."""
+  """The queue is full."""
 
 
 class Gone(Exception):
@@ -27,7 +27,7 @@ class Gone(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """So many come before."""
+  """How many questions are ahead."""
 
   ahead: int
 
@@ -44,7 +44,7 @@ class Failed:
 
 
 class _Job:
-  """A question, what there is to tell about it, and whether somebody still listens."""
+  """A question, what happened to it so far, and whether the asker is still there."""
 
   def __init__(self, task: types.Task):
     self.task, self.events, self.left = task, queue.SimpleQueue(), threading.Event()

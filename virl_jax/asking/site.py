@@ -65,7 +65,7 @@ class _Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What is served to whom.
+  """Address and limits of the server.
 
   Attributes:
     host: address to listen at.
@@ -149,7 +149,7 @@ class _Server(http.server.ThreadingHTTPServer):
       self.places.release()
 
   def handle_error(self, request, client_address):
-    """Clients leave whenever they like; what else fails is printed."""
+    """Prints errors, except that a client left."""
     if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
       super().handle_error(request, client_address)
 
@@ -169,7 +169,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     super().setup()
 
   def log_message(self, *args):
-    """Nobody's questions are printed."""
+    """Logs no requests: questions are private."""
 
   def do_GET(self):
     try:
@@ -202,10 +202,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _check_host(self) -> None:
     hosts = self.headers.get_all("Host") or []
     if len(hosts) != 1 or not _allowed(hosts[0], self.server.server_address, self.server.cfg):
-      raise _Refused(http.HTTPStatus.MISDIRECTED_REQUEST, "this server is called by another name")
+      raise _Refused(http.HTTPStatus.MISDIRECTED_REQUEST, "this server has another host name")
 
   def _check_origin(self) -> None:
-    """A page of another site must not ask in the name of who looks at it."""
+    """Refuses requests that another site's page makes from a visitor's browser."""
     origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "same-origin")
     if origin is not None:
       found = urllib.parse.urlsplit(origin)
@@ -220,7 +220,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """What was sent, if it is as long as it says, and not too long."""
     length, most = self.headers.get("Content-Length", ""), _body_bytes(self.server.cfg)
     if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
-      raise _Refused(http.HTTPStatus.LENGTH_REQUIRED, "the body's length must be said")
+      raise _Refused(http.HTTPStatus.LENGTH_REQUIRED, "the request must give its Content-Length")
     if len(length) > 15 or int(length) > most:
       raise _Refused(http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the picture's file must have at most "
                      f"{self.server.cfg.upload_bytes / 1e6:g} MB")
@@ -228,7 +228,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     while left:
       piece = self.rfile.read1(min(left, _PIECE_BYTES))
       if not piece or time.monotonic() > until:
-        raise _Refused(http.HTTPStatus.REQUEST_TIMEOUT, "the body did not come whole")
+        raise _Refused(http.HTTPStatus.REQUEST_TIMEOUT, "the request's body was cut off")
       pieces.append(piece)
       left -= len(piece)
     self._read = True
@@ -237,7 +237,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _stream(self, events) -> None:
     self._head(http.HTTPStatus.OK, "application/x-ndjson")
     for event in events:
-      # An empty line means nothing; that it cannot be sent means that nobody listens.
+      # An empty line means nothing; if it cannot be sent, nobody is listening.
       self.wfile.write(b"\n" if event is None else json.dumps(plain(event)).encode() + b"\n")
 
   def _refuse(self, e: _Refused) -> None:
@@ -246,7 +246,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._drain()
 
   def _drain(self) -> None:
-    """Takes some of a body that is not wanted: a browser that still sends would not read the refusal."""
+    """Reads some of a refused body: a browser that is still sending would not read the refusal."""
     self.connection.shutdown(socket.SHUT_WR)
     self.connection.settimeout(_DRAIN_S)
     left, until = 2 * _body_bytes(self.server.cfg), time.monotonic() + _DRAIN_S

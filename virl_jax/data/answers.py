@@ -65,7 +65,7 @@ def rule(match: str) -> Callable[[str | None, tuple[str, ...], tuple[str, ...] |
 
 
 def attainable(match: str, answers: tuple[str, ...], options: tuple[str, ...] | None = None) -> float:
-  """The best score that one of the accepted answers gets by the task's own rule; 0: nobody can win.
+  """The best score that one of the accepted answers gets by the task's own rule; at 0 no answer can be right.
 
   Args:
     match: see `rule`.
@@ -80,7 +80,7 @@ def attainable(match: str, answers: tuple[str, ...], options: tuple[str, ...] | 
 
 def grade(trajectories: Sequence[types.Trajectory],
           judge: Callable[[Sequence[types.Trajectory]], Sequence[float]] | None = None) -> None:
-  """Says of each trajectory what its answer is worth, by its task's rule; one that gave none is wrong.
+  """Scores each trajectory's answer by its task's rule; a missing answer is wrong.
 
   Args:
     trajectories: as a rollout gives them; their `correct` and `score` are set.

@@ -13,6 +13,7 @@ from virl_jax import types
 from virl_jax.data import images
 from virl_jax.data import order
 from virl_jax.run import hosts
+from virl_jax.run import progress
 
 _SLOW_S = 10.0  # a picture that is waited for so long is named
 
@@ -40,7 +41,7 @@ Fits = Callable[[types.Task], None]
 
 @dataclasses.dataclass
 class _Begun:
-  """A picture that is being decoded: the task's number, its name as soon as it is known, and what comes of it."""
+  """A picture that is being decoded: the task's number, its name as soon as it is known, and its result."""
 
   index: int
   name: str
@@ -48,7 +49,7 @@ class _Begun:
 
 
 class Looks:
-  """Pictures of a source being decoded, in threads, so that one that is slow keeps no other waiting.
+  """Pictures of a source being decoded, in threads, so that a slow one does not delay the others.
 
   Args:
     source: has `task(index)`.
@@ -97,7 +98,7 @@ class Looks:
       return one.future.result()
 
   def close(self) -> None:
-    """Nothing more is wanted."""
+    """Stops the threads."""
     self._pool.shutdown(cancel_futures=True)
 
 
@@ -255,7 +256,7 @@ class Feed:
     return drawn.tasks
 
   def close(self) -> None:
-    """Nothing more is wanted."""
+    """Stops the threads."""
     self._now.close()
     self._next.close()
 
@@ -263,4 +264,4 @@ class Feed:
 def report(drawn: Drawn) -> None:
   """Says which tasks were passed over and why."""
   for why in drawn.skipped:
-    print(f"skipped {why}", flush=True)
+    progress.say(f"skipped {why}")

@@ -94,7 +94,7 @@ def matches(answer: str | None, answers: tuple[str, ...], options: tuple[str, ..
 
 
 def right(answers: tuple[str, ...], options: tuple[str, ...]) -> set[int]:
-  """The options, by index, that are accepted; empty if no accepted answer is among them, so that nobody can win.
+  """The options, by index, that are accepted; empty if no accepted answer is among them: no answer can be right.
 
   Args:
     answers: the accepted answers: texts of options or, where no option has that text, letters.
@@ -157,7 +157,7 @@ def _number(text):
 
 
 def _plain(text):
-  """A text without what nobody sees: spaces at the ends or repeated, and how its characters are composed."""
+  """A text without invisible differences: spaces at the ends or repeated, and how its characters are composed."""
   if len(text) <= _COMPOSE_MAX_CHARS:
     text = unicodedata.normalize("NFC", text)
   return " ".join(text.split())

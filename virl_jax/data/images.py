@@ -150,7 +150,7 @@ def _grey_bits(im: Image.Image) -> int | None:
   """How many bits the white of a deep grey image has; None for any other image.
 
   Raises:
-    ValueError: nobody knows which of its numbers is white.
+    ValueError: it is unknown which of its values is white.
   """
   if im.mode not in ("I", "F") and not im.mode.startswith("I;"):
     return None

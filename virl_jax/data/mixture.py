@@ -3,13 +3,13 @@
 Like `order`, all of it is a pure function of (seed, step, try): nothing is kept from step to step.
 
 Weights become whole numbers, 0.3 and 0.7 so 3 and 7, and training walks through rounds of their sum: in a round of ten
-places the first set has three, evenly spread, the second seven.  A step's share of each set is therefore hardly ever
+places the first set has three, evenly spread, the second seven.  A step's share of each set is therefore almost never
 more than one task off, and over whole rounds it is exact.  The places of a step are then shuffled, so that they do not
 fall to the same processes and minibatches each time.  Each set is walked through in epochs of its own.
 
 Easy first: the first epochs of a set are walked through together, those tasks first that a policy got right most often
 when the set was curated.  `width` blurs that order: tasks come together whose ranks, as shares of the set, are up to
-`width` apart; at 1 and more hardly any order is left.  The epochs behind are as they always are.
+`width` apart; from 1 on almost no order is left.  Later epochs are as usual.
 
 Source: ours.
 """
@@ -40,7 +40,7 @@ class Part:
     name: of it.
     rows_N: int64, which of the source's tasks, ascending.
     weight: its places in a round; 0 leaves it out.
-    rate_N: float, how often each was solved, in [0, 1], NaN where nobody knows; None: of none.
+    rate_N: float, how often each was solved, in [0, 1], NaN where it is unknown; None if it is for all.
   """
 
   name: str
@@ -244,7 +244,7 @@ def _round(weights: tuple[int, ...]) -> np.ndarray:
 
 
 def _rank(rate_N: np.ndarray) -> np.ndarray:
-  """The share of tasks that are solved more often, half of those that are as often among them; 0.5 if unknown."""
+  """The share of tasks that are solved more often, counting half of those solved equally often; 0.5 if unknown."""
   known = np.sort(rate_N[~np.isnan(rate_N)])
   below_N, upto_N = (np.searchsorted(known, rate_N, side) for side in ("left", "right"))
   return np.where(np.isnan(rate_N), 0.5, 1 - (below_N + upto_N) / (2 * len(known)))

@@ -80,7 +80,7 @@ def number(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...
   """Whether an answer is the right quantity: the same number of the same unit, however written.
 
   "1.5 km" is "1500 m" and "three" is "3".  An accepted answer with a unit wants a unit that it can be converted to, or
-  the same words; one without takes any words behind the number ("3 dogs" for "3"), but none that change how much it is
+  the same words; one without takes any words behind the number ("3 dogs" for "3"), but none that change the amount
   ("3 million", "3%", "3 km").
 
   Args:

@@ -1,6 +1,6 @@
 """Rows of other people's files: tables with tabs and pictures inside, JSON arrays, JSON lines.
 
-What is wrong with one row is said of that row, by an exception that whoever reads the file counts; only what makes the
+A fault of one row is an exception about that row, which the reader of the file counts; only what makes the
 whole file useless is a `ValueError`.  Text is UTF-8: a row whose bytes are not is one of the bad rows.
 """
 

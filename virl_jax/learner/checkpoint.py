@@ -189,8 +189,8 @@ class Checkpoints:
     told = next((said for said in hosts.everyone(told) if said is not None), None)
     if told is not None:
       if sealed:
-        raise ValueError(f"{name} does not fit this model and optimiser: {told}") from cause
-      raise Damaged(f"{name} does not fit this model and optimiser, or is damaged: {told}") from cause
+        raise ValueError(f"{name} does not fit this model and optimizer: {told}") from cause
+      raise Damaged(f"{name} does not fit this model and optimizer, or is damaged: {told}") from cause
     return found
 
   def _seal(self) -> None:

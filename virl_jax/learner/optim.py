@@ -1,4 +1,4 @@
-"""Optimisers of the policy and of the critic, and where their states lie.
+"""Optimizers of the policy and of the critic, and where their states lie.
 
 Three for the policy, all behind clipping by global norm, all with the same schedule and with decay of matrices alone:
 
@@ -75,7 +75,7 @@ def schedule(cfg: OptimConfig, peak: float | None = None) -> optax.Schedule:
 
 
 def optimizer(cfg: OptimConfig, specs: dict | None = None) -> optax.GradientTransformation:
-  """The policy's optimiser behind global-norm clipping, if there is any; vectors (norms, biases) are not decayed.
+  """The policy's optimizer behind global-norm clipping, if there is any; vectors (norms, biases) are not decayed.
 
   Args:
     cfg: which, and its numbers.  Adafactor takes of them the schedule, `weight_decay` and `clip_norm`, none of AdamW's.
@@ -95,12 +95,12 @@ def optimizer(cfg: OptimConfig, specs: dict | None = None) -> optax.GradientTran
 
 def update(of: optax.GradientTransformationExtraArgs, grads: dict, state: optax.OptState, params: dict, made: jax.Array
            ) -> tuple[dict, optax.OptState]:
-  """A step of an optimiser of this file, or none.
+  """A step of an optimizer of this file, or none.
 
   Args:
-    of: the optimiser.
+    of: the optimizer.
     grads: in the parameters' dtypes.
-    state: of that optimiser.
+    state: of that optimizer.
     params: the parameters.
     made: bool scalar, whether the update is made.
 
@@ -258,10 +258,10 @@ def matrices(specs: dict) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[
 
 
 def shardings(state: optax.OptState, params: dict, whole: jax.sharding.Sharding, host: bool = False) -> optax.OptState:
-  """Where an optimiser's state lies: what has a parameter's shape lies like it, all else is whole on every device.
+  """Where an optimizer's state lies: what has a parameter's shape lies like it, all else is whole on every device.
 
   Args:
-    state: of any optimiser of this file, arrays or their shapes.
+    state: of any optimizer of this file, arrays or their shapes.
     params: the parameters, or their shapes, each with its sharding.
     whole: whole on every device.
     host: whether what lies like parameters lies in pinned memory of the host.

@@ -135,14 +135,14 @@ def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT, causal, block):
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, lengths_BS, causal, interpret):
-  """cuDNN's, which knows of lengths and of no segments: so the segments of a row are cut apart.
+  """cuDNN's, which takes lengths but no segments: so the segments of a row are separated.
 
   The j-th longest of a row is no longer than T / j, so that all cuts together are about log S times the row.
   """
   attend = functools.partial(jax.nn.dot_product_attention, is_causal=causal,
                              implementation="xla" if interpret else "cudnn")
   T, S = q_BTNH.shape[1], lengths_BS.shape[1]
-  if S == 1 and causal:  # nothing but padding comes after, and that is seen by nobody
+  if S == 1 and causal:  # only padding comes after, and no query sees that
     return attend(q_BTNH, k_BTKH, v_BTKH)
   outs, places, base, start_B = [], [], 0, jnp.zeros_like(lengths_BS[:, 0])
   for j in range(S):

@@ -207,7 +207,7 @@ def _online(carry, q_QH, k_SH, v_SH, seen_QS):
 
 
 def _up(n, size: int):
-  """n / size, rounded up; n is not negative, and `//`, which asks for signs, is more than an index map may do."""
+  """n / size, rounded up, for n >= 0; an index map may not use `//`, which handles signs."""
   return jax.lax.div(n + (size - 1), size)
 
 

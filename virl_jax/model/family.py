@@ -41,7 +41,7 @@ def config_from_hf(config: dict, where: str = "config.json") -> Config:
     where: named in errors.
 
   Raises:
-    ValueError: if it is of no family that is known, or lacks a key.
+    ValueError: if its family is unknown, or a key is missing.
   """
   model_type = config.get("model_type")
   if not isinstance(model_type, str) or model_type not in FAMILIES:

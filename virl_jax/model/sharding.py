@@ -67,7 +67,7 @@ def param_shardings(specs: dict, mesh: Mesh) -> dict:
 
 
 def context(mesh: Mesh | None):
-  """A `with` block, within which `constrain` and `locally` know of the mesh; None, or one device: of none.
+  """A `with` block, within which `constrain` and `locally` know the mesh; none for None or one device.
 
   But of one that is not here and that is only compiled for, they do: newer versions of JAX learn from the mesh what a
   kernel is for.
@@ -168,7 +168,7 @@ def in_host(where: NamedSharding) -> NamedSharding:
 
 
 def _memories(mesh: Mesh) -> list[str]:
-  """The kinds that a device of this process knows of; other processes' devices tell nothing."""
+  """The kinds of memory of a device of this process; other processes' devices don't list theirs."""
   mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
   return [memory.kind for memory in (mine or list(mesh.devices.flat))[0].addressable_memories()]
 

@@ -86,7 +86,7 @@ def join(trained: dict, frozen: dict, cfg: Config) -> dict:
 
 
 def reference(trained: dict, frozen: dict, cfg: Config) -> dict:
-  """The policy as it is before training, whatever becomes of `trained`: adapters begin with nothing, and are left out.
+  """The policy as it is before training, however `trained` changes: adapters begin at zero, and are left out.
   """
   if cfg.rank:
     return frozen

@@ -130,7 +130,7 @@ def _open_tensors(folder: pathlib.Path, released_name: Callable[[str], str]) -> 
 
 
 def _is_tied(tensors: dict) -> bool:
-  """Whether the head, as far as it is stored, is the embedding."""
+  """Whether the head is the embedding, or is not stored."""
   if _HEAD not in tensors or _EMBED not in tensors:
     return True
   head, embed = (file.get_slice(key) for file, key in (tensors[_HEAD], tensors[_EMBED]))
@@ -143,7 +143,8 @@ def _is_tied(tensors: dict) -> bool:
 
 
 def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None = None,
-            parts: Collection[str] | None = None) -> tuple[family.Config, dict]:
+            parts: Collection[str] | None = None, tell: Callable[[int], object] = lambda count: None
+            ) -> tuple[family.Config, dict]:
   """Loads an HF folder.
 
   Args:
@@ -151,6 +152,7 @@ def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None =
     dtype: "float32" or "bfloat16", of all parameters, or a tree of these like the parameters.
     shardings: a tree of shardings like the parameters; None for the default device.
     parts: which of the model's parts are read, such as "vision"; None for all.  Both trees are of these.
+    tell: called with how many numbers each tensor has, as it is read.
 
   Returns:
     The configuration and the parameters.
@@ -184,22 +186,26 @@ def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None =
                      + ("." + _LOOKS_QUANTISED if no_floats else ""))
 
   def put(array, sharding):
-    """Waits, and has JAX let go of the host's array (it does when Python collects garbage) before the next is read."""
+    """Waits, and frees the host's array (JAX does when Python collects garbage) before the next is read."""
     array = jax.device_put(array, sharding).block_until_ready()
     gc.collect(0)
     return array
+
+  def read(spec, piece, dtype):
+    tell(math.prod(spec.hf_shape))
+    return _read(spec, *piece, dtype)
 
   def load(spec, dtype, sharding=None):
     np_dtype = jnp.dtype(dtype)
     pieces = [tensors[name] for name in spec.hf_names()]
     if not spec.stacked:
-      return put(_read(spec, *pieces[0], np_dtype), sharding)
+      return put(read(spec, pieces[0], np_dtype), sharding)
     if math.prod(spec.shape) * np_dtype.itemsize <= STRIP_BYTES:
-      return jax.device_put(np.stack([_read(spec, *piece, np_dtype) for piece in pieces]), sharding)
+      return jax.device_put(np.stack([read(spec, piece, np_dtype) for piece in pieces]), sharding)
     # Layer by layer into an array that is on its devices already: the host holds one layer at a time.
     stack = jnp.zeros(spec.shape, np_dtype, device=sharding)
     for i, piece in enumerate(pieces):
-      stack = _set_layer(stack, put(_read(spec, *piece, np_dtype), _without_layers(sharding)), i)
+      stack = _set_layer(stack, put(read(spec, piece, np_dtype), _without_layers(sharding)), i)
       stack.block_until_ready()
     return stack
 
@@ -247,7 +253,7 @@ def _files_of(specs: dict, itemsize: int) -> tuple[list[dict], int]:
 
 
 def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat16", like: str | None = None,
-            beside: Mapping[str, dict] | None = None) -> None:
+            beside: Mapping[str, dict] | None = None, tell: Callable[[int], object] = lambda count: None) -> None:
   """Writes an HF folder that transformers loads, all of it or nothing.
 
   Args:
@@ -257,6 +263,7 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
     dtype: of the stored tensors.
     like: a folder whose tokenizer, chat template and processor files come along.
     beside: JSON files, by name, that are written instead of those of `like`.
+    tell: called with how many numbers each tensor has, as it is prepared.
 
   Raises:
     ValueError: something else is there; see `outdir.check`.
@@ -274,7 +281,7 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
              [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
     for file, shard in zip(names, shards):  # only one shard at a time is on the host
       _write_tensors(folder / file, ((name, spec, tuning.merged(_at(params, path), i))
-                                     for name, (path, spec, i) in shard.items()), np_dtype)
+                                     for name, (path, spec, i) in shard.items()), np_dtype, tell)
     if len(shards) > 1:
       _write_json(folder / "model.safetensors.index.json", {
           "metadata": {"total_size": total},
@@ -316,8 +323,11 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
   path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_tensors(path: pathlib.Path, tensors: Iterable[tuple], dtype: np.dtype) -> None:
+def _write_tensors(path: pathlib.Path, tensors: Iterable[tuple], dtype: np.dtype,
+                   tell: Callable[[int], object] = lambda count: None) -> None:
   """Writes one file, of (name, spec, array in our layout), each of which is there only until the next is asked for."""
-  arrays = {name: np.ascontiguousarray(params_lib.to_hf(spec, np.asarray(array).astype(dtype)))
-            for name, spec, array in tensors}
+  arrays = {}
+  for name, spec, array in tensors:
+    arrays[name] = np.ascontiguousarray(params_lib.to_hf(spec, np.asarray(array).astype(dtype)))
+    tell(arrays[name].size)
   safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})

@@ -17,7 +17,7 @@ from virl_jax.report import html
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   flags.DEFINE_string("out", None, "The page; by default report.html in the run's folder.", flag_values=values)
 
 

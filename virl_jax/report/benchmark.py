@@ -177,7 +177,7 @@ def _pictured(entry: dict, image: bytes | Image.Image) -> dict:
 
 
 def _note(trajectories: page.Shown, shown: Sequence[dict]) -> str:
-  """What of all predictions the page has no room for."""
+  """How many predictions the page has no room for."""
   told, seen = [], {item["uid"] for item in trajectories.items if item["picture"] is not None}
   bare = len({entry["uid"] for entry in shown}) - len(seen)
   if bare:

@@ -1,4 +1,4 @@
-"""Line charts as SVG text: no plotting library, crisp at any size, at home on light and dark pages."""
+"""Line charts as SVG text: no plotting library, crisp at any size, for light and dark pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run, or of two side by side: one HTML file that needs no network and nothing beside it.
+"""The report of a run, or of two side by side: a single HTML file that needs no network.
 
 Here the page's plain data is put together; how it is made safe stands in page.py, and what it looks like in
 page.html.j2, viewer.html.j2, viewer.js and page.css.
@@ -220,7 +220,7 @@ def _facts(run):
 
 
 def _sound(run, alarms):
-  """Whether the figures can be believed: the gap between sampler and trainer first of all."""
+  """Whether the figures can be trusted: the gap between sampler and trainer first of all."""
   tiles, cfg = [], _monitor(run.config)
   for key, name, limit in (("rollout/logp_gap_mean", "Sampler–trainer gap, mean", cfg.drift_mean_nats),
                            ("rollout/logp_gap_max", "Sampler–trainer gap, largest", cfg.drift_max_nats)):
@@ -243,7 +243,7 @@ def _sound(run, alarms):
 
 
 def _side(run, beside):
-  """Both runs' measures, and what the second has more than the first on the same tasks."""
+  """Both runs' measures, and their differences on the same tasks."""
   rows, paired, why = [], {}, "one of them has no evaluation after training"
   if run.after and beside.after:
     try:
@@ -252,7 +252,7 @@ def _side(run, beside):
       paired = outcome.difference(*found, (run.config.get("reward") or {}).get("h0", 0.5))
       why = ""
     except (KeyError, TypeError, ValueError) as e:
-      why = "their held-out tasks are not the same" if isinstance(e, ValueError) else "outcomes of tasks are not there"
+      why = "their held-out tasks are not the same" if isinstance(e, ValueError) else "tasks have no outcomes"
   for key, name, share in [(key, name, share) for key, name, _, share in _CARDS] + list(_OTHER):
     cells = []
     for each in (run, beside):
@@ -286,7 +286,7 @@ def _cards(config, before, after, difference, ended):
 
 
 def _change(before, after, difference, judged):
-  """What of a measure has changed, in words and colours; None if that is not known."""
+  """How a measure has changed, in words and colours; None if unknown."""
   if difference is None and not (before and after):
     return None
   value, low, high = difference or (after[0] - before[0], None, None)

@@ -91,7 +91,7 @@ class Shown:
 
 
 def clean(value: object) -> object:
-  """JSON-able data without what can't be seen in its strings, and without numbers that are none."""
+  """JSON-able data without invisible characters in its strings, and with null for numbers that are not finite."""
   if isinstance(value, str):
     return visible(value)
   if isinstance(value, float):

@@ -171,7 +171,7 @@ def relative(reward_B: jax.Array, group_size: int, cfg: Config, mask_B: jax.Arra
 
 
 def steps(reward_BR: jax.Array, mask_BR: jax.Array, group_size: int, floor: float = 0.0) -> jax.Array:
-  """How much better each visual action did than all those of its group: z-scores.
+  """How much better each visual action did than the actions of its whole group: z-scores.
 
   Args:
     reward_BR: float32[B, R], each action's own reward; rows of one group are neighbours.

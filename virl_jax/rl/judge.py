@@ -1,4 +1,4 @@
-"""What a batch of trajectories earned, and whom it is credited to: the four kernels, composed once.
+"""The reward of a batch of trajectories, and its credit to tokens: the four kernels, composed once.
 
     judge    looks -> rewards -> returns -> credits
              regions and targets   answers, format   the KL, a critic   groups, tokens
@@ -57,7 +57,7 @@ class Looks:
 
 @flax.struct.dataclass
 class Returns:
-  """What trajectories earned in all, as advantages are made of it.
+  """Total rewards of trajectories, as advantages are computed from them.
 
   Attributes:
     total_B: float32, the reward, less the KL if that is in the reward.
@@ -149,7 +149,7 @@ def informative(looks: Looks, boxes: Boxes, answer_B: jax.Array, format_B: jax.A
 
 def returns(looks: Looks, total_B: jax.Array, action_BT: jax.Array, trained_BT: jax.Array, row_mask_B: jax.Array,
             cfg: Config, value_BT: jax.Array | None = None, kl_BT: jax.Array | None = None) -> Returns:
-  """What trajectories earned in all, and what they bring to the statistics of the batch.
+  """Total rewards of trajectories, and their part of the batch's statistics.
 
   Args:
     looks: the visual actions.
@@ -177,7 +177,7 @@ def returns(looks: Looks, total_B: jax.Array, action_BT: jax.Array, trained_BT: 
 def credits(looks: Looks, returns: Returns, action_BT: jax.Array, trained_BT: jax.Array, row_mask_B: jax.Array,
             cfg: Config, h0: jax.Array | float | None = None, of: advantage.Moments | None = None,
             order_B: jax.Array | None = None) -> Credits:
-  """Shares each trajectory's advantage out over its tokens.
+  """Assigns each trajectory's advantage to its tokens.
 
   Args:
     looks: the visual actions.

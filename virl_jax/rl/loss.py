@@ -103,7 +103,7 @@ def masked_mean(x: jax.Array, mask: jax.Array, whole: jax.Array | None = None) -
 
 
 def aggregate(x_BT: jax.Array, mask_BT: jax.Array, cfg: Config, whole_BT: jax.Array | None = None) -> jax.Array:
-  """What a batch's tokens become one number by; 0 if the mask shows nothing.
+  """The mean of a batch's tokens, by one of `AGGREGATES`; 0 if the mask shows nothing.
 
   Args:
     x_BT: float32[B, T].
@@ -229,7 +229,7 @@ def kl(logp_BT: jax.Array, logp_ref_BT: jax.Array, estimator: str = "k3") -> jax
 
 
 def next_kl_coef(kl_coef: jax.Array, kl_mean: jax.Array, rows: int, cfg: Config) -> jax.Array:
-  """The adaptive coefficient after a batch: up if the policy has strayed further than it should, else down.
+  """The adaptive coefficient after a batch: up if the KL is above its target, else down.
 
   Args:
     kl_coef: float32 scalar, positive.

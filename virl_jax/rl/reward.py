@@ -1,4 +1,4 @@
-"""Reward kernels: IoU and its kin, rationale fidelity, and the total reward of one trajectory.
+"""Reward kernels: IoU and related scores, rationale fidelity, and the total reward of one trajectory.
 
 Each function takes one trajectory; the caller vmaps.  With `s_kj` the score of visual action k with ground-truth
 box j (its IoU, unless another of `MODES` is asked for), and `best_kj` the best score with that box of any action

@@ -18,7 +18,7 @@ from virl_jax.rollout import turns
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A reply and whom it is for: row `slot` of lane `lane`."""
+  """A reply and the row that it is for: row `slot` of lane `lane`."""
 
   lane: int
   slot: int
@@ -57,7 +57,7 @@ def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: tu
     entries: for the lanes of this process, no slot twice.
     shape: large enough for them.
     lanes: of this process.
-    slots: rows of a lane's cache; chunk rows that are for nobody get this number.
+    slots: rows of a lane's cache; padding rows of a chunk get this number.
     policy: for the grid and the placeholder.
 
   Returns:

@@ -34,6 +34,7 @@ from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
+from virl_jax.run import progress
 
 
 @dataclasses.dataclass
@@ -148,7 +149,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
 
 
 class _Loop:
-  """One rollout under way."""
+  """One rollout in progress."""
 
   def __init__(self, policy, params, tasks, key, group_size, temperature, protocol, pool, seeds):
     cfg = policy.engine
@@ -179,8 +180,10 @@ class _Loop:
 
   def run(self) -> tuple[list[types.Trajectory], Stats]:
     began = self.rested = time.perf_counter()
-    while self._round():
-      pass
+    count = self.group_size * sum(len(lane.queue) for lane in self.lanes)
+    with progress.bar(count, "rollouts", "trajectory", shown=count > 1 and hosts.leads()) as bar:
+      while self._round():
+        bar.update(len(self.done) - bar.n)
     self.stats.seconds = time.perf_counter() - began
     return sorted(self.done, key=lambda t: t.index), self.stats
 
@@ -210,7 +213,7 @@ class _Loop:
   def _ready(self) -> list[chunks.Entry]:
     """Replies of turns that have been read; trajectories that have stopped leave their slots.
 
-    Threads have one segment's time for a turn; then it is waited for, or at once if nobody else can write.
+    Threads have the time of one segment for a turn; then the loop waits for it, or at once if no other row can write.
     """
     taken, self.read_before, self.reading = self.read_before, self.reading, {}
     if not self._writers():
@@ -261,7 +264,7 @@ class _Loop:
             if row is not None and (number, slot) not in self.reading and (number, slot) not in self.read_before]
 
   def _left(self) -> int:
-    """Turns that are being read, and groups of which someone waits."""
+    """Number of turns that are being read, plus groups with rollouts in the queue."""
     waits = lambda lane: len(lane.queue) + sum(g is not None and len(g.waiting) > 0 for g in lane.holds)
     return len(self.reading) + len(self.read_before) + sum(map(waits, self.lanes))
 

@@ -246,7 +246,7 @@ def _rows(placed):
 
 def boxes(trajectories: list[types.Trajectory], max_rounds: int, truths: int = 0
           ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """What the reward of visual actions is about: the regions that they were about, and those that they should be.
+  """What visual actions are rewarded by: the regions that they were about, and the ground truth.
 
   Args:
     trajectories: rows, at least one.

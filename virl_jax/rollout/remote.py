@@ -35,7 +35,7 @@ _SAY_EVERY_S = 30.0
 
 
 class Endpoint:
-  """An endpoint under use by several threads, which find out together that it is gone."""
+  """An endpoint that several threads use, which find out together that it is gone."""
 
   def __init__(self, url: str, cfg: stages.Endpoint, say: Callable[[str], None] = lambda line: None):
     """Args:
@@ -131,7 +131,7 @@ def _one(policy, server, task, index, seed, temperature) -> types.Trajectory:
 
 
 def _hear(policy: turns.Policy, row: row_lib.Row, said: endpoint.Said) -> None:
-  """Takes in a turn, closed unless it was cut off; of one that is longer than it may be, what fits.
+  """Adds a turn to the row, closed unless it was cut off; of one that is too long, the part that fits.
 
   Stop strings are found here: endpoints take them off the text.
   """

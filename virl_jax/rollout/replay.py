@@ -1,4 +1,4 @@
-"""A recorded conversation as one of ours: the assistant's turns in our protocol, each zoom carried out anew.
+"""A recorded conversation as one of ours: the assistant's turns in our protocol, each zoom carried out again.
 
 Each turn goes through `turns.read` as if it had been sampled, so that a demonstration is a `types.Trajectory` like any
 other: the same prompt, the same crops, the same budgets, and what can't be a rollout can't be learned.
@@ -98,7 +98,7 @@ def _call(policy: turns.Policy, row: row_lib.Row, look: script.Look) -> dict:
   """The tool call for a look: whole pixels of the image that our policy names, as it was shown."""
   grid, shots = policy.model.vision.grid, row.traj.images
   if look.of >= len(shots):
-    raise script.Unusable("its box is of an image that is not known", f"{look.of}, where there are {len(shots)}")
+    raise script.Unusable("its box names an unknown image", f"{look.of}, where there are {len(shots)}")
   base = shots[look.of]
   r, size = base.region, patches.shown_wh(base, grid)
   scale = {"share": (1, 1), "thousandths": (1000, 1000), "shown": size, "original": (r.x2 - r.x1, r.y2 - r.y1)}

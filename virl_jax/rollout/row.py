@@ -34,7 +34,7 @@ class Reply:
 
 @dataclasses.dataclass
 class Row:
-  """A trajectory that is under way.
+  """A trajectory that has not ended.
 
   Attributes:
     traj: what there is of it.

@@ -27,7 +27,7 @@ from virl_jax.model import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-  """What of the policy's distribution is sampled from.
+  """Which part of the policy's distribution is sampled from.
 
   Attributes:
     top_k: the k likeliest tokens; 0 for all.
@@ -88,14 +88,14 @@ class Chunk:
 
 @flax.struct.dataclass
 class Writers:
-  """Who writes what.
+  """Which rows sample, and how much.
 
   Attributes:
     index_A: int32, the trajectory; its samples depend on (key, index, turn) and on nothing beside it.
     turn_A: int32, which of its turns this is.
     said_A: int32, tokens of the turn that were sampled before.
-    left_A: int32, most tokens that it may still sample in this turn; 0 for nobody.
-    row_A: int32, its row within its shard, no row twice, past the last for nobody; None for all rows in order.
+    left_A: int32, most tokens that it may still sample in this turn; 0 for padding.
+    row_A: int32, its row within its shard, no row twice, past the last for padding; None for all rows in order.
   """
 
   index_A: jax.Array
@@ -238,7 +238,7 @@ def restart(state: State, to_A: jax.Array, from_A: jax.Array, len_A: jax.Array, 
 
 
 def _filtered(logits_BV: jax.Array, keep: Filter) -> jax.Array:
-  """-1e30 on what is not sampled from."""
+  """Logits with -1e30 on tokens that are not sampled from."""
   x, ban = logits_BV, lambda x, where: jnp.where(where, -1e30, x)
   if keep.top_k:
     x = ban(x, x < jax.lax.top_k(x, keep.top_k)[0][:, -1:])

@@ -1,6 +1,6 @@
-"""Tells of one trajectory while it comes about: what is sampled, where the policy looks, what comes back.
+"""Reports one trajectory while it is sampled: its words, where the policy looks, what comes back.
 
-`Protocol` is `turns`, for the engine's argument of that name, and tells besides; it changes nothing of what is sampled.
+`Protocol` is `turns`, for the engine's argument of that name, and reports besides; it does not change what is sampled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from virl_jax.rollout import turns
 
 @dataclasses.dataclass(frozen=True)
 class Began:
-  """The question is about to be put.
+  """The question is about to be asked.
 
   Attributes:
     picture: the original, decoded.
@@ -69,7 +69,7 @@ class Looked:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-  """A call came to nothing.
+  """A call was refused.
 
   Attributes:
     turn: that made it, from 0.
@@ -96,7 +96,7 @@ class Ended:
 
 
 class Protocol:
-  """`turns` for a rollout of one trajectory, which tells what happens.
+  """`turns` for a rollout of one trajectory, which reports what happens.
 
   Args:
     tell: called with each of the above as it happens, one after the other, in the engine's threads.  What it raises

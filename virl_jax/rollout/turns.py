@@ -73,7 +73,7 @@ class Policy:
 
 
 def without_actions(policy: Policy) -> Policy:
-  """The same policy, told of no visual action, and whose calls are refused."""
+  """The same policy without visual actions: the prompt describes none, and calls are refused."""
   return dataclasses.replace(policy, actions={}, prompt=dataclasses.replace(policy.prompt, describe_tool=False))
 
 
@@ -208,7 +208,7 @@ def read(policy: Policy, row: row_lib.Row) -> row_lib.Reply | None:
 
 def _answer_call(policy: Policy, row: row_lib.Row, said: types.Turn, action: str | None,
                  seen: types.Observation | str, ended: bool) -> row_lib.Reply | None:
-  """Tells the policy what its call came to, or what was wrong with it; None if that is beyond a budget.
+  """The reply with a call's result or error; None if it does not fit a budget.
 
   Args:
     policy: budgets.

@@ -63,7 +63,7 @@ def merge(parts: Sequence[pooled.Metrics]) -> dict[str, float]:
 
 
 def limit(history: Sequence[dict], above: float, window: int) -> np.float32:
-  """The longest gradient that is followed in the step after these: a multiple of the median norm.
+  """The largest gradient norm that the next step accepts: a multiple of the median norm.
 
   Spikes are in the median too: where all gradients become longer for good, the limit follows within half a window.
 
@@ -99,12 +99,12 @@ def advice(history: Sequence[dict], most: int, rate: float, workdir: os.PathLike
   first, saved = row[-1]["step"], row[0]["step"] + 1
   return (
       f"error: {len(row)} steps in a row, from step {first} on, had updates that were skipped because their loss or "
-      f"gradient was not finite; {workdir / FOLDER} shows the first such. Look at optim/grad_norm and ppo/ratio_max "
-      f"in the lines of {workdir}/metrics.jsonl before them. If they grew, the policy has gone astray: in "
-      f"{workdir}/checkpoints delete what is numbered {first} to {saved}, and give the same command with "
-      f"--config.optim.learning_rate={rate / 2:g} --resume-with-changes. It goes on from the checkpoint before, or "
-      "begins anew where there is none. If they did not, it is the batches: as it stands, the command goes on with the "
-      "next step, and ends again if that is like these")
+      f"gradient was not finite; {workdir / FOLDER} shows the first. Look at optim/grad_norm and ppo/ratio_max "
+      f"in the lines of {workdir}/metrics.jsonl before them. If they grew, the policy has diverged: in "
+      f"{workdir}/checkpoints delete the checkpoints {first} to {saved}, and give the same command with "
+      f"--config.optim.learning_rate={rate / 2:g} --resume-with-changes. It continues from the checkpoint before them, "
+      "or from the beginning if there is none. If they did not, the batches are at fault: unchanged, the command goes "
+      "on with the next step, and ends again if that is like these")
 
 
 def said(line: dict, updates: Sequence[pooled.Metrics], at: os.PathLike | None) -> str:

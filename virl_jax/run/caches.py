@@ -1,4 +1,4 @@
-"""Where compiled programs and drawn pictures are kept between runs; deleting them costs time alone."""
+"""Where compiled programs and drawn pictures are kept between runs; deleting them only costs time."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Kept:
       yield
 
   def finished(self, step: int, state, last: bool = False, score: float | None = None) -> None:
-    """So many steps are finished, with this state; saves it if that is due, or `last`, as so good."""
+    """Notes that so many steps are finished, with this state; saves it with its score if a save is due, or `last`."""
     self._checkpoints.maybe_save(step, state, last, score)
     self._held = (step, state, score)
 

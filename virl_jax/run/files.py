@@ -42,7 +42,7 @@ _BUCKETS = "gs://"
 _OTHER = re.compile(r"(?!gs://[a-z0-9])([A-Za-z][\w+.-]*://|gs:/)")  # addresses of other kinds, or none at all
 RENEW_S = 10.0  # a lease is renewed so often
 LEASE_S = 60.0  # and is another's to take when it was not for so long
-_PATIENCE_S = 5.0  # for a renewal that is under way when the lock is given back
+_PATIENCE_S = 5.0  # for a renewal that has begun when the lock is released
 _BLOCK_BYTES = 1 << 24  # of a large object that is read bit by bit
 
 
@@ -98,7 +98,7 @@ def read_text(path: epath.Path) -> str:
 
 
 def opened(path: epath.Path) -> contextlib.AbstractContextManager[BinaryIO]:
-  """A file to be read bit by bit, however large it is."""
+  """An open file, for reading in pieces, however large it is."""
   if is_local(path):
     return open(path, "rb")
   with _as_os_errors(path):
@@ -193,7 +193,7 @@ def below(folder: epath.Path) -> list[str]:
 
 
 def move(folder: epath.Path, to: epath.Path) -> None:
-  """Gives a folder another name, in place of what bears it; see the table for what a kill leaves."""
+  """Renames a folder, replacing one of the new name; see the table for what a kill leaves."""
   if is_local(folder):
     shutil.rmtree(to, ignore_errors=True)
     make(to.parent)
@@ -210,7 +210,7 @@ def move(folder: epath.Path, to: epath.Path) -> None:
 
 
 def remove(folder: epath.Path) -> None:
-  """Removes a folder and all that is in it, if there is one; cut off, what is left lies there still."""
+  """Removes a folder and all that is in it, if it exists; if it is killed, some of it stays."""
   if is_local(folder):
     shutil.rmtree(folder, ignore_errors=True)
     return
@@ -262,7 +262,7 @@ def lock(path: epath.Path, lost: Callable[[str], None]) -> Lock:
       holder = file.read().strip() or "another process"
       file.close()
       raise Held(holder) from None
-    print(f"{path.parent} can't be locked ({e}): see to it yourself that one process uses it", flush=True)
+    print(f"{path.parent} can't be locked ({e}): make sure that only one process uses it", flush=True)
   file.seek(0)
   file.truncate()
   file.write(f"{who}\n")
@@ -368,7 +368,7 @@ def _store():
     from google.cloud import storage  # noqa: F401  which Orbax needs
   except ImportError as e:
     raise ValueError(f"a workdir in a bucket needs packages that are missing ({e}): pip install 'virl-jax[gcs]'") from e
-  # It says at each call so if this account may not ask what kind of bucket it is, which is of no matter here.
+  # It says at each call so if this account may not ask what kind of bucket it is, which does not matter here.
   logging.getLogger("gcsfs").setLevel(logging.ERROR)
   # What a folder holds is never remembered, here and in epath: TensorStore and other processes write there as well.
   for name in ("gs", "gcs"):

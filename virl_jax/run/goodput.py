@@ -24,7 +24,7 @@ from virl_jax.run import log
 
 # What a line can say that the time before it went into.
 SPENT = ("stopped", "startup", "evaluation", "checkpoint", "step")
-# What becomes of that, in the order that it is shown in, and what people call it.
+# The parts of the time, in the order in which they are shown, and their names for people.
 PARTS = {"useful": "steps that count", "redone": "steps done again", "compile": "compiling in steps",
          "checkpoint": "checkpoints", "evaluation": "evaluation", "startup": "starting up", "stopped": "between starts"}
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from virl_jax import types
 from virl_jax.model import sharding
+from virl_jax.run import progress
 from virl_jax.run import signals
 
 AUTOMATIC = "VIRL_JAX_DISTRIBUTED"  # environment: "auto" has JAX ask its cluster, as launchers set it
@@ -56,8 +57,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes train together.",
                       flag_values=values)
   flags.DEFINE_integer("num_processes", None, "How many they are.", flag_values=values)
-  flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.", flag_values=values)
-  flags.DEFINE_float("join_timeout_s", 300.0, "How long they wait for each other at the start.", flag_values=values)
+  flags.DEFINE_integer("process_id", None, "The number of this process, from 0.", flag_values=values)
+  flags.DEFINE_float("join_timeout_s", 300.0, "Seconds to wait for the others at the start.", flag_values=values)
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None,
@@ -140,7 +141,7 @@ def fail(message: str) -> None:
 
 
 def _tell(client, key: str, value: str) -> None:
-  with contextlib.suppress(Exception):  # it is told already, or there is nobody left to be told
+  with contextlib.suppress(Exception):  # it has been told already, or nobody is left to tell
     client.key_value_set(key, value)
 
 
@@ -171,7 +172,7 @@ def _listen(leaving: threading.Event) -> None:
     number, _, message = said.partition(" ")
     if int(number) == jax.process_index():
       return
-    print(f"error: process {number} can't go on, and so no other: {message}", flush=True)
+    print(f"error: process {number} has failed, and so all stop: {message}", flush=True)
     _farewell(client)
     os._exit(1)
 
@@ -197,7 +198,7 @@ def leads() -> bool:
 def say(line: object) -> None:
   """Prints a line, once for all processes."""
   if leads():
-    print(line, flush=True)
+    progress.say(line)
 
 
 def mine(number: int) -> bool:

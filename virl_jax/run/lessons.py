@@ -28,6 +28,7 @@ from virl_jax.rollout import replay
 from virl_jax.rollout import turns
 from virl_jax.run import files
 from virl_jax.run import hosts
+from virl_jax.run import progress
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
@@ -97,7 +98,9 @@ class Lessons:
     found = hosts.first(lambda: _known(file, of))
     if found is None:
       mine = [where for i, where in enumerate(self._scripts) if hosts.mine(i)]
-      found = sum(hosts.everyone([why for why in self._pool.map(self._look, mine) if why is not None]), [])
+      looked = progress.over(self._pool.map(self._look, mine), len(mine), "looking through the demonstrations",
+                             "demonstration", hosts.leads())
+      found = sum(hosts.everyone([why for why in looked if why is not None]), [])
     bad = {where for where, *_ in found}
     self.used = [where for where in self._scripts if where not in bad]
     self._left_out = [*self._read.left_out, *found]

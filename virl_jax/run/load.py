@@ -19,6 +19,8 @@ from virl_jax.model import sharding
 from virl_jax.model import tuning
 from virl_jax.model import weights
 from virl_jax.run import files
+from virl_jax.run import hosts
+from virl_jax.run import progress
 from virl_jax.run import workdir as workdir_lib
 
 _ADAPTERS = 2 ** 31 - 2  # folded into the run's key; no step is ever numbered so
@@ -80,7 +82,7 @@ def policy(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = N
   if path != "@tiny" and _is_run(path):
     return trained(path, step, mesh)
   if step is not None:
-    raise ValueError(f"step {step} must be of a run's folder. Received: {path}")
+    raise ValueError(f"step {step} can be chosen only in a run's folder. Received: {path}")
   return base(model_dir(path), dtype, mesh or sharding.make(fsdp=-1, data=1))
 
 
@@ -106,7 +108,8 @@ def base(hf_dir: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = N
   trained, frozen = tuning.cut(specs, how)
   dtypes = (params_lib.map_specs(lambda _: dtype, trained)
             | params_lib.map_specs(lambda _: model.compute_dtype, frozen))
-  trained, frozen = tuning.cut(weights.load_hf(hf_dir, dtypes, where)[1], how)
+  with progress.bar(params_lib.count(specs), f"loading {hf_dir}", "parameter", hosts.leads()) as bar:
+    trained, frozen = tuning.cut(weights.load_hf(hf_dir, dtypes, where, tell=bar.update)[1], how)
   if how.rank:
     trained = _adapters(model, dtype, mesh, seed)
   return Loaded(model, trained, frozen, hf_dir)
@@ -169,7 +172,9 @@ def trained(workdir: str, step: int | str | None = None, mesh: jax.sharding.Mesh
   saves.close()
   frozen = family.tables(model)[1]
   if frozen:  # as the base has it; nothing else of that is read
-    frozen = weights.load_hf(hf_dir, model.compute_dtype, sharding.param_shardings(frozen, mesh), frozen)[1]
+    where = sharding.param_shardings(frozen, mesh)
+    with progress.bar(params_lib.count(frozen), f"loading {hf_dir}", "parameter", hosts.leads()) as bar:
+      frozen = weights.load_hf(hf_dir, model.compute_dtype, where, frozen, bar.update)[1]
   return Loaded(model, params, frozen, hf_dir, c, step)
 
 

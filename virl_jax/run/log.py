@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import statistics
-import sys
 import time
 import uuid
 
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from virl_jax.run import files
+from virl_jax.run import progress
 
 # Beginnings of the names of metrics that tell of the machine and the time: the same steps done again have others.
 MEASURED = ("time/", "compile/", "speed/", "memory/")
@@ -152,7 +152,10 @@ class Progress:
               if isinstance(metrics.get(key), (int, float))]
     parts += [f"{step_s:.{2 if step_s < 1 else 1}f} s/step",
               f"left {duration(step_s * max(0, self._total_steps - step - 1))}"]
-    print("  ".join(parts), file=self._stream or sys.stdout, flush=True)
+    if self._stream is None:
+      progress.say("  ".join(parts))
+    else:
+      print("  ".join(parts), file=self._stream, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -165,7 +168,7 @@ def duration(seconds: float) -> str:
 
 
 def numbers(metrics: dict) -> dict[str, float]:
-  """What boards are told of a step: its numbers by name; what is missing or text is left out."""
+  """What TensorBoard and W&B get of a step: its numbers by name; missing values and texts are left out."""
   return {name: float(value) for name, value in metrics.items()
           if name != "step" and value is not None and not isinstance(value, str)}
 
@@ -300,7 +303,7 @@ def _parse(path: str | os.PathLike, content: bytes) -> list[tuple[bytes, dict]]:
       parsed.append((raw, line))
     elif number < len(lines):  # only what follows the last newline can be a line cut off in writing
       raise ValueError(f"{path}, line {number}, must be a JSON object. Received: {raw[:80]!r}; if it "
-                       "can't be mended, delete the line")
+                       "can't be repaired, delete the line")
   return parsed
 
 

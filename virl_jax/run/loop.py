@@ -57,7 +57,7 @@ _EVAL_STREAM = 2 ** 31 - 1  # folded into the root key; no step is ever numbered
 
 @dataclasses.dataclass
 class Run:
-  """A run under way.
+  """A run in progress.
 
   Attributes:
     c: its configuration.
@@ -139,15 +139,15 @@ class Run:
 def define_flags(values: flags.FlagValues) -> None:
   """What a command that trains takes."""
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-  flags.DEFINE_string("workdir", None, "Where the run lives, a folder or gs://BUCKET/DIR; by default in runs/, by the "
+  flags.DEFINE_string("workdir", None, "The run's folder, or gs://BUCKET/DIR; by default runs/NAME, by the "
                       "configuration's name.", flag_values=values)
-  flags.DEFINE_bool("resume-with-changes", False, "Go on though the configuration differs from the workdir's, as long "
-                    "as model, data and evaluation do not; metrics.jsonl keeps what it was.", flag_values=values)
+  flags.DEFINE_bool("resume-with-changes", False, "Continue although the configuration differs from the workdir's, if "
+                    "model, data and evaluation do not; metrics.jsonl keeps the old one.", flag_values=values)
   hosts.define_flags(values)
 
 
 def joined(args: flags.FlagValues, suffix: str = "") -> str:
-  """Makes this process one of several, if it is to be one; the workdir, which by default is the configuration's name
+  """Makes this process one of several if the flags say so, and returns the workdir: by default the configuration's name
   with a suffix, in runs/.
 
   Raises:
@@ -161,7 +161,7 @@ def joined(args: flags.FlagValues, suffix: str = "") -> str:
 @contextlib.contextmanager
 def claimed(c: config_lib.ConfigDict, source, workdir: str, resume_with_changes: bool = False,
             free: Collection[str] | None = None) -> Iterator[workdir_lib.Claimed]:
-  """The workdir, which is no other process's meanwhile, and in which steps that don't get on are noticed.
+  """Claims the workdir for this process, and watches over it: a run that is stuck is ended.
 
   Args:
     c: the configuration.

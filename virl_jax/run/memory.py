@@ -24,7 +24,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # malloc.h of the GNU C lib
 def keep_when_on_cpu() -> bool:
   """On a CPU, freed memory stays with the process.  Call it before anything computes.
 
-  It decides a third of a step's time there: XLA asks for the temporary memory of a program anew at each run, and
+  It decides a third of a step's time there: XLA asks for the temporary memory of a program again at each run, and
   malloc, left alone, gets gigabytes from the kernel each time, page by page, and gives them back.  Nothing changes
   where an accelerator may compute, or without the GNU C library.
 

@@ -25,6 +25,7 @@ from virl_jax.run import goodput
 from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
 from virl_jax.run import pace
+from virl_jax.run import progress
 from virl_jax.run import watch
 
 
@@ -153,7 +154,7 @@ class Recorder:
       hosts.say(said)
     begun = monitors.begun(self._history, self._watch)
     for alarm in begun if hosts.leads() else ():
-      print(f"alarm: {alarm.name}: {alarm.message}", flush=True)
+      progress.say(f"alarm: {alarm.name}: {alarm.message}")
     self._alarms += begun
     if step and self._cfg.gallery_every and step % self._cfg.gallery_every == 0:
       kept = save_gallery(
@@ -239,5 +240,5 @@ def _check_finite(line: dict, workdir: pathlib.Path, rate: float) -> None:
     raise SystemExit(
         f"error: step {line['step']}: {', '.join(bad)} not finite. Look at optim/grad_norm and ppo/ratio_max in the "
         f"last lines of {workdir}/metrics.jsonl: if they grew, give the same command with --config.optim.learning_rate="
-        f"{rate / 2:g} --resume-with-changes. It goes on from the last checkpoint, which is from before this step, or "
-        "begins anew where there is none. As it stands, the command would come to this step again")
+        f"{rate / 2:g} --resume-with-changes. It continues from the last checkpoint, or from the beginning if there "
+        "is none. Unchanged, the command would reach this step again")

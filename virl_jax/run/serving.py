@@ -38,7 +38,7 @@ def preprocessor(base: dict, model: family.Config, c: config_lib.ConfigDict) -> 
   """How an image becomes patches, as `images.prepare` makes them of a shown one.
 
   There is one pair of pixel limits.  Crops have their own, `image.crop_min_pixels` and `image.crop_max_pixels`:
-  whoever carries out zooms resizes them.
+  the program that carries out zooms resizes them.
   """
   low, high, grid = c.image.min_pixels, c.image.max_pixels, model.vision.grid
   return {

@@ -58,9 +58,10 @@ _LEAST_BFLOAT16_RATE = 1e-5
 
 
 def begin() -> None:
-  """What a program that trains does before all else: quiet libraries, memory that is kept, compiled programs too."""
+  """What a program does first: quiet libraries, kept memory, a cache of compiled programs."""
   for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
     logging.getLogger(chatty).setLevel(logging.WARNING)
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: none is needed
   memory.keep_when_on_cpu()
   caches.keep_programs()
 
@@ -117,7 +118,7 @@ def told():
 
 
 def _words(e: Exception) -> str:
-  """Our own words are for users; of others', what they are comes first, and the first line of pages is enough."""
+  """An error in a line: ours as it is; others' with its type, and the first line alone."""
   return str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
 
 
@@ -266,7 +267,7 @@ def _combinations(c: config_lib.ConfigDict) -> None:
 
 
 def cautions(c: config_lib.ConfigDict) -> list[str]:
-  """What works, and is hardly meant; to be said when a program starts."""
+  """Warnings about settings that work but are probably not meant, for the start of a program."""
   found = []
   if c.model.dtype == "bfloat16" and c.optim.learning_rate < _LEAST_BFLOAT16_RATE:
     found.append(
@@ -278,7 +279,7 @@ def cautions(c: config_lib.ConfigDict) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-  """Everything of a run that is fixed.
+  """The fixed parts of a run.
 
   Attributes:
     policy: for rollouts, in a layout of their own; see `sample.weights`.
@@ -309,7 +310,7 @@ def pieces(c: config_lib.ConfigDict) -> Pieces:
 
 def of_policy(path: str, c: config_lib.ConfigDict | None = None
               ) -> tuple[config_lib.ConfigDict, load.Loaded, Pieces]:
-  """What a policy that is there is asked with.
+  """What it takes to ask an existing policy.
 
   Args:
     path: a run's folder, an HF folder, or "@tiny".
@@ -384,7 +385,7 @@ def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec
 
 
 def _fields(kind, section) -> dict:
-  """What of a section of the configuration a dataclass has fields for."""
+  """The values of a section of the configuration that a dataclass has fields for."""
   return {f.name: section[f.name] for f in dataclasses.fields(kind) if f.name in section}
 
 

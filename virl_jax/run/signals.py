@@ -92,7 +92,7 @@ def noted() -> int:
 
 
 class Stopped(BaseException):
-  """All processes have agreed to stop here: what is under way unwinds, and what is finished is saved.
+  """All processes have agreed to stop here: the step in progress unwinds, and finished steps are saved.
 
   Attributes:
     number: the signal that one of them has got.
@@ -104,12 +104,12 @@ class Stopped(BaseException):
 
   @property
   def code(self) -> int:
-    """What the process ends with."""
+    """The process's exit status."""
     return _CODES[signal.Signals(self.number)]
 
 
 def wait() -> None:
-  """Never returns if a signal has come: the process is about to end, and what fails meanwhile is no news."""
+  """Never returns if a signal has come: the process is about to end, and later errors are consequences."""
   if _heard.is_set():
     threading.Event().wait()
 
@@ -146,7 +146,7 @@ def _leave(numbers: list[int]) -> None:
 
 
 def _forget(numbers: list[int]) -> None:
-  """What a forked child hears is not for this process."""
+  """Signals to a forked child are not for this process."""
   signal.set_wakeup_fd(-1)
   for number in numbers:
     signal.signal(number, signal.SIG_DFL)

@@ -77,7 +77,7 @@ device_description_str: "{kind}"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """So many chips, wired together.
+  """A number of chips, and how they are connected.
 
   Attributes:
     name: as it was asked for, such as "h100:8" or "v5e:8x8".
@@ -128,7 +128,7 @@ def known(kind: str) -> Chip | None:
 
 
 def peak_flops(kind: str) -> float | None:
-  """bfloat16 matrix products a second that a device called so can do, dense; None if that is not known.
+  """Dense bfloat16 operations per second of the device that JAX calls so; None if unknown.
 
   Args:
     kind: `jax.Device.device_kind`.
@@ -138,7 +138,7 @@ def peak_flops(kind: str) -> float | None:
 
 
 def prepare(topology: Topology) -> None:
-  """What has to be said before JAX looks for devices: that it should look for none but the CPU's.
+  """Has JAX look for CPU devices alone; to be called before it looks for any.
 
   Raises:
     ValueError: a package is missing.

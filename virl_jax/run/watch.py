@@ -1,7 +1,7 @@
 """Watches over the steps of a run: names one that takes far longer than the others, and ends a run that is stuck.
 
 Each phase of a step and each round of a rollout calls `beat`.  A thread looks now and then; after too long without a
-beat it writes down where all threads are and ends the process, so that whoever started it can start it again.  The main
+beat it writes down where all threads are and ends the process, so that its launcher can start it again.  The main
 thread can't do that: it may wait for a device, or for another process, for ever.
 """
 
@@ -45,7 +45,7 @@ class Config:
 
 @contextlib.contextmanager
 def over(folder: epath.Path, cfg: Config):
-  """Within it, a process that does not get on for `cfg.stuck_s` ends with a line and status `STUCK`; 0 lets it wait.
+  """Within it, a process without progress for `cfg.stuck_s` ends with a line and status `STUCK`; 0 turns this off.
 
   Args:
     folder: where the threads' stacks are written.

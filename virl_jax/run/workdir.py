@@ -175,7 +175,7 @@ def header(c: config_lib.ConfigDict, changed: dict[str, list] | None = None) -> 
 
 def _compare(folder: epath.Path, c: config_lib.ConfigDict, source, changes: bool | None, free: Collection[str]
              ) -> dict[str, list]:
-  """What of a folder's configuration this one changes on purpose, key -> [old, new].
+  """The knobs of a folder's configuration that this one changes on purpose: key -> [old, new].
 
   Raises:
     ValueError: the folder is another run's.
@@ -226,7 +226,7 @@ def fingerprint(folder: epath.Path) -> dict | None:
 
 
 def _lost(message: str) -> None:
-  """Ends this process, whose workdir is another's now: it must not write there any more."""
+  """Ends this process: another one has taken its workdir, and it must not write there any more."""
   print(f"error: {message}", flush=True)
   hosts.fail(message)
   os._exit(1)

@@ -88,7 +88,7 @@ def _voice(course: Course) -> demos.Voice:
 
 @functools.lru_cache(maxsize=8192)  # about 3 GB
 def _picture(course: Course, objects: tuple[int, int], index: int) -> demos.Picture:
-  """Picture number `index` of a stage.  Drawing is dear: a worker keeps what it has drawn."""
+  """Picture number `index` of a stage.  Drawing is slow: a worker keeps what it has drawn."""
   rng = np.random.default_rng([course.seed, *objects, index])
   return demos.picture(rng, course.marks, objects, course.side_px, _voice(course))
 

@@ -31,7 +31,7 @@ _SCALE = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """How clumsy.
+  """How clumsy the demonstrations are.
 
   Attributes:
     p_wrong: chance that a noisy zoom goes to another object or nowhere.

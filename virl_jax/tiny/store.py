@@ -9,11 +9,13 @@ import pathlib
 import shutil
 import tempfile
 
-os.environ.setdefault("TFDS_DISABLE_PROGRESS_BAR", "1")
-import tensorflow_datasets as tfds  # noqa: E402
+import tensorflow_datasets as tfds
 
-from virl_jax.run import signals  # noqa: E402
-from virl_jax.tiny import needle  # noqa: E402
+from virl_jax.run import progress
+from virl_jax.run import signals
+from virl_jax.tiny import needle
+
+tfds.disable_progress_bar()  # it draws into pipes and files, too
 
 
 class Needle(tfds.core.GeneratorBasedBuilder):
@@ -42,8 +44,13 @@ class Needle(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, split, size):
     return self._examples(split, size)
 
+  def _log_download_bytes(self):
+    """Nothing is downloaded: TFDS would say that it is."""
+
+  _log_download_done = _log_download_bytes
+
   def _examples(self, split: str, size: int):
-    for i in range(size):
+    for i in progress.over(range(size), size, f"drawing the {split} pictures", "picture"):
       task, _ = needle.draw(self._cfg.seed, split, i, self._cfg)
       fields = {"uid": task.uid, "question": task.question, "answers": task.answers, "boxes": task.boxes,
                 "kind": task.kind}
@@ -61,7 +68,7 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
   """
   kept = pathlib.Path(Needle(cfg, folder).data_dir)
   if not kept.exists():
-    # Elsewhere first, then all at once: of runs that start together each draws, and what the first has drawn is kept.
+    # In another folder first, and then renamed: runs that start together all draw, and the first to finish is kept.
     kept.parent.mkdir(parents=True, exist_ok=True)
     with (tempfile.TemporaryDirectory(dir=folder) as elsewhere,
           signals.closing(lambda: shutil.rmtree(elsewhere, ignore_errors=True))):
@@ -72,5 +79,5 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
       except OSError:
         if not kept.exists():
           raise
-  # Anew, whoever has drawn it: a builder knows the splits that were there when it was made.
+  # A new builder, whichever process drew the set: one only knows the splits that were there when it was made.
   return Needle(cfg, folder).as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})

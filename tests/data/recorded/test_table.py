@@ -59,7 +59,7 @@ def test_mini_o3(folder):
 
 @pytest.mark.parametrize("record, reason, detail", [
     (mini_o3("<image>Q", LOOK.replace("original_image", "picture_2"), SHOWN, SAID),
-     "its box is of an image that is not known", "picture_2"),
+     "its box names an unknown image", "picture_2"),
     (mini_o3("<image>Q", LOOK.replace("[0.1, 0.2, 0.3, 0.4]", "[0.1, 0.2]"), SHOWN, SAID),
      "its box is not four numbers", '{"bbox_2d": [0.1, 0.2], "source": "original_image"}'),
     (mini_o3("<image>Q", LOOK + LOOK, SHOWN, SAID), "several calls in a turn", None),
@@ -75,9 +75,9 @@ def test_mini_o3(folder):
     (mini_o3("<image>Q"), "no assistant turn", ""),
     (mini_o3("<image>Q", LOOK, SHOWN), "it does not begin with a question and end with an answer", None),
     ({"conversations": "[<grounding>"}, "its conversation is not JSON", None),
-    ({"conversations": [{"from": "narrator", "value": "<grounding>"}]}, "a turn is of nobody that is known",
+    ({"conversations": [{"from": "narrator", "value": "<grounding>"}]}, "a turn has an unknown speaker",
      "narrator"),
-    ({"text": "?"}, "it is of no kind that is known", "text"), ([], "it is no JSON object", "")])
+    ({"text": "?"}, "its format is unknown", "text"), ([], "it is no JSON object", "")])
 def test_what_is_no_script_says_why(folder, record, reason, detail):
   good = mini_o3("<image>Q", SAID)
   found = read(write(folder / "x.json", [record, good]))
@@ -118,7 +118,7 @@ def test_sharegpt_in_all_its_layouts(folder):
 @pytest.mark.parametrize("call, reason, detail", [
     (zoom([1, 2, 3, 4], "web_search"), "an unknown action", "web_search"),
     ("{bbox", "its call is not JSON", "{bbox"), (zoom("1,2,3,4"), "its box is not four numbers", "1,2,3,4"),
-    (zoom([1, 2, 3, 4], target_image=-1), "its box is of an image that is not known", "-1"),
+    (zoom([1, 2, 3, 4], target_image=-1), "its box names an unknown image", "-1"),
     (zoom([1, 2, 3, 4]) + "</tool_call><tool_call>" + zoom([1, 2, 3, 4]), "several calls in a turn", None)])
 def test_calls_that_are_none(folder, call, reason, detail):
   record = sharegpt(("human", "<image>Q"), ("gpt", f"<tool_call>{call}</tool_call>"), ("observation", "<image>"),

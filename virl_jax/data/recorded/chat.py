@@ -43,7 +43,7 @@ def messages(record: dict) -> list[tuple[str, str]]:
     name = turn.get("from", turn.get("role"))
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-      raise script.Unusable("a turn is of nobody that is known", name)
+      raise script.Unusable("a turn has an unknown speaker", name)
     text = _text(turn.get("value", turn.get("content")))
     if name == "function_call" and "<tool_call>" not in text:
       text = f"<tool_call>\n{text.strip()}\n</tool_call>"

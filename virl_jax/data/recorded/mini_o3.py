@@ -68,6 +68,6 @@ def _look(text: str) -> script.Look:
   if image is None:
     name, _, number = source.rpartition("_")
     if name != "observation" or not number.isdigit():
-      raise script.Unusable("its box is of an image that is not known", source)
+      raise script.Unusable("its box names an unknown image", source)
     image = int(number)
   return script.Look(chat.thought(_CALL.sub(" ", text)), tuple(numbers), "share", image)

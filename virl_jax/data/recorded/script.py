@@ -1,4 +1,4 @@
-"""What a recorded conversation says, in nobody's protocol yet: a task, and turn by turn what the assistant did.
+"""What a recorded conversation says, free of any protocol: a task, and turn by turn what the assistant did.
 
 `rollout.replay` has it said in ours.  Observations are not kept: what a zoom shows is for our own zoom to say.
 """

@@ -2,7 +2,7 @@
 
 `chat` has the record's layout.  The only tool is the zoom, by the name that our policy and DeepEyes have for it, with
 `bbox_2d` and perhaps `target_image`.  What its numbers mean differs by data set: pixels of the image file, pixels of
-the image as it was shown, shares of its sides, or thousandths of them; the file does not say so, and whoever uses it
+the image as it was shown, shares of its sides, or thousandths of them; the file does not say which, and its user
 does.
 """
 
@@ -68,5 +68,5 @@ def _look(text: str, frame: str) -> script.Look:
       isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in box)):
     raise script.Unusable("its box is not four numbers", box)
   if not isinstance(image, int) or isinstance(image, bool) or image < 0:
-    raise script.Unusable("its box is of an image that is not known", image)
+    raise script.Unusable("its box names an unknown image", image)
   return script.Look(chat.thought(_CALL.sub(" ", text)), tuple(map(float, box)), frame, image)

@@ -98,7 +98,7 @@ def read(paths: Sequence[str], choice: Choice) -> Read:
           raise script.Unusable("it is no JSON object")
         kind = next((name for name, module in KINDS.items() if module.is_mine(record)), None)
         if kind is None:
-          raise script.Unusable("it is of no kind that is known", ", ".join(sorted(record)[:6]))
+          raise script.Unusable("its format is unknown", ", ".join(sorted(record)[:6]))
         kinds[kind] = kinds.get(kind, 0) + 1
         found = KINDS[kind].read(record, os.fspath(file.parent), where, choice.frame)
         if why := _unwanted(found, choice):
@@ -141,7 +141,7 @@ def _unwanted(found: script.Script, choice: Choice) -> tuple[str, str] | None:
 
 def _best(scripts: dict[str, script.Script], most: int
           ) -> tuple[dict[str, script.Script], list[tuple[str, str, str]]]:
-  """Of the scripts of each task those that earned the most, in the order that they were in; and the others."""
+  """The scripts of each task that earned the most, in their order; and the others."""
   by_task: dict[tuple[str, str], list[str]] = {}
   for where, found in scripts.items():
     by_task.setdefault((found.task.uid, found.task.question), []).append(where)

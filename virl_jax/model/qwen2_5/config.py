@@ -103,7 +103,7 @@ class Config:
     patches_together, gather_vision: see `vision.encode`.
     tuning: which parameters are trained, and which there are beside the released ones.
     platform: what the model is compiled for, one of `attention.PLATFORMS`.  It picks kernels, and model code asks
-      nothing else about the machine: whoever knows the devices says so (`sharding.platform`).  What "cpu" picks runs
+      nothing else about the machine: the caller knows the devices (`sharding.platform`).  What "cpu" picks runs
       anywhere.
   """
 

@@ -28,7 +28,7 @@ _BOX = re.compile(r'"bbox_2d"\s*:\s*(\[[^\]]*\])')
 
 @dataclasses.dataclass(frozen=True)
 class Zoom:
-  """What was asked for.
+  """A zoom that a call asks for.
 
   Attributes:
     box: as written, in the frame of the image that it is of, as that was shown.
