@@ -59,11 +59,19 @@ def test_a_page_of_results(tmp_path):
       "looked", False, "correct")
 
 
-def test_an_interval_stands_only_where_it_is_one():
-  """F1 is no mean of scores: no interval of theirs may stand beside it."""
+def test_each_figure_has_its_own_interval():
   result, shown = _result([_task(i) for i in range(4)], ["red", "red", "blue", "red"])
-  assert re.search(r"accuracy 75.0% [\d.]+ to", _Page(benchmark.evaluation(result, shown, {})).text)
-  assert "accuracy 80.0% 4 of 4" in _Page(benchmark.evaluation(result | {"score": 0.8}, shown, {})).text
+  told = result | {"figures": {"other": 0.5, "accuracy": 0.75}, "intervals": {"other": [0.1, 0.6], "accuracy": [0.2, 0.8]}}
+  page = _Page(benchmark.evaluation(told, shown, {})).text
+  assert "accuracy 75.0% 20.0 to 80.0 4 of 4" in page and "other 50.0% 10.0 to 60.0 accuracy 75.0% 20.0 to 80.0" in page
+  assert "accuracy 75.0% 4 of 4" in _Page(benchmark.evaluation(told | {"intervals": {"accuracy": None}}, shown, {})).text
+
+
+def test_several_samples_and_what_most_of_them_say():
+  result, shown = _result([_task(i) for i in range(4)], ["red", "red", "blue", "red"])
+  voted = {"score": 1.0, "figures": {"accuracy": 1.0}, "intervals": {"accuracy": [0.9, 1.0]}}
+  page = _Page(benchmark.evaluation(result | {"samples": {"least": 3, "most": 4}, "majority": voted}, shown, {})).text
+  assert "Avg@4" in page and "of the majority: accuracy 100.0% 90.0 to 100.0" in page
 
 
 def test_pictures_go_to_wrong_answers_first_and_what_has_none_says_so(tmp_path, monkeypatch):
