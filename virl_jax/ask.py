@@ -115,7 +115,8 @@ def page(traj: types.Trajectory) -> str:
   shown.add(gallery.entry(traj, traj.task.image, None, None, None, None, None, None), "")
   looks = len(traj.regions)
   facts = ["no look" if not looks else "one look" if looks == 1 else f"{looks} looks", "not graded"]
-  return page_lib.render("asked.html.j2", {"title": "A question about a picture", "facts": facts}, shown.data([""], False))
+  values = {"title": "A question about a picture", "facts": facts}
+  return page_lib.render("asked.html.j2", values, shown.data([""], False))
 
 
 class Printer:

@@ -293,8 +293,7 @@ def _knobs() -> ConfigDict:
   q.least_pass = free(0.1)         # share right with zooms, below which it is too hard; above 0 drops the never solved
   q.most_pass = free(0.9)          # above which it is too easy; below 1 drops the always solved
 
-  c.endpoint = q = ConfigDict()    # of `--endpoint` of `curate` and `evaluate`, whom they ask in place of the engine; all
-                                   #   [ours]
+  c.endpoint = q = ConfigDict()    # `--endpoint` of `curate` and `evaluate`, in place of the engine; all [ours]
   q.model = free("")               # as it names the policy; "" sends none
   q.timeout_s = free(300.0)        # for one turn
   q.wait_s = free(1.0)             # before the second try; then twice as long each time

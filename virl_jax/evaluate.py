@@ -13,8 +13,8 @@ Which benchmarks, layouts and files of predictions there are, and what rule each
 DIR/NAME/ then has meta.json, predictions.jsonl (raw text, boxes, seed), results.json, rows.jsonl and report.html.  Stop
 it at any time and give the same command again: it goes on, and ends as if it had not been stopped.
 
---endpoint has a server write the turns (vLLM, SGLang, ...); the loop, crops and rules stay ours.  Of --model, or else of
---config's model.path, only the configuration, the shapes and the tokenizer are read then.  What the server gives no
+--endpoint has a server write the turns (vLLM, SGLang, ...); the loop, crops and rules stay ours.  Of --model, or else
+of --config's model.path, only the configuration, the shapes and the tokenizer are read then.  What the server gives no
 reply to is not evaluated and no wrong answer: it is counted and named, and the same command asks for it again.
 
 --score needs no model and looks at no picture; --data may be left out where the predictions hold their questions and
@@ -187,8 +187,8 @@ def _lost(url: str, lost: Sequence[str]) -> None:
   """
   if lost:
     raise endpoint_lib.Unreachable(
-        f"--endpoint {url} gave no reply to {len(lost)} questions ({_some(lost)}). They count as not evaluated, none as "
-        "wrong; what is finished is kept: the same command asks for them again, and for those that come after them")
+        f"--endpoint {url} gave no reply to {len(lost)} questions ({_some(lost)}). They count as not evaluated, none "
+        "as wrong; what is finished is kept: the same command asks for them again, and for those after them")
 
 
 def compared(a: str, b: str, out: str | None) -> list[dict]:
@@ -362,7 +362,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   several = lambda name, words: flags.DEFINE_list(name, [], words, flag_values=values)
   text("score", "File of predictions to score, in place of asking a model.")
   text("model", "A run's folder, or an HF folder.")
-  text("endpoint", "Address of an OpenAI-compatible endpoint, http://HOST:PORT/v1, that is asked in place of the engine.")
+  text("endpoint", "Address of an OpenAI-compatible endpoint, http://HOST:PORT/v1, that is asked in place of the "
+       "engine.")
   text("served_model", "What the endpoint calls the model.")
   several("benchmark", f"Which benchmarks: {', '.join(table.BENCHMARKS)}.")
   several("data", "Each benchmark's own file or folder.")

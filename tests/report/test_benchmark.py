@@ -61,10 +61,12 @@ def test_a_page_of_results(tmp_path):
 
 def test_each_figure_has_its_own_interval():
   result, shown = _result([_task(i) for i in range(4)], ["red", "red", "blue", "red"])
-  told = result | {"figures": {"other": 0.5, "accuracy": 0.75}, "intervals": {"other": [0.1, 0.6], "accuracy": [0.2, 0.8]}}
+  told = result | {"figures": {"other": 0.5, "accuracy": 0.75},
+                   "intervals": {"other": [0.1, 0.6], "accuracy": [0.2, 0.8]}}
   page = _Page(benchmark.evaluation(told, shown, {})).text
   assert "accuracy 75.0% 20.0 to 80.0 4 of 4" in page and "other 50.0% 10.0 to 60.0 accuracy 75.0% 20.0 to 80.0" in page
-  assert "accuracy 75.0% 4 of 4" in _Page(benchmark.evaluation(told | {"intervals": {"accuracy": None}}, shown, {})).text
+  without = told | {"intervals": {"accuracy": None}}
+  assert "accuracy 75.0% 4 of 4" in _Page(benchmark.evaluation(without, shown, {})).text
 
 
 def test_several_samples_and_what_most_of_them_say():

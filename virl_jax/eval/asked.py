@@ -55,7 +55,8 @@ class Config:
                        f"Received: {self.samples}")
 
 
-# (policy, tasks, number of their chunk, sample) -> (index in tasks, what came of it, or why nothing did), of this process.
+# (policy, tasks, number of their chunk, sample) -> (index in tasks, what came of it, or why nothing did), of this
+# process.
 Rollout = Callable[[turns.Policy, Sequence[types.Task], int, int], list[tuple[int, harness.Judged | str]]]
 
 
@@ -139,7 +140,7 @@ def ask(policy: turns.Policy, rollout: Rollout, tasks: Sequence[types.Task], fol
     if start < len(found):  # of a start before this one, whose endpoint lost some
       for i, entry in zip(wanted, entries):
         found[start + i] = entry
-      hosts.first(lambda: files.write_bytes(file, _lines(found)))
+      hosts.first(lambda found=found: files.write_bytes(file, _lines(found)))
     else:
       hosts.first(lambda entries=entries: files.append(file, _lines(entries)))
       found += entries

@@ -82,8 +82,8 @@ class Endpoint:
       if self._gone_s or silent_s > self.cfg.patience_s:
         self._gone_s = self._gone_s or silent_s
         raise endpoint.Unreachable(
-            f"--endpoint {self.url} has given no reply for {self._gone_s:.0f} s (the last: {e}). Nothing was counted as "
-            "wrong; what is finished is kept: start again when it is back") from e
+            f"--endpoint {self.url} has given no reply for {self._gone_s:.0f} s (the last: {e}). Nothing was counted "
+            "as wrong; what is finished is kept: start again when it is back") from e
       if now - self._told > _SAY_EVERY_S:
         self._told = now
         self._say(f"{self.url} gives no reply ({e}): waiting, for {silent_s:.0f} s until now")
