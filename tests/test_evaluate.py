@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 from absl import app
@@ -283,6 +285,66 @@ def test_an_endpoint_that_takes_nothing_is_an_error(tmp_path, server):
   with pytest.raises(endpoint.Unreachable, match="no reply to 4 questions .*404 from http"):
     by_endpoint(server, tmp_path / "out")
   assert not (tmp_path / "out" / "needle" / "results.json").exists()
+
+
+def start(out, *args, processes=1, devices=1):
+  """The command in processes of its own, of the tiny base unless an endpoint is given."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  who = lambda i: () if processes == 1 else (
+      f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}")
+  return [subprocess.Popen(
+      [sys.executable, "-m", "virl_jax.evaluate", "--model=@tiny", f"--config={ROOT / 'configs' / 'tiny.py'}",
+       "--benchmark=needle", "--data=-", f"--out={out}", "--slots=4", *args, *who(i)], cwd=ROOT, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}) for i in range(processes)]
+
+
+def ended(runs):
+  said = [run.communicate(timeout=600)[0] for run in runs]
+  assert [run.returncode for run in runs] == [0] * len(runs), "\n".join(text[-3000:] for text in said)
+  return said
+
+
+def test_killed_it_goes_on_to_the_same_predictions(tmp_path, server):
+  """A process of its own each time; benchmarks/kill_evaluate.py does so ten times, with a policy of ours."""
+  by_endpoint(server, tmp_path / "whole")
+  how = (f"--endpoint={server.url}", "--limit=10", "--config.prompt.describe_tool=True",
+         "--config.rollout.max_total_tokens=2048", "--config.endpoint.in_flight=1")
+  server.bodies.clear()
+  (run,) = start(tmp_path / "out", *how)
+  while len(server.bodies) < 13:  # a chunk has eight requests
+    assert run.poll() is None, run.communicate()[0]
+    time.sleep(0.01)
+  run.kill()
+  run.communicate()
+  assert not (tmp_path / "out" / "needle" / "results.json").exists()
+  (said,) = ended(start(tmp_path / "out", *how))
+  assert "has 4 predictions; going on" in said
+  assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_ask_an_endpoint_as_one_does(tmp_path, server):
+  by_endpoint(server, tmp_path / "one")
+  all_ = len(server.bodies)
+  ended(start(tmp_path / "two", f"--endpoint={server.url}", "--limit=10", "--config.prompt.describe_tool=True",
+              "--config.rollout.max_total_tokens=2048", processes=2))
+  assert files_of(tmp_path / "two") == files_of(tmp_path / "one") and len(server.bodies) == 2 * all_
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_says(tmp_path):
+  """With the same devices, sampled: the raw text of every sample, and all that is made of it."""
+  how = ("--limit=10", "--samples=2", "--temperature=1", "--zoom=both")
+  ended(start(tmp_path / "one", *how, devices=2))
+  said = ended(start(tmp_path / "two", *how, processes=2))
+  assert "predictions" in said[0] and "predictions" not in said[1], "one of them speaks"
+  one, two = (files_of(tmp_path / name) for name in ("one", "two"))
+  assert one.keys() == two.keys() and len(one) == 10
+  for name in one:
+    assert one[name] == two[name], name
 
 
 @pytest.mark.slow

@@ -201,15 +201,21 @@ class Reader:
     return self._sizes[image]
 
   def _keep(self, data: bytes) -> bytes | str:
-    if self.how.store is None:
-      return data
-    path = os.path.join(self.how.store, hashlib.blake2b(data, digest_size=16).hexdigest())
-    if not os.path.isfile(path) or os.path.getsize(path) != len(data):
-      os.makedirs(self.how.store, exist_ok=True)
-      with open(path + ".part", "wb") as file:
-        file.write(data)
-      os.replace(path + ".part", path)
-    return path
+    return keep(data, self.how.store)
+
+
+def keep(data: bytes, store: str | None) -> bytes | str:
+  """Writes a picture into a folder, once; its path, or the picture itself where there is no folder."""
+  if store is None:
+    return data
+  path = os.path.join(store, hashlib.blake2b(data, digest_size=16).hexdigest())
+  if not os.path.isfile(path) or os.path.getsize(path) != len(data):
+    os.makedirs(store, exist_ok=True)
+    part = f"{path}.{os.getpid()}.part"  # several processes may write it
+    with open(part, "wb") as file:
+      file.write(data)
+    os.replace(part, path)
+  return path
 
 
 def options_of(row: dict[str, str], letters: str = LETTERS[:8]) -> tuple[str, ...]:
