@@ -62,9 +62,9 @@ def whole(out: pathlib.Path, processes: int, args, env: dict[str, str]) -> float
 
 
 def content(out: pathlib.Path) -> dict[str, bytes]:
-  """What an evaluation has left, by path."""
-  return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*"))
-          if path.is_file() and path.suffix != ".part"}  # a picture that was not whole yet
+  """What an evaluation has left, by path, with its own folder's name taken out of it."""
+  return {str(path.relative_to(out)): path.read_bytes().replace(str(out).encode(), b"OUT")
+          for path in sorted(out.rglob("*")) if path.is_file() and path.suffix != ".part"}  # a picture not yet whole
 
 
 def differ(a: dict[str, bytes], b: dict[str, bytes]) -> list[str]:

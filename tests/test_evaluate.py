@@ -29,6 +29,7 @@ from virl_jax.data import judge_model
 from virl_jax.data import prompt
 from virl_jax.eval import asked
 from virl_jax.eval import harness
+from virl_jax.eval.benchmarks import rows as rows_lib
 from virl_jax.rl import reward
 from virl_jax.rollout import turns
 from virl_jax.run import load
@@ -233,12 +234,13 @@ def by_endpoint(server, out, cfg=asked.Config(slots=4), **more):
   c = tiny.get_config()
   c.prompt.describe_tool, c.rollout.max_total_tokens = True, 2048
   c.endpoint.wait_s, c.endpoint.timeout_s, c.endpoint.in_flight, c.endpoint.patience_s = 0.01, 0.5, 3, 0.3
-  return evaluate.evaluate(None, ["needle"], ["-"], str(out), cfg, c, limit=10, url=server.url, **more)
+  how = rows_lib.How(store=str(out / "images"))
+  return evaluate.evaluate(None, ["needle"], ["-"], str(out), cfg, c, how, 10, url=server.url, **more)
 
 
 def files_of(folder):
-  return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-          if path.is_file() and path.name != "meta.json"}
+  return {str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"OUT")
+          for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "meta.json"}
 
 
 def test_an_endpoint_is_asked(tmp_path, server):
@@ -342,7 +344,7 @@ def test_two_processes_say_what_one_says(tmp_path):
   said = ended(start(tmp_path / "two", *how, processes=2))
   assert "predictions" in said[0] and "predictions" not in said[1], "one of them speaks"
   one, two = (files_of(tmp_path / name) for name in ("one", "two"))
-  assert one.keys() == two.keys() and len(one) == 10
+  assert one.keys() == two.keys() and len(one) == 10 + 512  # pictures
   for name in one:
     assert one[name] == two[name], name
 
