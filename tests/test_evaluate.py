@@ -31,6 +31,7 @@ from virl_jax.eval import asked
 from virl_jax.eval import harness
 from virl_jax.eval.benchmarks import rows as rows_lib
 from virl_jax.rl import reward
+from virl_jax.rollout import remote
 from virl_jax.rollout import turns
 from virl_jax.run import load
 from virl_jax.tiny import needle
@@ -347,6 +348,37 @@ def test_two_processes_say_what_one_says(tmp_path):
   assert one.keys() == two.keys() and len(one) == 10 + 512  # pictures
   for name in one:
     assert one[name] == two[name], name
+
+
+@pytest.mark.slow
+def test_the_same_words_are_the_same_predictions(tmp_path, monkeypatch):
+  """An endpoint that says, turn by turn, what the engine has said of the same picture and question."""
+  c, cfg, said, run = tiny.get_config(), asked.Config(slots=8), {}, harness.run
+
+  def spy(policy, params, tasks, *more):
+    judged = run(policy, params, tasks, *more)
+    for j in judged:
+      t = j.trajectory
+      shown = remote.picture(images.decode(t.task.image), t.images[0], policy.model.vision.grid)
+      said[t.task.question, remote._uri(shown)] = [turn for turn in t.turns if turn.role == "assistant"]
+    return judged
+
+  def speak(body):
+    picture_, question = sorted(body["messages"][1]["content"], key=lambda part: part["type"])
+    before = sum(m["role"] == "assistant" for m in body["messages"])
+    turn = said[question["text"], picture_["image_url"]["url"]][before]
+    return turn.text.removesuffix(prompt.END), "stop" if turn.text.endswith(prompt.END) else "length"
+
+  monkeypatch.setattr(harness, "run", spy)
+  ours, = evaluate.evaluate("@tiny", ["needle"], ["-"], str(tmp_path / "ours"), cfg, c, limit=12)
+  server = Server(speak)
+  try:
+    theirs, = evaluate.evaluate("@tiny", ["needle"], ["-"], str(tmp_path / "theirs"), cfg, c, limit=12, url=server.url)
+  finally:
+    server.close()
+  assert ours["summary"] == theirs["summary"] and ours["summary"]["rationale_count"]["value"] > 0
+  lines = [(tmp_path / name / "needle" / "predictions.jsonl").read_text() for name in ("ours", "theirs")]
+  assert lines[0] == lines[1]
 
 
 @pytest.mark.slow

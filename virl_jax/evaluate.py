@@ -174,7 +174,7 @@ def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str
         pages.append((folder, result, read, entries))
       gap = {key: value for key, value in results[-1].items() if key == "zooming_gap"}  # which the first shows, too
       hosts.first(lambda pages=pages, gap=gap: [
-          _page(folder, result | gap, read, said, c.eval.bootstrap) for folder, result, read, said in pages])
+          _page(folder, result | gap, read, said) for folder, result, read, said in pages])
   _lost(url, lost)
   return results
 
@@ -297,8 +297,7 @@ def _write(folder: epath.Path, result: dict, read: predictions.Read, tables: Seq
   files.write_text(folder / "results.json", json.dumps(_bare(result) | unsaid | lost, indent=1) + "\n")
 
 
-def _page(folder: epath.Path, result: dict, read: predictions.Read, entries: Sequence[dict], bootstrap: int = 2000
-          ) -> None:
+def _page(folder: epath.Path, result: dict, read: predictions.Read, entries: Sequence[dict]) -> None:
   """What can be looked at: tasks and raw answers, and a page of them."""
   said = {(uid, i): {"text": p.text, "boxes": p.boxes} for uid, samples in read.predictions.items()
           for i, p in enumerate(samples)}
@@ -310,7 +309,7 @@ def _page(folder: epath.Path, result: dict, read: predictions.Read, entries: Seq
           "predictions for no row": list(read.strange),
           "predictions that cannot be used": [f"row {r.row} {r.name}: {r.cause}" for r in read.rejects]}
   gallery.save(str(folder / "shown.jsonl"), shown)
-  files.write_text(folder / "report.html", benchmark_page.evaluation(result, shown, lost, bootstrap))
+  files.write_text(folder / "report.html", benchmark_page.evaluation(result, shown, lost))
 
 
 def _tell_compared(found: dict) -> None:

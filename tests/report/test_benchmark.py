@@ -139,9 +139,13 @@ def test_hostile_text_is_text(place):
   _put(how, place, _HOSTILE)
   text = benchmark.evaluation(**how)
   page = _safe(text)
-  hidden = place[:2] == ("result", "rows") and place[-1] != "kind" or place[-1] in (
-      "file", "image", "prediction") or "answers" in place and place[0] == "result" or place[-1] == "left_out"
+  hidden = place[:2] == ("result", "rows") or place[-1] in ("file", "image", "left_out")
   assert hidden or "alert(1)" in page.text + json.dumps(_data(text))
+
+
+def test_a_hostile_category_is_text():
+  result, shown = _result([_task(0, kind=_HOSTILE), _task(1)], ["red", "blue"])
+  assert "alert(1)" in _safe(benchmark.evaluation(result, shown, {})).text.partition("Predictions")[0]
 
 
 def test_hostile_text_in_a_comparison_is_text():

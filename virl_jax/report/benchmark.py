@@ -10,7 +10,6 @@ from PIL import Image
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.eval import compare
-from virl_jax.eval import outcome
 from virl_jax.report import gallery
 from virl_jax.report import page
 
@@ -63,26 +62,17 @@ def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tup
   return found
 
 
-def evaluation(result: dict, shown: Sequence[dict], lost: dict, bootstrap: int = 2000) -> str:
+def evaluation(result: dict, shown: Sequence[dict], lost: dict) -> str:
   """The page of a benchmark's results.
 
   Args:
     result: of the benchmark's `score`, with rows, and what `evaluate` adds.
     shown: of `entries`.
     lost: what was not evaluated: by what it is, a list of lines.
-    bootstrap: resamples for intervals.
 
   Returns:
     A whole HTML document.
   """
-  scores: dict[str, list[float]] = {}
-  kinds = {}
-  for row in result["rows"]:
-    scores.setdefault(row["uid"], []).append(row["score"])
-    kinds[row["uid"]] = row["kind"]
-  of_task = {uid: sum(each) / len(each) for uid, each in scores.items()}
-  categories = [(kind, outcome.mean([v for uid, v in of_task.items() if kinds[uid] == kind], bootstrap))
-                for kind in sorted(set(kinds.values()))]
   ends, voted = result["intervals"], result.get("majority")
   trajectories = page.Shown(_ROOM)
   chosen = _chosen(shown)
@@ -102,7 +92,7 @@ def evaluation(result: dict, shown: Sequence[dict], lost: dict, bootstrap: int =
       "of": f"{result['n']} of {done['rows']} rows evaluated ({100 * done['share']:.2f} %)",
       "figures": [*_flat(result["figures"], ends),
                   *(_flat(voted["figures"], voted["intervals"], "of the majority: ") if voted else ())],
-      "categories": categories,
+      "categories": list(result["by_kind"].items()),
       "measures": [(name, share, _values(summary[key])) for key, name, share in _MEASURES
                    if key in summary and summary[key]["value"] is not None],
       "gap": [(name, _values(gap[key])) for key, name in (("acc_ans", "Answers right"), ("acc_rat", "Actions right"))

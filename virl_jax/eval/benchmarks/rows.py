@@ -321,11 +321,17 @@ def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], 
     drawn_with: of a task's uid, what it is drawn together with for intervals.
 
   Returns:
-    {"benchmark", "rule", "metric", "score", "n", "evaluated", "figures", "intervals", "rows"}, ready for JSON; an
-    interval is [low, high] under the names of its figure.
+    {"benchmark", "rule", "metric", "score", "n", "evaluated", "figures", "intervals", "by_kind", "rows"}, ready for
+    JSON; an interval is [low, high] under the names of its figure; by_kind has of each category n, its tasks, and the
+    value of its mean score, low and high.
   """
   done = {row["uid"] for row in rows}
-  intervals = figures_lib.intervals(figures, drawn_with)
+  kinds = split(rows, "kind")
+  of_kind = {kind: mean(found) for kind, found in kinds.items()}
+  intervals = figures_lib.intervals({"figures": figures, "kinds": of_kind}, drawn_with)  # of the same resamples
+  ends, intervals = intervals["kinds"], intervals["figures"]
+  by_kind = {kind: {"n": len({row["uid"] for row in found}), "value": of_kind[kind].value, "low": ends[kind][0],
+                    "high": ends[kind][1]} for kind, found in kinds.items()}
   figures = figures_lib.values(figures)
   return {
       "benchmark": name, "rule": rule, "metric": metric, "score": figures[metric], "n": len(done),
@@ -333,7 +339,7 @@ def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], 
                     "without_answers": sum(not t.answers for t in loaded.tasks),
                     "without_prediction": sum(bool(t.answers) and t.uid not in done for t in loaded.tasks),
                     "share": len(done) / loaded.n_rows if loaded.n_rows else 0.0},
-      "figures": figures, "intervals": intervals, "rows": rows}
+      "figures": figures, "intervals": intervals, "by_kind": by_kind, "rows": rows}
 
 
 def table(result: dict) -> str:
