@@ -24,7 +24,7 @@ import jax
 import transformers
 
 from virl_jax.data import answers
-from virl_jax.data.curation import stages
+from virl_jax.data import endpoint
 from virl_jax.rollout import engine
 from virl_jax.rollout import remote
 from virl_jax.rollout import sample
@@ -68,7 +68,7 @@ def main():
   tasks = [needle.draw(0, "endpoint", i, cfg)[0] for i in range(args.tasks)]
   run, url = (None, args.url) if args.url else serve(p.hf_dir)
   try:
-    server = remote.Endpoint(url, stages.Endpoint(args.model or p.hf_dir, in_flight=2, patience_s=120.0), print)
+    server = remote.Endpoint(url, endpoint.Config(args.model or p.hf_dir, in_flight=2, patience_s=120.0), print)
     began = time.perf_counter()
     theirs = remote.rollout(p.policy, server, tasks, range(len(tasks)), 1, 0.0)
     seconds = time.perf_counter() - began

@@ -63,6 +63,7 @@ MIRRORS = {
                      "eval/benchmarks/rows.py"), "eval/test_benchmarks.py eval/test_scorer_agreement.py"),
     "eval/predictions.py": "eval/test_predictions.py",
     "eval/asked.py": "eval/test_asked.py",
+    "eval/figures.py": "eval/test_figures.py",
 }
 
 
@@ -379,6 +380,8 @@ MUTANTS = [Mutant(*m) for m in (
      "a letter means what it means in another order"),
     ("eval/predictions.py", "else given[split] == len(tasks[split]))", "else True)",
      "answers pair with labels of another release"),
+    ("eval/asked.py", ' or "lost" in found[start + i]]', "]", "what an endpoint lost is not asked for again"),
+    ("rollout/remote.py", "if self._gone_s or silent_s", "if silent_s", "each task waits for an endpoint that is gone"),
     ("eval/asked.py", "    if keep + size > len(whole):\n", "    if keep >= len(whole):\n",
      "a chunk that was cut off is taken for whole"),
     # --- train.py -----------------------------------------------------------------------------------------------
@@ -457,7 +460,11 @@ MUTANTS = [Mutant(*m) for m in (
     ("run/record.py", "rows[order_B[i]]", "rows[i]", "another's figures where trajectories were dealt to shards"),
     ("run/record.py", "np.where(action_T >= 0, modulator", "np.where(action_T > 0, modulator",
      "the first action's tokens are not coloured"),
-    ("report/benchmark.py", "ends if is_mean else (None, None)", "ends", "an interval beside what it is not of"),
+    ("report/benchmark.py", '*(ends.get(result["metric"]) or (None, None))', "*(next(iter(ends.values())) or ())",
+     "an interval beside what it is not of"),
+    ("eval/figures.py", "number[clusters[uid]] for uid in each.uids", "i for i, uid in enumerate(each.uids)",
+     "intervals as if questions about one image were independent"),
+    ("eval/benchmarks/rows.py", "most_common(1)[0][0]", "most_common()[-1][0]", "the rarest answer is the majority's"),
     ("report/benchmark.py", '(shown[i]["correct"], i)', 'i', "pictures for right answers, too, first"),
     ("eval/outcome.py", "min(1.0, 2 * tail / 2 ** n)", "min(1.0, tail / 2 ** n)", "a one-sided test"),
     ("eval/compare.py", "new[uid] - old[uid] for uid in uids", "new[uid] for uid in uids",

@@ -1,16 +1,17 @@
-"""The picture of README and of the site: one held-out task, before a run and after it, out of its workdir.
+"""The picture of README and of the site: one task of two evaluations that got it right and wrong, out of their folders.
 
-    python benchmarks/picture.py --workdir=runs/tiny --uid=test_000007 --out=docs/picture.png
+    python -m virl_jax.evaluate --model=@tiny --config=configs/tiny.py --benchmark=needle --data=- --out=EVAL/base
+    python -m virl_jax.evaluate --model=runs/tiny --benchmark=needle --data=- --out=EVAL/trained
+    python benchmarks/picture.py EVAL/base/needle EVAL/trained/needle --uid=test_000007 --out=docs/picture.png
 
-Of what `train` and `sft` keep of their evaluations (`rollouts/before.jsonl`, `after.jsonl`); the figure is as they say.
+All that is in it is of `shown.jsonl` and of the pictures that this names.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
+import math
 import pathlib
 import textwrap
 
@@ -20,35 +21,41 @@ _SIDE, _CROP, _GAP = 300, 200, 18  # pixels: of the picture, of a crop, between 
 _INK, _PAPER, _TRUTH, _ZOOMS = "#202124", "#ffffff", "#0b8043", ("#d93025", "#1a73e8", "#f29900")
 
 
-def kept(workdir: pathlib.Path, when: str, uid: str) -> dict:
-  """The trajectory of a task that an evaluation left.
+def kept(folder: pathlib.Path) -> dict[str, dict]:
+  """What an evaluation shows of each task, by uid.
 
   Args:
-    workdir: of a run.
-    when: before or after.
-    uid: the task's.
+    folder: of a benchmark, as `evaluate` has written it.
 
   Raises:
-    ValueError: there is none.
+    ValueError: it is none.
   """
-  path = workdir / "rollouts" / f"{when}.jsonl"
+  path = folder / "shown.jsonl"
   if not path.is_file():
-    raise ValueError(f"--workdir must be a run's folder with rollouts/{when}.jsonl. Received: {workdir}")
-  entries = [json.loads(line) for line in path.read_text().splitlines()]
-  for entry in entries:
-    if entry["uid"] == uid:
-      return entry
-  raise ValueError(f"--uid must be one of {', '.join(e['uid'] for e in entries)}. Received: {uid}")
+    raise ValueError(f"both must be folders that evaluate has written, with shown.jsonl. Received: {folder}")
+  return {entry["uid"]: entry for entry in map(json.loads, path.read_text().splitlines())}
+
+
+def flipped(before: dict[str, dict], after: dict[str, dict]) -> list[str]:
+  """The tasks that were wrong before and are right after, with a look each time, best looks first.
+
+  Args:
+    before, after: of `kept`.
+  """
+  best = lambda entry: min((turn["iou"] or 0.0 for turn in entry["turns"] if turn["box"]), default=0.0)
+  gained = [uid for uid in before.keys() & after.keys()
+            if not before[uid]["correct"] and after[uid]["correct"] and before[uid]["boxes"] and after[uid]["boxes"]]
+  return sorted(gained, key=lambda uid: (-best(after[uid]), uid))
 
 
 def draw(entries: list[tuple[str, dict]]) -> Image.Image:
   """A row for each trajectory: the picture with its boxes, what each zoom showed, and the answer.
 
   Args:
-    entries: a label and a trajectory each, of the same task, as `report.gallery` keeps them.
+    entries: a label and a prediction each, of the same task, as `report.benchmark.entries` has them.
   """
   small, large = (ImageFont.load_default(size) for size in (17, 21))
-  crops = max(sum(bool(turn["crop"]) for turn in entry["turns"]) for _, entry in entries)
+  crops = max(sum(bool(turn["box"]) for turn in entry["turns"]) for _, entry in entries)
   width = _GAP + _SIDE + (_GAP + _CROP) * max(crops, 1) + _GAP
   row = 34 + _SIDE + _GAP
   sheet = Image.new("RGB", (width, 52 + row * len(entries)), _PAPER)
@@ -58,18 +65,19 @@ def draw(entries: list[tuple[str, dict]]) -> Image.Image:
     top = 52 + number * row
     verdict = "right" if entry["correct"] else "wrong"
     pen.text((_GAP, top + 4), f"{label}: answers \"{entry['answer'] or 'nothing'}\", {verdict}", _INK, small)
-    picture = _image(entry["image"])
-    scale = _SIDE / max(picture.size)
-    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.NEAREST)
-    marks, scale = ImageDraw.Draw(picture), picture.width / entry["width"]
+    original = Image.open(entry["file"]).convert("RGB")
+    scale = _SIDE / max(original.size)
+    picture = original.resize([round(side * scale) for side in original.size], Image.Resampling.NEAREST)
+    marks = ImageDraw.Draw(picture)
     for box in entry["boxes_gt"]:
       marks.rectangle([v * scale for v in box], outline=_TRUTH, width=4)
-    looks = [turn for turn in entry["turns"] if turn["crop"]]
+    looks = [turn for turn in entry["turns"] if turn["box"]]
     for k, turn in enumerate(looks):
       colour = _ZOOMS[k % len(_ZOOMS)]
       marks.rectangle([v * scale for v in turn["box"]], outline=colour, width=3)
       left, down = 2 * _GAP + _SIDE + k * (_CROP + _GAP), top + 34
-      crop = _image(turn["crop"])
+      x1, y1, x2, y2 = turn["box"]
+      crop = original.crop((math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)))
       crop = crop.resize([round(side * _CROP / max(crop.size)) for side in crop.size], Image.Resampling.NEAREST)
       sheet.paste(crop, (left, down))
       pen.rectangle([left, down, left + crop.width - 1, down + crop.height - 1], outline=colour, width=3)
@@ -83,19 +91,21 @@ def draw(entries: list[tuple[str, dict]]) -> Image.Image:
   return sheet
 
 
-def _image(uri: str) -> Image.Image:
-  return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
-
-
 def main() -> None:
   p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  p.add_argument("--workdir", type=pathlib.Path, required=True)
-  p.add_argument("--uid", default="test_000007", help="of a task that the evaluations kept")
-  p.add_argument("--labels", type=lambda s: s.split(","), default=["before", "after"])
+  p.add_argument("folders", type=pathlib.Path, nargs=2, help="of the same benchmark: before, after")
+  p.add_argument("--uid", help="of the task; without it, the flipped one whose looks are best afterwards")
+  p.add_argument("--labels", type=lambda s: s.split(","), default=["before RL", "after RL"])
   p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs") / "picture.png")
   args = p.parse_args()
-  entries = [(label, kept(args.workdir, when, args.uid)) for label, when in zip(args.labels, ("before", "after"))]
-  draw(entries).quantize(128).save(args.out, optimize=True)
+  before, after = map(kept, args.folders)
+  gained = flipped(before, after)
+  uid = args.uid or next(iter(gained), None)
+  if uid not in before or uid not in after:
+    raise ValueError(f"--uid must be a task of both. Received: {uid}; flipped are {', '.join(gained) or 'none'}")
+  draw([(label, side[uid]) for label, side in zip(args.labels, (before, after))]).quantize(128).save(
+      args.out, optimize=True)
+  print(f"{len(gained)} of {len(after)} tasks were wrong and are right; this is {uid}")
   print(f"{args.out}: {args.out.stat().st_size / 1024:.0f} KiB")
 
 

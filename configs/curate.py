@@ -5,7 +5,7 @@
     python -m virl_jax.train --config=configs/v7b.py --config.data.source=set --config.data.path=data/curated \
       --workdir=runs/v7b
 
-Another server can do the asking: --endpoint=http://HOST:8000/v1 --config.curate.endpoint.model=NAME; of model.path it
+Another server can do the asking: --endpoint=http://HOST:8000/v1 --config.endpoint.model=NAME; of model.path it
 then takes the tokenizer and the shapes alone.  Without a policy, rules only:
     --config.curate.policy.with_zoom=0 --config.curate.policy.without_zoom=0
 

@@ -80,6 +80,22 @@ def test_what_is_printed():
   assert not {"\x1b", "\u202e"} & set(out.getvalue()), "nothing that a policy wrote moves the cursor"
 
 
+def test_the_page_shows_nothing_that_is_graded(tmp_path):
+  """One question, nobody knows the answer: no classes, no ground truth, no filters, nothing of a run."""
+  path = tmp_path / "page.html"
+  ask.ask(played.Played(played.policy(), pieces=3), task(played.picture()), str(path), io.StringIO())
+  page = path.read_text()
+  html = re.sub(r"<(style|script)\b.*?</\1>", "", page, flags=re.S)
+  seen = re.sub(r'<div class="(filters|list)".*?</div>', "", html, flags=re.S)  # which the style takes away
+  assert 'class="viewer alone"' in html and ".alone .filters,.alone .list{display:none}" in page
+  assert not re.search("correct|erroneous|redundant|ground truth|ViRL|Outcome|training", seen)
+  assert "A question about a picture" in seen and "2 looks" in seen
+  shown = json.loads(re.search(r'id="trajectories">(.*?)</script>', page, re.S)[1])
+  item, = shown["items"]
+  assert item["outcome"] == "no answer known" and item["best"] is None and not item["truth"] and not item["classes"]
+  assert [box["title"] for box in item["drawn"]] == ["zoom 1", "zoom 2"]
+
+
 def test_the_end_without_an_answer():
   out = io.StringIO()
   ask.Printer(out)(told.Ended(types.StopReason.OUT_OF_ROUNDS, None, None))

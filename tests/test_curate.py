@@ -26,7 +26,7 @@ def configuration(**changes):
   c = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]()
   c.rollout.max_total_tokens, c.rollout.max_turn_tokens, c.curate.shard_tasks = 1024, 64, 4
   c.curate.policy.with_zoom, c.curate.policy.without_zoom = 4, 2
-  c.curate.endpoint.wait_s, c.curate.endpoint.timeout_s, c.curate.endpoint.in_flight = 0.01, 0.4, 3
+  c.endpoint.wait_s, c.endpoint.timeout_s, c.endpoint.in_flight = 0.01, 0.4, 3
   c.update_from_flattened_dict({"curate.rules.least_box_px": 9.0} | changes)
   return c
 
@@ -74,7 +74,7 @@ def test_an_endpoint_that_dies_leaves_what_is_finished(data, tmp_path):
     server.bodies.clear()
     server.faults = [None] * (n_all // 2) + [500] * 10 ** 6
     with pytest.raises(curate.remote.endpoint.Unreachable, match="start again when it is back"):
-      curate.curate(configuration(**{"curate.endpoint.patience_s": 0.3}), data, str(out), server.url)
+      curate.curate(configuration(**{"endpoint.patience_s": 0.3}), data, str(out), server.url)
     assert not (out / "counts.json").exists() and list((out / ".curate" / "samples").glob("*.jsonl"))
     server.faults = []
     server.bodies.clear()

@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 from absl import app
@@ -21,14 +23,18 @@ from virl_jax import config
 from virl_jax import evaluate
 from virl_jax import types
 from virl_jax.data import answers
+from virl_jax.data import endpoint
 from virl_jax.data import images
 from virl_jax.data import judge_model
 from virl_jax.data import prompt
 from virl_jax.eval import asked
 from virl_jax.eval import harness
+from virl_jax.eval.benchmarks import rows as rows_lib
 from virl_jax.rl import reward
+from virl_jax.rollout import remote
 from virl_jax.rollout import turns
 from virl_jax.run import load
+from virl_jax.tiny import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -97,7 +103,10 @@ def test_a_slip_is_a_line(pope, monkeypatch, args, said):
     (("--score=x", "--model=y", "--benchmark=pope"), "either --score"),
     (("--compare", "a"), "--compare needs two folders"),
     (("--compare", "a", "b", "--benchmark=pope"), "--compare needs two folders"),
-    (("--model=y", "--benchmark=pope"), "--model needs --data and --out"),
+    (("--model=y", "--benchmark=pope"), "--model and --endpoint need --data and --out"),
+    (("--endpoint=http://h/v1", "--benchmark=pope"), "--model and --endpoint need --data and --out"),
+    (("--endpoint=http://h/v1", "--score=x", "--benchmark=pope"), "either --score"),
+    (("--model=y", "--benchmark=pope", "--served_model=m"), "--served_model is what --endpoint calls"),
     (("--score=x", "--benchmark=vstar", "--judge=http://h/v1"), "--judge and --judge_model go together")])
 def test_how_it_is_used(monkeypatch, args, said):
   with pytest.raises(app.UsageError, match=said):
@@ -203,6 +212,173 @@ def test_two_files_of_predictions_are_compared(tmp_path, pope, monkeypatch, caps
 def pieces_of(policy):
   """What of `setup.Pieces` is asked for."""
   return SimpleNamespace(policy=policy, step=SimpleNamespace(reward=reward.Config()))
+
+
+def looks(body):
+  """A zoom, and then an answer that depends on the question; both on the seed where it is sampled."""
+  drawn = body["seed"] % 5 if body["temperature"] else 0
+  said = [m["content"] for m in body["messages"] if m["role"] == "assistant"]
+  if not said and "image_zoom" in str(body["messages"][0]):
+    box = [10 + drawn, 10, 60, 60]
+    return prompt.call_text({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": box}}, "where?")
+  return prompt.answer_text(needle.PATTERNS[(len(str(body["messages"][1])) + drawn) % 6])
+
+
+@pytest.fixture
+def server():
+  it = Server(looks)
+  yield it
+  it.close()
+
+
+def by_endpoint(server, out, cfg=asked.Config(slots=4), **more):
+  c = tiny.get_config()
+  c.prompt.describe_tool, c.rollout.max_total_tokens = True, 2048
+  c.endpoint.wait_s, c.endpoint.timeout_s, c.endpoint.in_flight, c.endpoint.patience_s = 0.01, 0.5, 3, 0.3
+  how = rows_lib.How(store=str(out / "images"))
+  return evaluate.evaluate(None, ["needle"], ["-"], str(out), cfg, c, how, 10, url=server.url, **more)
+
+
+def files_of(folder):
+  return {str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"OUT")
+          for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "meta.json"}
+
+
+def test_an_endpoint_is_asked(tmp_path, server):
+  both = by_endpoint(server, tmp_path / "a", zooms="both", served="m")
+  assert [r["model"] for r in both] == ["endpoint: m"] * 2 and [r["zoom"] for r in both] == [True, False]
+  assert {body["model"] for body in server.bodies} == {"m"}
+  assert [r["summary"]["rationale_count"]["value"] for r in both] == [1.0, 0.0] and both[0]["n"] == 10
+  said = [json.loads(line) for line in (tmp_path / "a" / "needle" / "predictions.jsonl").read_text().splitlines()]
+  assert all(e["boxes"] and e["classes"] and e["text"].count("<answer>") == 1 for e in said)
+  meta = json.loads((tmp_path / "a" / "needle" / "meta.json").read_text())
+  assert meta["endpoint"] == server.url and server.url not in json.dumps(meta["fixed"]), "it may come back elsewhere"
+
+
+def test_no_fault_of_an_endpoint_is_an_answer(tmp_path, server):
+  cfg = asked.Config(slots=4, samples=2, temperature=1.0)
+  by_endpoint(server, tmp_path / "whole", cfg)
+  server.faults = ["drop", 429, 500, "cut", "slow", "empty", 503]
+  by_endpoint(server, tmp_path / "faults", cfg)
+  assert not server.faults and files_of(tmp_path / "faults") == files_of(tmp_path / "whole")
+
+
+def test_an_endpoint_that_dies_leaves_what_it_said(tmp_path, server, capsys):
+  by_endpoint(server, tmp_path / "whole")
+  all_, server.faults = len(server.bodies), [None] * 11 + [500] * 10 ** 4
+  server.bodies.clear()
+  with pytest.raises(endpoint.Unreachable, match="no reply to . questions .needle: test_0+.: 500 busy.*same command"):
+    by_endpoint(server, tmp_path / "out")
+  result = json.loads((tmp_path / "out" / "needle" / "results.json").read_text())
+  assert 4 <= result["n"] < 10 and result["n"] + len(result["lost"]) in (8, 10) and "500 busy" in str(result["lost"])
+  assert result["evaluated"]["without_prediction"] == 10 - result["n"] and result["summary"]["n"] == result["n"]
+  assert f"the endpoint gave no reply, {len(result['lost'])} predictions: test_0000" in capsys.readouterr().out
+  page = (tmp_path / "out" / "needle" / "report.html").read_text()
+  assert f"tasks that the endpoint gave no reply to: {len(result['lost'])}" in page
+  rows, read = evaluate.score(str(tmp_path / "out" / "needle" / "predictions.jsonl"), "needle", "-")
+  assert rows["n"] == result["n"] and {r.cause for r in read.rejects} == {"lost: 500 busy"}
+  server.faults = []
+  server.bodies.clear()
+  by_endpoint(server, tmp_path / "out")
+  assert files_of(tmp_path / "out") == files_of(tmp_path / "whole") and len(server.bodies) < all_
+
+
+def test_an_endpoint_that_takes_nothing_is_an_error(tmp_path, server):
+  server.faults = [404] * 100
+  with pytest.raises(endpoint.Unreachable, match="no reply to 4 questions .*404 from http"):
+    by_endpoint(server, tmp_path / "out")
+  assert not (tmp_path / "out" / "needle" / "results.json").exists()
+
+
+def start(out, *args, processes=1, devices=1):
+  """The command in processes of its own, of the tiny base unless an endpoint is given."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  who = lambda i: () if processes == 1 else (
+      f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}")
+  return [subprocess.Popen(
+      [sys.executable, "-m", "virl_jax.evaluate", "--model=@tiny", f"--config={ROOT / 'configs' / 'tiny.py'}",
+       "--benchmark=needle", "--data=-", f"--out={out}", "--slots=4", *args, *who(i)], cwd=ROOT, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}) for i in range(processes)]
+
+
+def ended(runs):
+  said = [run.communicate(timeout=600)[0] for run in runs]
+  assert [run.returncode for run in runs] == [0] * len(runs), "\n".join(text[-3000:] for text in said)
+  return said
+
+
+def test_killed_it_goes_on_to_the_same_predictions(tmp_path, server):
+  """A process of its own each time; benchmarks/kill_evaluate.py does so ten times, with a policy of ours."""
+  by_endpoint(server, tmp_path / "whole")
+  how = (f"--endpoint={server.url}", "--limit=10", "--config.prompt.describe_tool=True",
+         "--config.rollout.max_total_tokens=2048", "--config.endpoint.in_flight=1")
+  server.bodies.clear()
+  (run,) = start(tmp_path / "out", *how)
+  while len(server.bodies) < 13:  # a chunk has eight requests
+    assert run.poll() is None, run.communicate()[0]
+    time.sleep(0.01)
+  run.kill()
+  run.communicate()
+  assert not (tmp_path / "out" / "needle" / "results.json").exists()
+  (said,) = ended(start(tmp_path / "out", *how))
+  assert "has 4 predictions; going on" in said
+  assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_ask_an_endpoint_as_one_does(tmp_path, server):
+  by_endpoint(server, tmp_path / "one")
+  all_ = len(server.bodies)
+  ended(start(tmp_path / "two", f"--endpoint={server.url}", "--limit=10", "--config.prompt.describe_tool=True",
+              "--config.rollout.max_total_tokens=2048", processes=2))
+  assert files_of(tmp_path / "two") == files_of(tmp_path / "one") and len(server.bodies) == 2 * all_
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_says(tmp_path):
+  """With the same devices, sampled: the raw text of every sample, and all that is made of it."""
+  how = ("--limit=10", "--samples=2", "--temperature=1", "--zoom=both")
+  ended(start(tmp_path / "one", *how, devices=2))
+  said = ended(start(tmp_path / "two", *how, processes=2))
+  assert "predictions" in said[0] and "predictions" not in said[1], "one of them speaks"
+  one, two = (files_of(tmp_path / name) for name in ("one", "two"))
+  assert one.keys() == two.keys() and len(one) == 10 + 512  # pictures
+  for name in one:
+    assert one[name] == two[name], name
+
+
+@pytest.mark.slow
+def test_the_same_words_are_the_same_predictions(tmp_path, monkeypatch):
+  """An endpoint that says, turn by turn, what the engine has said of the same picture and question."""
+  c, cfg, said, run = tiny.get_config(), asked.Config(slots=8), {}, harness.run
+
+  def spy(policy, params, tasks, *more):
+    judged = run(policy, params, tasks, *more)
+    for j in judged:
+      t = j.trajectory
+      shown = remote.picture(images.decode(t.task.image), t.images[0], policy.model.vision.grid)
+      said[t.task.question, remote._uri(shown)] = [turn for turn in t.turns if turn.role == "assistant"]
+    return judged
+
+  def speak(body):
+    picture_, question = sorted(body["messages"][1]["content"], key=lambda part: part["type"])
+    before = sum(m["role"] == "assistant" for m in body["messages"])
+    turn = said[question["text"], picture_["image_url"]["url"]][before]
+    return turn.text.removesuffix(prompt.END), "stop" if turn.text.endswith(prompt.END) else "length"
+
+  monkeypatch.setattr(harness, "run", spy)
+  ours, = evaluate.evaluate("@tiny", ["needle"], ["-"], str(tmp_path / "ours"), cfg, c, limit=12)
+  server = Server(speak)
+  try:
+    theirs, = evaluate.evaluate("@tiny", ["needle"], ["-"], str(tmp_path / "theirs"), cfg, c, limit=12, url=server.url)
+  finally:
+    server.close()
+  assert ours["summary"] == theirs["summary"] and ours["summary"]["rationale_count"]["value"] > 0
+  lines = [(tmp_path / name / "needle" / "predictions.jsonl").read_text() for name in ("ours", "theirs")]
+  assert lines[0] == lines[1]
 
 
 @pytest.mark.slow

@@ -8,11 +8,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
 # The first entry that begins a module's path gives its floor.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
-    "checks config shapes types data.endpoint data.exact data.official data.tables "
+    "checks config shapes types data.exact data.official data.tables "
     "data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.drawn report.trajectory "
     "run.caches run.compiles run.files run.hlo run.progress run.signals",
-    "data.choice data.mixture data.quantity data.recorded.script eval.compare eval.monitors model.patches "
+    "data.choice data.endpoint data.mixture data.quantity data.recorded.script eval.compare eval.figures "
+    "eval.monitors model.patches "
     "model.sharding model.tuning report.gallery report.page rl.advantage rl.credit rl.loss rl.reward rollout.slots "
     "run.log tiny.needle",
     "asking.desk data.answers data.images data.judge_model data.recorded.chat data.recorded.rollouts learner.optim "

@@ -32,7 +32,6 @@ from virl_jax.asking import desk as desk_lib
 from virl_jax.asking import site
 from virl_jax.data import images
 from virl_jax.report import gallery
-from virl_jax.report import html
 from virl_jax.report import page as page_lib
 from virl_jax.rollout import engine
 from virl_jax.rollout import sample
@@ -41,6 +40,7 @@ from virl_jax.rollout import turns
 from virl_jax.run import files
 from virl_jax.run import setup
 
+_PAGE_ROOM = 32_000_000  # characters of a page: more than one trajectory can have
 _SEGMENT_TOKENS = 8  # that are sampled between two looks at what there is to tell
 
 
@@ -111,8 +111,12 @@ def ask(asked: Callable, task: types.Task, out: str | None = None, stream=None) 
 
 def page(traj: types.Trajectory) -> str:
   """One trajectory as a page that needs nothing beside it, in the report's style; its task's picture is decoded."""
-  entry = gallery.entry(traj, traj.task.image, None, None, None, None, None, None)
-  return html.render(html.Run("A question about a picture", kept=[("", [entry])]))
+  shown = page_lib.Shown(_PAGE_ROOM)
+  shown.add(gallery.entry(traj, traj.task.image, None, None, None, None, None, None), "")
+  looks = len(traj.regions)
+  facts = ["no look" if not looks else "one look" if looks == 1 else f"{looks} looks", "not graded"]
+  values = {"title": "A question about a picture", "facts": facts}
+  return page_lib.render("asked.html.j2", values, shown.data([""], False))
 
 
 class Printer:

@@ -28,6 +28,8 @@ RENAMED = {
     "rollout.threads": ("engine.threads",), "rollout.pad_tokens": ("engine.pad_tokens", "pack.pad_tokens"),
     "rollout.join_rows": ("pack.join_rows",),
     "seed": ("seed", "data.split_seed"),  # it once drew the split, too
+    **{f"curate.endpoint.{name}": (f"endpoint.{name}",)
+       for name in ("model", "timeout_s", "wait_s", "patience_s", "in_flight")},
 }
 # Knobs that were taken out, each with the one value that today's code stands for.
 REMOVED: dict[str, object] = {}
@@ -292,12 +294,13 @@ def _knobs() -> ConfigDict:
   q.most_without = free(0.5)       # share right without zooming, above which a task needs no zoom
   q.least_pass = free(0.1)         # share right with zooms, below which it is too hard; above 0 drops the never solved
   q.most_pass = free(0.9)          # above which it is too easy; below 1 drops the always solved
-  u.endpoint = q = ConfigDict()    # of --endpoint, in place of the engine
-  q.model = free("")               # as it names the policy; "" sends none
-  q.timeout_s = free(300.0)        # for one turn
-  q.wait_s = free(1.0)             # before the second try; then twice as long each time
-  q.patience_s = free(3600.0)      # without any reply, until the program ends
-  q.in_flight = free(32)           # requests at a time
+
+  c.endpoint = q = ConfigDict()    # `--endpoint` of `curate` and `evaluate`, in place of the engine
+  q.model = free("")               # as it names the policy; "" sends none [ours]
+  q.timeout_s = free(300.0)        # for one turn [ours]
+  q.wait_s = free(1.0)             # before the second try; then twice as long each time [ours]
+  q.patience_s = free(3600.0)      # without any reply, until it counts as gone [ours]
+  q.in_flight = free(32)           # requests at a time, of each process [ours]
 
   c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; it refuses a workdir where these differ; all [ours]
   # A warm start ends with the clumsy stage: demonstrations whose boxes are made worse on purpose, so that a base

@@ -115,8 +115,8 @@ def curate(c: config_lib.ConfigDict, data: str, out: str, url: str = "", threads
         "image", "prompt", "rollout")}), "dtype": [c.model.dtype, c.model.compute_dtype]}
     if url:
       p = setup.pieces(c)
-      server = remote.Endpoint(url, u.endpoint, told)
-      asker = policy_lib.by_endpoint(p.policy, server, u.policy, about | {"endpoint": u.endpoint.model})
+      server = remote.Endpoint(url, s.endpoint, told)
+      asker = policy_lib.by_endpoint(p.policy, server, u.policy, about | {"endpoint": s.endpoint.model})
     else:
       loaded = load.base(load.model_dir(c.model.path), c.model.dtype, sharding.make(fsdp=-1, data=1))
       p = setup.assemble(c, weights.read_config(loaded.hf_dir), load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)

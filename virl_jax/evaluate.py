@@ -1,6 +1,7 @@
 """Evaluates a policy on public benchmarks, or scores the predictions of any, by the rules that these are known by.
 
     python -m virl_jax.evaluate --model=runs/v7b --benchmark=vstar,hrbench4k --data=VSTAR,HR/hr_bench_4k.tsv --out=DIR
+    python -m virl_jax.evaluate --endpoint=http://HOST:PORT/v1 --model=HF_DIR --benchmark=vstar --data=VSTAR --out=DIR
     python -m virl_jax.evaluate --score=PREDICTIONS --benchmark=pope --data=POPE/output/coco [--out=DIR]
     python -m virl_jax.evaluate --score=result_direct_attributes.jsonl --benchmark=vstar
     python -m virl_jax.evaluate --compare A/vstar B/vstar [--out=DIR]
@@ -11,6 +12,10 @@ Which benchmarks, layouts and files of predictions there are, and what rule each
 --model is a run's folder, whose own configuration says how it is asked, or an HF folder, with --config=FILE for that.
 DIR/NAME/ then has meta.json, predictions.jsonl (raw text, boxes, seed), results.json, rows.jsonl and report.html.  Stop
 it at any time and give the same command again: it goes on, and ends as if it had not been stopped.
+
+--endpoint has a server write the turns (vLLM, SGLang, ...); the loop, crops and rules stay ours.  Of --model, or else
+of --config's model.path, only the configuration, the shapes and the tokenizer are read then.  What the server gives no
+reply to is not evaluated and no wrong answer: it is counted and named, and the same command asks for it again.
 
 --score needs no model and looks at no picture; --data may be left out where the predictions hold their questions and
 references themselves.  With either, --judge=http://HOST:PORT/v1 --judge_model=NAME has a language model judge answers
@@ -38,6 +43,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from virl_jax import config as config_lib
+from virl_jax.data import endpoint as endpoint_lib
 from virl_jax.data import judge_model
 from virl_jax.eval import asked
 from virl_jax.eval import compare
@@ -47,6 +53,7 @@ from virl_jax.eval.benchmarks import rows as rows_lib
 from virl_jax.eval.benchmarks import table
 from virl_jax.report import benchmark as benchmark_page
 from virl_jax.report import gallery
+from virl_jax.rollout import remote
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 from virl_jax.run import files
@@ -82,14 +89,15 @@ def score(path: str, benchmark: str, data: str | None = None, judge: judge_model
   return _scored(benchmark, read, judge), read
 
 
-def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: asked.Config = asked.Config(),
+def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str, cfg: asked.Config = asked.Config(),
              c: config_lib.ConfigDict | None = None, how: rows_lib.How = rows_lib.How(), limit: int = 0,
              zooms: str = "on", options: str = "shuffled", tables: Sequence[str] = (),
-             judge: judge_model.Judge | None = None) -> list[dict]:
+             judge: judge_model.Judge | None = None, url: str = "", served: str = "") -> list[dict]:
   """Asks a policy, and scores what it says.
 
   Args:
-    model: a run's folder, an HF folder, or "@tiny".
+    model: a run's folder, an HF folder, or "@tiny"; with an endpoint, of which only shapes and tokenizer are read, also
+      None for the `model.path` of `c`.
     benchmarks: keys of `table.BENCHMARKS`.
     data: the file or folder of each.
     out: folder for results; a folder for each benchmark in it.
@@ -101,6 +109,8 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
     options: "shuffled" by `how.seed`, "native", or "both", where a benchmark has the right one in a place of its own.
     tables: which of `predictions.TABLES` to write, too.
     judge: as for `score`; the summary is by the rules of the tasks all the same.
+    url: of an endpoint that is asked in place of the engine; "" for none.
+    served: what the endpoint calls the model; "" for what `endpoint.model` of the configuration says.
 
   Returns:
     What each benchmark's `score` gives, for each way it was asked, with "summary" (`outcome.summary`) of the same
@@ -109,19 +119,28 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
   Raises:
     ValueError: there is no such benchmark or model, or a folder has other predictions.
     judge_model.Unreachable: the judge gives no reply; what the policy said is kept.
+    endpoint.Unreachable: the endpoint gave no reply to some tasks, which are named; all else is written.
   """
   if len(data) != len(benchmarks):
     raise ValueError(f"--data must have a path for each of the {len(benchmarks)} benchmarks. Received: {len(data)}")
   seeds = {"shuffled": (how.seed,), "native": (None,), "both": (how.seed, None)}[options]
   there = [[_usable(path, name, dataclasses.replace(how, seed=seed)) for seed in seeds]
            for name, path in zip(benchmarks, data)]
-  c, loaded, p = setup.of_policy(model, c)
-  params = sample.weights(loaded.params, p.policy.model, p.policy.mesh)
+  if url:
+    c, p = setup.of_endpoint(model, c)
+    server = remote.Endpoint(url, dataclasses.replace(setup.sections(c).endpoint, model=served or c.endpoint.model),
+                             hosts.say)
+    rollout = asked.by_endpoint(server, cfg, p.step.reward)
+    model, step = f"endpoint: {server.cfg.model or 'its only model'}", None
+  else:
+    c, loaded, p = setup.of_policy(model, c)
+    params, step = sample.weights(loaded.params, p.policy.model, p.policy.mesh), loaded.step
+    rollout = asked.by_engine(params, cfg, p.step.reward)
   header = workdir_lib.header(c)
-  fixed = {"model": model, "step": loaded.step, "h0": c.reward.h0, "config": config_lib.flat(
+  fixed = {"model": model, "step": step, "h0": c.reward.h0, "config": config_lib.flat(
       {section: header["config"][section] for section in ("model", "image", "prompt", "rollout")})}
-  told = {key: header[key] for key in ("versions", "device", "devices")}
-  results = []
+  told = {key: header[key] for key in ("versions", "device", "devices")} | ({"endpoint": url} if url else {})
+  results, lost = [], []
   for name, orders in zip(benchmarks, there):
     hosts.say(f"{name}: {orders[0].describe()}")
     if limit:
@@ -136,11 +155,16 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
                                              *([] if zoom else ["without_zoom"])])
         hosts.say(f"{folder.name}: asking {len(about.tasks)} tasks")
         meta = {"fixed": fixed | {"benchmark": name, "zoom": zoom, "options_seed": seed}} | told
-        entries = asked.ask(policy, params, about.tasks, folder, cfg, p.step.reward, meta)
-        read = predictions.of_rows(entries, str(folder / "predictions.jsonl"), name, about)
+        entries = asked.ask(policy, rollout, about.tasks, folder, cfg, meta)
+        unsaid = asked.unsaid(entries)
+        lost += [f"{folder.name}: {each['uid']}: {each['why']}" for each in unsaid["lost"]]
+        if unsaid["lost"] and not any("text" in entry for entry in entries):
+          _lost(url, lost)
+        read = dataclasses.replace(
+            predictions.of_rows(entries, str(folder / "predictions.jsonl"), name, about), rejects=())
         found[zoom] = asked.outcomes(entries, about.tasks)
-        result = _scored(name, read, judge) | {
-            "zoom": zoom, "options_seed": seed, "model": model, "step": loaded.step, "limit": limit,
+        result = _scored(name, read, judge) | unsaid | {
+            "zoom": zoom, "options_seed": seed, "model": model, "step": step, "limit": limit,
             "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap)}
         if len(found) > 1:
           result["zooming_gap"] = _gap(found[False], found[True], c)
@@ -150,8 +174,21 @@ def evaluate(model: str, benchmarks: list[str], data: list[str], out: str, cfg: 
         pages.append((folder, result, read, entries))
       gap = {key: value for key, value in results[-1].items() if key == "zooming_gap"}  # which the first shows, too
       hosts.first(lambda pages=pages, gap=gap: [
-          _page(folder, result | gap, read, said, c.eval.bootstrap) for folder, result, read, said in pages])
+          _page(folder, result | gap, read, said) for folder, result, read, said in pages])
+  _lost(url, lost)
   return results
+
+
+def _lost(url: str, lost: Sequence[str]) -> None:
+  """Ends an evaluation that is not whole.
+
+  Raises:
+    endpoint.Unreachable: some are lost; names them.
+  """
+  if lost:
+    raise endpoint_lib.Unreachable(
+        f"--endpoint {url} gave no reply to {len(lost)} questions ({_some(lost)}). They count as not evaluated, none "
+        "as wrong; what is finished is kept: the same command asks for them again, and for those after them")
 
 
 def compared(a: str, b: str, out: str | None) -> list[dict]:
@@ -210,13 +247,25 @@ def _usable(path: str, benchmark: str, how: rows_lib.How) -> rows_lib.Loaded:
 def _scored(benchmark: str, read: predictions.Read, judge: judge_model.Judge | None) -> dict:
   """What predictions are worth, by the benchmark's rule or, where that does not take them, by a judge."""
   if judge is None:
-    return named(benchmark).score(read.loaded, read.predictions) | {"benchmark": benchmark}
+    return _figures(benchmark, read.loaded, read.predictions)
   _judgeable(benchmark)
   asked_before, unclear_before = judge.asked, judge.unclear
-  result = named(benchmark).score(read.loaded, _judged(read.loaded, read.predictions, judge))
-  return result | {"benchmark": benchmark, "judge": {
+  result = _figures(benchmark, read.loaded, _judged(read.loaded, read.predictions, judge))
+  return result | {"judge": {
       "model": judge.model, "prompt": judge_model.PROMPT_VERSION, "asked": judge.asked - asked_before,
       "unclear": judge.unclear - unclear_before}}
+
+
+def _figures(benchmark: str, loaded: rows_lib.Loaded, found: rows_lib.Predictions) -> dict:
+  """The benchmark's figures: over all samples (Avg@k), and where tasks have several, of what most of them say."""
+  it = named(benchmark)
+  result = it.score(loaded, found) | {"benchmark": benchmark}
+  sizes = [len(samples) for samples in found.values()]
+  if max(sizes, default=0) < 2:
+    return result
+  voted = it.score(loaded, rows_lib.majority(loaded, found, getattr(it, "says", rows_lib.says)))
+  return result | {"samples": {"least": min(sizes), "most": max(sizes)},
+                   "majority": {key: voted[key] for key in ("score", "figures", "intervals")}}
 
 
 def _judgeable(benchmark: str) -> None:
@@ -244,22 +293,23 @@ def _write(folder: epath.Path, result: dict, read: predictions.Read, tables: Seq
   lost = {"layout": read.layout, "strange_predictions": list(read.strange),
           "rejected_rows": [dataclasses.asdict(r) for r in read.loaded.rejects],
           "rejected_predictions": [dataclasses.asdict(r) for r in read.rejects]}
-  files.write_text(folder / "results.json", json.dumps(_bare(result) | lost, indent=1) + "\n")
+  unsaid = {key: result[key] for key in ("skipped", "lost") if key in result}
+  files.write_text(folder / "results.json", json.dumps(_bare(result) | unsaid | lost, indent=1) + "\n")
 
 
-def _page(folder: epath.Path, result: dict, read: predictions.Read, entries: Sequence[dict], bootstrap: int = 2000
-          ) -> None:
+def _page(folder: epath.Path, result: dict, read: predictions.Read, entries: Sequence[dict]) -> None:
   """What can be looked at: tasks and raw answers, and a page of them."""
   said = {(uid, i): {"text": p.text, "boxes": p.boxes} for uid, samples in read.predictions.items()
           for i, p in enumerate(samples)}
-  said |= {(e["uid"], e["sample"]): e for e in entries if "skipped" not in e}
+  said |= {(e["uid"], e["sample"]): e for e in entries if "text" in e}
   shown = benchmark_page.entries(read.loaded.tasks, result["rows"], said)
   lost = {"rows that cannot be used": [f"row {r.row} {r.name}: {r.cause}" for r in read.loaded.rejects],
-          "tasks that cannot be asked": [f"{e['uid']}: {e['skipped']}" for e in entries if "skipped" in e],
+          "tasks that cannot be asked": [f"{e['uid']}: {e['why']}" for e in result.get("skipped", ())],
+          "tasks that the endpoint gave no reply to": [f"{e['uid']}: {e['why']}" for e in result.get("lost", ())],
           "predictions for no row": list(read.strange),
           "predictions that cannot be used": [f"row {r.row} {r.name}: {r.cause}" for r in read.rejects]}
   gallery.save(str(folder / "shown.jsonl"), shown)
-  files.write_text(folder / "report.html", benchmark_page.evaluation(result, shown, lost, bootstrap))
+  files.write_text(folder / "report.html", benchmark_page.evaluation(result, shown, lost))
 
 
 def _tell_compared(found: dict) -> None:
@@ -285,6 +335,9 @@ def _tell(result: dict, read: predictions.Read) -> None:
   lost = {"rows": read.loaded.describe() if read.loaded.rejects else "",
           "predictions for no row": _some(read.strange),
           "predictions that cannot be used": _some([f"row {r.row}: {r.cause}" for r in read.rejects])}
+  lost |= {f"{what}, {len(result[key])} predictions": _some([f"{e['uid']}: {e['why']}" for e in result[key]])
+           for key, what in (("skipped", "cannot be asked"), ("lost", "the endpoint gave no reply"))
+           if result.get(key)}
   if gap := result.get("zooming_gap"):
     value, low, high = (gap["acc_ans"][key] for key in ("value", "low", "high"))
     lost[f"acc_ans with zooms less without, {gap['n']} tasks"] = (
@@ -298,7 +351,7 @@ def _some(names) -> str:
 
 
 def _bare(result: dict) -> dict:
-  return {key: value for key, value in result.items() if key != "rows"}
+  return {key: value for key, value in result.items() if key not in ("rows", "skipped", "lost")}
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -308,6 +361,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   several = lambda name, words: flags.DEFINE_list(name, [], words, flag_values=values)
   text("score", "File of predictions to score, in place of asking a model.")
   text("model", "A run's folder, or an HF folder.")
+  text("endpoint", "Address of an OpenAI-compatible endpoint, http://HOST:PORT/v1, that is asked in place of the "
+       "engine.")
+  text("served_model", "What the endpoint calls the model.")
   several("benchmark", f"Which benchmarks: {', '.join(table.BENCHMARKS)}.")
   several("data", "Each benchmark's own file or folder.")
   text("images", "Folder of the pictures, where they do not lie beside --data.")
@@ -341,13 +397,16 @@ def main(argv):
     return
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  if (args.score is None) == (args.model is None) or not args.benchmark:
-    raise app.UsageError("--benchmark=NAME and either --score=PREDICTIONS or --model=DIR are needed")
+  asks = args.model is not None or args.endpoint is not None
+  if (args.score is None) != asks or not args.benchmark:
+    raise app.UsageError("--benchmark=NAME and either --score=PREDICTIONS, --model=DIR or --endpoint=URL are needed")
+  if args.served_model and not args.endpoint:
+    raise app.UsageError("--served_model is what --endpoint calls the model")
   if (args.judge is None) != (args.judge_model is None):
     raise app.UsageError("--judge and --judge_model go together")
-  if args.model:
+  if asks:
     if not args.out or not args.data:
-      raise app.UsageError("--model needs --data and --out")
+      raise app.UsageError("--model and --endpoint need --data and --out")
     setup.begin()
     with setup.told():
       hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
@@ -355,7 +414,7 @@ def main(argv):
       how = rows_lib.How(args.images, seed=args.seed, store=store)
       cfg = asked.Config(args.seed, args.temperature, args.samples, args.slots)
       evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit, args.zoom,
-               args.options, args.table, _judge(args))
+               args.options, args.table, _judge(args), args.endpoint or "", args.served_model or "")
     return
   with setup.told():
     if len(args.benchmark) > 1 or len(args.data) > 1:

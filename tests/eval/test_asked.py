@@ -59,7 +59,8 @@ def tasks(n, **odd):
 
 
 def ask(folder, these, meta=META, **cfg):
-  return asked.ask(Policy(), {}, these, pathlib.Path(folder), asked.Config(**{"slots": 3} | cfg), reward.Config(), meta)
+  cfg = asked.Config(**{"slots": 3} | cfg)
+  return asked.ask(Policy(), asked.by_engine({}, cfg, reward.Config()), these, pathlib.Path(folder), cfg, meta)
 
 
 def test_what_is_written(tmp_path, played):
@@ -101,11 +102,12 @@ def test_stopped_anywhere_it_ends_as_if_it_had_not_been(tmp_path, played, cfg):
 
 
 def test_on_a_disk_and_in_a_bucket(place, played):
-  folder, these = files.path(place) / "vstar", tasks(5)
-  whole = asked.ask(Policy(), {}, these, folder, asked.Config(slots=2), reward.Config(), META)
+  folder, these, cfg = files.path(place) / "vstar", tasks(5), asked.Config(slots=2)
+  again = lambda: asked.ask(Policy(), asked.by_engine({}, cfg, reward.Config()), these, folder, cfg, META)
+  whole = again()
   data = files.read_bytes(folder / "predictions.jsonl")
   files.write_bytes(folder / "predictions.jsonl", data[:len(data) // 2])
-  assert asked.ask(Policy(), {}, these, folder, asked.Config(slots=2), reward.Config(), META) == whole
+  assert again() == whole
   assert files.read_bytes(folder / "predictions.jsonl") == data
 
 
@@ -134,6 +136,54 @@ def test_other_predictions_are_not_gone_on_with(tmp_path, played, change, said):
 def test_versions_are_told_and_may_change(tmp_path, played):
   ask(tmp_path, tasks(3))
   assert len(ask(tmp_path, tasks(3), META | {"versions": {"jax": "y"}})) == 3
+
+
+class Loses:
+  """Who speaks as the engine that is played does, but gives no reply to some tasks.
+
+  Attributes:
+    lost: uids, which can be changed.
+    asked: chunks that came, by uid.
+  """
+
+  def __init__(self, lost, cfg):
+    self.lost, self.asked, self._speaks = set(lost), [], asked.by_engine({}, cfg, reward.Config())
+
+  def __call__(self, policy, these, chunk, sample):
+    self.asked.append([t.uid for t in these])
+    return [(i, "500 busy" if j.trajectory.task.uid in self.lost else j)
+            for i, j in self._speaks(policy, these, chunk, sample)]
+
+
+def test_what_is_lost_is_no_prediction_and_is_asked_for_again(tmp_path, played):
+  these, cfg = tasks(8, t3={"question": "too long"}), asked.Config(slots=3)
+  ask(tmp_path / "whole", these)
+  speaks = Loses({"t1", "t4"}, cfg)
+  again = lambda: asked.ask(Policy(), speaks, these, tmp_path / "cut", cfg, META)
+  found = again()
+  assert found[1] == {"uid": "t1", "sample": 0, "answer": None, "lost": "500 busy"} and len(found) == 8
+  assert asked.unsaid(found) == {
+      "skipped": [{"uid": "t3", "sample": 0, "why": "its prompt must leave room for a turn"}],
+      "lost": [{"uid": uid, "sample": 0, "why": "500 busy"} for uid in ("t1", "t4")]}
+  assert [o.uid for o in asked.outcomes(found, these)] == ["t0", "t2", "t5", "t6", "t7"]
+  speaks.asked.clear()
+  speaks.lost = {"t1"}
+  assert [e["uid"] for e in again() if "lost" in e] == ["t1"]
+  assert speaks.asked == [["t1"], ["t4"]], "one that stays lost does not keep others from being asked"
+  speaks.lost = set()
+  again()
+  wanted = (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+  assert (tmp_path / "cut" / "predictions.jsonl").read_bytes() == wanted
+
+
+def test_where_nothing_comes_the_rest_is_not_asked(tmp_path, played):
+  these, cfg = tasks(9), asked.Config(slots=3)
+  speaks = Loses({"t3", "t4", "t5"}, cfg)
+  found = asked.ask(Policy(), speaks, these, tmp_path, cfg, META)
+  assert len(found) == 6 and len(speaks.asked) == 2 and sum("lost" in e for e in found) == 3
+  speaks.lost = {"t5"}
+  assert len(asked.ask(Policy(), speaks, these, tmp_path, cfg, META)) == 9
+  assert speaks.asked[2:] == [["t3", "t4", "t5"], ["t6", "t7", "t8"]]
 
 
 def test_outcomes(tmp_path, played):

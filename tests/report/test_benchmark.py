@@ -59,11 +59,21 @@ def test_a_page_of_results(tmp_path):
       "looked", False, "correct")
 
 
-def test_an_interval_stands_only_where_it_is_one():
-  """F1 is no mean of scores: no interval of theirs may stand beside it."""
+def test_each_figure_has_its_own_interval():
   result, shown = _result([_task(i) for i in range(4)], ["red", "red", "blue", "red"])
-  assert re.search(r"accuracy 75.0% [\d.]+ to", _Page(benchmark.evaluation(result, shown, {})).text)
-  assert "accuracy 80.0% 4 of 4" in _Page(benchmark.evaluation(result | {"score": 0.8}, shown, {})).text
+  told = result | {"figures": {"other": 0.5, "accuracy": 0.75},
+                   "intervals": {"other": [0.1, 0.6], "accuracy": [0.2, 0.8]}}
+  page = _Page(benchmark.evaluation(told, shown, {})).text
+  assert "accuracy 75.0% 20.0 to 80.0 4 of 4" in page and "other 50.0% 10.0 to 60.0 accuracy 75.0% 20.0 to 80.0" in page
+  without = told | {"intervals": {"accuracy": None}}
+  assert "accuracy 75.0% 4 of 4" in _Page(benchmark.evaluation(without, shown, {})).text
+
+
+def test_several_samples_and_what_most_of_them_say():
+  result, shown = _result([_task(i) for i in range(4)], ["red", "red", "blue", "red"])
+  voted = {"score": 1.0, "figures": {"accuracy": 1.0}, "intervals": {"accuracy": [0.9, 1.0]}}
+  page = _Page(benchmark.evaluation(result | {"samples": {"least": 3, "most": 4}, "majority": voted}, shown, {})).text
+  assert "Avg@4" in page and "of the majority: accuracy 100.0% 90.0 to 100.0" in page
 
 
 def test_pictures_go_to_wrong_answers_first_and_what_has_none_says_so(tmp_path, monkeypatch):
@@ -129,9 +139,13 @@ def test_hostile_text_is_text(place):
   _put(how, place, _HOSTILE)
   text = benchmark.evaluation(**how)
   page = _safe(text)
-  hidden = place[:2] == ("result", "rows") and place[-1] != "kind" or place[-1] in (
-      "file", "image", "prediction") or "answers" in place and place[0] == "result" or place[-1] == "left_out"
+  hidden = place[:2] == ("result", "rows") or place[-1] in ("file", "image", "left_out")
   assert hidden or "alert(1)" in page.text + json.dumps(_data(text))
+
+
+def test_a_hostile_category_is_text():
+  result, shown = _result([_task(0, kind=_HOSTILE), _task(1)], ["red", "blue"])
+  assert "alert(1)" in _safe(benchmark.evaluation(result, shown, {})).text.partition("Predictions")[0]
 
 
 def test_hostile_text_in_a_comparison_is_text():

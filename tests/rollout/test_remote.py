@@ -13,7 +13,6 @@ from virl_jax import types
 from virl_jax.data import endpoint
 from virl_jax.data import images
 from virl_jax.data import prompt
-from virl_jax.data.curation import stages
 from virl_jax.model import weights
 from virl_jax.rollout import remote
 from virl_jax.rollout import turns
@@ -54,7 +53,7 @@ def server():
 
 def ask(policy, server, tasks, group_size=2, seeds=None, **how):
   said = []
-  cfg = stages.Endpoint(**{"model": "m", "timeout_s": 0.5, "wait_s": 0.01, "in_flight": 3} | how)
+  cfg = endpoint.Config(**{"model": "m", "timeout_s": 0.5, "wait_s": 0.01, "in_flight": 3} | how)
   it = remote.Endpoint(server.url, cfg, said.append)
   seeds = seeds or range(100, 100 + len(tasks) * group_size)
   return remote.rollout(policy, it, tasks, seeds, group_size), it, said
@@ -130,13 +129,34 @@ def test_a_dead_endpoint_is_waited_for_and_then_an_error(policy, server, tasks):
   assert len(found) == 8 and it.retries == 20 and len(said) == 1 and "gives no reply (500 busy): waiting" in said[0]
 
 
+def attempt(policy, server, tasks, **how):
+  cfg = endpoint.Config(**{"model": "m", "timeout_s": 0.5, "wait_s": 0.01, "in_flight": 1} | how)
+  return remote.attempts(policy, remote.Endpoint(server.url, cfg), tasks, range(100, 100 + len(tasks)), 1.0)
+
+
+def test_an_attempt_that_fails_costs_no_other(policy, server, tasks):
+  want = read(ask(policy, server, tasks, 1, range(100, 104))[0])
+  server.faults = [400, 500]
+  first, *rest = attempt(policy, server, tasks)
+  assert first.startswith("400 from http://") and read(rest) == want[1:]
+
+
+def test_an_endpoint_that_is_gone_is_tried_once_for_each(policy, server, tasks):
+  server.faults = [503] * 10 ** 5
+  assert attempt(policy, server, tasks, patience_s=0.2) == ["503 busy"] * 4
+  tries = len(server.bodies)
+  server.faults = [503] * (tries - 1)  # and then it is back, for the last
+  *lost, last = attempt(policy, server, tasks, patience_s=0.2)
+  assert len(lost) == 3 and last.answer is not None
+
+
 def test_a_refusal_is_not_tried_again(policy, server, tasks):
   server.faults = [404]
   with pytest.raises(ValueError, match="--endpoint must take chat completions.*'m'.*404"):
     ask(policy, server, tasks[:1], 1)
   assert len(server.bodies) == 1
   with pytest.raises(ValueError, match="--endpoint must be an address.*localhost"):
-    remote.Endpoint("localhost:8000", stages.Endpoint())
+    remote.Endpoint("localhost:8000", endpoint.Config())
 
 
 @pytest.mark.parametrize("words, stop, n_turns", [

@@ -13,9 +13,38 @@ import os
 import urllib.error
 import urllib.request
 
+from virl_jax import checks
+
 _AGAIN = (408, 409, 425, 429)  # and all from 500 on
 _KEY_VARIABLE = "OPENAI_API_KEY"
 LONGEST_WAIT_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Who is asked in place of the engine, and how patiently; see `config.py`, section `endpoint`.
+
+  Attributes:
+    model: as the endpoint names it.
+    timeout_s: for one turn.
+    wait_s: before the second try; twice as long before each further one, or as the endpoint asks for.
+    patience_s: how long an endpoint may give no reply at all before it counts as gone.
+    in_flight: trajectories, and so requests, at a time.
+  """
+
+  model: str = ""
+  timeout_s: float = 300.0
+  wait_s: float = 1.0
+  patience_s: float = 3600.0
+  in_flight: int = 32
+
+  def __post_init__(self):
+    checks.section(vars(self), "endpoint", model=checks.text, timeout_s=checks.real(above=0), wait_s=checks.real(0),
+                   patience_s=checks.real(0), in_flight=checks.whole(1))
+
+
+class Refused(ValueError):
+  """It does not take the request, and would not if it were asked again."""
 
 
 class Unreachable(RuntimeError):
@@ -57,7 +86,7 @@ def chat(url: str, body: dict, timeout_s: float) -> Said:
 
   Raises:
     Again: the connection failed, the endpoint is busy or broken, or its reply is cut off.
-    ValueError: it refuses the request.
+    Refused: it does not take the request.
   """
   headers = {"Content-Type": "application/json"}
   if os.environ.get(_KEY_VARIABLE):
@@ -71,7 +100,7 @@ def chat(url: str, body: dict, timeout_s: float) -> Said:
   except urllib.error.HTTPError as e:
     words = _body(e)
     if e.code < 500 and e.code not in _AGAIN:
-      raise ValueError(f"{e.code} from {url} ({words[:200]})") from e
+      raise Refused(f"{e.code} from {url} ({words[:200]})") from e
     raise Again(f"{e.code} {words[:100]}", _asked_for(e.headers.get("Retry-After"))) from e
   except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:
     raise Again(f"{type(e).__name__}: {e}") from e  # ValueError: cut off JSON

@@ -4,11 +4,14 @@ A folder has `meta.json`, what the predictions were made with, and `predictions.
 tasks' order.  Tasks are asked in chunks, which are the same however often it was stopped: a chunk that was not written
 whole is asked again, and all that comes of it is the same.  A file that was finished under interruptions is the file
 that would be there without.
+
+Who speaks is our engine, or an endpoint.  What an endpoint gives no reply to is no prediction: the file says so, and
+the next start asks for it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
 import json
@@ -21,6 +24,7 @@ from virl_jax.data import images
 from virl_jax.eval import harness
 from virl_jax.eval import outcome
 from virl_jax.rl import reward
+from virl_jax.rollout import remote
 from virl_jax.rollout import turns
 from virl_jax.run import files
 from virl_jax.run import hosts
@@ -51,6 +55,45 @@ class Config:
                        f"Received: {self.samples}")
 
 
+# (policy, tasks, number of their chunk, sample) -> (index in tasks, what came of it, or why nothing did), of this
+# process.
+Rollout = Callable[[turns.Policy, Sequence[types.Task], int, int], list[tuple[int, harness.Judged | str]]]
+
+
+def by_engine(params: dict, cfg: Config, judged_by: reward.Config) -> Rollout:
+  """Our own engine.
+
+  Args:
+    params: the policy's parameters, as rollouts want them.
+    cfg: how it is asked.
+    judged_by: the reward, for h0.
+  """
+  root = jax.random.key(cfg.seed)
+
+  def rollout(policy, tasks, chunk, sample):
+    del sample
+    key = jax.random.fold_in(root, chunk)
+    judged = harness.run(policy, params, list(tasks), key, cfg.slots, cfg.temperature, judged_by)
+    return [(j.trajectory.index, j) for j in judged]
+
+  return rollout
+
+
+def by_endpoint(server: remote.Endpoint, cfg: Config, judged_by: reward.Config) -> Rollout:
+  """An endpoint; see `by_engine`.  What is sampled for a task depends on the seed, its name and the sample alone."""
+  def rollout(policy, tasks, chunk, sample):
+    del chunk
+    mine = [i for i in range(len(tasks)) if hosts.mine(i)]
+    said = remote.attempts(policy, server, [tasks[i] for i in mine],
+                           [remote.seed(cfg.seed, tasks[i].uid, sample) for i in mine], cfg.temperature)
+    whole = [(i, t) for i, t in zip(mine, said) if not isinstance(t, str)]
+    judged = harness.judge([t for _, t in whole], policy.rollout.max_rounds, judged_by)
+    return [(i, why) for i, why in zip(mine, said) if isinstance(why, str)] + [
+        (i, j) for (i, _), j in zip(whole, judged)]
+
+  return rollout
+
+
 def fingerprint(tasks: Sequence[types.Task]) -> str:
   """The same for the same questions in the same order, options too; not of what is in the pictures."""
   digest = hashlib.blake2b(digest_size=16)
@@ -59,22 +102,23 @@ def fingerprint(tasks: Sequence[types.Task]) -> str:
   return digest.hexdigest()
 
 
-def ask(policy: turns.Policy, params: dict, tasks: Sequence[types.Task], folder: epath.Path, cfg: Config,
-        judged_by: reward.Config, meta: dict) -> list[dict]:
-  """Asks all tasks that have not been asked yet.
+def ask(policy: turns.Policy, rollout: Rollout, tasks: Sequence[types.Task], folder: epath.Path, cfg: Config,
+        meta: dict) -> list[dict]:
+  """Asks all tasks that have no prediction yet.
 
   Args:
     policy: everything but the parameters.
-    params: its parameters, as rollouts want them.
+    rollout: who speaks.
     tasks: what to ask; pictures are decoded when they are needed.
     folder: where it is written down.
     cfg: how it is asked.
-    judged_by: the reward, for h0.
     meta: what else the predictions depend on, ready for JSON, under "fixed"; and what is only told.
 
   Returns:
     What predictions.jsonl holds: uid, sample, answer, text, options, boxes (where it looked), ious, classes, stop,
-    score, seed and tokens; for a task that cannot be asked uid, sample and skipped, the reason.
+    score, seed and tokens; for a task that cannot be asked uid, sample and skipped, the reason; for one that the
+    endpoint gave no reply to uid, sample and lost, the reason.  Where it gave none to any task of a chunk, the rest was
+    not asked, and is missing.
 
   Raises:
     ValueError: the folder has predictions that were made with something else.
@@ -87,15 +131,23 @@ def ask(policy: turns.Policy, params: dict, tasks: Sequence[types.Task], folder:
   found = hosts.first(lambda: _resume(folder, file, meta, sizes))
   if found:
     hosts.say(f"{file} has {len(found)} predictions; going on")
-  root, done = jax.random.key(cfg.seed), len(found)
   for number, ((sample, at), size) in enumerate(zip(chunks, sizes)):
-    if sum(sizes[:number + 1]) <= done:
+    start = sum(sizes[:number])
+    wanted = [i for i in range(size) if start + i >= len(found) or "lost" in found[start + i]]
+    if not wanted:
       continue
-    entries = _chunk(policy, params, tasks[at:at + size], sample, jax.random.fold_in(root, number), cfg, judged_by)
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    hosts.first(lambda lines=lines: files.append(file, lines.encode()))
-    found += entries
-    hosts.say(f"{len(found)} of {sum(sizes)} predictions")
+    entries = _chunk(policy, rollout, [tasks[at + i] for i in wanted], number, sample, cfg)
+    if start < len(found):  # of a start before this one, whose endpoint lost some
+      for i, entry in zip(wanted, entries):
+        found[start + i] = entry
+      hosts.first(lambda found=found: files.write_bytes(file, _lines(found)))
+    else:
+      hosts.first(lambda entries=entries: files.append(file, _lines(entries)))
+      found += entries
+    lost = sum("lost" in entry for entry in entries)
+    hosts.say(f"{len(found)} of {sum(sizes)} predictions" + (f", {lost} of them lost" if lost else ""))
+    if lost and len(entries) == size and all("lost" in entry or "skipped" in entry for entry in entries):
+      break  # the endpoint is gone, or takes nothing
   return found
 
 
@@ -104,7 +156,7 @@ def outcomes(entries: Sequence[dict], tasks: Sequence[types.Task]) -> list[outco
   by_uid = {task.uid: task for task in tasks}
   found = []
   for e in entries:
-    if "skipped" in e:
+    if "skipped" in e or "lost" in e:
       continue
     task = by_uid[e["uid"]]
     found.append(outcome.Outcome(
@@ -112,6 +164,13 @@ def outcomes(entries: Sequence[dict], tasks: Sequence[types.Task]) -> list[outco
         invalid_actions=e["refused"], has_boxes=bool(task.boxes), overlong=e["stop"] == types.StopReason.OVERLONG.value,
         kind=task.kind, answerable=bool(task.answers), answer=e["answer"], score=e["score"]))
   return found
+
+
+def unsaid(entries: Sequence[dict]) -> dict[str, list[dict]]:
+  """The tasks that have no prediction: "skipped", which cannot be asked, and "lost", to which the endpoint gave no
+  reply; each has uid, sample and why."""
+  return {key: [{"uid": e["uid"], "sample": e["sample"], "why": e[key]} for e in entries if key in e]
+          for key in ("skipped", "lost")}
 
 
 def _resume(folder: epath.Path, file: epath.Path, meta: dict, sizes: list[int]) -> list[dict]:
@@ -150,14 +209,19 @@ def _resume(folder: epath.Path, file: epath.Path, meta: dict, sizes: list[int]) 
   return [entry for entry, _ in whole[:keep]]
 
 
-def _chunk(policy, params, tasks, sample, key, cfg, judged_by) -> list[dict]:
+def _lines(entries: Sequence[dict]) -> bytes:
+  return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+
+
+def _chunk(policy, rollout, tasks, number, sample, cfg) -> list[dict]:
   """The predictions of some tasks, in their order."""
   why = {task.uid: unfit(policy, task) for task in tasks}
   fit = [task for task in tasks if why[task.uid] is None]
   said = {}
   if fit:
-    judged = harness.run(policy, params, fit, key, cfg.slots, cfg.temperature, judged_by)
-    mine = [(j.trajectory.index, _entry(j, sample, cfg)) for j in judged]
+    bare = lambda i, why: {"uid": fit[i].uid, "sample": sample, "answer": None, "lost": why}
+    mine = [(i, bare(i, it) if isinstance(it, str) else _entry(it, sample, cfg))
+            for i, it in rollout(policy, fit, number, sample)]
     said = {entry["uid"]: entry for entry in hosts.in_order(mine)}
   return [said.get(task.uid) or {
       "uid": task.uid, "sample": sample, "answer": None, "skipped": why[task.uid]} for task in tasks]

@@ -81,15 +81,15 @@ def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int
   """
   _check(h0, bootstrap)
   top_NK, bottom_NK = terms(outcomes, h0)
-  values_K = _ratio(top_NK.sum(0), bottom_NK.sum(0))
-  samples_SK = _ratio(*_resample(len(outcomes), bootstrap, seed, top_NK, bottom_NK))
+  values_K = ratio(top_NK.sum(0), bottom_NK.sum(0))
+  samples_SK = ratio(*resample(len(outcomes), bootstrap, seed, top_NK, bottom_NK))
   result = {"n": len(outcomes)}
-  result.update({name: _interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS)})
+  result.update({name: interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS)})
   kinds = np.array([outcome.kind for outcome in outcomes], dtype=object)
   result["by_kind"] = {}
   for kind in sorted(set(kinds)):
     rows_N = kinds == kind
-    values = dict(zip(METRICS, _ratio(top_NK[rows_N].sum(0), bottom_NK[rows_N].sum(0))))
+    values = dict(zip(METRICS, ratio(top_NK[rows_N].sum(0), bottom_NK[rows_N].sum(0))))
     result["by_kind"][kind] = {"n": int(rows_N.sum())} | {name: _number(values[name]) for name in _BY_KIND}
   return result
 
@@ -121,11 +121,11 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
   after = paired(before, after)
   both = *terms(before, h0), *terms(after, h0)
   old_top_K, old_bottom_K, new_top_K, new_bottom_K = (term_NK.sum(0) for term_NK in both)
-  values_K = _ratio(new_top_K, new_bottom_K) - _ratio(old_top_K, old_bottom_K)
-  old_top_SK, old_bottom_SK, new_top_SK, new_bottom_SK = _resample(len(before), bootstrap, seed, *both)
-  samples_SK = _ratio(new_top_SK, new_bottom_SK) - _ratio(old_top_SK, old_bottom_SK)
+  values_K = ratio(new_top_K, new_bottom_K) - ratio(old_top_K, old_bottom_K)
+  old_top_SK, old_bottom_SK, new_top_SK, new_bottom_SK = resample(len(before), bootstrap, seed, *both)
+  samples_SK = ratio(new_top_SK, new_bottom_SK) - ratio(old_top_SK, old_bottom_SK)
   return {"n": len(before)} | {
-      name: _interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS) if name in _COMPARED}
+      name: interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS) if name in _COMPARED}
 
 
 def mean(values: Sequence[float], bootstrap: int = 2000, seed: int = 0) -> dict:
@@ -144,9 +144,9 @@ def mean(values: Sequence[float], bootstrap: int = 2000, seed: int = 0) -> dict:
   _check(0.0, bootstrap)
   values_N1 = np.asarray(values, np.float64).reshape(-1, 1)
   n = len(values_N1)
-  samples_SK, = _resample(n, bootstrap, seed, values_N1)
+  samples_SK, = resample(n, bootstrap, seed, values_N1)
   value = values_N1.mean() if n else np.nan
-  return {"n": n} | _interval(value, samples_SK[:, 0] / n if n else np.full(1, np.nan))
+  return {"n": n} | interval(value, samples_SK[:, 0] / n if n else np.full(1, np.nan))
 
 
 def sign_test(better: int, worse: int) -> float:
@@ -267,8 +267,18 @@ def terms(outcomes: list[Outcome], h0: float) -> tuple[np.ndarray, np.ndarray]:
   return top_NK, bottom_NK
 
 
-def _resample(n, bootstrap, seed, *terms):
-  """The sums over each resample of n tasks: one [S, K] for each [N, K]."""
+def resample(n: int, bootstrap: int, seed: int, *terms: np.ndarray) -> list[np.ndarray]:
+  """The sums over each resample of n tasks.
+
+  Args:
+    n: tasks; a resample has as many, drawn with replacement.
+    bootstrap: resamples, S.
+    seed: of the drawing.
+    *terms: float64[N, K] each, what a task adds to K sums.
+
+  Returns:
+    float64[S, K] for each of the terms, of the same resamples.
+  """
   if n == 0:
     return [np.zeros((bootstrap, term_NK.shape[1])) for term_NK in terms]
   rng = np.random.default_rng(seed)
@@ -281,12 +291,18 @@ def _resample(n, bootstrap, seed, *terms):
   return [np.concatenate(parts) for parts in zip(*sums)]
 
 
-def _ratio(top, bottom):
-  """NaN where the denominator is 0."""
+def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+  """float64 of their shape, one by the other; NaN where the denominator is 0."""
   return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom > 0)
 
 
-def _interval(value, samples_S):
+def interval(value: float, samples_S: np.ndarray) -> dict:
+  """{"value", "low", "high"}: a figure between the 2.5th and the 97.5th percentile of its resamples.
+
+  Args:
+    value: NaN where it is not defined.
+    samples_S: float64[S]; those that are NaN are left out.
+  """
   samples_S = samples_S[~np.isnan(samples_S)]
   known = len(samples_S) > 0 and not np.isnan(value)
   low, high = np.percentile(samples_S, (2.5, 97.5)) if known else (np.nan, np.nan)

@@ -193,8 +193,9 @@ def _ours(it: _Found, _):
   it.need("ours")
 
   def take(_, row):
-    if isinstance(row, dict) and "skipped" in row:
-      raise tables.Unusable(f"skipped: {row['skipped']}")
+    for key in ("skipped", "lost"):
+      if isinstance(row, dict) and key in row:
+        raise tables.Unusable(f"{key}: {row[key]}")
     answer = tables.get(row, "answer", "text")
     if answer is not None and not isinstance(answer, str):
       raise tables.Unusable("answer is not text")

@@ -10,7 +10,6 @@ from PIL import Image
 from virl_jax import types
 from virl_jax.data import images
 from virl_jax.eval import compare
-from virl_jax.eval import outcome
 from virl_jax.report import gallery
 from virl_jax.report import page
 
@@ -63,29 +62,18 @@ def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tup
   return found
 
 
-def evaluation(result: dict, shown: Sequence[dict], lost: dict, bootstrap: int = 2000) -> str:
+def evaluation(result: dict, shown: Sequence[dict], lost: dict) -> str:
   """The page of a benchmark's results.
 
   Args:
     result: of the benchmark's `score`, with rows, and what `evaluate` adds.
     shown: of `entries`.
     lost: what was not evaluated: by what it is, a list of lines.
-    bootstrap: resamples for intervals.
 
   Returns:
     A whole HTML document.
   """
-  scores: dict[str, list[float]] = {}
-  kinds = {}
-  for row in result["rows"]:
-    scores.setdefault(row["uid"], []).append(row["score"])
-    kinds[row["uid"]] = row["kind"]
-  of_task = {uid: sum(each) / len(each) for uid, each in scores.items()}
-  whole = outcome.mean(list(of_task.values()), bootstrap)
-  ends = (whole["low"], whole["high"])
-  categories = [(kind, outcome.mean([v for uid, v in of_task.items() if kinds[uid] == kind], bootstrap))
-                for kind in sorted(set(kinds.values()))]
-  is_mean = None not in (whole["value"], result["score"]) and abs(whole["value"] - result["score"]) < 1e-9
+  ends, voted = result["intervals"], result.get("majority")
   trajectories = page.Shown(_ROOM)
   chosen = _chosen(shown)
   for i in sorted(range(len(shown)), key=lambda i: (i not in chosen, i)):
@@ -97,11 +85,14 @@ def evaluation(result: dict, shown: Sequence[dict], lost: dict, bootstrap: int =
       "facts": [fact for fact in (
           f"model {result['model']}" if result.get("model") else "",
           f"step {result['step']}" if result.get("step") else "",
-          "without zooms" if result.get("zoom") is False else "", str(result.get("rule") or ""),
+          "without zooms" if result.get("zoom") is False else "",
+          f"Avg@{result['samples']['most']}" if voted else "", str(result.get("rule") or ""),
           f"judge {result['judge']['model']}" if result.get("judge") else "") if fact],
-      "metric": result["metric"], "score": (result["score"], *(ends if is_mean else (None, None))),
+      "metric": result["metric"], "score": (result["score"], *(ends.get(result["metric"]) or (None, None))),
       "of": f"{result['n']} of {done['rows']} rows evaluated ({100 * done['share']:.2f} %)",
-      "figures": list(_flat(result["figures"])), "categories": categories,
+      "figures": [*_flat(result["figures"], ends),
+                  *(_flat(voted["figures"], voted["intervals"], "of the majority: ") if voted else ())],
+      "categories": list(result["by_kind"].items()),
       "measures": [(name, share, _values(summary[key])) for key, name, share in _MEASURES
                    if key in summary and summary[key]["value"] is not None],
       "gap": [(name, _values(gap[key])) for key, name in (("acc_ans", "Answers right"), ("acc_rat", "Actions right"))
@@ -192,10 +183,10 @@ def _values(measure: dict | None) -> tuple:
   return (None, None, None) if measure is None else tuple(measure.get(key) for key in ("value", "low", "high"))
 
 
-def _flat(tree: dict, prefix: str = ""):
-  """(name, value, whether it is a share) of nested figures."""
+def _flat(tree: dict, ends: dict, prefix: str = ""):
+  """(name, value with its interval, whether it is a share) of nested figures."""
   for key, value in tree.items():
     if isinstance(value, dict):
-      yield from _flat(value, f"{prefix}{key}: ")
+      yield from _flat(value, ends.get(key) or {}, f"{prefix}{key}: ")
     else:
-      yield f"{prefix}{key}", value, isinstance(value, float)
+      yield f"{prefix}{key}", (value, *(ends.get(key) or (None, None))), isinstance(value, float)

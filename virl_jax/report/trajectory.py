@@ -46,7 +46,7 @@ def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
     if box is not None and None not in box:
       left, top, beside = _corner(box, width, height, rows)
       drawn.append({**_place(box), "number": number, "kind": shown["kind"], "left": f"{left:.2f}", "top": f"{top:.2f}",
-                    "beside": beside, "title": f"{shown['call']}: {turn['class'] or 'not graded'}"})
+                    "beside": beside, "title": shown["call"] + (f": {turn['class']}" if turn["class"] else "")})
   known = ("uid", "kind", "question", "options")
   ious = [_measured(turn["iou"]) for turn in item["turns"] if turn["box"] is not None]
   graded = bool(item["boxes_gt"]) and None not in ious

@@ -165,7 +165,7 @@ function draw() {
     it.addEventListener("click", () => go(at + by));
     return it;
   };
-  bar.append(step("←", -1, "previous (k)"), make("span", "fine", `${count(at + 1)} / ${count(shown.length)}`),
+  if (items.length > 1) bar.append(step("←", -1, "previous (k)"), make("span", "fine", `${count(at + 1)} / ${count(shown.length)}`),
              step("→", 1, "next (j)"));
   if (others.length) {
     const select = make("select");
@@ -193,7 +193,7 @@ function draw() {
     bar.append(make("label", "", "tokens by ", select));
   }
   const pair = other === undefined ? [item] : item.run > items[other].run ? [items[other], item] : [item, items[other]];
-  detail.replaceChildren(bar, make("div", pair.length > 1 ? "two" : "one", ...pair.map(i => article(i, pair.length > 1))));
+  detail.replaceChildren(...(bar.childNodes.length ? [bar] : []), make("div", pair.length > 1 ? "two" : "one", ...pair.map(i => article(i, pair.length > 1))));
 }
 
 function article(item, paired) {

@@ -4,8 +4,8 @@ The same prompt, budgets and rules as in the engine (`turns`); the endpoint only
 words and the pictures of our own chat text, turn by turn, so that a server with the model's chat template reads the
 very same; pictures go as they are shown, already of a size that the model keeps, so that boxes mean the same pixels.
 
-An endpoint that does not reply is waited for and asked again, for as long as `curate.endpoint.patience_s` says; then
-it is an error.  No trajectory ends because of a connection.
+An endpoint that does not reply is waited for and asked again, for as long as `endpoint.patience_s` says; then it is an
+error, or no trajectory.  None ends because of a connection.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import io
 import re
 import threading
 import time
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -25,7 +26,6 @@ from PIL import Image
 from virl_jax import types
 from virl_jax.data import endpoint
 from virl_jax.data import prompt
-from virl_jax.data.curation import stages
 from virl_jax.model import patches
 from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import turns
@@ -33,11 +33,13 @@ from virl_jax.rollout import turns
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.S)
 _SAY_EVERY_S = 30.0
 
+T = TypeVar("T")
+
 
 class Endpoint:
   """An endpoint that several threads use, which find out together that it is gone."""
 
-  def __init__(self, url: str, cfg: stages.Endpoint, say: Callable[[str], None] = lambda line: None):
+  def __init__(self, url: str, cfg: endpoint.Config, say: Callable[[str], None] = lambda line: None):
     """Args:
       url: up to and with "/v1".
       cfg: how it is asked.
@@ -47,14 +49,15 @@ class Endpoint:
       raise ValueError(f"--endpoint must be an address, http://HOST:PORT/v1. Received: {url!r}")
     self.url, self.cfg, self._say = url, cfg, say
     self._lock, self._replied, self._told = threading.Lock(), 0.0, 0.0
+    self._gone_s = 0.0  # since it was given up, for how long it had been silent
     self.retries = 0
 
   def ask(self, body: dict) -> endpoint.Said:
     """A reply, however many tries that takes.
 
     Raises:
-      endpoint.Unreachable: none came to anybody for `patience_s`.
-      ValueError: the endpoint refuses the request.
+      endpoint.Unreachable: none came to anybody for `patience_s`; from then on until there is one, at the first try.
+      endpoint.Refused: the endpoint does not take the request.
     """
     wait_s, began = self.cfg.wait_s, time.monotonic()
     while True:
@@ -64,11 +67,11 @@ class Endpoint:
         self._wait(e, wait_s, began)
         wait_s = min(2 * wait_s, endpoint.LONGEST_WAIT_S)
         continue
-      except ValueError as e:
-        raise ValueError(f"--endpoint must take chat completions with pictures of {self.cfg.model!r} "
-                         f"(config.curate.endpoint.model). Received: {e}") from e
+      except endpoint.Refused as e:
+        raise endpoint.Refused(f"--endpoint must take chat completions with pictures of {self.cfg.model!r} "
+                               f"(config.endpoint.model). Received: {e}") from e
       with self._lock:
-        self._replied = time.monotonic()
+        self._replied, self._gone_s = time.monotonic(), 0.0
       return said
 
   def _wait(self, e: endpoint.Again, wait_s: float, began: float) -> None:
@@ -76,10 +79,11 @@ class Endpoint:
       self.retries += 1
       now = time.monotonic()
       silent_s = now - max(self._replied, began)
-      if silent_s > self.cfg.patience_s:
+      if self._gone_s or silent_s > self.cfg.patience_s:
+        self._gone_s = self._gone_s or silent_s
         raise endpoint.Unreachable(
-            f"--endpoint {self.url} has given no reply for {silent_s:.0f} s (the last: {e}). Nothing was counted as "
-            "wrong; what is finished is kept: start again when it is back") from e
+            f"--endpoint {self.url} has given no reply for {self._gone_s:.0f} s (the last: {e}). Nothing was counted "
+            "as wrong; what is finished is kept: start again when it is back") from e
       if now - self._told > _SAY_EVERY_S:
         self._told = now
         self._say(f"{self.url} gives no reply ({e}): waiting, for {silent_s:.0f} s until now")
@@ -106,22 +110,55 @@ def rollout(policy: turns.Policy, server: Endpoint, tasks: Sequence[types.Task],
     endpoint.Unreachable: see `Endpoint.ask`.
   """
   heat = policy.rollout.temperature if temperature is None else temperature
+  return _at_once(server, len(tasks) * group_size,
+                  lambda i: _one(policy, server, tasks[i // group_size], i, seeds[i], heat))
+
+
+def attempts(policy: turns.Policy, server: Endpoint, tasks: Sequence[types.Task], seeds: Sequence[int],
+             temperature: float) -> list[types.Trajectory | str]:
+  """Rolls out every task once, whatever becomes of the others.
+
+  Args:
+    policy, server, tasks, seeds, temperature: as for `rollout`.
+
+  Returns:
+    The trajectory of each task, with a stop reason; or in words why there is none: the endpoint gave no reply, or does
+    not take what it is asked.
+
+  Raises:
+    ValueError: a task cannot be asked (see `turns.begin`).
+  """
+  def one(i: int) -> types.Trajectory | str:
+    try:
+      return _one(policy, server, tasks[i], i, seeds[i], temperature)
+    except (endpoint.Unreachable, endpoint.Refused) as e:
+      return str(e.__cause__)
+
+  return _at_once(server, len(tasks), one)
+
+
+def seed(*of: object) -> int:
+  """31 bits that depend on what a sample is of, and on nothing else."""
+  return int.from_bytes(hashlib.blake2b(" ".join(map(str, of)).encode(), digest_size=4).digest()) >> 1
+
+
+def _at_once(server: Endpoint, n: int, one: Callable[[int], T]) -> list[T]:
+  """What `one` makes of 0 to n - 1, as many at a time as the endpoint may be asked."""
   pool = futures.ThreadPoolExecutor(server.cfg.in_flight)
-  one = lambda i: _one(policy, server, tasks[i // group_size], i, seeds[i], heat)
   try:
-    return list(pool.map(one, range(len(tasks) * group_size)))
+    return list(pool.map(one, range(n)))
   finally:
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _one(policy, server, task, index, seed, temperature) -> types.Trajectory:
+def _one(policy, server, task, index, at, temperature) -> types.Trajectory:
   """One trajectory from its prompt to its end."""
   row = turns.begin(policy, task).row(index)
   words = prompt.render(task.question, task.options, policy.prompt, policy.actions)
   while True:
     shown = [_uri(picture(row.picture, image, policy.model.vision.grid)) for image in row.traj.images]
     body = {"model": server.cfg.model, "messages": messages(words, shown), "temperature": temperature,
-            "max_tokens": turns.left(policy, row), "seed": _seed(seed, row.turn)}
+            "max_tokens": turns.left(policy, row), "seed": seed(at, row.turn)}
     _hear(policy, row, server.ask(body))
     reply = turns.read(policy, row)
     if reply is None:
@@ -180,7 +217,3 @@ def _uri(image: Image.Image) -> str:
   out = io.BytesIO()
   image.save(out, "PNG", compress_level=1)
   return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
-def _seed(seed: int, turn: int) -> int:
-  return int.from_bytes(hashlib.blake2b(f"{seed} {turn}".encode(), digest_size=4).digest()) >> 1

@@ -79,7 +79,7 @@ def policy(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = N
   Raises:
     ValueError: there is no policy at that path.
   """
-  if path != "@tiny" and _is_run(path):
+  if is_run(path):
     return trained(path, step, mesh)
   if step is not None:
     raise ValueError(f"step {step} can be chosen only in a run's folder. Received: {path}")
@@ -187,7 +187,7 @@ def of_config(c: config_lib.ConfigDict, model: family.Config) -> family.Config:
       tuning=tuning.Config(c.lora.rank, c.lora.alpha, tuple(c.lora.targets), c.model.freeze_vision))
 
 
-def _is_run(path: str) -> bool:
+def is_run(path: str) -> bool:
   """Whether a folder's config.json is a run's, not a model's."""
   try:
     found = json.loads(files.read_text(files.path(path) / "config.json"))

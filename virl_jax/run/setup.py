@@ -21,6 +21,7 @@ from virl_jax import checks
 from virl_jax import config as config_lib
 from virl_jax import shapes
 from virl_jax import types
+from virl_jax.data import endpoint
 from virl_jax.data import images
 from virl_jax.data import mixture
 from virl_jax.data import prompt
@@ -49,6 +50,7 @@ from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import signals
 from virl_jax.run import watch
+from virl_jax.run import workdir as workdir_lib
 from virl_jax.tiny import needle
 from virl_jax.tiny import source as tiny_source
 
@@ -153,6 +155,7 @@ class Sections:
   monitor: monitors.Config
   watch: watch.Config
   curate: curation.Config
+  endpoint: endpoint.Config
 
 
 def sections(c: config_lib.ConfigDict) -> Sections:
@@ -218,7 +221,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
       engine=slots.Config(**c.engine), reward=reward.Config(**c.reward), credit=credit.Config(**c.credit),
       advantage=advantage.Config(**c.advantage), loss=loss.Config(**c.loss), optim=optim.OptimConfig(**c.optim),
       monitor=monitors.Config(**c.monitor), watch=watch.Config(**c.watch),
-      curate=curation.config(c.curate))
+      curate=curation.config(c.curate), endpoint=endpoint.Config(**c.endpoint))
   _combinations(c)
   return found
 
@@ -323,13 +326,38 @@ def of_policy(path: str, c: config_lib.ConfigDict | None = None
     ValueError: there is no policy at that path, a run is given another configuration, or a piece does not fit.
   """
   loaded = load.policy(path, (c or config_lib.default()).model.dtype)
-  if loaded.config is not None and c is not None:
-    raise ValueError(f"--config must be left out for {path}: a run has its own")
-  c = config_lib.ConfigDict((loaded.config or c or config_lib.default()).to_dict())
-  if loaded.config is None:
-    c.model.path = path
+  c = _of_policy(path, loaded.config, c)
   model = weights.read_config(loaded.hf_dir)
   return c, loaded, assemble(c, model, load.codec(loaded.hf_dir, loaded.model), loaded.hf_dir)
+
+
+def of_endpoint(path: str | None, c: config_lib.ConfigDict | None = None) -> tuple[config_lib.ConfigDict, Pieces]:
+  """What a policy that an endpoint serves is asked with; no weights are read.
+
+  Args:
+    path: a run's folder, an HF folder, or "@tiny", for its shapes and its tokenizer; None for the configuration's
+      `model.path`.
+    c: as for `of_policy`.
+
+  Returns:
+    The configuration, a copy, and the pieces.
+
+  Raises:
+    ValueError: as `of_policy` has it.
+  """
+  own = workdir_lib.config(path) if path and load.is_run(path) else None
+  c = _of_policy(path or (c or config_lib.default()).model.path, own, c)
+  return c, pieces(c)
+
+
+def _of_policy(path: str, own: config_lib.ConfigDict | None, c: config_lib.ConfigDict | None) -> config_lib.ConfigDict:
+  """A run's own configuration, or that for an HF folder, which it names."""
+  if own is not None and c is not None:
+    raise ValueError(f"--config must be left out for {path}: a run has its own")
+  found = config_lib.ConfigDict((own or c or config_lib.default()).to_dict())
+  if own is None:
+    found.model.path = path
+  return found
 
 
 def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec | None, hf_dir: str, devices=None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import hashlib
 
 import jax
 
@@ -91,7 +90,7 @@ def ask(asker: Asker, tasks: Sequence[types.Task], cfg: stages.Policy, seed: int
   for name, samples, zooms in (("with", cfg.with_zoom, True), ("without", cfg.without_zoom, False)):
     if not samples or not fit:
       continue
-    seeds = [_seed(seed, tasks[i].provenance, name, k) for i in fit for k in range(samples)]
+    seeds = [remote.seed(seed, tasks[i].provenance, name, k) for i in fit for k in range(samples)]
     said = asker.rollout([tasks[i] for i in fit], seeds, samples, zooms)
     answers.grade(said)
     lines = [(t.index, _line(t)) for t in said]
@@ -102,9 +101,3 @@ def ask(asker: Asker, tasks: Sequence[types.Task], cfg: stages.Policy, seed: int
 
 def _line(t: types.Trajectory) -> dict:
   return {"score": t.worth, "zooms": len(t.regions), "stop": t.stop.value if t.stop else None, "answer": t.answer}
-
-
-def _seed(seed: int, provenance: str, name: str, sample: int) -> int:
-  """31 bits."""
-  words = f"{seed} {provenance} {name} {sample}".encode()
-  return int.from_bytes(hashlib.blake2b(words, digest_size=4).digest()) >> 1

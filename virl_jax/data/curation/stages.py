@@ -31,29 +31,6 @@ class Policy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Endpoint:
-  """Whom to ask in place of the engine, and how patiently; see `config.py`, section `curate.endpoint`.
-
-  Attributes:
-    model: as the endpoint names it.
-    timeout_s: for one turn.
-    wait_s: before the second try; twice as long before each further one, or as the endpoint asks for.
-    patience_s: how long an endpoint may give no reply at all before that is an error.
-    in_flight: trajectories, and so requests, at a time.
-  """
-
-  model: str = ""
-  timeout_s: float = 300.0
-  wait_s: float = 1.0
-  patience_s: float = 3600.0
-  in_flight: int = 32
-
-  def __post_init__(self):
-    checks.section(vars(self), "curate.endpoint", model=checks.text, timeout_s=checks.real(above=0),
-                   wait_s=checks.real(0), patience_s=checks.real(0), in_flight=checks.whole(1))
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
   """All of it; see `config.py`, section `curate`."""
 
@@ -62,7 +39,6 @@ class Config:
   rules: rules_lib.Config
   policy: Policy
   band: band_lib.Config
-  endpoint: Endpoint
 
   def __post_init__(self):
     pairs = lambda v: checks.texts[0](v) and all(len(entry.split("=")) in (2, 3) for entry in v)
@@ -78,4 +54,4 @@ def config(c: Mapping) -> Config:
     ValueError: names the key, what was wanted and what came.
   """
   return Config(c["shard_tasks"], c["benchmarks"], rules_lib.Config(**c["rules"]), Policy(**c["policy"]),
-                band_lib.Config(**c["filter"]), Endpoint(**c["endpoint"]))
+                band_lib.Config(**c["filter"]))

@@ -57,6 +57,7 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
 
   Returns:
     As `rows.result`; figures: average (over cycles), each category (over cycles), mean_of_categories, pooled, cycles.
+    The cycles of a question are drawn together for intervals.
 
   Source: VLMEvalKit's report, whose "Average" is the mean over cycles of each cycle's pooled accuracy.
   """
@@ -68,7 +69,13 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
   figures = {"average": over(None)} | {kind: over(kind) for kind in kinds}
   figures |= {"mean_of_categories": rows_lib.means(over(kind) for kind in kinds), "pooled": rows_lib.mean(rows),
               "cycles": {cycle: rows_lib.mean(found) for cycle, found in cycles.items()}}
-  return rows_lib.result("hrbench", RULE, "average", loaded, rows, figures)
+  return rows_lib.result("hrbench", RULE, "average", loaded, rows, figures,
+                         lambda uid: _question(uid, loaded.group.get(uid, "")))
+
+
+def _question(uid: str, cycle: str) -> str:
+  """The index of a question's first cycle: indices count in fours."""
+  return str(int(uid) - int(cycle)) if uid.isdecimal() and cycle.isdecimal() else uid
 
 
 def _of_row(reader, row):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from virl_jax.eval.benchmarks import rows as rows_lib
 from virl_jax.tiny import needle
 
@@ -13,11 +15,12 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
   Args:
     path: of no use here.
-    how: of no use here.
+    how: where pictures are kept; the rest is of no use here.
   """
-  del path, how
+  del path
   cfg = needle.Config()
-  return rows_lib.Loaded(tuple(needle.draw(cfg.seed, "test", i, cfg)[0] for i in range(cfg.test_size)))
+  tasks = (needle.draw(cfg.seed, "test", i, cfg)[0] for i in range(cfg.test_size))
+  return rows_lib.Loaded(tuple(dataclasses.replace(t, image=rows_lib.keep(t.image, how.store)) for t in tasks))
 
 
 def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:

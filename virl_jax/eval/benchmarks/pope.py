@@ -18,6 +18,7 @@ import re
 
 from virl_jax import types
 from virl_jax.data import tables
+from virl_jax.eval import figures as figures_lib
 from virl_jax.eval.benchmarks import rows as rows_lib
 
 SPLITS = ("random", "popular", "adversarial")
@@ -69,31 +70,39 @@ def says_yes(text: str) -> bool:
   return not {"No", "not", "no"} & set(words)
 
 
+def says(task: types.Task, text: str) -> str:
+  """What an answer amounts to: for a vote among samples."""
+  del task
+  return "yes" if says_yes(text) else "no"
+
+
 def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
   """Accuracy, precision, recall, F1 and share of yes for each split, and their means.
 
   Returns:
     As `rows.result`; figures: accuracy, precision, recall, F1, yes_ratio (means over splits), splits (with n, TP, FP,
-    TN, FN).  Yes is positive.
+    TN, FN).  Yes is positive.  Questions about an image, of all splits, are drawn together for intervals.
   """
   yes = lambda task: task.answers[0] == "yes"
   rows = rows_lib.scored(loaded, predictions, lambda task, p: says_yes(p.text) == yes(task))
-  splits = {group: counts([(says_yes(r["prediction"]), r["answers"][0] == "yes") for r in found])
-            for group, found in rows_lib.split(rows, "group").items()}
+  images = {task.uid: task.image or task.uid for task in loaded.tasks}
+  splits = {group: _figures(found) for group, found in rows_lib.split(rows, "group").items()}
   figures = {name: rows_lib.means(s[name] for s in splits.values())
              for name in ("F1", "accuracy", "precision", "recall", "yes_ratio")}
-  return rows_lib.result("pope", RULE, "F1", loaded, rows, figures | {"splits": splits})
+  return rows_lib.result("pope", RULE, "F1", loaded, rows, figures | {"splits": splits}, images.get)
 
 
-def counts(pairs: list[tuple[bool, bool]]) -> dict:
-  """Figures of pairs (said yes, is yes); None where there is nothing to divide by."""
-  tp, fp = sum(said and is_ for said, is_ in pairs), sum(said and not is_ for said, is_ in pairs)
-  fn, n = sum(is_ and not said for said, is_ in pairs), len(pairs)
-  tn = n - tp - fp - fn
-  share = lambda a, b: a / b if b else None
-  return {"n": n, "TP": tp, "FP": fp, "TN": tn, "FN": fn, "accuracy": share(tp + tn, n),
-          "precision": share(tp, tp + fp), "recall": share(tp, tp + fn), "F1": share(2 * tp, 2 * tp + fp + fn),
-          "yes_ratio": share(tp + fp, n)}
+def _figures(rows: list[dict]) -> dict:
+  """Counts and figures of a split."""
+  says = lambda row: says_yes(row["prediction"])
+  is_ = lambda row: row["answers"][0] == "yes"
+  hit = lambda row: float(says(row) and is_(row))
+  count = lambda said, true: sum((says(row), is_(row)) == (said, true) for row in rows)
+  return {"n": len(rows), "TP": count(True, True), "FP": count(True, False), "TN": count(False, False),
+          "FN": count(False, True), "accuracy": rows_lib.mean(rows), "precision": figures_lib.ratio(rows, hit, says),
+          "recall": figures_lib.ratio(rows, hit, is_),
+          "F1": figures_lib.ratio(rows, lambda row: 2 * hit(row), lambda row: float(says(row)) + is_(row)),
+          "yes_ratio": figures_lib.ratio(rows, says)}
 
 
 def _task(reader, row, group):

@@ -4,6 +4,7 @@ A benchmark is a module with
 
     load(path, how) -> Loaded                what its files ask, in any of the layouts that it comes in
     score(loaded, predictions) -> dict       what predictions are worth, by the rule that it is known by
+    says(task, text) -> str                  where its rule reads answers as no other does: see `says` here
 
 A row that cannot be used is counted and named; the others are evaluated, and the share of rows that were stands beside
 the score.  So does a prediction that is missing: it is not wrong, it is not there.
@@ -11,6 +12,7 @@ the score.  So does a prediction that is missing: it is not wrong, it is not the
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import hashlib
@@ -20,8 +22,11 @@ import numpy as np
 
 from virl_jax import types
 from virl_jax.data import answers
+from virl_jax.data import choice
+from virl_jax.data import exact
 from virl_jax.data import images
 from virl_jax.data import tables
+from virl_jax.eval import figures as figures_lib
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -196,15 +201,21 @@ class Reader:
     return self._sizes[image]
 
   def _keep(self, data: bytes) -> bytes | str:
-    if self.how.store is None:
-      return data
-    path = os.path.join(self.how.store, hashlib.blake2b(data, digest_size=16).hexdigest())
-    if not os.path.isfile(path) or os.path.getsize(path) != len(data):
-      os.makedirs(self.how.store, exist_ok=True)
-      with open(path + ".part", "wb") as file:
-        file.write(data)
-      os.replace(path + ".part", path)
-    return path
+    return keep(data, self.how.store)
+
+
+def keep(data: bytes, store: str | None) -> bytes | str:
+  """Writes a picture into a folder, once; its path, or the picture itself where there is no folder."""
+  if store is None:
+    return data
+  path = os.path.join(store, hashlib.blake2b(data, digest_size=16).hexdigest())
+  if not os.path.isfile(path) or os.path.getsize(path) != len(data):
+    os.makedirs(store, exist_ok=True)
+    part = f"{path}.{os.getpid()}.part"  # several processes may write it
+    with open(part, "wb") as file:
+      file.write(data)
+    os.replace(part, path)
+  return path
 
 
 def options_of(row: dict[str, str], letters: str = LETTERS[:8]) -> tuple[str, ...]:
@@ -268,7 +279,36 @@ def scored(loaded: Loaded, predictions: Predictions,
   return found
 
 
-def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], figures: dict) -> dict:
+def says(task: types.Task, text: str) -> str:
+  """What an answer amounts to, so that two that mean the same are the same: an option's letter, or its plain text."""
+  if task.options:
+    picked = choice.letter(text, task.options)
+    same = [i for i, option in enumerate(task.options) if exact.same(text, option)]
+    if picked is not None or same:
+      return LETTERS[same[0] if picked is None else picked]
+  return exact.normalize(text)
+
+
+def vote(said: Sequence[str]) -> int:
+  """The place of the first that says what most say; of a tie, what was said first."""
+  return said.index(collections.Counter(said).most_common(1)[0][0])  # in the order in which they came
+
+
+def majority(loaded: Loaded, predictions: Predictions, says: Callable[[types.Task, str], str] = says) -> Predictions:
+  """Of each task's samples the one that says what most say.
+
+  Args:
+    loaded: the tasks.
+    predictions: by uid.
+    says: what an answer amounts to.
+  """
+  tasks = {task.uid: task for task in loaded.tasks}
+  return {uid: samples and [samples[vote([says(tasks[uid], p.text) for p in samples])]]
+          for uid, samples in predictions.items() if uid in tasks}
+
+
+def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], figures: dict,
+           drawn_with: Callable[[str], str] = lambda uid: uid) -> dict:
   """What `score` returns.
 
   Args:
@@ -277,44 +317,58 @@ def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], 
     metric: which of the figures is the one to quote.
     loaded: the tasks.
     rows: of `scored`.
-    figures: shares in [0, 1], nested by what they are of; None where there is nothing to divide by.
+    figures: shares in [0, 1], nested by what they are of: of `eval.figures`, and counts.
+    drawn_with: of a task's uid, what it is drawn together with for intervals.
 
   Returns:
-    {"benchmark", "rule", "metric", "score", "n", "evaluated", "figures", "rows"}, ready for JSON.
+    {"benchmark", "rule", "metric", "score", "n", "evaluated", "figures", "intervals", "by_kind", "rows"}, ready for
+    JSON; an interval is [low, high] under the names of its figure; by_kind has of each category n, its tasks, and the
+    value of its mean score, low and high.
   """
   done = {row["uid"] for row in rows}
+  kinds = split(rows, "kind")
+  of_kind = {kind: mean(found) for kind, found in kinds.items()}
+  intervals = figures_lib.intervals({"figures": figures, "kinds": of_kind}, drawn_with)  # of the same resamples
+  ends, intervals = intervals["kinds"], intervals["figures"]
+  by_kind = {kind: {"n": len({row["uid"] for row in found}), "value": of_kind[kind].value, "low": ends[kind][0],
+                    "high": ends[kind][1]} for kind, found in kinds.items()}
+  figures = figures_lib.values(figures)
   return {
       "benchmark": name, "rule": rule, "metric": metric, "score": figures[metric], "n": len(done),
       "evaluated": {"rows": loaded.n_rows, "rejected": len(loaded.rejects),
                     "without_answers": sum(not t.answers for t in loaded.tasks),
                     "without_prediction": sum(bool(t.answers) and t.uid not in done for t in loaded.tasks),
                     "share": len(done) / loaded.n_rows if loaded.n_rows else 0.0},
-      "figures": figures, "rows": rows}
+      "figures": figures, "intervals": intervals, "by_kind": by_kind, "rows": rows}
 
 
 def table(result: dict) -> str:
   """The figures of a result for a terminal, in percent where they are shares, and what was evaluated."""
   lines = [f"{result['benchmark']}: {result['rule']}"] if result["rule"] else [result["benchmark"]]
-  flat = list(_flat(result["figures"]))
+  flat, ends = list(_flat(result["figures"])), dict(_flat(result["intervals"]))
   width = max(len(name) for name, _ in flat)
-  lines += [f"  {name.ljust(width)}  {_shown(value)}" for name, value in flat]
+  lines += [f"  {name.ljust(width)}  {_shown(value)}{_between(ends.get(name))}" for name, value in flat]
   done = result["evaluated"]
   left_out = [f"{done[key]} {key.replace('_', ' ')}" for key in ("rejected", "without_answers", "without_prediction")
               if done[key]]
+  if most := result.get("samples", {}).get("most"):
+    voted = result["majority"]
+    lines.append(f"  Avg@{most}: all of this is over {most} samples of a task; of what most of them say, "
+                 f"{result['metric']} is {_shown(voted['score']).strip()}"
+                 f"{_between(voted['intervals'].get(result['metric']))}")
   lines.append(f"  {result['n']} of {done['rows']} rows evaluated ({100 * done['share']:.2f} %)"
                + (f": {', '.join(left_out)}" if left_out else ""))
   return "\n".join(lines)
 
 
-def mean(rows: Sequence[dict], key: str = "score") -> float | None:
-  """The mean of a number; None of no rows."""
-  return float(np.mean([row[key] for row in rows])) if rows else None
+def mean(rows: Sequence[dict], key: str = "score") -> figures_lib.Ratio:
+  """The mean of a number over predictions."""
+  return figures_lib.ratio(rows, lambda row: row[key])
 
 
-def means(values: Iterable[float | None]) -> float | None:
-  """The mean of means; None if there is none."""
-  known = [v for v in values if v is not None]
-  return float(np.mean(known)) if known else None
+def means(parts: Iterable[figures_lib.Ratio | figures_lib.Mean]) -> figures_lib.Mean:
+  """The mean of means."""
+  return figures_lib.Mean(tuple(parts))
 
 
 def split(rows: Sequence[dict], key: str) -> dict[str, list[dict]]:
@@ -335,6 +389,10 @@ def _flat(tree: dict, prefix: str = ""):
 
 def _shown(value) -> str:
   return "-" if value is None else f"{100 * value:8.4f} %" if isinstance(value, float) else f"{value!s:>8}"
+
+
+def _between(ends: Sequence[float] | None) -> str:
+  return "" if ends is None else f"  [{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]"
 
 
 def _finite(value) -> bool:

@@ -12,6 +12,7 @@ import os
 from virl_jax import types
 from virl_jax.data import exact
 from virl_jax.data import tables
+from virl_jax.eval import figures as figures_lib
 from virl_jax.eval.benchmarks import rows as rows_lib
 
 RULE = ("the answer is the reference as a whole, by `exact` (the publishers ask a model to judge); Avg@k: the mean "
@@ -48,20 +49,20 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
     As `rows.result`; figures: average, majority, samples (the least and the most of a task), levels (average).
   """
   rows = rows_lib.scored(loaded, predictions)
-  tasks = list(rows_lib.split(rows, "uid").values())
-  level = rows_lib.split([{"kind": t[0]["kind"], "score": rows_lib.mean(t)} for t in tasks], "kind")
-  figures = {"average": rows_lib.means(map(rows_lib.mean, tasks)),
-             "majority": rows_lib.means(_majority(t)["score"] for t in tasks),
-             "samples": [min(map(len, tasks), default=0), max(map(len, tasks), default=0)],
-             "levels": {kind: rows_lib.mean(found) for kind, found in level.items()}}
+  tasks = rows_lib.split(rows, "uid")
+  sizes = [len(found) for found in tasks.values()]
+  # Each sample counts as its part of the task, whatever number of samples that has.
+  average = lambda found: figures_lib.ratio(found, lambda row: row["score"] / len(tasks[row["uid"]]),
+                                            lambda row: 1 / len(tasks[row["uid"]]))
+  figures = {"average": average(rows), "majority": rows_lib.mean([_majority(found) for found in tasks.values()]),
+             "samples": [min(sizes, default=0), max(sizes, default=0)],
+             "levels": {kind: average(found) for kind, found in rows_lib.split(rows, "kind").items()}}
   return rows_lib.result("visualprobe", RULE, "average", loaded, rows, figures)
 
 
 def _majority(samples):
-  """The first of the samples that say what most say; of a tie, what was said first."""
-  said = [exact.normalize(s["prediction"]) for s in samples]
-  most = collections.Counter(said).most_common(1)[0][0]  # in the order in which they came
-  return samples[said.index(most)]
+  """The first of the samples that say what most say."""
+  return samples[rows_lib.vote([exact.normalize(s["prediction"]) for s in samples])]
 
 
 def _task(reader, row, uid):
