@@ -101,7 +101,7 @@ def until_killed(out: pathlib.Path, processes: int, moment_s: float, args, env: 
 
 def killed(out: pathlib.Path, processes: int, kills: int, seconds: tuple[float, float], rng: random.Random, args, env
            ) -> list[dict]:
-  """An evaluation that is killed so often on its way to its end, each time at a random moment; it then goes on to it."""
+  """An evaluation that is killed so often on its way to its end, each time at a random moment."""
   found, (first_s, end_s) = [], seconds
   while len(found) < kills:
     one = until_killed(out, processes, rng.uniform(0.9 * first_s, end_s), args, env)
