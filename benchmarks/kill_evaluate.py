@@ -1,11 +1,11 @@
 """Evaluations that are killed at random moments and started again, and that two processes make: the same files.
 
-    python benchmarks/kill_evaluate.py --kills=10 --out=runs/kill_evaluate
+    python benchmarks/kill_evaluate.py --kills=7 --out=runs/kill_evaluate
 
 The tiny base is asked needle questions, with zooms and without.  Whatever comes of it must be an undisturbed run's,
-byte for byte: predictions, what each was worth, results, pages, pictures.  SIGKILL goes to the one process there is,
-or, in the second half, to one of two, of which the other must end by itself.  What is not the same is named, and the
-script fails.
+byte for byte: predictions, what each was worth, results, pages, pictures.  SIGKILL goes to the one process there is, or
+to one of two, of which the other must end by itself; at a random moment between shortly before the first predictions
+are written and the end.  What is not the same is named, and the script fails.
 """
 
 from __future__ import annotations
@@ -53,12 +53,17 @@ def wait(running: list[subprocess.Popen]) -> list[int]:
       process.kill()
 
 
-def whole(out: pathlib.Path, processes: int, args, env: dict[str, str]) -> float:
-  """An undisturbed evaluation; returns its seconds."""
-  began = time.perf_counter()
-  if any(wait(start(out, processes, args, env))):
+def whole(out: pathlib.Path, processes: int, args, env: dict[str, str]) -> tuple[float, float]:
+  """An undisturbed evaluation; seconds until its first predictions are written, and until its end."""
+  began, first_s = time.perf_counter(), None
+  running = start(out, processes, args, env)
+  while first_s is None and running[0].poll() is None:
+    time.sleep(0.1)
+    if predictions(out):
+      first_s = time.perf_counter() - began
+  if any(wait(running)):
     raise SystemExit(f"error: the undisturbed evaluation failed:\n{pathlib.Path(f'{out}.0.log').read_text()}")
-  return time.perf_counter() - began
+  return first_s, time.perf_counter() - began
 
 
 def content(out: pathlib.Path) -> dict[str, bytes]:
@@ -94,11 +99,12 @@ def until_killed(out: pathlib.Path, processes: int, moment_s: float, args, env: 
           "ended_s": time.perf_counter() - began}
 
 
-def killed(out: pathlib.Path, processes: int, kills: int, seconds: float, rng: random.Random, args, env) -> list[dict]:
+def killed(out: pathlib.Path, processes: int, kills: int, seconds: tuple[float, float], rng: random.Random, args, env
+           ) -> list[dict]:
   """An evaluation that is killed so often on its way to its end, each time at a random moment."""
-  found, most = [], seconds
+  found, (first_s, end_s) = [], seconds
   while len(found) < kills:
-    one = until_killed(out, processes, rng.uniform(0.1, 1.0) * most, args, env)
+    one = until_killed(out, processes, rng.uniform(0.9 * first_s, end_s), args, env)
     if one is None:  # it was done: as well as a kill can come too late
       break
     found.append(one)
@@ -110,8 +116,9 @@ def killed(out: pathlib.Path, processes: int, kills: int, seconds: float, rng: r
 
 def main():
   p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  p.add_argument("--kills", type=int, default=10, help="of one process and of two together")
-  p.add_argument("--tasks", type=int, default=48)
+  p.add_argument("--kills", type=int, default=7, help="of one process")
+  p.add_argument("--kills_of_two", type=int, default=3, help="of one of two processes")
+  p.add_argument("--tasks", type=int, default=64)
   p.add_argument("--slots", type=int, default=8)
   p.add_argument("--samples", type=int, default=2)
   p.add_argument("--temperature", type=float, default=1.0)
@@ -125,14 +132,14 @@ def main():
   env = os.environ | {"JAX_PLATFORMS": "cpu", "VIRL_JAX_CACHE": str(out / "cache"),
                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   rng, found, wrong, seconds, wanted = random.Random(args.seed), [], [], {}, {}
-  for processes, kills in ((1, args.kills - args.kills // 2), (2, args.kills // 2)):
+  for processes, kills in ((1, args.kills), (2, args.kills_of_two)):
     folder = runs / f"whole_{processes}"
     if processes == 1:
       whole(runs / "compiles", 1, args, env)  # programs are kept; those of two processes are not
     seconds[processes] = whole(folder, processes, args, env)
     wanted[processes] = content(folder)
-    print(f"undisturbed, {processes} process{'es' * (processes > 1)}: {seconds[processes]:.0f} s, "
-          f"{predictions(folder)} predictions", flush=True)
+    print(f"undisturbed, {processes} process{'es' * (processes > 1)}: {seconds[processes][1]:.0f} s, "
+          f"{predictions(folder)} predictions, the first after {seconds[processes][0]:.0f} s", flush=True)
     done, number = 0, 0
     while done < kills:
       number += 1

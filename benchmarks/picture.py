@@ -86,7 +86,7 @@ def draw(entries: list[tuple[str, dict]]) -> Image.Image:
     sheet.paste(picture, (_GAP, top + 34))
     if number == 0:
       note = "Green: what the question is about. Other colours: where the policy looked, and what it was shown."
-      for at, line in enumerate(textwrap.wrap(note, 46)):
+      for at, line in enumerate(textwrap.wrap(note, (width - _SIDE - 2 * _GAP) // 9)):
         pen.text((2 * _GAP + _SIDE, top + 34 + _CROP + 34 + 22 * at), line, _INK, small)
   return sheet
 

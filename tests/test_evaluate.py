@@ -99,7 +99,8 @@ def test_a_slip_is_a_line(pope, monkeypatch, args, said):
 
 
 @pytest.mark.parametrize("args, said", [
-    (("--benchmark=pope",), "either --score=PREDICTIONS or --model=DIR"), (("--score=x",), "--benchmark=NAME and"),
+    (("--benchmark=pope",), "either --score=PREDICTIONS, --model=DIR or --endpoint"),
+    (("--score=x",), "--benchmark=NAME and"),
     (("--score=x", "--model=y", "--benchmark=pope"), "either --score"),
     (("--compare", "a"), "--compare needs two folders"),
     (("--compare", "a", "b", "--benchmark=pope"), "--compare needs two folders"),
@@ -231,10 +232,10 @@ def server():
   it.close()
 
 
-def by_endpoint(server, out, cfg=asked.Config(slots=4), **more):
+def by_endpoint(server, out, cfg=asked.Config(slots=4), timeout_s=5.0, patience_s=60.0, **more):
   c = tiny.get_config()
   c.prompt.describe_tool, c.rollout.max_total_tokens = True, 2048
-  c.endpoint.wait_s, c.endpoint.timeout_s, c.endpoint.in_flight, c.endpoint.patience_s = 0.01, 0.5, 3, 0.3
+  c.endpoint.update(wait_s=0.01, in_flight=3, timeout_s=timeout_s, patience_s=patience_s)
   how = rows_lib.How(store=str(out / "images"))
   return evaluate.evaluate(None, ["needle"], ["-"], str(out), cfg, c, how, 10, url=server.url, **more)
 
@@ -259,7 +260,7 @@ def test_no_fault_of_an_endpoint_is_an_answer(tmp_path, server):
   cfg = asked.Config(slots=4, samples=2, temperature=1.0)
   by_endpoint(server, tmp_path / "whole", cfg)
   server.faults = ["drop", 429, 500, "cut", "slow", "empty", 503]
-  by_endpoint(server, tmp_path / "faults", cfg)
+  by_endpoint(server, tmp_path / "faults", cfg, timeout_s=0.5)
   assert not server.faults and files_of(tmp_path / "faults") == files_of(tmp_path / "whole")
 
 
@@ -268,7 +269,7 @@ def test_an_endpoint_that_dies_leaves_what_it_said(tmp_path, server, capsys):
   all_, server.faults = len(server.bodies), [None] * 11 + [500] * 10 ** 4
   server.bodies.clear()
   with pytest.raises(endpoint.Unreachable, match="no reply to . questions .needle: test_0+.: 500 busy.*same command"):
-    by_endpoint(server, tmp_path / "out")
+    by_endpoint(server, tmp_path / "out", patience_s=0.3)
   result = json.loads((tmp_path / "out" / "needle" / "results.json").read_text())
   assert 4 <= result["n"] < 10 and result["n"] + len(result["lost"]) in (8, 10) and "500 busy" in str(result["lost"])
   assert result["evaluated"]["without_prediction"] == 10 - result["n"] and result["summary"]["n"] == result["n"]
@@ -310,6 +311,7 @@ def ended(runs):
   return said
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_predictions(tmp_path, server):
   """A process of its own each time; benchmarks/kill_evaluate.py does so ten times, with a policy of ours."""
   by_endpoint(server, tmp_path / "whole")
