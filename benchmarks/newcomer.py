@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 
 import timing  # of this folder
@@ -49,6 +50,7 @@ def path_of(page: pathlib.Path, is_short: bool) -> list[list[str]]:
 def watched(words: list[str], folder: pathlib.Path, env: dict[str, str], log: pathlib.Path) -> tuple[int, float, float]:
   """Runs a command in a terminal; returns its status, its seconds, and the longest time it printed nothing."""
   ours, theirs = pty.openpty()
+  termios.tcsetwinsize(theirs, (40, 120))
   began = last = time.perf_counter()
   process = subprocess.Popen(words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
   os.close(theirs)
@@ -85,7 +87,7 @@ def main():
   if any(out.iterdir()):
     raise SystemExit(f"error: --out must be a folder that is empty. Received: {out}")
   env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
-  env |= {"VIRL_JAX_CACHE": str(out / "cache"), "TERM": "xterm", "COLUMNS": "120"}
+  env |= {"VIRL_JAX_CACHE": str(out / "cache"), "TERM": "xterm"}
   folder, rows, failed = out, [], None
   for number, words in enumerate(path_of(ROOT / "README.md", args.short)):
     if words[0] == "cd":

@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -23,6 +24,7 @@ with progress.bar(2_000_000, "loading", "parameter", {shown}) as it:
 def in_a_terminal(shown=True):
   """What a terminal is sent."""
   ours, theirs = pty.openpty()
+  termios.tcsetwinsize(theirs, (24, 100))
   process = subprocess.Popen([sys.executable, "-c", SCRIPT.format(shown=shown)], stdout=theirs, stderr=theirs)
   os.close(theirs)
   said = b""
