@@ -18,6 +18,8 @@ for i in progress.over(range(3), 3, "drawing", "picture", {shown}):
     progress.say("a line")
 with progress.bar(2_000_000, "loading", "parameter", {shown}) as it:
   it.update(1_500_000)
+with progress.bar(None, "reading", "record", {shown}) as it:
+  it.update(3000)
 """
 
 
@@ -44,6 +46,7 @@ def in_a_terminal(shown=True):
 def test_a_terminal_has_bars_that_make_way_for_lines():
   said = in_a_terminal()
   assert "drawing:" in said and "/3 [" in said and "picture" in said and "1.50M/2.00M" in said
+  assert "reading: 3.00k record" in said
   before = said.partition("a line")[0].rpartition("\r")
   assert not before[2].strip(), "the line begins where the bar was"
   assert not said.rpartition("\r")[2].strip(), "a bar goes when it is done"
