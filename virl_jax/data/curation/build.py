@@ -32,7 +32,6 @@ from virl_jax.data.sources import records
 from virl_jax.data.sources import sets
 from virl_jax.data.sources import stream
 from virl_jax.data.sources import table
-from virl_jax.run import progress
 
 _FORMAT = 1
 _CHUNK_RECORDS = 4096
@@ -243,14 +242,9 @@ def _beam(job, options):
 
 def _processes(job, jobs):
   """Makes the parts that are missing; gives the numbers of all."""
-  with progress.bar(None, f"reading {job.source}", "record") as bar:
-    return _made(job, jobs, bar)
-
-
-def _made(job, jobs, bar):
   if jobs == 1:
     n_chunks = 0
-    for chunk in _counted(job, bar):
+    for chunk in chunks(job):
       n_chunks += 1
       if not _report_path(job.folder / ".build", chunk[0]).exists():
         make_part(job, chunk)
@@ -258,7 +252,7 @@ def _made(job, jobs, bar):
   n_chunks, waiting = 0, set()
   # A fork of a process that has JAX in it may hang.
   with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-    for chunk in _counted(job, bar):
+    for chunk in chunks(job):
       n_chunks += 1
       if _report_path(job.folder / ".build", chunk[0]).exists():
         continue
@@ -270,13 +264,6 @@ def _made(job, jobs, bar):
     for one in concurrent.futures.as_completed(waiting):
       one.result()
   return range(n_chunks)
-
-
-def _counted(job, bar):
-  """The chunks of a job, whose records move a bar when their part is made or waits for a process."""
-  for chunk in chunks(job):
-    yield chunk
-    bar.update(len(chunk[1]))
 
 
 def _plan(job):
