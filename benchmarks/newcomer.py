@@ -1,11 +1,11 @@
-"""What a newcomer does: each command of README's first block and of its blocks marked `runs`, in their order, timed.
+"""What a newcomer does: README's commands from the clone to the export, timed, in a fresh clone and environment.
 
     python benchmarks/newcomer.py --python=python3.13           # as they stand: about ten minutes
     python benchmarks/newcomer.py --python=python3.13 --short   # with the short forms that the tests run
 
-They run in a fresh clone and a fresh environment, in a terminal of their own, with nothing cached but what pip keeps.
-The clone is of this repository's last commit.  `silent` is the longest time that a command printed nothing: what a
-person waits without a sign.  What each printed is in OUT/NN.log.
+The commands are README's first block and its blocks marked `runs`, in their order; see docs/commands.py.  They run in
+a terminal, with nothing cached but what pip keeps.  The clone is of this repository's last commit.  `silent` is the
+longest time in which a command printed nothing: what a person waits without a sign.  OUT/NN.log has what each printed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 
 import timing  # of this folder
@@ -41,7 +42,8 @@ def path_of(page: pathlib.Path, is_short: bool) -> list[list[str]]:
   """The words of each command: the first block, which installs, and those that are marked."""
   reader = _read()
   found = [(None, text) for _, language, _, text in reader.blocks(page) if language == "bash"][:1]
-  found += [(marker, text) for _, language, marker, text in reader.blocks(page) if marker is not None]
+  found += [(marker, text) for _, _, marker, text in reader.blocks(page)
+            if marker is not None and "@tests" not in marker.split()]
   return [reader.shortened(words, marker) if marker and is_short else words
           for marker, text in found for words in reader.commands(text)]
 
@@ -49,6 +51,7 @@ def path_of(page: pathlib.Path, is_short: bool) -> list[list[str]]:
 def watched(words: list[str], folder: pathlib.Path, env: dict[str, str], log: pathlib.Path) -> tuple[int, float, float]:
   """Runs a command in a terminal; returns its status, its seconds, and the longest time it printed nothing."""
   ours, theirs = pty.openpty()
+  termios.tcsetwinsize(theirs, (40, 120))
   began = last = time.perf_counter()
   process = subprocess.Popen(words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
   os.close(theirs)
@@ -85,7 +88,7 @@ def main():
   if any(out.iterdir()):
     raise SystemExit(f"error: --out must be a folder that is empty. Received: {out}")
   env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
-  env |= {"VIRL_JAX_CACHE": str(out / "cache"), "TERM": "xterm", "COLUMNS": "120"}
+  env |= {"VIRL_JAX_CACHE": str(out / "cache"), "TERM": "xterm"}
   folder, rows, failed = out, [], None
   for number, words in enumerate(path_of(ROOT / "README.md", args.short)):
     if words[0] == "cd":

@@ -1,6 +1,7 @@
 """Reads the commands out of README and docs/, as they stand there; for the tests and for benchmarks/newcomer.py.
 
-A block of code may follow a line `<!-- runs: OPTIONS -->`: a short form of it is run by the tests.
+A block of code may follow a line `<!-- runs: OPTIONS -->`: a short form of it is run by the tests.  Where OPTIONS have
+`@tests`, the tests alone can run it, with small files that they write: it is no part of a newcomer's path.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def commands(text: str, with_optional: bool = True) -> Iterator[list[str]]:
 
 def shortened(words: list[str], marker: str) -> list[str]:
   """A command with its marker's OPTIONS: those of the form OLD->NEW replace text, and ours takes the others, too."""
-  options = shlex.split(marker)
+  options = [option for option in shlex.split(marker) if option != "@tests"]
   for old, _, new in (option.partition("->") for option in options if "->" in option):
     words = [word.replace(old, new) for word in words]
   is_ours = words[:2] == ["python", "-m"] and words[2].startswith("virl_jax.")

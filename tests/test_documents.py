@@ -258,10 +258,21 @@ def test_marked_blocks_run(path, place):
     run(words, place)
 
 
+def test_a_newcomer_s_path_is_install_train_export_evaluate_ask(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+  newcomer = importlib.import_module("newcomer")
+  path = newcomer.path_of(ROOT / "README.md", is_short=True)
+  assert [words[:2] for words in path[:4]] == [["git", "clone"], ["cd", "virl_jax"], ["python3", "-m"],
+                                               ["source", ".venv/bin/activate"]] and path[4][:2] == ["pip", "install"]
+  assert [words[2] for words in path[5:]] == [f"virl_jax.{name}" for name in (
+      "train", "export", "evaluate", "evaluate", "ask")]
+  assert "--config.steps=2" in path[5] and "--config.steps=2" not in newcomer.path_of(ROOT / "README.md", False)[5]
+
+
 def test_blocks_are_read_and_shortened(tmp_path):
   page = tmp_path / "page.md"
   page.write_text(textwrap.dedent("""\
-      <!-- runs: --limit=2 w->v -->
+      <!-- runs: @tests --limit=2 w->v -->
       ```bash
       python -m virl_jax.evaluate --model=w [--zoom=on] && mkdir w  # then
       ```
@@ -269,7 +280,7 @@ def test_blocks_are_read_and_shortened(tmp_path):
           pip install x
       """))
   (line, language, marker, text), (*_, unmarked, other) = reader.blocks(page)
-  assert (line, language, marker, unmarked, other) == (3, "bash", "--limit=2 w->v", None, "pip install x")
+  assert (line, language, marker, unmarked, other) == (3, "bash", "@tests --limit=2 w->v", None, "pip install x")
   first, second = reader.commands(text, with_optional=False)
   assert reader.shortened(first, marker) == ["python", "-m", "virl_jax.evaluate", "--model=v", "--limit=2"]
   assert reader.shortened(second, marker) == ["mkdir", "v"] and "--zoom=on" in next(reader.commands(text))

@@ -138,7 +138,7 @@ def told_counts(counts: dict) -> str:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   flags.DEFINE_list("source", [], f"Of build: one or more of {', '.join(table.SOURCES)}.", flag_values=values)
   flags.DEFINE_list("data", [], "Of build: raw folder; one, or one for each source. Else: a finished set, or a folder "
                     "of such.", flag_values=values)

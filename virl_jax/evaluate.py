@@ -192,7 +192,7 @@ def _lost(url: str, lost: Sequence[str]) -> None:
 
 
 def compared(a: str, b: str, out: str | None) -> list[dict]:
-  """What one evaluation has more than another, for each benchmark.
+  """The difference of two evaluations, for each benchmark.
 
   Args:
     a, b: folders that `evaluate` has written, of a benchmark or of several.
@@ -355,7 +355,7 @@ def _bare(result: dict) -> dict:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines what the command line takes; not on import, for other commands have flags of the same names."""
+  """Defines the command's flags; not on import, because other commands have flags of the same names."""
   text = lambda name, words: flags.DEFINE_string(name, None, words, flag_values=values)
   number = lambda name, default, least, words: flags.DEFINE_integer(name, default, words, least, flag_values=values)
   several = lambda name, words: flags.DEFINE_list(name, [], words, flag_values=values)
@@ -430,7 +430,7 @@ def main(argv):
 
 
 def _judge(args) -> judge_model.Judge | None:
-  """Whom the flags name; its verdicts are kept where results go, if that is a disk."""
+  """The judge that the flags name; its verdicts are kept where results go, if that is a disk."""
   if not args.judge:
     return None
   for name in args.benchmark:

@@ -82,7 +82,7 @@ def test_a_row_of_steps_ends_a_run_with_a_way_on():
   assert bad.advice([good, *row], 0, 2e-4, at) is None and bad.advice([good, *row[:1]], 1, 2e-4, at)
   said = bad.advice([good, *row], 3, 2e-4, at)
   assert said.startswith("error: 3 steps in a row, from step 7 on,") and "\n" not in said
-  assert "runs/a/bad_batches" in said and "in runs/a/checkpoints delete what is numbered 7 to 10," in said
+  assert "runs/a/bad_batches" in said and "in runs/a/checkpoints delete the checkpoints 7 to 10," in said
   assert "--config.optim.learning_rate=0.0001 --resume-with-changes" in said
 
 

@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -17,12 +18,15 @@ for i in progress.over(range(3), 3, "drawing", "picture", {shown}):
     progress.say("a line")
 with progress.bar(2_000_000, "loading", "parameter", {shown}) as it:
   it.update(1_500_000)
+with progress.bar(None, "reading", "record", {shown}) as it:
+  it.update(3000)
 """
 
 
 def in_a_terminal(shown=True):
   """What a terminal is sent."""
   ours, theirs = pty.openpty()
+  termios.tcsetwinsize(theirs, (24, 100))
   process = subprocess.Popen([sys.executable, "-c", SCRIPT.format(shown=shown)], stdout=theirs, stderr=theirs)
   os.close(theirs)
   said = b""
@@ -42,6 +46,7 @@ def in_a_terminal(shown=True):
 def test_a_terminal_has_bars_that_make_way_for_lines():
   said = in_a_terminal()
   assert "drawing:" in said and "/3 [" in said and "picture" in said and "1.50M/2.00M" in said
+  assert "reading: 3.00k record" in said
   before = said.partition("a line")[0].rpartition("\r")
   assert not before[2].strip(), "the line begins where the bar was"
   assert not said.rpartition("\r")[2].strip(), "a bar goes when it is done"

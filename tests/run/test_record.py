@@ -28,7 +28,7 @@ def test_what_is_not_finite_is_named_with_a_way_on(tmp_path):
     record._check_finite({"step": 7, "loss/policy": math.nan, "optim/grad_norm": math.inf, "kl": 0.0}, tmp_path, 2e-4)
   said = str(e.value)
   assert said.startswith("error: step 7: loss/policy, optim/grad_norm not finite. ") and "\n" not in said
-  assert "--config.optim.learning_rate=0.0001 --resume-with-changes. It goes on from the last checkpoint" in said
+  assert "--config.optim.learning_rate=0.0001 --resume-with-changes. It continues from the last checkpoint" in said
 
 
 def part(group, size=2):

@@ -80,7 +80,7 @@ def attainable(match: str, answers: tuple[str, ...], options: tuple[str, ...] | 
 
 def grade(trajectories: Sequence[types.Trajectory],
           judge: Callable[[Sequence[types.Trajectory]], Sequence[float]] | None = None) -> None:
-  """Scores each trajectory's answer by its task's rule; a missing answer is wrong.
+  """Says of each trajectory what its answer is worth, by its task's rule; one that gave none is wrong.
 
   Args:
     trajectories: as a rollout gives them; their `correct` and `score` are set.

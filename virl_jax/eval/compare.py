@@ -116,7 +116,7 @@ def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
 
 
 def change(old: float, new: float) -> str:
-  """What became of a task, in words."""
+  """How a task changed, in words."""
   return CHANGES[old >= _RIGHT, new >= _RIGHT]
 
 

@@ -1,4 +1,4 @@
-"""Runs a policy on held-out tasks and reads off what came of each."""
+"""Runs a policy on held-out tasks, and collects the outcome of each."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Alarm:
 
 
 def visual_thinking_collapse(history: History, cfg: Config) -> Alarm | None:
-  """Answers are right, and hardly any was looked for.
+  """Answers are right, almost without zooms.
 
   Args:
     history: the lines so far.
@@ -182,7 +182,7 @@ def box_size_hacking(history: History, cfg: Config) -> Alarm | None:
 
 
 def entropy_collapse(history: History, cfg: Config) -> Alarm | None:
-  """The policy has next to no choice left.
+  """The policy has almost no entropy left.
 
   Args:
     history: the lines so far.
@@ -207,7 +207,7 @@ def entropy_collapse(history: History, cfg: Config) -> Alarm | None:
 
 
 def sampler_drift(history: History, cfg: Config) -> Alarm | None:
-  """What samples and what is trained give the same tokens other probabilities.
+  """Sampler and trainer give the same tokens different probabilities.
 
   Medians, not means: one token that is off by 40 nats once would hold a mean up for a whole window.
 

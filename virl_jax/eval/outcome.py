@@ -34,7 +34,7 @@ _DRAWS_AT_ONCE = 2**22  # bounds memory, not results
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What came of one task.
+  """The outcome of one task.
 
   Attributes:
     uid: the task's.

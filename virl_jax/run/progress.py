@@ -12,11 +12,11 @@ _DELAY_S = 2.0     # what is done sooner shows no bar
 _EVERY_S = 0.5
 
 
-def bar(total: int, words: str, unit: str, shown: bool = True) -> tqdm.tqdm:
+def bar(total: int | None, words: str, unit: str, shown: bool = True) -> tqdm.tqdm:
   """A bar with the time that is left, which goes when it is closed.
 
   Args:
-    total: how many there are to do; from a million on they are counted in units of SI.
+    total: how many there are to do, None if that is not known; from a million on they are counted in units of SI.
     words: what is done.
     unit: of what is counted, in the singular.
     shown: False for none, such as on all processes but the first.
@@ -24,7 +24,7 @@ def bar(total: int, words: str, unit: str, shown: bool = True) -> tqdm.tqdm:
   Returns:
     A context manager, with `update(count)` for what has been done since the last call; 0 moves the clock.
   """
-  return tqdm.tqdm(total=total, desc=words, unit=f" {unit}", unit_scale=total >= 10 ** 6, leave=False,
+  return tqdm.tqdm(total=total, desc=words, unit=f" {unit}", unit_scale=total is None or total >= 10 ** 6, leave=False,
                    disable=None if shown else True, delay=_DELAY_S, mininterval=_EVERY_S, miniters=0,
                    dynamic_ncols=True, file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""The last stage: which tasks need looking, and are neither hopeless nor done, by what a policy made of them.
+"""The last stage: which tasks need zooming, and are neither hopeless nor always solved, by a policy's answers.
 
 Source: the paper filters by reasoning (tasks that are solved without zooming go) and by difficulty; its thresholds are
 not published in what we have: these are ours.

@@ -244,7 +244,7 @@ def _look(image, max_pixels) -> dict:
 
 
 def _rules(job, facts, leaks) -> dict[tuple[int, int], rules.Drop]:
-  """Who is dropped by the rules, and why."""
+  """Which tasks the rules drop, and why."""
   drops = {place: drop for place, it in facts.items() if (drop := rules.alone(it, job.rules))}
   left = [place for place in facts if place not in drops]
   shared = rules.together([facts[place] for place in left], leaks, job.rules, job.seed)

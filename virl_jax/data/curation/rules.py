@@ -1,4 +1,4 @@
-"""The first stage: what can be said of a task without a policy.  Pure functions of facts.
+"""The first stage: what is decided about a task without a policy.  Pure functions of facts.
 
 `alone` looks at each task by itself, `together` at what it shares with others: pictures of benchmarks, near-duplicates,
 caps.  Which of several near-duplicates stays does not depend on their order: the one whose content hash, mixed with the
