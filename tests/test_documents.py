@@ -5,11 +5,9 @@ A block that follows `<!-- runs: OPTIONS -->` is run, in a short form, page by p
 """
 
 import ast
-import base64
 import functools
 import importlib
 import importlib.util
-import io
 import json
 import os
 import pathlib
@@ -58,7 +56,8 @@ NOT_RUN = {
     "python -m virl_jax.sft --config=configs/tiny_sft.py": "benchmarks/sft.py draws what it learns from",
     "bash launch/local.sh": "tests/launch runs it",
     "python -c import numpy as np, sys": "it wants a bad batch; tests/run/test_bad.py looks into some",
-    "python -m virl_jax.evaluate --model=runs/v7b": "public data; tests/test_evaluate.py runs it on small files",
+    **dict.fromkeys(("python -m virl_jax.evaluate --model=runs/v7b", "python -m virl_jax.evaluate --endpoint"),
+                    "public data, a server; tests/test_evaluate.py and tests/eval run both on small files"),
 }
 
 
@@ -386,23 +385,23 @@ def test_messages_on_the_page_of_troubles_are_ours():
       assert part.strip() in ours, f"nothing says {part!r} any more"
 
 
-def test_the_picture_is_drawn_of_what_a_run_keeps(tmp_path, monkeypatch):
+def test_the_picture_is_drawn_of_what_two_evaluations_show(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
   picture = importlib.import_module("picture")
-  kept = io.BytesIO()
-  Image.new("RGB", (40, 20), "navy").save(kept, "PNG")
-  uri = "data:image/png;base64," + base64.b64encode(kept.getvalue()).decode()
-  turn = {"crop": uri, "box": [10, 5, 30, 15], "iou": 0.5}
-  entry = {"uid": "t", "question": "Where?", "answer": None, "correct": False, "image": uri, "width": 40,
-           "boxes_gt": [[0, 0, 20, 20]], "turns": [{"crop": None, "box": None, "iou": None}, turn]}
-  (tmp_path / "rollouts").mkdir()
-  (tmp_path / "rollouts" / "before.jsonl").write_text(json.dumps(entry) + "\n")
-  with pytest.raises(ValueError, match="--uid must be one of t. Received: other"):
-    picture.kept(tmp_path, "before", "other")
-  with pytest.raises(ValueError, match="rollouts/after.jsonl"):
-    picture.kept(tmp_path, "after", "t")
-  found = picture.kept(tmp_path, "before", "t")
-  one, two = picture.draw([("before", found)]), picture.draw([("before", found), ("after", found | {"turns": []})])
+  Image.new("RGB", (40, 20), "navy").save(tmp_path / "t.png")
+  turn = {"box": [10, 5, 30, 15], "iou": 0.5}
+  entry = {"uid": "t", "question": "Where?", "answer": None, "correct": False, "file": str(tmp_path / "t.png"),
+           "boxes": [turn["box"]], "boxes_gt": [[0, 0, 20, 20]], "turns": [{"box": None, "iou": None}, turn]}
+  right = entry | {"correct": True, "answer": "here"}
+  for name, shown in (("before", [entry, entry | {"uid": "u"}]), ("after", [right, entry | {"uid": "u"}])):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "shown.jsonl").write_text("".join(json.dumps(e) + "\n" for e in shown))
+  before, after = (picture.kept(tmp_path / name) for name in ("before", "after"))
+  assert picture.flipped(before, after) == ["t"] and picture.flipped(after, before) == []
+  with pytest.raises(ValueError, match="with shown.jsonl. Received: .*rollouts"):
+    picture.kept(tmp_path / "rollouts")
+  one = picture.draw([("before", before["t"])])
+  two = picture.draw([("before", before["t"]), ("after", after["t"] | {"turns": []})])
   assert two.width == one.width and two.height > one.height
   colours = {colour for _, colour in one.getcolors(one.width * one.height)}
   assert {(11, 128, 67), (217, 48, 37), (0, 0, 128)} <= colours  # the truth, the zoom, the picture
