@@ -98,9 +98,9 @@ def main():
       environment = (folder / words[1]).parents[1]
       env |= {"VIRTUAL_ENV": str(environment), "PATH": f"{environment / 'bin'}{os.pathsep}{env['PATH']}"}
       continue
-    said = shlex.join(words)
-    if words[:2] == ["git", "clone"]:
+    if words[:2] == ["git", "clone"]:  # whose address README leaves open
       words = ["git", "clone", str(ROOT), words[-1]]
+    said = shlex.join(words)
     if words[0].startswith("python") and "venv" in words:
       words = [args.python, *words[1:]]
     log = out / f"{number:02d}.log"
