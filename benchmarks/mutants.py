@@ -336,7 +336,7 @@ MUTANTS = [Mutant(*m) for m in (
     ("data/curation/funnel.py", "asker.about, dataclasses.asdict(job.policy)", "dataclasses.asdict(job.policy)",
      "the words of another policy are used"),
     ("data/curation/funnel.py", '== {"of": of, "n": len(lines)}', '["of"] == of', "a shard that is cut off is whole"),
-    ("data/curation/policy.py", 'f"{seed} {provenance} {name} {sample}"', 'f"{seed} {provenance} {name}"',
+    ("data/curation/policy.py", "tasks[i].provenance, name, k)", "tasks[i].provenance, name)",
      "all samples of a task have one seed"),
     ("rollout/remote.py", "prompt.plain(said.text.removesuffix(prompt.END))", "said.text.removesuffix(prompt.END)",
      "an endpoint can fake an image"),

@@ -5,11 +5,10 @@ commands that is ours; see `test_marked_blocks_run`.
 """
 
 import ast
-import base64
+import dataclasses
 import functools
 import importlib
 import importlib.util
-import io
 import json
 import os
 import pathlib
@@ -23,8 +22,11 @@ from PIL import Image
 import pytest
 
 from virl_jax import config as config_lib
+from virl_jax import types
 from virl_jax.data.sources import table as sources
 from virl_jax.eval.benchmarks import table as benchmarks
+from virl_jax.report import benchmark
+from virl_jax.report import gallery
 from virl_jax.run import setup
 from virl_jax.run import topologies
 
@@ -294,23 +296,26 @@ def test_messages_on_the_page_of_troubles_are_ours():
       assert part.strip() in ours, f"nothing says {part!r} any more"
 
 
-def test_the_picture_is_drawn_of_what_a_run_keeps(tmp_path, monkeypatch):
+def test_the_picture_is_drawn_of_what_evaluations_show(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
   picture = importlib.import_module("picture")
-  kept = io.BytesIO()
-  Image.new("RGB", (40, 20), "navy").save(kept, "PNG")
-  uri = "data:image/png;base64," + base64.b64encode(kept.getvalue()).decode()
-  turn = {"crop": uri, "box": [10, 5, 30, 15], "iou": 0.5}
-  entry = {"uid": "t", "question": "Where?", "answer": None, "correct": False, "image": uri, "width": 40,
-           "boxes_gt": [[0, 0, 20, 20]], "turns": [{"crop": None, "box": None, "iou": None}, turn]}
-  (tmp_path / "rollouts").mkdir()
-  (tmp_path / "rollouts" / "before.jsonl").write_text(json.dumps(entry) + "\n")
-  with pytest.raises(ValueError, match="--uid must be one of t. Received: other"):
-    picture.kept(tmp_path, "before", "other")
-  with pytest.raises(ValueError, match="rollouts/after.jsonl"):
-    picture.kept(tmp_path, "after", "t")
-  found = picture.kept(tmp_path, "before", "t")
-  one, two = picture.draw([("before", found)]), picture.draw([("before", found), ("after", found | {"turns": []})])
+  Image.new("RGB", (40, 20), "navy").save(tmp_path / "a.png")
+  task = types.Task("t", str(tmp_path / "a.png"), "Where?", ("x",), (types.Box(0, 0, 20, 20),))
+
+  def entry(uid, score, iou):
+    row = {"uid": uid, "sample": 0, "prediction": "y", "answers": ["x"], "score": score}
+    said = {(uid, 0): {"text": "y", "boxes": [[10, 5, 30, 15]], "ious": [iou], "classes": ["correct"]}}
+    return benchmark.entries([dataclasses.replace(task, uid=uid)], [row], said)[0]
+
+  sides = [[entry("t", 0.0, 0.2), entry("u", 0.0, 0.2), entry("v", 1.0, 0.9)],
+           [entry("t", 1.0, 0.5), entry("u", 1.0, 0.7), entry("v", 1.0, 0.9)]]
+  for name, entries in zip("ab", sides):
+    gallery.save(str(tmp_path / name / "shown.jsonl"), entries)
+  before, after = picture.kept(tmp_path / "a"), picture.kept(tmp_path / "b")
+  assert picture.flipped(before, after) == ["u", "t"], "best looks first"
+  with pytest.raises(ValueError, match="must be folders that evaluate has written.*nothing"):
+    picture.kept(tmp_path / "nothing")
+  one, two = picture.draw([("x", before["t"])]), picture.draw([("x", before["t"]), ("y", after["t"])])
   assert two.width == one.width and two.height > one.height
   colours = {colour for _, colour in one.getcolors(one.width * one.height)}
   assert {(11, 128, 67), (217, 48, 37), (0, 0, 128)} <= colours  # the truth, the zoom, the picture
