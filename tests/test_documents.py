@@ -5,6 +5,7 @@ A block that follows `<!-- runs: OPTIONS -->` is run, in a short form, page by p
 """
 
 import ast
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -25,8 +26,11 @@ from tests.data.sources.test_formats import gqa_folder
 from tests.data.sources.test_formats import question
 from tests.eval.test_benchmarks import pope_file
 from virl_jax import config as config_lib
+from virl_jax import types
 from virl_jax.data.sources import table as sources
 from virl_jax.eval.benchmarks import table as benchmarks
+from virl_jax.report import benchmark
+from virl_jax.report import gallery
 from virl_jax.run import setup
 from virl_jax.run import topologies
 
@@ -386,23 +390,26 @@ def test_messages_on_the_page_of_troubles_are_ours():
       assert part.strip() in ours, f"nothing says {part!r} any more"
 
 
-def test_the_picture_is_drawn_of_what_two_evaluations_show(tmp_path, monkeypatch):
+def test_the_picture_is_drawn_of_what_evaluations_show(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
   picture = importlib.import_module("picture")
-  Image.new("RGB", (40, 20), "navy").save(tmp_path / "t.png")
-  turn = {"box": [10, 5, 30, 15], "iou": 0.5}
-  entry = {"uid": "t", "question": "Where?", "answer": None, "correct": False, "file": str(tmp_path / "t.png"),
-           "boxes": [turn["box"]], "boxes_gt": [[0, 0, 20, 20]], "turns": [{"box": None, "iou": None}, turn]}
-  right = entry | {"correct": True, "answer": "here"}
-  for name, shown in (("before", [entry, entry | {"uid": "u"}]), ("after", [right, entry | {"uid": "u"}])):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "shown.jsonl").write_text("".join(json.dumps(e) + "\n" for e in shown))
-  before, after = (picture.kept(tmp_path / name) for name in ("before", "after"))
-  assert picture.flipped(before, after) == ["t"] and picture.flipped(after, before) == []
-  with pytest.raises(ValueError, match="with shown.jsonl. Received: .*rollouts"):
-    picture.kept(tmp_path / "rollouts")
-  one = picture.draw([("before", before["t"])])
-  two = picture.draw([("before", before["t"]), ("after", after["t"] | {"turns": []})])
+  Image.new("RGB", (40, 20), "navy").save(tmp_path / "a.png")
+  task = types.Task("t", str(tmp_path / "a.png"), "Where?", ("x",), (types.Box(0, 0, 20, 20),))
+
+  def entry(uid, score, iou):
+    row = {"uid": uid, "sample": 0, "prediction": "y", "answers": ["x"], "score": score}
+    said = {(uid, 0): {"text": "y", "boxes": [[10, 5, 30, 15]], "ious": [iou], "classes": ["correct"]}}
+    return benchmark.entries([dataclasses.replace(task, uid=uid)], [row], said)[0]
+
+  sides = [[entry("t", 0.0, 0.2), entry("u", 0.0, 0.2), entry("v", 1.0, 0.9)],
+           [entry("t", 1.0, 0.5), entry("u", 1.0, 0.7), entry("v", 1.0, 0.9)]]
+  for name, entries in zip("ab", sides):
+    gallery.save(str(tmp_path / name / "shown.jsonl"), entries)
+  before, after = picture.kept(tmp_path / "a"), picture.kept(tmp_path / "b")
+  assert picture.flipped(before, after) == ["u", "t"], "best looks first"
+  with pytest.raises(ValueError, match="must be folders that evaluate has written.*nothing"):
+    picture.kept(tmp_path / "nothing")
+  one, two = picture.draw([("x", before["t"])]), picture.draw([("x", before["t"]), ("y", after["t"])])
   assert two.width == one.width and two.height > one.height
   colours = {colour for _, colour in one.getcolors(one.width * one.height)}
   assert {(11, 128, 67), (217, 48, 37), (0, 0, 128)} <= colours  # the truth, the zoom, the picture

@@ -163,11 +163,13 @@ def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str
         read = dataclasses.replace(
             predictions.of_rows(entries, str(folder / "predictions.jsonl"), name, about), rejects=())
         found[zoom] = asked.outcomes(entries, about.tasks)
+        of_task = {o.uid: e["uid"] for o, e in zip(found[zoom], (e for e in entries if "text" in e))}
         result = _scored(name, read, judge) | unsaid | {
             "zoom": zoom, "options_seed": seed, "model": model, "step": step, "limit": limit,
-            "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap)}
+            "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap,
+                                       drawn_with=[of_task[o.uid] for o in found[zoom]])}
         if len(found) > 1:
-          result["zooming_gap"] = _gap(found[False], found[True], c)
+          result["zooming_gap"] = _gap(found[False], found[True], of_task, c)
         hosts.first(lambda folder=folder, result=result, read=read: _write(folder, result, read, tables))
         _tell(result, read)
         results.append(result)
@@ -218,11 +220,11 @@ def compared(a: str, b: str, out: str | None) -> list[dict]:
   return found
 
 
-def _gap(without: list[outcome.Outcome], with_: list[outcome.Outcome], c) -> dict:
-  """What zooming is worth on the tasks that were asked both ways."""
+def _gap(without: list[outcome.Outcome], with_: list[outcome.Outcome], of_task: dict[str, str], c) -> dict:
+  """What zooming is worth on the tasks that were asked both ways; `of_task` names the task of each outcome without."""
   both = {o.uid for o in without} & {o.uid for o in with_}
-  return outcome.difference(*([o for o in found if o.uid in both] for found in (without, with_)), c.reward.h0,
-                            c.eval.bootstrap)
+  old, new = ([o for o in found if o.uid in both] for found in (without, with_))
+  return outcome.difference(old, new, c.reward.h0, c.eval.bootstrap, drawn_with=[of_task[o.uid] for o in old])
 
 
 def named(benchmark: str):

@@ -194,3 +194,19 @@ def test_answers_that_are_partly_right_count_as_what_they_are_worth():
   some = [one(uid="a", correct=True, score=0.6), one(uid="b", correct=False, score=0.3), one(uid="c", correct=True),
           one(uid="d", correct=True, score=1.0, answerable=False)]
   assert outcome.summary(some, 0.4, 10)["acc_ans"]["value"] == pytest.approx((0.6 + 0.3 + 1.0) / 3)
+
+
+def test_samples_of_a_task_are_drawn_together():
+  """Eight samples that all say the same are worth one."""
+  make = lambda i, k: outcome.Outcome(f"t{i} {k}", i % 2 == 0, (0.9,) if i % 3 else (), 0, True, False, "k", True)
+  once = [make(i, 0) for i in range(40)]
+  often = [make(i, k) for i in range(40) for k in range(8)]
+  of = [o.uid.partition(" ")[0] for o in often]
+  alone, together = outcome.summary(once, 0.5), outcome.summary(often, 0.5, drawn_with=of)
+  for name in ("acc_ans", "acc_rat", "rationale_count"):
+    assert together[name] == pytest.approx(alone[name])
+  narrow = outcome.summary(often, 0.5)["acc_ans"]
+  assert narrow["high"] - narrow["low"] < 0.5 * (alone["acc_ans"]["high"] - alone["acc_ans"]["low"])
+  none = [dataclasses.replace(o, correct=False) for o in often]
+  gap = outcome.difference(none, often, 0.5, drawn_with=of)["acc_ans"]
+  assert gap == pytest.approx(alone["acc_ans"])

@@ -61,7 +61,8 @@ class Outcome:
   score: float | None = None
 
 
-def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int = 0) -> dict:
+def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int = 0,
+            drawn_with: Sequence[str] | None = None) -> dict:
   """All metrics with their intervals, and the main ones by kind of task.
 
   Args:
@@ -69,6 +70,7 @@ def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int
     h0: IoU in [0, 1] that makes a visual action correct.
     bootstrap: resamples, 1 or more.
     seed: of the resampling.
+    drawn_with: of each outcome, what it is drawn together with, where several are of one task; None: each by itself.
 
   Returns:
     {"n": int, METRIC: {"value", "low", "high"}, ..., "by_kind": {kind: {"n", METRIC: value, ...}}},
@@ -82,7 +84,7 @@ def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int
   _check(h0, bootstrap)
   top_NK, bottom_NK = terms(outcomes, h0)
   values_K = ratio(top_NK.sum(0), bottom_NK.sum(0))
-  samples_SK = ratio(*resample(len(outcomes), bootstrap, seed, top_NK, bottom_NK))
+  samples_SK = ratio(*_resample_together(drawn_with, bootstrap, seed, top_NK, bottom_NK))
   result = {"n": len(outcomes)}
   result.update({name: interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS)})
   kinds = np.array([outcome.kind for outcome in outcomes], dtype=object)
@@ -95,7 +97,7 @@ def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int
 
 
 def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap: int = 2000,
-               seed: int = 0) -> dict:
+               seed: int = 0, drawn_with: Sequence[str] | None = None) -> dict:
   """After minus before on the same tasks, with paired intervals.
 
   The same tasks are drawn for both sides of each resample, so what makes a task hard for both
@@ -107,6 +109,7 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
     h0: IoU in [0, 1] that makes a visual action correct.
     bootstrap: resamples, 1 or more.
     seed: of the resampling.
+    drawn_with: as for `summary`, in the order of `before`.
 
   Returns:
     {"n": int, "acc_ans": {"value", "low", "high"}, "acc_rat": {...}}; None stands for what is not
@@ -122,7 +125,7 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
   both = *terms(before, h0), *terms(after, h0)
   old_top_K, old_bottom_K, new_top_K, new_bottom_K = (term_NK.sum(0) for term_NK in both)
   values_K = ratio(new_top_K, new_bottom_K) - ratio(old_top_K, old_bottom_K)
-  old_top_SK, old_bottom_SK, new_top_SK, new_bottom_SK = resample(len(before), bootstrap, seed, *both)
+  old_top_SK, old_bottom_SK, new_top_SK, new_bottom_SK = _resample_together(drawn_with, bootstrap, seed, *both)
   samples_SK = ratio(new_top_SK, new_bottom_SK) - ratio(old_top_SK, old_bottom_SK)
   return {"n": len(before)} | {
       name: interval(values_K[k], samples_SK[:, k]) for k, name in enumerate(METRICS) if name in _COMPARED}
@@ -289,6 +292,18 @@ def resample(n: int, bootstrap: int, seed: int, *terms: np.ndarray) -> list[np.n
     times_SN = np.bincount(drawn_SN.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
     sums.append([times_SN @ term_NK for term_NK in terms])
   return [np.concatenate(parts) for parts in zip(*sums)]
+
+
+def _resample_together(drawn_with, bootstrap, seed, *terms):
+  """`resample`, of what is drawn together as one."""
+  if drawn_with is None:
+    return resample(len(terms[0]), bootstrap, seed, *terms)
+  number = {name: i for i, name in enumerate(dict.fromkeys(drawn_with))}
+  at_N = [number[name] for name in drawn_with]
+  sums = [np.zeros((len(number), term_NK.shape[1])) for term_NK in terms]
+  for sum_CK, term_NK in zip(sums, terms):
+    np.add.at(sum_CK, at_N, term_NK)
+  return resample(len(number), bootstrap, seed, *sums)
 
 
 def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
