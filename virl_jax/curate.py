@@ -45,6 +45,7 @@ from virl_jax.rollout import sample
 from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import setup
+from virl_jax.run import signals
 
 _FACTOR = 28  # what Qwen2.5-VL's shown pictures are multiples of, where no model is read
 
@@ -175,9 +176,10 @@ def main(argv):
     raise app.UsageError("--config=FILE --data=SETS --out=DIR are needed")
   setup.begin()
   with setup.told():
-    hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
-    hosts.same("configuration", config_lib.flat(args.config.to_dict()))
-    counts = curate(args.config, args.data[0], args.out, args.endpoint, args.jobs)
+    hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s, together=False)
+    with signals.closing(lambda: hosts.fail("it was stopped; the same command goes on")):
+      hosts.same("configuration", config_lib.flat(args.config.to_dict()))
+      counts = curate(args.config, args.data[0], args.out, args.endpoint, args.jobs)
     hosts.say(f"{told_counts(counts)}\n{os.path.join(args.out, 'report.html')}")
 
 

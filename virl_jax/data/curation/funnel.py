@@ -189,7 +189,7 @@ def _facts(job, data, threads, say) -> dict[tuple[int, int], facts_lib.Facts]:
     for number in due:
       hosts.beat("facts")
       _keep(paths[number], of[number], list(pool.map(one, data.shards[number])))
-  hosts.everyone(None)  # now all are there
+  hosts.meet()  # now all are there
   found = {}
   for shard, path, digest in zip(data.shards, paths, of):
     lines = _read(path, digest)
@@ -219,7 +219,7 @@ def _benchmarks(job, threads) -> list[tuple[str, facts_lib.Look]]:
         made = list(pool.map(lambda pair: _look(pair[1], job.image.decode_max_pixels), pictures))
       _keep(shard, of, made)
     found.append((name, shard, of))
-  hosts.everyone(None)
+  hosts.meet()
   looks = []
   for name, shard, of in found:
     looks += [(name, facts_lib.Look((w, h), bits, bytes.fromhex(thumb))) for w, h, bits, thumb in
@@ -272,7 +272,7 @@ def _said(job, data, facts, drops, asker, say) -> dict[tuple[int, int], dict]:
     else:
       _keep(paths[number], of[number], lines)
     say(f"policy: shard {at + 1} of {len(due)}")
-  hosts.everyone(None)
+  hosts.meet()
   return {place: line for shard, path, digest in zip(shards, paths, of) if shard
           for place, line in zip(shard, _read(path, digest))}
 
