@@ -12,7 +12,7 @@ that other programs of the machine do not count; wall time is in the JSON.  memo
 whose peak is the operating system's.  pictures takes a photograph from its file to the shown image's patches and those
 of a crop.  batches takes the prompts of one step after the other from a feed, as training does, but without training:
 needle pictures by configs/tiny.py, which is then run for some steps, and photographs, as many as configs/v7b.py asks
-for, of two sets by weight.
+for, of two sets by weight; with each number of threads: what more of them bring is the machine's to say, by its cores.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ LONGEST = 12  # words of a question
 # docs/scaling.md: what a microbatch of v7b takes at least on 8 x H100, by `plan`, and the fastest step of its tables.
 UPDATE_S, SCORE_S, WIDEST_S = 1.6607, 0.4152, 23.0
 PHASES = ("rollout", "score", "update")
+THREADS = (1, 2, 4)  # that decode pictures, as engine.threads
 
 
 def words(rng: random.Random, count: int) -> str:
@@ -299,7 +300,7 @@ def batches_part(args, folder: pathlib.Path) -> dict:
   figures, rows = {}, []
   for name, c in (("tiny", tiny_c), ("v7b", v7b_c)):
     source, prompts = setup.source(c, "train"), c.rollout.prompts
-    for threads in (1, 2):
+    for threads in THREADS:
       count = args.batches if name == "v7b" else 20 * args.batches
       with contextlib.closing(
           batches.Feed(source, c.seed, prompts, c.image.decode_max_pixels, threads=threads)) as feed:
@@ -319,9 +320,13 @@ def batches_part(args, folder: pathlib.Path) -> dict:
   rows = []
   for name, (of, seconds) in consumed.items():
     batch_s = figures[f"{of}/1"]["core_s_per_batch"]
-    figures[name] = {"step_s": seconds, "batches_per_s": 1 / seconds, "cores": batch_s / seconds}
-    rows.append([name, f"{seconds:.3g}", f"{1 / seconds:.3g}", f"{batch_s:.3g}", f"{batch_s / seconds:.2g}"])
-  print(timing.table(["step of", "takes, s", "consumes batches/s", "core seconds a batch", "cores kept busy"], rows))
+    times = {threads: figures[f"{of}/{threads}"]["batches_per_s"] * seconds for threads in THREADS}
+    figures[name] = {"step_s": seconds, "batches_per_s": 1 / seconds, "cores": batch_s / seconds,
+                     "given_over_taken": times}
+    rows.append([name, f"{seconds:.3g}", f"{1 / seconds:.3g}", f"{batch_s:.3g}", f"{batch_s / seconds:.2g}",
+                 *(f"{times[threads]:,.0f}" for threads in THREADS)])
+  print(timing.table(["step of", "takes, s", "consumes batches/s", "core seconds a batch", "cores kept busy",
+                      *(f"given / taken, {threads} threads" for threads in THREADS)], rows))
   return figures
 
 

@@ -19,7 +19,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "model.attention model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
     "data.batches data.curation.facts data.recorded.mini_o3 data.recorded.sharegpt data.sources.records "
     "data.sources.sets eval.benchmarks.rows learner.checkpoint model.qwen2_5.config report.benchmark report.html "
-    "rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
+    "rollout.actions.zoom rollout.pack run.bad run.topologies run.verdicts run.watch "
+    "run.workdir tiny.source",
     "data.curation.rules data.grain_source data.recorded.table data.sources.fields data.sources.jsonl "
     "data.sources.stream eval.benchmarks.choices "
     "eval.benchmarks.docvqa eval.benchmarks.mme_realworld eval.benchmarks.needle eval.benchmarks.pope "

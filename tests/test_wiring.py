@@ -56,7 +56,8 @@ def stage(monkeypatch, failing=()):
   seen = std_types.SimpleNamespace(c=c, evaluated=[], rolled=[], further={}, informative=[], scored=[], updates=[],
                                    limits=[])
 
-  def rolls(policy, params, tasks, draw, key, group_size, tries, informative):
+  def rolls(policy, params, tasks, draw, key, group_size, tries, informative, judge):
+    assert judge is None, "unless one is named"
     step = len(seen.rolled)
     seen.rolled.append((float(params["marker"]), uids(tasks), data(key), group_size, tries))
     seen.further[step] = [uids(draw(attempt)) for attempt in (1, 2)]

@@ -20,13 +20,14 @@ from virl_jax.data import answers
 from virl_jax.rollout import engine
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
+from virl_jax.run import verdicts
 
 _FURTHER = 2 ** 30  # folded into the step's key; no trajectory's index is ever so large
 
 
 def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Callable[[int], list[types.Task]],
-        key: jax.Array, group_size: int, tries: int, informative: Callable[[list[types.Trajectory]], np.ndarray]
-        ) -> tuple[list[types.Trajectory], dict[str, float]]:
+        key: jax.Array, group_size: int, tries: int, informative: Callable[[list[types.Trajectory]], np.ndarray],
+        judge: verdicts.Verdicts | None = None) -> tuple[list[types.Trajectory], dict[str, float]]:
   """Rolls out tasks, and further ones in place of groups that are not informative; says which answers are right.
 
   Args:
@@ -38,19 +39,22 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
     group_size: G.
     tries: how many further batches at most; 0 keeps what comes.
     informative: bool for each trajectory of whole groups, whether its group is informative.
+    judge: who is asked about answers that no rule takes; None for nobody.
 
   Returns:
     Trajectories, groups together, as many as the first try gave; and metrics: what all tries took, and how many
     further ones there were.
   """
-  good, spare, wanted, stats = [], [], 0, None
+  good, spare, wanted, stats, judged = [], [], 0, None, {}
   for attempt in range(tries + 1):
     of_try = jax.random.fold_in(key, _FURTHER + attempt) if attempt else key
     found, took = engine.run(policy, params, draw(attempt) if attempt else tasks, of_try, group_size)
-    answers.grade(found)
+    answers.grade(found, judge)
+    if judge:
+      judged = _added(judged, judge.metrics())
     stats = took if stats is None else _sum(stats, took)
     if not tries:
-      return found, _metrics(stats, 0)
+      return found, _metrics(stats, 0) | judged
     groups = [(attempt, i, found[i:i + group_size]) for i in range(0, len(found), group_size)]
     wanted = wanted or len(groups)
     for group, useful in zip(groups, np.asarray(informative(found))[::group_size], strict=True):
@@ -60,7 +64,11 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
       break
   # In the order that they were drawn in, so that no minibatch gets all of those that fill up.
   kept = sorted((good + spare)[:wanted], key=lambda group: group[:2])
-  return [t for *_, group in kept for t in group], _metrics(stats, attempt)
+  return [t for *_, group in kept for t in group], _metrics(stats, attempt) | judged
+
+
+def _added(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+  return {name: a.get(name, 0.0) + value for name, value in b.items()}
 
 
 def _sum(a: engine.Stats, b: engine.Stats) -> engine.Stats:

@@ -2,7 +2,8 @@
 
     *.json    [{images: [PATH], problem: "<image>...", solution, doc_id, data_source}]
 
-Images are relative to the folder of the file.  There are no boxes.
+Images are relative to the folder of the file.  There are no boxes.  Its publishers have no other layout; made into
+parquet by others, it is read as `hf_parquet` or, in verl's schema, as `deepeyes`.
 """
 
 from __future__ import annotations
