@@ -42,6 +42,7 @@ from virl_jax import types
 from virl_jax.data import batches
 from virl_jax.data import images
 from virl_jax.data.curation import build
+from virl_jax.data.curation import parts
 from virl_jax.data.sources import records
 from virl_jax.data.sources import sets
 from virl_jax.data.sources import table
@@ -193,7 +194,7 @@ def speed(args, folder: pathlib.Path) -> dict:
       n_read = sum(isinstance(record, records.Raw) for record in table.SOURCES[source].read(str(root), "train"))
       read, wall = time.process_time(), time.perf_counter()
       out = folder / source / f"out{turn}"
-      counts = build.run(build.Job(source, str(root), "train", str(out)), 1)
+      counts = build.run(parts.Job(source, str(root), "train", str(out)), 1)
       if turn:  # the first fills caches
         took["read"].append(n_read / (read - began))
         took["build"].append(counts.tasks / (time.process_time() - read))
@@ -220,8 +221,9 @@ def memory(args, folder: pathlib.Path) -> dict:
   code = f"""
 import resource, time
 from virl_jax.data.curation import build
+from virl_jax.data.curation import parts
 began = time.process_time()
-counts = build.run(build.Job("gqa", {str(root)!r}, "train", {str(folder / 'out')!r}), 1)
+counts = build.run(parts.Job("gqa", {str(root)!r}, "train", {str(folder / 'out')!r}), 1)
 print(counts.tasks, time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,

@@ -36,6 +36,7 @@ from ml_collections import config_flags
 from virl_jax import config as config_lib
 from virl_jax.data.curation import build as build_lib
 from virl_jax.data.curation import funnel
+from virl_jax.data.curation import parts as parts_lib
 from virl_jax.data.curation import policy as policy_lib
 from virl_jax.data.sources import table
 from virl_jax.model import sharding
@@ -66,7 +67,7 @@ def build(args: flags.FlagValues) -> None:
   if args.beam and not args.runner:
     raise ValueError("--beam must be left out without --runner, which it is for")
   options = [f"--runner={args.runner}", *args.beam] if args.runner else None
-  jobs = [build_lib.Job(source, root, args.split, args.out, args.boxes_from if source in table.JOINED else "",
+  jobs = [parts_lib.Job(source, root, args.split, args.out, args.boxes_from if source in table.JOINED else "",
                         args.images == "embed", args.check == "decode", args.max_rejects)
           for source, root in zip(args.source, roots)]
   failed = []
