@@ -44,7 +44,7 @@ from virl_jax.data import images
 from virl_jax.data.curation import build
 from virl_jax.data.curation import parts
 from virl_jax.data.sources import records
-from virl_jax.data.sources import sets
+from virl_jax.data.sources import set_files
 from virl_jax.data.sources import table
 from virl_jax.model import patches
 from virl_jax.run import setup
@@ -296,8 +296,8 @@ def batches_part(args, folder: pathlib.Path) -> dict:
   for name, some in (("one-train", every[::2]), ("two-train", every[1::2])):
     (folder / "sets" / name).mkdir(parents=True)
     tasks = [types.Task(f"{name}{i}", data, "?", ("a",), provenance=f"{i:032x}") for i, data in enumerate(some)]
-    part = sets.write_part(folder / name, tasks, [records.digest(data) for data in some])
-    sets.finish(folder / "sets" / name, name.partition("-")[0], "train", [part], "", {})
+    part = set_files.write_part(folder / name, tasks, [records.digest(data) for data in some])
+    set_files.finish(folder / "sets" / name, name.partition("-")[0], "train", [part], "", {})
   v7b_c.data.source, v7b_c.data.path, v7b_c.data.weights = "set", str(folder / "sets"), ("one:3", "two:1")
   figures, rows = {}, []
   for name, c in (("tiny", tiny_c), ("v7b", v7b_c)):

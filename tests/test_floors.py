@@ -12,7 +12,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.drawn report.trajectory "
     "run.caches run.compiles run.files run.hlo run.signals",
-    "data.choice data.mixture data.quantity data.recorded.script eval.compare eval.monitors model.patches "
+    "data.choice data.mixture data.quantity data.recorded.script data.sources.set_files eval.compare "
+    "eval.monitors model.patches "
     "model.sharding model.tuning report.gallery report.page rl.advantage rl.credit rl.loss rl.reward rollout.slots "
     "run.log tiny.needle",
     "asking.desk data.answers data.images data.judge_model data.recorded.chat data.recorded.rollouts learner.optim "

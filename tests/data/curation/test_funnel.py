@@ -20,6 +20,7 @@ from virl_jax.data.curation import policy as policy_lib
 from virl_jax.data.curation import rules
 from virl_jax.data.curation import stages
 from virl_jax.data.sources import records
+from virl_jax.data.sources import set_files
 from virl_jax.data.sources import sets
 from virl_jax.eval import asked
 from virl_jax.run import hosts
@@ -43,8 +44,8 @@ def make(folder: pathlib.Path, source: str, tasks: list[dict], raw: pathlib.Path
     made.append(types.Task(**vars(it) | {"provenance": records.provenance(
         digests[-1], it.question, it.answers, it.options, it.boxes, it.match)}))
   folder.mkdir(parents=True)
-  part = sets.write_part(folder / "part", made, digests)
-  sets.finish(folder, source, "train", [part], str(raw or ""), {})
+  part = set_files.write_part(folder / "part", made, digests)
+  set_files.finish(folder, source, "train", [part], str(raw or ""), {})
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
-"""From a source's raw folder to a finished set (`data/sources/sets.py`): what `curate build` does.
+"""From a source's raw folder to a finished set (`data/sources/set_files.py`): what `curate build` does.
 
 Its parts (`parts`) are made in this process, in others, or in a Beam pipeline.  A part that is written is not made
 again: a build that was interrupted goes on, and all ways give the same bytes.  In DIR/SOURCE-SPLIT/:
 
-    the set, see `sets`
+    the set, see `set_files`
     counts.json      records read, tasks, boxes ok, clipped and unusable, rejects by reason; see `records.Counts`
     rejects.jsonl    {"where", "reason", "detail"} of each
     .build/          while it is made: plan.json (what is made of what), parts and their reports
@@ -25,7 +25,7 @@ import numpy as np
 
 from virl_jax.data.curation import parts as parts_lib
 from virl_jax.data.sources import records
-from virl_jax.data.sources import sets
+from virl_jax.data.sources import set_files
 from virl_jax.data.sources import stream
 from virl_jax.data.sources import table
 
@@ -203,7 +203,7 @@ def _end(job, plan, parts, numbers, say):
       report = json.loads(parts_lib.report_path(parts, number).read_text())
       counts.merge(records.Counts.from_dict(report["counts"]))
       index = [(image, bytes.fromhex(provenance)) for image, provenance in report["index"]]
-      made.append(sets.Part(str(parts_lib.part_path(parts, number)), np.array(index, sets.INDEX)))
+      made.append(set_files.Part(str(parts_lib.part_path(parts, number)), np.array(index, set_files.INDEX)))
       for reject in report["rejects"]:
         file.write(json.dumps(reject, ensure_ascii=False) + "\n")
         known = examples.setdefault(reject["reason"], [])
@@ -221,7 +221,7 @@ def _end(job, plan, parts, numbers, say):
     raise ValueError(f"{job.source}: at most {job.max_rejects:.0%} of the records may be rejected (--max_rejects). "
                      f"Received: {n_bad} of {counts.records}: {reasons}. All are named in "
                      f"{job.folder / 'rejects.jsonl'}")
-  sets.finish(job.folder, job.source, job.split, made, "" if job.embed else job.raw,
+  set_files.finish(job.folder, job.source, job.split, made, "" if job.embed else job.raw,
               {"plan": plan, "counts": counts.to_dict()})
   shutil.rmtree(parts)
   say(f"{job.folder}: {counts.tasks} tasks of {counts.records} records")

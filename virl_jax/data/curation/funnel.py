@@ -37,6 +37,7 @@ from virl_jax.data.curation import policy as policy_lib
 from virl_jax.data.curation import rules
 from virl_jax.data.curation import stages
 from virl_jax.data.sources import records
+from virl_jax.data.sources import set_files
 from virl_jax.data.sources import sets
 from virl_jax.eval.benchmarks import rows
 from virl_jax.eval.benchmarks import table
@@ -312,12 +313,12 @@ def _set(job, data, number, places, folder) -> None:
   source, parts = data.sources[number], []
   for at in range(0, len(places), _PART_TASKS):
     some = [index for _, index in places[at:at + _PART_TASKS]]
-    parts.append(sets.write_part(job.work / f"part-{len(parts):05d}", (source.stored(i)[0] for i in some),
+    parts.append(set_files.write_part(job.work / f"part-{len(parts):05d}", (source.stored(i)[0] for i in some),
                                  (f"{int(source.image_N[i]):016x}" for i in some)))
   root = source.stored(places[0][1])[1]
   name, _, split = data.names[number].rpartition("-")
   plain = "".join(c if c.isalnum() and c.isascii() else "_" for c in (name or split).lower())
-  sets.finish(folder, plain if plain[:1].isalpha() else f"set_{plain}", split or "train", parts, root,
+  set_files.finish(folder, plain if plain[:1].isalpha() else f"set_{plain}", split or "train", parts, root,
               {"curated": _config(job)})
 
 

@@ -3,7 +3,7 @@
 Records are read in the order of their files and dealt out in chunks; each becomes one part, by a pure function of the
 chunk and its pictures: whoever makes it, the bytes are the same.  In DIR/SOURCE-SPLIT/.build/:
 
-    part-000000.array_record    tasks, see `sets.write_part`
+    part-000000.array_record    tasks, see `set_files.write_part`
     part-000000.json            the part's report, written last: counts, rejects, index
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from virl_jax.data import images
 from virl_jax.data.sources import records
-from virl_jax.data.sources import sets
+from virl_jax.data.sources import set_files
 from virl_jax.data.sources import table
 
 CHUNK_RECORDS = 4096
@@ -132,7 +132,7 @@ def make_part(job: Job, chunk: Chunk) -> int:
     else:
       tasks.append(outcome)
       digests.append(digest)
-  part = sets.write_part(part_path(job.parts, number), tasks, digests)
+  part = set_files.write_part(part_path(job.parts, number), tasks, digests)
   report = {"counts": counts.to_dict(), "rejects": rejects,
             "index": [[int(image), provenance.hex()] for image, provenance in part.index_N]}
   write(report_path(job.parts, number), json.dumps(report))
