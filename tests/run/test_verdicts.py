@@ -79,12 +79,19 @@ def test_an_endpoint_that_dies_is_waited_for(server, tmp_path, capsys):
   assert len(files.names(files.path(str(tmp_path)) / "verdicts")) == 2, "what came before it died was kept at once"
 
 
-def test_patience_ends_and_nothing_is_wrong(server, tmp_path):
+def test_patience_ends_and_nothing_is_wrong(server, tmp_path, monkeypatch):
   server.faults = [500] * 10 ** 6
   found = told("crimson")
   with pytest.raises(judge_model.Unreachable, match=r"no verdict for \d+ s .*500.*Nothing was counted as wrong"):
     answers.grade(found, judge(server, tmp_path, patience_s=0.1))
   assert found[0].correct is None and not (tmp_path / "verdicts").exists()
+
+  def one(number):
+    with pytest.raises(SystemExit, match="Nothing was counted as wrong"):
+      judge(server, tmp_path, patience_s=0.1)(told("crimson") if number else [])
+
+  as_processes(monkeypatch, 2, one)
+  monkeypatch.undo()
   server.faults = [404]
   with pytest.raises(ValueError, match="judge.url must be an endpoint that takes chat completions of 'judge'"):
     judge(server, tmp_path)(told("crimson"))

@@ -54,7 +54,8 @@ class Verdicts:
       trajectories: of this process, those that are wrong by their rules.
 
     Raises:
-      judge_model.Unreachable: the endpoint has given no reply for `patience_s`; on the other processes `hosts.Failed`.
+      judge_model.Unreachable: the endpoint has given no reply for `patience_s`.
+      SystemExit: so with several processes, on all of them: they leave alike, and so can save their last step.
       ValueError: it refuses the request.
       signals.Stopped: see `hosts.agree`.
     """
@@ -87,19 +88,20 @@ class Verdicts:
         hosts.agree([0])  # so that a signal ends the wait, and nobody takes it for a hang
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+      if isinstance(said, judge_model.Unreachable):
+        raise SystemExit(f"error: {said}") if hosts.several() else said
       hosts.agree([0])
       found |= zip(some, said)
     return found
 
-  def _try(self, asked: list[judge_model.Asked], began: float) -> list[float | None] | str:
-    """Process 0's: the verdicts, or that the run has to wait, in words."""
+  def _try(self, asked: list[judge_model.Asked], began: float) -> list[float | None] | str | judge_model.Unreachable:
+    """Process 0's: the verdicts, or that the run has to wait, in words, or that it has waited long enough."""
     try:
       return self._judge.verdicts(asked)
     except judge_model.Unreachable as e:
       said = f"the judge has given no verdict for {time.monotonic() - began:.0f} s ({e})"
       if time.monotonic() - began > self._cfg.patience_s:
-        raise judge_model.Unreachable(f"{said}. Nothing was counted as wrong: the same command goes on when it is back"
-                                      ) from e
+        return judge_model.Unreachable(f"{said}. Nothing was counted as wrong: the same command goes on when it replies")
       return f"{said}: waiting"
     finally:
       self._store()

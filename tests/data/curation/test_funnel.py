@@ -289,6 +289,7 @@ def as_processes(monkeypatch, n, do):
 
   monkeypatch.setattr(hosts, "mine", lambda number: number % n == who.number)
   monkeypatch.setattr(hosts, "leads", lambda: who.number == 0)
+  monkeypatch.setattr(hosts, "several", lambda: n > 1)
   monkeypatch.setattr(hosts, "everyone", everyone)
   monkeypatch.setattr(hosts, "meet", lambda: everyone(None))
   monkeypatch.setattr(hosts, "first", lambda make: everyone(make() if who.number == 0 else None)[0])
