@@ -101,7 +101,7 @@ class Verdicts:
     except judge_model.Unreachable as e:
       said = f"the judge has given no verdict for {time.monotonic() - began:.0f} s ({e})"
       if time.monotonic() - began > self._cfg.patience_s:
-        return judge_model.Unreachable(f"{said}. Nothing was counted as wrong: the same command goes on when it replies")
+        return judge_model.Unreachable(f"{said}. Nothing was counted as wrong: give the same command when it replies")
       return f"{said}: waiting"
     finally:
       self._store()
