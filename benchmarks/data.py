@@ -328,7 +328,7 @@ def batches_part(args, folder: pathlib.Path) -> dict:
     rows.append([name, f"{seconds:.3g}", f"{1 / seconds:.3g}", f"{batch_s:.3g}", f"{batch_s / seconds:.2g}",
                  *(f"{times[threads]:,.0f}" for threads in THREADS)])
   print(timing.table(["step of", "takes, s", "consumes batches/s", "core seconds a batch", "cores kept busy",
-                      *(f"given / taken, {threads} threads" for threads in THREADS)], rows))
+                      *(f"given over taken, threads: {threads}" for threads in THREADS)], rows))
   return figures
 
 
