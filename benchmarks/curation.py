@@ -39,6 +39,7 @@ import numpy as np
 from PIL import Image
 
 from virl_jax.data.curation import build
+from virl_jax.data.curation import parts
 from virl_jax.tiny import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -171,7 +172,7 @@ def main():
   raw, data, out, config = folder / "raw", folder / "sets", folder / "curated", folder / "config.py"
   raw.mkdir(parents=True, exist_ok=True)
   groups = draw(raw, args.n)
-  build.run(build.Job("jsonl", str(raw), "train", str(data), embed=True), 1)
+  build.run(parts.Job("jsonl", str(raw), "train", str(data), embed=True), 1)
   config.write_text(CONFIG.format(tiny=str(ROOT / "configs" / "tiny.py"), shard=max(8, args.n),
                                   samples=tuple(args.samples)))
   began = time.perf_counter()

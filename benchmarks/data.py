@@ -12,7 +12,7 @@ that other programs of the machine do not count; wall time is in the JSON.  memo
 whose peak is the operating system's.  pictures takes a photograph from its file to the shown image's patches and those
 of a crop.  batches takes the prompts of one step after the other from a feed, as training does, but without training:
 needle pictures by configs/tiny.py, which is then run for some steps, and photographs, as many as configs/v7b.py asks
-for, of two sets by weight.
+for, of two sets by weight; with each number of threads: what more of them bring is the machine's to say, by its cores.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ from virl_jax import types
 from virl_jax.data import batches
 from virl_jax.data import images
 from virl_jax.data.curation import build
+from virl_jax.data.curation import parts
 from virl_jax.data.sources import records
-from virl_jax.data.sources import sets
+from virl_jax.data.sources import set_files
 from virl_jax.data.sources import table
 from virl_jax.model import patches
 from virl_jax.run import setup
@@ -54,6 +55,7 @@ LONGEST = 12  # words of a question
 # docs/scaling.md: what a microbatch of v7b takes at least on 8 x H100, by `plan`, and the fastest step of its tables.
 UPDATE_S, SCORE_S, WIDEST_S = 1.6607, 0.4152, 23.0
 PHASES = ("rollout", "score", "update")
+THREADS = (1, 2, 4)  # that decode pictures, as engine.threads
 
 
 def words(rng: random.Random, count: int) -> str:
@@ -192,7 +194,7 @@ def speed(args, folder: pathlib.Path) -> dict:
       n_read = sum(isinstance(record, records.Raw) for record in table.SOURCES[source].read(str(root), "train"))
       read, wall = time.process_time(), time.perf_counter()
       out = folder / source / f"out{turn}"
-      counts = build.run(build.Job(source, str(root), "train", str(out)), 1)
+      counts = build.run(parts.Job(source, str(root), "train", str(out)), 1)
       if turn:  # the first fills caches
         took["read"].append(n_read / (read - began))
         took["build"].append(counts.tasks / (time.process_time() - read))
@@ -219,8 +221,9 @@ def memory(args, folder: pathlib.Path) -> dict:
   code = f"""
 import resource, time
 from virl_jax.data.curation import build
+from virl_jax.data.curation import parts
 began = time.process_time()
-counts = build.run(build.Job("gqa", {str(root)!r}, "train", {str(folder / 'out')!r}), 1)
+counts = build.run(parts.Job("gqa", {str(root)!r}, "train", {str(folder / 'out')!r}), 1)
 print(counts.tasks, time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
@@ -293,13 +296,13 @@ def batches_part(args, folder: pathlib.Path) -> dict:
   for name, some in (("one-train", every[::2]), ("two-train", every[1::2])):
     (folder / "sets" / name).mkdir(parents=True)
     tasks = [types.Task(f"{name}{i}", data, "?", ("a",), provenance=f"{i:032x}") for i, data in enumerate(some)]
-    part = sets.write_part(folder / name, tasks, [records.digest(data) for data in some])
-    sets.finish(folder / "sets" / name, name.partition("-")[0], "train", [part], "", {})
+    part = set_files.write_part(folder / name, tasks, [records.digest(data) for data in some])
+    set_files.finish(folder / "sets" / name, name.partition("-")[0], "train", [part], "", {})
   v7b_c.data.source, v7b_c.data.path, v7b_c.data.weights = "set", str(folder / "sets"), ("one:3", "two:1")
   figures, rows = {}, []
   for name, c in (("tiny", tiny_c), ("v7b", v7b_c)):
     source, prompts = setup.source(c, "train"), c.rollout.prompts
-    for threads in (1, 2):
+    for threads in THREADS:
       count = args.batches if name == "v7b" else 20 * args.batches
       with contextlib.closing(
           batches.Feed(source, c.seed, prompts, c.image.decode_max_pixels, threads=threads)) as feed:
@@ -319,9 +322,13 @@ def batches_part(args, folder: pathlib.Path) -> dict:
   rows = []
   for name, (of, seconds) in consumed.items():
     batch_s = figures[f"{of}/1"]["core_s_per_batch"]
-    figures[name] = {"step_s": seconds, "batches_per_s": 1 / seconds, "cores": batch_s / seconds}
-    rows.append([name, f"{seconds:.3g}", f"{1 / seconds:.3g}", f"{batch_s:.3g}", f"{batch_s / seconds:.2g}"])
-  print(timing.table(["step of", "takes, s", "consumes batches/s", "core seconds a batch", "cores kept busy"], rows))
+    times = {threads: figures[f"{of}/{threads}"]["batches_per_s"] * seconds for threads in THREADS}
+    figures[name] = {"step_s": seconds, "batches_per_s": 1 / seconds, "cores": batch_s / seconds,
+                     "given_over_taken": times}
+    rows.append([name, f"{seconds:.3g}", f"{1 / seconds:.3g}", f"{batch_s:.3g}", f"{batch_s / seconds:.2g}",
+                 *(f"{times[threads]:,.0f}" for threads in THREADS)])
+  print(timing.table(["step of", "takes, s", "consumes batches/s", "core seconds a batch", "cores kept busy",
+                      *(f"given over taken, threads: {threads}" for threads in THREADS)], rows))
   return figures
 
 

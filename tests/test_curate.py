@@ -1,11 +1,14 @@
 """The command that curates: what it is given, what it says, with an endpoint and with several processes."""
 
 import json
+import os
 import pathlib
 import runpy
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -91,15 +94,60 @@ def test_what_it_says(data, tmp_path):
       "14 tasks read", "  4 boxes cover too much", "10 after rules (71.4%)"]
 
 
+RULES_ALONE = ("--config.curate.policy.with_zoom=0", "--config.curate.policy.without_zoom=0")
+# Few and short samples of the tiny base, which knows nothing of photographs; all that could be asked are kept.
+ASKED = ("--config.curate.policy.with_zoom=2", "--config.curate.policy.without_zoom=1",
+         "--config.curate.filter.least_pass=0.0", "--config.curate.filter.most_without=1.0",
+         "--config.curate.filter.most_pass=1.0")
+# Of a server: room for its longer turns, and no patience with its faults.
+SERVED = ("--config.curate.policy.with_zoom=4", "--config.curate.policy.without_zoom=2",
+          "--config.rollout.max_total_tokens=1024", "--config.rollout.max_turn_tokens=64",
+          "--config.curate.endpoint.wait_s=0.01", "--config.curate.endpoint.in_flight=2")
+
+
 def command(*more):
   return [sys.executable, "-m", "virl_jax.curate", f"--config={ROOT / 'configs' / 'tiny.py'}",
-          "--config.curate.policy.with_zoom=0", "--config.curate.policy.without_zoom=0",
           "--config.curate.rules.least_box_px=9.0", "--config.curate.shard_tasks=2", *more]
 
 
+class Run:
+  """One command in several processes, each with a device of its own."""
+
+  def __init__(self, n, *more):
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    who = lambda i: (f"--coordinator=127.0.0.1:{port}", f"--num_processes={n}", f"--process_id={i}") if n > 1 else ()
+    self.processes = [subprocess.Popen(
+        command(*more, *who(i)), cwd=ROOT, env=dict(os.environ, JAX_NUM_CPU_DEVICES="1", PYTHONUNBUFFERED="1"),
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(n)]
+
+  def end(self):
+    """Their statuses and what each has said, when all have ended."""
+    try:
+      said = [process.communicate(timeout=300)[0] for process in self.processes]
+    finally:
+      for process in self.processes:
+        process.kill()
+    return [process.returncode for process in self.processes], said
+
+  def done(self):
+    codes, said = self.end()
+    assert not any(codes), said
+    return said
+
+
+def until(found, timeout_s=200):
+  """Waits for something to be true."""
+  ends = time.monotonic() + timeout_s
+  while not found():
+    assert time.monotonic() < ends
+    time.sleep(0.05)
+
+
 def test_a_slip_is_a_line(data, tmp_path):
-  done = subprocess.run(command(f"--data={data}", f"--out={tmp_path / 'out'}", "--config.curate.rules.caps=('x',)"),
-                        cwd=ROOT, capture_output=True, text=True)
+  done = subprocess.run(command(f"--data={data}", f"--out={tmp_path / 'out'}", *RULES_ALONE,
+                                "--config.curate.rules.caps=('x',)"), cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 1 and 'error: config.curate.rules.caps must be "SOURCE=COUNT"' in done.stderr
   assert "Traceback" not in done.stderr
   with pytest.raises(ValueError, match="data.path must be a finished set"):
@@ -109,14 +157,54 @@ def test_a_slip_is_a_line(data, tmp_path):
 @pytest.mark.slow
 def test_two_processes_leave_what_one_does(data, tmp_path):
   one, two = tmp_path / "one" / "out", tmp_path / "two" / "out"
-  subprocess.run(command(f"--data={data}", f"--out={one}"), cwd=ROOT, check=True)
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  runs = [subprocess.Popen(command(f"--data={data}", f"--out={two}", f"--coordinator=127.0.0.1:{port}",
-                                   "--num_processes=2", f"--process_id={i}"), cwd=ROOT, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
-  said = [run.communicate(timeout=300)[0] for run in runs]
-  assert [run.returncode for run in runs] == [0, 0], said
+  Run(1, f"--data={data}", f"--out={one}", *RULES_ALONE).done()
+  said = Run(2, f"--data={data}", f"--out={two}", *RULES_ALONE).done()
   assert content(one) == content(two) and all(f"process {i}: facts" in words for i, words in enumerate(said))
   assert json.loads((two / "counts.json").read_text())["kept"]["all"] == 10
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_endpoint_and_one_is_killed(data, tmp_path):
+  """Killed, stopped and gone on with: the same files as one process leaves that nobody has disturbed."""
+  server = Server(speak)
+  try:
+    one, two = tmp_path / "one" / "out", tmp_path / "two" / "out"
+    Run(1, f"--data={data}", f"--out={one}", f"--endpoint={server.url}", *SERVED).done()
+    n_all, samples = len(server.bodies), two / ".curate" / "samples"
+    again = lambda: Run(2, f"--data={data}", f"--out={two}", f"--endpoint={server.url}", *SERVED)
+    server.bodies.clear()
+    server.faults = [None] * (n_all // 3) + [500] * 10 ** 6  # each then waits, and keeps what it has
+    run = again()
+    until(lambda: len(server.bodies) > n_all // 3 + 20)
+    run.processes[1].kill()
+    assert all(run.end()[0]) and len(list(samples.glob("*.jsonl"))) < 5
+    server.bodies.clear()
+    run = again()
+    until(lambda: len(server.bodies) > 20)
+    run.processes[1].send_signal(signal.SIGTERM)
+    codes, said = run.end()
+    assert codes == [1, 0] and "stopped by SIGTERM" in said[1] and "Traceback" not in "".join(said)
+    assert "process 1 can't go on, and so no other: it was stopped; the same command goes on" in said[0]
+    server.faults, n_before = ["drop", 429, "cut", 500], len(server.bodies)
+    said = again().done()
+    assert content(one) == content(two) and len(server.bodies) > n_before
+    assert all(f"process {i}: policy: shard" in words for i, words in enumerate(said))
+  finally:
+    server.close()
+
+
+@pytest.mark.slow
+def test_two_processes_ask_the_engine_together_and_are_killed(data, tmp_path):
+  one, two = tmp_path / "one" / "out", tmp_path / "two" / "out"
+  Run(1, f"--data={data}", f"--out={one}", *ASKED).done()
+  run = Run(2, f"--data={data}", f"--out={two}", *ASKED)
+  until(lambda: len(list((two / ".curate" / "samples").glob("*.jsonl"))) > 1)
+  for process in run.processes:
+    process.kill()
+  run.end()
+  assert not (two / "counts.json").exists()
+  Run(2, f"--data={data}", f"--out={two}", *ASKED).done()
+  assert content(one) == content(two)
+  told = [json.loads(line) for path in sorted((one / ".curate" / "samples").glob("*.jsonl"))
+          for line in path.read_text().splitlines()[1:]]
+  assert len(told) == 10 and len({(s["answer"], s["zooms"], s["stop"]) for it in told for s in it["with"]}) > 3

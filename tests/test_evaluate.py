@@ -122,7 +122,7 @@ def test_a_judge_decides_what_the_rule_refuses(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"uid": f"row {i + 1}", "answer": text}) + "\n"
                             for i, text in enumerate(("crimson", "blue", "Red."))))
-    judge = judge_model.Judge(judge_model.Config(server.url, "judge", str(tmp_path / "verdicts.jsonl")))
+    judge = judge_model.with_file(judge_model.Config("judge", server.url), str(tmp_path / "verdicts.jsonl"))
     plain, _ = evaluate.score(str(path), "visualprobe", str(data))
     judged, _ = evaluate.score(str(path), "visualprobe", str(data), judge)
     assert [r["score"] for r in plain["rows"]] == [0, 0, 1] and [r["score"] for r in judged["rows"]] == [1, 0, 1]
@@ -137,7 +137,7 @@ def test_a_dead_judge_is_an_error_and_no_wrong_answer(tmp_path):
   path = tmp_path / "d.jsonl"
   path.write_text(json.dumps({"input_image": "direct_attributes/a.jpg", "test_type": "direct_attributes",
                               "question": "?", "options": ["x", "y"], "output": 1}) + "\n")
-  judge = judge_model.Judge(judge_model.Config("http://127.0.0.1:9/v1", "m", tries=1))
+  judge = judge_model.Judge(judge_model.Config("m", "http://127.0.0.1:9/v1", tries=1))
   with pytest.raises(judge_model.Unreachable):
     evaluate.score(str(path), "vstar", None, judge)
 

@@ -12,7 +12,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.drawn report.trajectory "
     "run.caches run.compiles run.files run.hlo run.progress run.signals",
-    "data.choice data.endpoint data.mixture data.quantity data.recorded.script eval.compare eval.figures "
+    "data.choice data.endpoint data.mixture data.quantity data.recorded.script data.sources.set_files eval.compare "
+    "eval.figures "
     "eval.monitors model.patches "
     "model.sharding model.tuning report.gallery report.page rl.advantage rl.credit rl.loss rl.reward rollout.slots "
     "run.log tiny.needle",
@@ -20,7 +21,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "model.attention model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
     "data.batches data.curation.facts data.recorded.mini_o3 data.recorded.sharegpt data.sources.records "
     "data.sources.sets eval.benchmarks.rows learner.checkpoint model.qwen2_5.config report.benchmark report.html "
-    "rollout.actions.zoom rollout.pack run.bad run.topologies run.watch run.workdir tiny.source",
+    "rollout.actions.zoom rollout.pack run.bad run.topologies run.verdicts run.watch "
+    "run.workdir tiny.source",
     "data.curation.rules data.grain_source data.recorded.table data.sources.fields data.sources.jsonl "
     "data.sources.stream eval.benchmarks.choices "
     "eval.benchmarks.docvqa eval.benchmarks.mme_realworld eval.benchmarks.needle eval.benchmarks.pope "
@@ -35,8 +37,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.sources.docvqa learner.state model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
     "data.sources.infographicsvqa learner.microbatch rollout.sample run.load run.pace run.serving",
     "data.sources.table learner.step rollout.turns run.record",
-    "data.curation.build rollout.chunks rollout.remote rollout.replay rollout.told run.setup",
-    "asking.site export warmstart rollout.engine run.lessons run.programs",
+    "data.curation.parts rollout.chunks rollout.remote rollout.replay rollout.told run.setup",
+    "asking.site data.curation.build export warmstart rollout.engine run.lessons run.programs",
     "ask eval.harness plan rollout.dynamic",
     "eval.asked run.loop",
     "data.curation.policy evaluate sft train",

@@ -1,5 +1,6 @@
 """Whole runs of the entry point, small."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests.data import test_judge_model as judging
 from virl_jax import config as config_lib
 from virl_jax import export
 from virl_jax import train
@@ -152,6 +154,46 @@ dynamic.run = fails
 train.define_flags()
 app.run(train.main)
 """
+
+
+@pytest.mark.slow
+def test_a_judge_is_asked_once_and_a_run_that_goes_on_is_told_the_same(places):
+  """Whatever it says later: what a killed run was told stands in its workdir."""
+  def speak(yes):
+    return lambda body: yes(hashlib.blake2b(body["messages"][0]["content"].encode()).digest()[0])
+
+  workdirs = [places[0] / "judged", places[0] / "judged_and_killed"]
+  options = [*(o for o in SMALL if "checkpoint" not in o), "--config.checkpoint.every=2", "--config.steps=4",
+             "--config.judge.model=judge"]
+  server = judging.Server(speak(lambda byte: "yes" if byte % 2 else "no"))
+  try:
+    run = _start(places, workdirs[0], *options, f"--config.judge.url={server.url}")
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, out
+    run = _start(places, workdirs[1], *options, f"--config.judge.url={server.url}")
+    while len(_steps(workdirs[1])) < 4 and run.poll() is None:
+      time.sleep(0.01)
+    run.kill()  # after the last step, before its checkpoint or the evaluation
+    run.communicate()
+  finally:
+    server.close()
+  kept = sorted((workdirs[1] / "verdicts").iterdir())
+  lines = [line for file in kept for line in file.read_text().splitlines()]
+  keys = {json.loads(line)["key"] for line in lines}
+  assert len(keys) == len(lines) > 10
+  server = judging.Server(speak(lambda byte: "no"))  # another mind, at another address
+  try:
+    run = _start(places, workdirs[1], *options, f"--config.judge.url={server.url}")
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 0 and "going on from step" in out, out
+  finally:
+    server.close()
+  assert _timeless(_steps(workdirs[0])) == _timeless(_steps(workdirs[1]))
+  judged = [(line["judge/answers"], line["judge/right"]) for line in _steps(workdirs[0])]
+  assert all(n > right > 0 for n, right in judged)
+  again = [json.loads(line)["key"] for file in sorted((workdirs[1] / "verdicts").iterdir()) if file not in kept
+           for line in file.read_text().splitlines()]
+  assert not keys & set(again), "nothing is asked about twice"
 
 
 @pytest.mark.slow

@@ -54,9 +54,10 @@ def stage(monkeypatch, failing=()):
   c.eval.bootstrap, c.log.bad_batches = 10, 0
   c.optim.skip_above, c.optim.skip_window = 2.0, 2
   seen = std_types.SimpleNamespace(c=c, evaluated=[], rolled=[], further={}, informative=[], scored=[], updates=[],
-                                   limits=[])
+                                   limits=[], judges=[])
 
-  def rolls(policy, params, tasks, draw, key, group_size, tries, informative):
+  def rolls(policy, params, tasks, draw, key, group_size, tries, informative, judge):
+    seen.judges.append(judge)
     step = len(seen.rolled)
     seen.rolled.append((float(params["marker"]), uids(tasks), data(key), group_size, tries))
     seen.further[step] = [uids(draw(attempt)) for attempt in (1, 2)]
@@ -82,7 +83,8 @@ def stage(monkeypatch, failing=()):
         "loss/total": pooled.Mean(jnp.float32(jnp.nan if bad else 0)), "optim/grad_norm": pooled.Mean(jnp.float32(3)),
         "optim/skipped": pooled.Sum(jnp.float32(bad)), "optim/spikes": pooled.Sum(jnp.float32(0))}
 
-  def evaluate(policy, params, tasks, key, slots, temperature, cfg):
+  def evaluate(policy, params, tasks, key, slots, temperature, cfg, judge):
+    seen.judges.append(judge)
     seen.evaluated.append((float(params["marker"]), uids(tasks), data(key)))
     return [harness.Judged(finished(task), (), ()) for task in tasks]
 
@@ -94,6 +96,7 @@ def stage(monkeypatch, failing=()):
   monkeypatch.setattr(train.step_lib, "score", scores)
   monkeypatch.setattr(train.step_lib, "update_step", update)
   monkeypatch.setattr(loop.harness, "run", evaluate)
+  monkeypatch.setattr(loop.verdicts, "judge", lambda cfg, workdir: (cfg.model, workdir.name))
   monkeypatch.setattr(train.hosts, "place_batch", lambda batch, mesh: batch)
   monkeypatch.setattr(train.sample, "weights", lambda params, cfg, mesh: {"marker": params["marker"] + 0.5})
   monkeypatch.setattr(train.pack, "pack", lambda part, cfg: tuple((t.task.uid, t.index) for t in part))
@@ -120,6 +123,7 @@ def test_everything_gets_what_it_should(played):
   assert not names["train"] & names["test"]
 
   # The base before, what training made of it after, on the same tasks with the same luck; of the test split.
+  assert played.judges == [("", "run")] * (2 + STEPS), "evaluations and steps have the same judge"
   (before, asked, key), (after, again, key_again) = played.evaluated
   assert before == 100.5 and after == 100.5 + STEPS * EPOCHS * MINIBATCHES  # in the layout of rollouts
   assert asked == again and key == key_again and len(asked) == 8 and set(asked) <= names["test"]

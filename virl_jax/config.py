@@ -266,6 +266,15 @@ def _knobs() -> ConfigDict:
   e.temperature = 1.0              # of sampling; 0 is greedy
   e.bootstrap = free(2000)         # resamples for the 95% intervals
 
+  c.judge = j = ConfigDict()       # a language model that is asked, in a run's steps and evaluations, whether answers
+                                   #   that no rule takes for right mean what a reference says; see docs/data.md
+  j.model = ""                     # as its endpoint names it; "" for none, which is how it stands [ours]
+  j.url = free("")                 # of an OpenAI-compatible endpoint, http://HOST:PORT/v1 [ours]
+  j.rules = ("exact",)             # tasks without options whose answers it is asked about: their rules [ours]
+  j.timeout_s = free(60.0)         # for a verdict [ours]
+  j.patience_s = free(3600.0)      # without any reply, until the run ends [ours]
+  j.in_flight = free(32)           # questions at a time [ours]
+
   c.curate = u = ConfigDict()      # `python -m virl_jax.curate`, from built sets to tasks that need looking; see
                                    #   docs/curation.md. The paper's own thresholds are not published: all [ours]
   u.shard_tasks = free(256)        # tasks that are asked, and written down, together

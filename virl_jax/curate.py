@@ -36,6 +36,7 @@ from ml_collections import config_flags
 from virl_jax import config as config_lib
 from virl_jax.data.curation import build as build_lib
 from virl_jax.data.curation import funnel
+from virl_jax.data.curation import parts as parts_lib
 from virl_jax.data.curation import policy as policy_lib
 from virl_jax.data.sources import table
 from virl_jax.model import sharding
@@ -45,6 +46,7 @@ from virl_jax.rollout import sample
 from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import setup
+from virl_jax.run import signals
 
 _FACTOR = 28  # what Qwen2.5-VL's shown pictures are multiples of, where no model is read
 
@@ -65,7 +67,7 @@ def build(args: flags.FlagValues) -> None:
   if args.beam and not args.runner:
     raise ValueError("--beam must be left out without --runner, which it is for")
   options = [f"--runner={args.runner}", *args.beam] if args.runner else None
-  jobs = [build_lib.Job(source, root, args.split, args.out, args.boxes_from if source in table.JOINED else "",
+  jobs = [parts_lib.Job(source, root, args.split, args.out, args.boxes_from if source in table.JOINED else "",
                         args.images == "embed", args.check == "decode", args.max_rejects)
           for source, root in zip(args.source, roots)]
   failed = []
@@ -175,9 +177,10 @@ def main(argv):
     raise app.UsageError("--config=FILE --data=SETS --out=DIR are needed")
   setup.begin()
   with setup.told():
-    hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s)
-    hosts.same("configuration", config_lib.flat(args.config.to_dict()))
-    counts = curate(args.config, args.data[0], args.out, args.endpoint, args.jobs)
+    hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout_s, together=False)
+    with signals.closing(lambda: hosts.fail("it was stopped; the same command goes on")):
+      hosts.same("configuration", config_lib.flat(args.config.to_dict()))
+      counts = curate(args.config, args.data[0], args.out, args.endpoint, args.jobs)
     hosts.say(f"{told_counts(counts)}\n{os.path.join(args.out, 'report.html')}")
 
 

@@ -437,11 +437,11 @@ def _judge(args) -> judge_model.Judge | None:
     return None
   for name in args.benchmark:
     _judgeable(name)
-  cache = ""
-  if args.out and files.is_local(args.out):
-    os.makedirs(args.out, exist_ok=True)
-    cache = os.path.join(args.out, "verdicts.jsonl")
-  return judge_model.Judge(judge_model.Config(args.judge, args.judge_model, cache))
+  cfg = judge_model.Config(args.judge_model, args.judge)
+  if not args.out or not files.is_local(args.out):
+    return judge_model.Judge(cfg)
+  os.makedirs(args.out, exist_ok=True)
+  return judge_model.with_file(cfg, os.path.join(args.out, "verdicts.jsonl"))
 
 
 if __name__ == "__main__":

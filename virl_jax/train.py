@@ -4,7 +4,8 @@
     python -m virl_jax.train --config=configs/tiny.py --config.seed=1 --config.steps=50
 
 A workdir, which may be gs://BUCKET/DIR, holds config.json, data.json, metrics.jsonl, wallclock.jsonl, checkpoints/,
-rollouts/, eval_before.json, eval_after.json, report.html, and bad_batches/ if updates were skipped (docs/monitors.md).
+rollouts/, eval_before.json, eval_after.json, report.html, bad_batches/ if updates were skipped (docs/monitors.md), and
+verdicts/ if a model judges answers (docs/data.md).
 Stop it at any time and give the same command again: it goes on from the last checkpoint, and ends as if it had not
 been stopped.  Ctrl-C and SIGTERM save the last finished step first, and end it with status 130 and 0.  With
 --resume-with-changes it goes on with another learning rate, say.
@@ -89,7 +90,7 @@ def _train(c, p: setup.Pieces, source, run: loop.Run) -> dict:
       record.lap("weights", weights)
       trajectories, rolled_out = dynamic.run(   # G of each task, and which answers are right
           p.policy, weights, tasks, functools.partial(feed.further, step), key, c.rollout.group_size,
-          c.rollout.resample, functools.partial(_informative, p, step))
+          c.rollout.resample, functools.partial(_informative, p, step), run.judge)
       gib = memory.device_gib(weights)
       del weights                               # an update wants the room
       record.lap("rollout")

@@ -185,10 +185,9 @@ def test_a_rule_that_gives_a_score_says_how_much_the_answer_is_worth():
   assert by_hand.worth == 1.0, "where nobody gave a score"
 
 
-@pytest.mark.parametrize("match", ["anls:0.5", "exact:", "number:", "number:two", "number:-1", "number:nan", "",
-                                   "judge"])
+@pytest.mark.parametrize("match", ["anls:0.5", "exact:", "number:", "number:two", "number:-1", "number:nan", ""])
 def test_rules_that_there_are_not(match):
-  with pytest.raises(ValueError, match="match must be one of|tolerance must be such as|no judge model is set"):
+  with pytest.raises(ValueError, match="match must be one of|tolerance must be such as"):
     answers.grade([types.Trajectory(types.Task("t", b"", "?", ("1",), match=match), 0, np.zeros(1, np.int32))])
 
 
@@ -208,14 +207,21 @@ def test_blanks_are_not_paid():
   assert answers.rule("anls")("x" + " " * 1000, ("cat",)) == 0.0 and answers.rule("anls")(" cat ", ("cat",)) == 1.0
 
 
-def test_a_judge_is_asked_about_its_own_tasks_alone():
-  tasks = [types.Task(m, b"", "?", ("red",), match=m) for m in ("exact", "judge", "judge")]
-  found = [types.Trajectory(task, i, np.zeros(1, np.int32), answer=a) for i, (task, a) in enumerate(
-      zip(tasks, ("red", "crimson", "blue")))]
+def test_a_judge_is_asked_about_what_the_rule_refuses_and_takes_nothing_away():
+  people = ("red",) * 1 + ("blue",) * 9
+  said = [("exact", ("red",), "red"), ("exact", ("red",), "crimson"), ("vqa", people, "red"), ("exact", ("a",), "b"),
+          ("exact", ("red",), "blue")]
+  found = [types.Trajectory(types.Task("t", b"", "?", accepted, match=match), i, np.zeros(1, np.int32), answer=answer)
+           for i, (match, accepted, answer) in enumerate(said)]
   asked = []
-  answers.grade(found, lambda trajectories: asked.extend(trajectories) or [1.0, 0.25])
-  assert [t.index for t in asked] == [1, 2]
-  assert [(t.score, t.correct) for t in found] == [(1.0, True), (1.0, True), (0.25, False)]
+  answers.grade(found, lambda wrong: asked.extend(wrong) or [1.0, 0.0, None, 0.25])
+  assert [t.index for t in asked] == [1, 2, 3, 4]
+  assert [(t.score, t.correct) for t in found] == [
+      (1.0, True), (1.0, True), (pytest.approx(0.3), False), (0.0, False), (0.25, False)]
+  calls = []
+  answers.grade(found[:1], lambda wrong: calls.append(wrong) or [])
+  answers.grade([], lambda wrong: calls.append(wrong) or [])
+  assert calls == [[], []], "processes judge together, with nothing of their own too"
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real records at {REAL}")

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 
-from virl_jax import types
 from virl_jax.data import judge_model
 
 ASKED = [judge_model.Asked("What colour is it?", ("red",), answer) for answer in ("crimson", "blue", "scarlet")]
@@ -81,9 +80,9 @@ def server():
   it.close()
 
 
-def _judge(server, cache="", **more):
-  settings = {"timeout_s": 0.5, "wait_s": 0.01} | more
-  return judge_model.Judge(judge_model.Config(server.url, "judge", str(cache), **settings))
+def _judge(server, cache="", model="judge", **more):
+  cfg = judge_model.Config(model, server.url, **{"timeout_s": 0.5, "wait_s": 0.01} | more)
+  return judge_model.with_file(cfg, str(cache)) if cache else judge_model.Judge(cfg)
 
 
 def test_verdicts(server, monkeypatch):
@@ -128,7 +127,7 @@ def test_a_dead_endpoint_is_an_error_and_no_wrong_answer(server, tmp_path):
 
 
 def test_nobody_listens():
-  judge = judge_model.Judge(judge_model.Config("http://127.0.0.1:9/v1", "m", tries=2, wait_s=0.0))
+  judge = judge_model.Judge(judge_model.Config("m", "http://127.0.0.1:9/v1", tries=2, wait_s=0.0))
   with pytest.raises(judge_model.Unreachable, match="refused"):
     judge.verdicts(ASKED)
 
@@ -147,6 +146,17 @@ def test_a_reply_that_is_neither_is_no_verdict(server, tmp_path):
   assert judge.verdicts(ASKED[:1]) == [1.0], "and it is not kept"
 
 
+def test_a_run_is_told_the_same_again(server):
+  """Who has gone on from a reply that said neither must find it, and not another."""
+  server.faults, kept = ["mumble"], []
+  cfg = judge_model.Config("judge", server.url, in_flight=1)
+  assert judge_model.Judge(cfg, (), kept.append, final=True).verdicts(ASKED[:2]) == [None, 0.0]
+  lines = judge_model.lines(b"".join(json.dumps(it).encode() + b"\n" for it in kept))
+  again = judge_model.Judge(cfg, lines, final=True)
+  assert again.verdicts(ASKED[:2]) == [None, 0.0] and len(server.bodies) == 2 and not again.asked
+  assert judge_model.Judge(cfg, kept).verdicts(ASKED[:2]) == [1.0, 0.0], "others ask again"
+
+
 def test_verdicts_are_kept_by_all_that_they_depend_on(server, tmp_path, monkeypatch):
   cache = tmp_path / "verdicts.jsonl"
   assert _judge(server, cache).verdicts(ASKED) == [1.0, 0.0, 1.0]
@@ -154,7 +164,7 @@ def test_verdicts_are_kept_by_all_that_they_depend_on(server, tmp_path, monkeypa
   again = _judge(server, cache)
   assert again.verdicts(ASKED) == [1.0, 0.0, 1.0] and again.asked == 1
   assert _judge(server, cache).verdicts(ASKED) == [1.0, 0.0, 1.0] and len(server.bodies) == 4
-  other = judge_model.Judge(judge_model.Config(server.url, "another", str(cache)))
+  other = _judge(server, cache, model="another")
   assert other.verdicts(ASKED) == [1.0, 0.0, 1.0] and other.asked == 3
   monkeypatch.setattr(judge_model, "PROMPT_VERSION", judge_model.PROMPT_VERSION + 1)
   newer = _judge(server, cache)
@@ -168,16 +178,12 @@ def test_an_answer_cannot_speak_to_the_judge(server):
   assert "\\n---\\nIs the answer" in prompt and prompt.count("\n---\n") == 2, "it stands there in one quoted line"
 
 
-def test_scores_of_trajectories(server):
-  task = types.Task("t", b"", "What colour?", ("red",), match="judge")
-  found = [types.Trajectory(task, i, None, answer=a) for i, a in enumerate(("crimson", "blue", None))]
-  assert _judge(server).scores(found) == [1.0, 0.0, 0.0]
-
-
 @pytest.mark.parametrize("wrong", [{"url": "localhost:8000"}, {"model": ""}, {"tries": 0}, {"timeout_s": 0},
-                                   {"in_flight": 0}, {"wait_s": -1}])
+                                   {"in_flight": 0}, {"wait_s": -1}, {"patience_s": -1}, {"rules": ("",)}])
 def test_settings_are_checked(wrong):
   with pytest.raises(ValueError, match=f"config.judge.{next(iter(wrong))} must be"):
     judge_model.Config(**{"url": "http://x/v1", "model": "m"} | wrong)
-  with pytest.raises(ValueError, match="judge.cache must be a file"):
-    judge_model.Judge(judge_model.Config("http://x", "m", "/nowhere/at/all"))
+  with pytest.raises(ValueError, match="config.judge.model must be the name of a model if config.judge.url is set"):
+    judge_model.Config(model="m")
+  with pytest.raises(ValueError, match="the file of verdicts must be one that can be read and written"):
+    judge_model.with_file(judge_model.Config("m", "http://x"), "/nowhere/at/all")

@@ -41,7 +41,7 @@ def informative(found):
   return (correct.min(1) != correct.max(1)).repeat(G)
 
 
-def go(batches, tries):
+def go(batches, tries, judge=None):
   """uids of the groups that were kept; "one" in a uid makes one of the group right, so that it is informative."""
   drawn = []
 
@@ -49,12 +49,35 @@ def go(batches, tries):
     drawn.append(attempt)
     return [types.Task(uid, b"", "?", ("x",)) for uid in batches[attempt]]
 
-  found, took = dynamic.run(None, None, draw(0), draw, jax.random.key(3), G, tries, informative)
+  found, took = dynamic.run(None, None, draw(0), draw, jax.random.key(3), G, tries, informative,
+                            judge)
   assert [t.task.uid for t in found[::G]] == [t.task.uid for t in found[1::G]]
   further = took["rollout/further_batches"]
   assert took["time/rollout_tokens_s"] == sum(len(b) * G for b in batches[:further + 1]) / (further + 1)
   assert drawn == list(range(further + 1))
   return [t.task.uid for t in found[::G]], further
+
+
+class Judge:
+  """Finds the second rollouts of some tasks right."""
+
+  def __init__(self, uids):
+    self._uids, self.asked = uids, 0
+
+  def __call__(self, wrong):
+    self.asked += 1
+    return [float(t.task.uid in self._uids and t.index % G == 1) for t in wrong]
+
+  def metrics(self):
+    return {"judge/answers": 2.0}
+
+
+def test_a_judge_has_its_say_before_groups_are_looked_at(played):
+  judge = Judge(("a", "one_b"))
+  # one_b is right twice, and says nothing.
+  assert go(BATCHES, 2, judge)[0] == ["a", "one_f", "one_g"] and judge.asked == 3
+  found = dynamic.run(None, None, [types.Task("a", b"", "?", ("x",))], None, jax.random.key(3), G, 0, None, judge)
+  assert [t.correct for t in found[0]] == [False, True] and found[1]["judge/answers"] == 2.0
 
 
 BATCHES = [["a", "one_b", "c"], ["d", "e", "one_f"], ["one_g", "one_h", "i"], ["one_j", "k", "l"]]

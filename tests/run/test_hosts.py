@@ -98,6 +98,10 @@ before = hosts.waited()
 time.sleep(1.5 * me)
 hosts.agree([0])
 found["waited"] = hosts.waited() - before
+before = hosts.waited()
+time.sleep(2.5 * (1 - me))
+hosts.meet()
+found["met"] = hosts.waited() - before
 if me:
   os.kill(os.getpid(), signal.SIGTERM)
   while not signals.noted():
@@ -141,10 +145,11 @@ def test_two_processes_agree(tmp_path):
   assert a["of what is whole"] == (rows + 1).tolist() and b["of what is whole"] == (rows + 101).tolist()
   assert a["order"] == [1, 0] and b["order"] == [3, 2], "places in the whole batch"
   assert a["waited"] > 1.0 and a["waited"] > b["waited"]
+  assert b["met"] > 1.5 and b["met"] > a["met"], "for longer than it asks at a time"
 
 
 def test_one_process_agrees_with_itself():
   assert hosts.number() == 0 and hosts.leads() and all(map(hosts.mine, range(3)))
   assert hosts.everyone("a") == ["a"] and hosts.in_order([(1, "b"), (0, "a")]) == ["a", "b"]
-  assert hosts.first(lambda: 3) == 3 and hosts.same("thing", 1) is None
+  assert hosts.first(lambda: 3) == 3 and hosts.same("thing", 1) is None and hosts.meet() is None
   hosts.fail("nobody is there to hear")

@@ -30,7 +30,6 @@ from virl_jax.data import official
 from virl_jax.data import quantity
 
 RIGHT = 0.5  # the least score of a right answer; what ANLS counts as none below, and two of ten people
-JUDGE = "judge"  # the `match` of tasks whose answers a model judges; see `judge_model`
 
 # (answer, accepted answers, options) -> score.
 RULES: dict[str, Callable[[str | None, tuple[str, ...], tuple[str, ...] | None], float]] = {
@@ -79,28 +78,25 @@ def attainable(match: str, answers: tuple[str, ...], options: tuple[str, ...] | 
 
 
 def grade(trajectories: Sequence[types.Trajectory],
-          judge: Callable[[Sequence[types.Trajectory]], Sequence[float]] | None = None) -> None:
+          judge: Callable[[Sequence[types.Trajectory]], Sequence[float | None]] | None = None) -> None:
   """Says of each trajectory what its answer is worth, by its task's rule; one that gave none is wrong.
 
   Args:
     trajectories: as a rollout gives them; their `correct` and `score` are set.
-    judge: scores of those whose task has the rule "judge"; see `judge_model.Judge.scores`.
+    judge: is asked about those that are wrong by the rule, if only about none: a score each, or None where the rule is
+      to stand.  What it gives is no less than the rule's.
 
   Raises:
-    ValueError: a task names a rule that there is not, or one that needs a judge, and there is none.
+    ValueError: a task names a rule that there is not.
   """
-  asked = [t for t in trajectories if t.task.match == JUDGE]
-  if asked and judge is None:
-    raise ValueError(f"task {asked[0].task.uid}: match is 'judge', and no judge model is set")
-  scores = dict(zip(map(id, asked), judge(asked))) if asked else {}
   for traj in trajectories:
     task = traj.task
-    if id(traj) in scores:
-      score = scores[id(traj)]
-    else:
-      try:
-        score = rule(task.match)(traj.answer, task.answers, task.options)
-      except ValueError as e:
-        raise ValueError(f"task {task.uid}: {e}") from e
-    traj.score = float(score)
+    try:
+      traj.score = float(rule(task.match)(traj.answer, task.answers, task.options))
+    except ValueError as e:
+      raise ValueError(f"task {task.uid}: {e}") from e
+  wrong = [traj for traj in trajectories if traj.score < RIGHT]
+  for traj, score in zip(wrong, judge(wrong) if judge else ()):
+    traj.score = max(traj.score, score or 0.0)
+  for traj in trajectories:
     traj.correct = traj.score >= RIGHT

@@ -9,7 +9,7 @@ A connection that fails is tried again, and then it is an error (`Unreachable`):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 import dataclasses
 import hashlib
@@ -18,7 +18,6 @@ import threading
 import time
 
 from virl_jax import checks
-from virl_jax import types
 from virl_jax.data import choice
 from virl_jax.data import endpoint
 from virl_jax.data import exact
@@ -40,31 +39,36 @@ Unreachable = endpoint.Unreachable
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Whom to ask.
+  """Whom to ask, and how patiently; see `config.py`, section `judge`.
 
   Attributes:
+    model: as the endpoint names it; "" for nobody.
     url: of the endpoint, up to and with "/v1".  What the variable OPENAI_API_KEY holds is sent along, if it is set.
-    model: as the endpoint names it.
-    cache: file of JSON lines with the verdicts, made if absent; "" for none.
+    rules: of tasks whose answers a run has judged, by the names of `answers.RULES`.
     timeout_s: for one reply.
+    patience_s: how long a run waits for an endpoint that gives no reply.
+    in_flight: questions at a time.
     tries: for one verdict.
     wait_s: before the second try; twice as long before each further one, or as the endpoint asks for.
-    in_flight: questions at a time.
   """
 
-  url: str
-  model: str
-  cache: str = ""
+  model: str = ""
+  url: str = ""
+  rules: tuple[str, ...] = ("exact",)
   timeout_s: float = 60.0
+  patience_s: float = 3600.0
+  in_flight: int = 32
   tries: int = 5
   wait_s: float = 1.0
-  in_flight: int = 8
 
   def __post_init__(self):
-    web = (lambda v: isinstance(v, str) and v.startswith(("http://", "https://")), "an address, http://HOST:PORT/v1")
-    name = (lambda v: isinstance(v, str) and bool(v), "the name of a model")
-    checks.section(vars(self), "judge", url=web, model=name, cache=checks.text, timeout_s=checks.real(above=0),
-                   tries=checks.whole(1), wait_s=checks.real(0), in_flight=checks.whole(1))
+    web = (lambda v: isinstance(v, str) and (not v or v.startswith(("http://", "https://"))),
+           "an address, http://HOST:PORT/v1")
+    checks.section(vars(self), "judge", model=checks.text, url=web, rules=checks.texts, timeout_s=checks.real(above=0),
+                   patience_s=checks.real(0), in_flight=checks.whole(1), tries=checks.whole(1), wait_s=checks.real(0))
+    checks.need(bool(self.model) == bool(self.url), "judge.model",
+                "the name of a model if config.judge.url is set, and '' if it is not", self.model)
+    object.__setattr__(self, "rules", tuple(self.rules))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +95,16 @@ class Judge:
     unclear: how many replies said neither yes nor no; those answers have no verdict.
   """
 
-  def __init__(self, cfg: Config):
-    """Reads the verdicts that there are.
-
-    Raises:
-      ValueError: the cache cannot be read or written.
+  def __init__(self, cfg: Config, known: Iterable[dict] = (), keep: Callable[[dict], None] = lambda line: None,
+               final: bool = False):
+    """Args:
+      cfg: whom to ask.
+      known: verdicts that there are, as `keep` was given them.
+      keep: is given each new one, ready for JSON; by one thread at a time.
+      final: whether a reply that says neither is kept, too, and not asked for again: for who has gone on from it.
     """
-    self._cfg, self._lock = cfg, threading.Lock()
-    self._kept = _read(cfg.cache) if cfg.cache else {}
+    self._cfg, self._keep, self._final, self._lock = cfg, keep, final, threading.Lock()
+    self._kept = {line["key"]: line["verdict"] for line in known if final or line["verdict"] is not None}
     self.asked = self.unclear = 0
 
   @property
@@ -113,27 +119,16 @@ class Judge:
       Unreachable: the endpoint gives no reply; verdicts that came before are kept.
       ValueError: the endpoint refuses the request.
     """
-    found = {a: self._known(a) for a in asked}
-    open_ = [a for a, verdict in found.items() if verdict is None]
+    found = {a: literal(a) for a in asked}
+    keys = {a: self._key(a) for a, verdict in found.items() if verdict is None}
+    found |= {a: self._kept[key] for a, key in keys.items() if key in self._kept}
+    open_ = [a for a, key in keys.items() if key not in self._kept]
     pool = futures.ThreadPoolExecutor(self._cfg.in_flight)
     try:
       found |= zip(open_, pool.map(self._ask, open_))
     finally:
       pool.shutdown(cancel_futures=True)
     return [found[a] for a in asked]
-
-  def scores(self, trajectories: Sequence[types.Trajectory]) -> list[float]:
-    """For `answers.grade`: what the answers of these trajectories are worth; one without a verdict is worth nothing,
-    and is counted in `unclear`."""
-    asked = [Asked(t.task.question, t.task.answers, t.answer, t.task.options) for t in trajectories]
-    return [verdict or 0.0 for verdict in self.verdicts(asked)]
-
-  def _known(self, asked: Asked) -> float | None:
-    if asked.answer is None or not asked.answer.strip():
-      return 0.0
-    if exact.matches(asked.answer, asked.answers, asked.options):
-      return 1.0
-    return self._kept.get(self._key(asked))
 
   def _key(self, asked: Asked) -> str:
     parts = [PROMPT_VERSION, self._cfg.model, asked.text]
@@ -142,18 +137,15 @@ class Judge:
   def _ask(self, asked: Asked) -> float | None:
     said = self._reply(_PROMPT.format(text=asked.text))
     verdicts = [choice.yes_no(said, (word,)) for word in ("yes", "no")]
+    verdict = float(verdicts[0]) if any(verdicts) else None
     with self._lock:
       self.asked += 1
-      if not any(verdicts):
-        self.unclear += 1
-        return None
-      self._kept[self._key(asked)] = verdicts[0]
-      if self._cfg.cache:
-        line = {"key": self._key(asked), "verdict": verdicts[0], "model": self._cfg.model, "prompt": PROMPT_VERSION,
-                "asked": dataclasses.asdict(asked)}
-        with open(self._cfg.cache, "a", encoding="utf-8") as file:
-          file.write(json.dumps(line) + "\n")
-    return verdicts[0]
+      self.unclear += verdict is None
+      if verdict is not None or self._final:
+        self._kept[self._key(asked)] = verdict
+        self._keep({"key": self._key(asked), "verdict": verdict, "model": self._cfg.model, "prompt": PROMPT_VERSION,
+                    "asked": dataclasses.asdict(asked)})
+    return verdict
 
   def _reply(self, prompt: str) -> str:
     """The model's words, tried for as often as is set."""
@@ -171,13 +163,23 @@ class Judge:
       if attempt < cfg.tries:
         time.sleep(pause_s)
         wait_s = min(2 * wait_s, endpoint.LONGEST_WAIT_S)
-    raise Unreachable(f"judge.url {cfg.url} gave no verdict in {cfg.tries} tries (the last: {why}). Verdicts until "
-                      "then are kept; start again when it is back")
+    raise Unreachable(f"judge.url {cfg.url} gave no verdict in {cfg.tries} tries (the last: {why}); verdicts until "
+                      "then are kept")
 
 
-def _read(path: str) -> dict[str, float]:
-  """The verdicts of a cache; a line that was cut off is asked for again."""
-  found = {}
+def literal(asked: Asked) -> float | None:
+  """What an answer is worth that needs no model: a blank one nothing, the words of a reference all; else None."""
+  if asked.answer is None or not asked.answer.strip():
+    return 0.0
+  return 1.0 if exact.matches(asked.answer, asked.answers, asked.options) else None
+
+
+def with_file(cfg: Config, path: str) -> Judge:
+  """A judge whose verdicts are lines of a file, made if absent.
+
+  Raises:
+    ValueError: it can't be read or written.
+  """
   try:
     with open(path, "a+b") as file:
       file.seek(0)
@@ -185,11 +187,23 @@ def _read(path: str) -> dict[str, float]:
       if data and not data.endswith(b"\n"):
         file.write(b"\n")  # so that the next line is one of its own
   except OSError as e:
-    raise ValueError(f"judge.cache must be a file that can be read and written. Received: {path} ({e})") from e
+    raise ValueError(f"the file of verdicts must be one that can be read and written. Received: {path} ({e})") from e
+
+  def keep(line):
+    with open(path, "a", encoding="utf-8") as file:
+      file.write(json.dumps(line) + "\n")
+
+  return Judge(cfg, lines(data), keep)
+
+
+def lines(data: bytes) -> list[dict]:
+  """The verdicts of a file; one whose line is broken is asked for again."""
+  found = []
   for line in data.splitlines():
     try:
       entry = json.loads(line)
-      found[entry["key"]] = float(entry["verdict"])
+      verdict = entry["verdict"]
+      found.append({"key": entry["key"], "verdict": None if verdict is None else float(verdict)})
     except (ValueError, LookupError, TypeError):
       continue
   return found

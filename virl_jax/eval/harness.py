@@ -18,6 +18,7 @@ from virl_jax.rollout import engine
 from virl_jax.rollout import pack
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
+from virl_jax.run import verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +53,19 @@ class Judged:
 _looks = jax.jit(judge_lib.looks, static_argnames="cfg")
 
 
-def judge(trajectories: list[types.Trajectory], max_rounds: int, cfg: reward.Config) -> list[Judged]:
+def judge(trajectories: list[types.Trajectory], max_rounds: int, cfg: reward.Config,
+          model: verdicts.Verdicts | None = None) -> list[Judged]:
   """Answers, and IoU and class of every visual action.
 
   Args:
     trajectories: any number, as a rollout gives them.
     max_rounds: most visual actions in one.
     cfg: the reward, for h0.
+    model: who is asked about answers that no rule takes, by all processes together; None for nobody.
   """
+  answers.grade(trajectories, model)
   if not trajectories:
     return []
-  answers.grade(trajectories)
   looks = _looks(pack.boxes(trajectories, max_rounds), cfg)
   iou_BR, class_BR = jax.device_get((looks.fidelity.iou_R, looks.class_BR))
   return [Judged(t, tuple(float(v) for v in iou_BR[b, :len(t.regions)]),
@@ -71,7 +74,7 @@ def judge(trajectories: list[types.Trajectory], max_rounds: int, cfg: reward.Con
 
 
 def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Array, slots: int,
-        temperature: float, cfg: reward.Config) -> list[Judged]:
+        temperature: float, cfg: reward.Config, model: verdicts.Verdicts | None = None) -> list[Judged]:
   """One rollout of each task.
 
   Args:
@@ -82,12 +85,13 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
     slots: rollouts at a time.
     temperature: 0 is greedy.
     cfg: the reward, for h0.
+    model: see `judge`.
 
   Returns:
     In the tasks' order; of several processes, this one's own.
   """
   policy = dataclasses.replace(policy, engine=dataclasses.replace(policy.engine, slots=slots))
-  return judge(engine.rollout(policy, params, tasks, key, 1, temperature), policy.rollout.max_rounds, cfg)
+  return judge(engine.rollout(policy, params, tasks, key, 1, temperature), policy.rollout.max_rounds, cfg, model)
 
 
 def result(judged: list[Judged], h0: float, bootstrap: int) -> dict:

@@ -22,14 +22,15 @@ from virl_jax.data import answers
 from virl_jax.rollout import engine
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
+from virl_jax.run import verdicts
 
 T = TypeVar("T")
 _FURTHER = 2 ** 30  # folded into the step's key; no trajectory's index is ever so large
 
 
 def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Callable[[int], list[types.Task]],
-        key: jax.Array, group_size: int, tries: int, informative: Callable[[list[types.Trajectory]], np.ndarray]
-        ) -> tuple[list[types.Trajectory], dict[str, float]]:
+        key: jax.Array, group_size: int, tries: int, informative: Callable[[list[types.Trajectory]], np.ndarray],
+        judge: verdicts.Verdicts | None = None) -> tuple[list[types.Trajectory], dict[str, float]]:
   """Rolls out tasks, and further ones in place of groups that are not informative; says which answers are right.
 
   Args:
@@ -41,19 +42,22 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
     group_size: G.
     tries: how many further batches at most; 0 keeps what comes.
     informative: bool for each trajectory of whole groups, whether its group is informative.
+    judge: who is asked about answers that no rule takes; None for nobody.
 
   Returns:
     Trajectories, groups together, as many as the first try gave; and metrics: what all tries took, and how many
     further ones there were.
   """
-  stats = None
+  stats, judged = None, {}
   for attempt in range(tries + 1):
     of_try = jax.random.fold_in(key, _FURTHER + attempt) if attempt else key
     found, took = engine.run(policy, params, draw(attempt) if attempt else tasks, of_try, group_size)
-    answers.grade(found)
+    answers.grade(found, judge)
+    if judge:
+      judged = _added(judged, judge.metrics())
     stats = took if stats is None else _sum(stats, took)
     if not tries:
-      return found, _metrics(stats, 0)
+      return found, _metrics(stats, 0) | judged
     groups = {found[i].index // group_size: found[i:i + group_size] for i in range(0, len(found), group_size)}
     useful = hosts.in_order(list(zip(groups, np.asarray(informative(found))[::group_size].tolist(), strict=True)))
     if not attempt:
@@ -64,7 +68,7 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
       places = places[len(moves):]
     if not places:
       break
-  return [t for _, group in sorted(batch.items()) for t in group], _metrics(stats, attempt)
+  return [t for _, group in sorted(batch.items()) for t in group], _metrics(stats, attempt) | judged
 
 
 def _moved(groups: dict[int, T], moves: list[tuple[int, int]]) -> dict[int, T]:
@@ -78,6 +82,10 @@ def _moved(groups: dict[int, T], moves: list[tuple[int, int]]) -> dict[int, T]:
   arrived = {place: group for sent in hosts.everyone(sent) for place, group in sent.items()}
   return {place: groups[number] if number in groups else arrived[place]
           for place, number in moves if hosts.mine(place)}
+
+
+def _added(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+  return {name: a.get(name, 0.0) + value for name, value in b.items()}
 
 
 def _sum(a: engine.Stats, b: engine.Stats) -> engine.Stats:

@@ -39,11 +39,12 @@ _PIECE = 2 ** 20  # bytes of a process that all have on their devices at once
 _LISTEN_S = 1.0  # how often a process asks whether another one has failed
 FAREWELL_S = 5.0  # how long a process that knows of a failure waits for the others to hear of it
 _LEAVING_S = 0.5  # and then, for those who have heard to end
-_FAILED, _HEARD = "virl_jax/failed", "virl_jax/heard"  # keys of JAX's coordination service
+_FAILED, _HEARD, _MET = "virl_jax/failed", "virl_jax/heard", "virl_jax/met"  # keys of JAX's coordination service
 
 # Of this process, as `signals` has it.
 _beat: tuple[str, float] = ("start", time.monotonic())
 _waited_s = 0.0
+_met = 0  # how often, which is the same on all
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-         timeout_s: float = 300.0) -> None:
+         timeout_s: float = 300.0, together: bool = True) -> None:
   """Makes this process one of several, if a launcher or the flags say so; before JAX touches a device.
 
   Args:
@@ -70,6 +71,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       the cluster if the environment says `AUTOMATIC`=auto (Cloud TPU, Slurm, GKE and others are known to it); else
       this process is alone.
     timeout_s: how long they wait for each other.
+    together: whether a signal to one waits for `agree`, which ends all at the same place.  Else it ends that one
+      wherever it is, and so the others: for work of which each piece is whole or not there.
 
   Raises:
     ValueError: they make no sense, or JAX can't start.  Where the others don't come, the process ends with a line.
@@ -118,7 +121,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       # Where one had read its programs from the disk and the other had compiled its own, they have waited for each
       # other for ever.  It seems that what is read does not keep the order of sums that are independent.
       jax.config.update("jax_enable_compilation_cache", False)
-    signals.note()
+    (signals.note if together else signals.retake)()
     leaving = threading.Event()
     listening = threading.Thread(target=_listen, args=(leaving,), name="hosts", daemon=True)
     # A thread that is in JAX's service when Python goes would take the process down with it.
@@ -172,6 +175,7 @@ def _listen(leaving: threading.Event) -> None:
     number, _, message = said.partition(" ")
     if int(number) == jax.process_index():
       return
+    signals.wait()  # one that is stopped itself ends as it was told to
     print(f"error: process {number} has failed, and so all stop: {message}", flush=True)
     _farewell(client)
     os._exit(1)
@@ -284,6 +288,30 @@ def first(do: Callable[[], T]) -> T:
   return result
 
 
+def meet() -> None:
+  """Waits until all processes are here, for however long they have worked apart: a sum over them gives up sometime."""
+  global _met, _waited_s
+  if jax.process_count() == 1:
+    return
+  client, began, _met = _client(), time.monotonic(), _met + 1
+  client.key_value_set(f"{_MET}/{_met}/{jax.process_index()}", "")
+  for other in set(range(jax.process_count())) - {jax.process_index()}:
+    while not _is_there(client, f"{_MET}/{_met}/{other}"):
+      beat()
+  _waited_s += time.monotonic() - began
+
+
+def _is_there(client, key: str) -> bool:
+  """Whether a key is set, or will be soon."""
+  try:
+    client.blocking_key_value_get(key, round(1000 * _LISTEN_S))
+    return True
+  except Exception as e:
+    if "DEADLINE_EXCEEDED" not in str(e):
+      raise
+    return False
+
+
 def same(what: str, value: Any) -> None:
   """Makes sure that all processes have the same.
 
@@ -332,7 +360,7 @@ def last_beat() -> tuple[str, float]:
 
 
 def waited() -> float:
-  """Seconds that this process has waited for others in `agree`, `everyone` and `first`."""
+  """Seconds that this process has waited for others in `agree`, `everyone`, `first` and `meet`."""
   return _waited_s
 
 

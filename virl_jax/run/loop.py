@@ -33,6 +33,7 @@ from ml_collections import config_flags
 
 from virl_jax import config as config_lib
 from virl_jax.data import batches
+from virl_jax.data import judge_model
 from virl_jax.eval import harness
 from virl_jax.eval import outcome
 from virl_jax.learner import checkpoint
@@ -49,6 +50,7 @@ from virl_jax.run import load
 from virl_jax.run import pace
 from virl_jax.run import record as record_lib
 from virl_jax.run import setup
+from virl_jax.run import verdicts
 from virl_jax.run import watch
 from virl_jax.run import workdir as workdir_lib
 
@@ -71,6 +73,7 @@ class Run:
     before: the evaluation before training, or None.
     checkpoints, start, state: where they are kept, which step comes first, and the state then.
     record: what is kept of each step.
+    judge: who is asked about answers that no rule takes, or None.
   """
 
   c: config_lib.ConfigDict
@@ -86,6 +89,7 @@ class Run:
   start: int
   state: state_lib.TrainState
   record: record_lib.Recorder
+  judge: verdicts.Verdicts | None
 
   def policy(self, state: state_lib.TrainState) -> dict:
     """All parameters of the policy, as the model takes them."""
@@ -127,7 +131,7 @@ class Run:
       hosts.say(f"stopped by {stopped.name}, which began at step {stopped.step + 1}. To go on, give the same command "
                 "with --config.monitor.stop='()'")
     after = evaluate(self.c, self.p, self.policy(state), self.held_out, self.root_key, self.workdir, "after",
-                     self.before)
+                     self.judge, self.before)
     self.clock.lap("evaluation")
     if after is not None:
       hosts.say("\n" + outcome.format_table(self.before, after, after["difference"]) + "\n")
@@ -204,7 +208,8 @@ def begin(c: config_lib.ConfigDict, p: setup.Pieces, claimed: workdir_lib.Claime
   fits = functools.partial(turns.check, p.policy)
   held_out = _held_out(c, fits) if c.eval.tasks else None
   clock.lap("startup")
-  before = evaluate(c, p, base.params, held_out, root_key, workdir, "before")
+  judge = verdicts.judge(judge_model.Config(**c.judge), workdir)
+  before = evaluate(c, p, base.params, held_out, root_key, workdir, "before", judge)
   clock.lap("evaluation")
 
   # --- where are we? -----------------------------------------------------------------------------------
@@ -218,7 +223,7 @@ def begin(c: config_lib.ConfigDict, p: setup.Pieces, claimed: workdir_lib.Claime
     hosts.say(f"going on from step {start}")
   record = record_lib.Recorder(workdir, c, start, workdir_lib.header(c, claimed.changed), learner, clock,
                                p.policy.codec.decode)
-  return Run(c, p, workdir, clock, root_key, base, fits, held_out, before, checkpoints, start, state, record)
+  return Run(c, p, workdir, clock, root_key, base, fits, held_out, before, checkpoints, start, state, record, judge)
 
 
 def _held_out(c, fits) -> list:
@@ -229,8 +234,8 @@ def _held_out(c, fits) -> list:
   return drawn.tasks
 
 
-def evaluate(c, p, params, tasks, root_key, workdir: epath.Path, when: str, before: dict | None = None
-             ) -> dict | None:
+def evaluate(c, p, params, tasks, root_key, workdir: epath.Path, when: str, judge: verdicts.Verdicts | None = None,
+             before: dict | None = None) -> dict | None:
   """Evaluates unless the workdir already has the answer; keeps a few trajectories for the report.
 
   Args:
@@ -240,6 +245,7 @@ def evaluate(c, p, params, tasks, root_key, workdir: epath.Path, when: str, befo
     root_key: of the run.
     workdir: its folder.
     when: "before" or "after".
+    judge: who is asked about answers that no rule takes, or None.
     before: the evaluation to compare with, or None.
   """
   file = workdir / f"eval_{when}.json"
@@ -251,7 +257,8 @@ def evaluate(c, p, params, tasks, root_key, workdir: epath.Path, when: str, befo
   began = time.perf_counter()
   weights = sample.weights(params, p.policy.model, p.policy.mesh)
   judged = harness.run(p.policy, weights, tasks, jax.random.fold_in(root_key, _EVAL_STREAM),
-                       c.engine.slots or c.rollout.prompts * c.rollout.group_size, c.eval.temperature, p.step.reward)
+                       c.engine.slots or c.rollout.prompts * c.rollout.group_size, c.eval.temperature, p.step.reward,
+                       judge)
   result = harness.result(judged, c.reward.h0, c.eval.bootstrap)
   if before is not None:
     result["difference"] = outcome.difference(harness.outcomes(before, tasks), harness.outcomes(result), c.reward.h0,

@@ -23,6 +23,7 @@ from virl_jax import shapes
 from virl_jax import types
 from virl_jax.data import endpoint
 from virl_jax.data import images
+from virl_jax.data import judge_model
 from virl_jax.data import mixture
 from virl_jax.data import prompt
 from virl_jax.data.curation import stages as curation
@@ -154,6 +155,7 @@ class Sections:
   optim: optim.OptimConfig
   monitor: monitors.Config
   watch: watch.Config
+  judge: judge_model.Config
   curate: curation.Config
   endpoint: endpoint.Config
 
@@ -220,7 +222,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
       rollout=turns.Config(keep=sample.Filter(r.top_k, r.top_p, r.min_p), **_fields(turns.Config, r)),
       engine=slots.Config(**c.engine), reward=reward.Config(**c.reward), credit=credit.Config(**c.credit),
       advantage=advantage.Config(**c.advantage), loss=loss.Config(**c.loss), optim=optim.OptimConfig(**c.optim),
-      monitor=monitors.Config(**c.monitor), watch=watch.Config(**c.watch),
+      monitor=monitors.Config(**c.monitor), watch=watch.Config(**c.watch), judge=judge_model.Config(**c.judge),
       curate=curation.config(c.curate), endpoint=endpoint.Config(**c.endpoint))
   _combinations(c)
   return found

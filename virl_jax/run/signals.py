@@ -86,6 +86,13 @@ def note() -> None:
     _noted = []
 
 
+def retake() -> None:
+  """A signal ends this process again as `install` has it, where JAX, joining others, has taken SIGTERM.  In the main
+  thread; without `install` nothing changes."""
+  wait()
+  _hear(_numbers)
+
+
 def noted() -> int:
   """The number of the first signal that was remembered; 0 for none."""
   return _noted[0] if _noted else 0

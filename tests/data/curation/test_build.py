@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 from absl import flags
-import numpy as np
 from PIL import Image
 import pytest
 
@@ -18,6 +17,7 @@ from virl_jax import curate
 from virl_jax.data import batches
 from virl_jax.data import images
 from virl_jax.data.curation import build
+from virl_jax.data.curation import parts
 from virl_jax.data.sources import records
 from virl_jax.data.sources import sets
 from virl_jax.run import setup
@@ -54,11 +54,11 @@ def raw(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-  monkeypatch.setattr(build, "_CHUNK_RECORDS", 5)
+  monkeypatch.setattr(parts, "CHUNK_RECORDS", 5)
 
 
 def job(raw, out, **fields):
-  return build.Job("jsonl", str(raw), "train", str(out), **{"max_rejects": 1.0, **fields})
+  return parts.Job("jsonl", str(raw), "train", str(out), **{"max_rejects": 1.0, **fields})
 
 
 def content(out):
@@ -128,7 +128,7 @@ def test_a_build_that_ends_anywhere_goes_on(raw, tmp_path, monkeypatch):
   """Ended before each of the things that it does to files, in turn."""
   build.run(job(raw, tmp_path / "whole"))
   want, ended, made = content(tmp_path / "whole"), 0, []
-  replace, make_part = os.replace, build.make_part
+  replace, make_part = os.replace, parts.make_part
 
   class Ended(Exception):
     pass
@@ -152,12 +152,12 @@ def test_a_build_that_ends_anywhere_goes_on(raw, tmp_path, monkeypatch):
       pass
     monkeypatch.setattr(os, "replace", replace)
     there = {p.stem for p in out.glob("*/.build/part-*.json")}
-    monkeypatch.setattr(build, "make_part", lambda job, chunk: made.append(chunk[0]) or make_part(job, chunk))
+    monkeypatch.setattr(parts, "make_part", lambda job, chunk: made.append(chunk[0]) or make_part(job, chunk))
     build.run(job(raw, out))
     assert content(out) == want, ended
     assert not there & {f"part-{number:06d}" for number in made}  # what was made is not made again
     made.clear()
-    monkeypatch.setattr(build, "make_part", make_part)
+    monkeypatch.setattr(parts, "make_part", make_part)
     ended += 1
   assert ended > 15
 
@@ -206,43 +206,9 @@ def test_too_many_rejects_are_fatal_and_say_what_was_found(raw, tmp_path):
   assert build.run(job(raw, tmp_path / "out", max_rejects=0.9)).tasks == 1
 
 
-@pytest.mark.parametrize("fields, said", [
-    ({"source": "coco"}, "--source must be one of visual_cot, gqa.*'coco'"),
-    ({"split": "minival"}, "--split must be one of train, val, test for jsonl.*'minival'"),
-    ({"boxes_from": "x"}, "--boxes_from must be left out for jsonl"),
-    ({"max_rejects": 2.0}, r"--max_rejects must be a share in \[0, 1\]. Received: 2.0")])
-def test_bad_jobs(fields, said):
-  with pytest.raises(ValueError, match=said):
-    build.Job(**{"source": "jsonl", "root": "r", "split": "train", "out": "o", **fields})
-
-
 def test_a_raw_folder_that_is_not_there(tmp_path):
   with pytest.raises(ValueError, match=r"--data must be jsonl's raw folder, with \*.jsonl.*which is not there"):
     build.run(job(tmp_path / "none", tmp_path / "out"))
-
-
-def test_ids_are_remembered_however_many(monkeypatch):
-  monkeypatch.setattr(build, "_SEEN_PENDING", 64)
-  seen, slow, rng = build._Seen(), set(), np.random.default_rng(0)
-  for _ in range(50):
-    hashes = [int(h) for h in rng.integers(0, 1500, 37)] + [2 ** 64 - 1 - int(rng.integers(0, 40))]
-    want = []
-    for number in hashes:
-      want.append(number not in slow)
-      slow.add(number)
-    assert seen.news(hashes) == want
-
-
-def test_chunks_are_bounded_by_bytes(raw, tmp_path, monkeypatch):
-  pa = pytest.importorskip("pyarrow")
-  import pyarrow.parquet as pq
-  rows = [{"image": {"bytes": picture(i), "path": None}, "question": "q", "answer": "a", "id": i} for i in range(9)]
-  pq.write_table(pa.Table.from_pylist(rows), raw / "a.parquet")
-  monkeypatch.setattr(build, "_CHUNK_BYTES", 2 * len(picture(0)))
-  parquet = build.Job("hf_parquet", str(raw), "train", str(tmp_path / "out"))
-  assert [len(chunk) for _, chunk in build.chunks(parquet)] == [2, 2, 2, 2, 1]
-  assert build.run(parquet).tasks == 9
-  assert sets.load(tmp_path / "out", "all", 0.2, 0).task(8).image == picture(8)
 
 
 def test_the_sets_of_a_folder_are_gathered(raw, tmp_path):
@@ -302,12 +268,12 @@ def test_beam_goes_on_where_another_way_ended(raw, tmp_path):
   pytest.importorskip("apache_beam")
   with pytest.raises(ValueError):
     build.run(job(raw, tmp_path / "out", max_rejects=0.01))
-  parts = tmp_path / "out" / "jsonl-train" / ".build"
-  (parts / "part-000002.json").unlink()
-  kept = {p: p.stat().st_mtime_ns for p in parts.glob("part-*.json")}
+  made = tmp_path / "out" / "jsonl-train" / ".build"
+  (made / "part-000002.json").unlink()
+  kept = {p: p.stat().st_mtime_ns for p in made.glob("part-*.json")}
   with pytest.raises(ValueError):
     build.run(job(raw, tmp_path / "out", max_rejects=0.01), beam_options=["--runner=DirectRunner"])
-  now = {p: p.stat().st_mtime_ns for p in parts.glob("part-*.json")}
+  now = {p: p.stat().st_mtime_ns for p in made.glob("part-*.json")}
   assert len(now) == 6 and all(now[p] == time for p, time in kept.items())
 
 

@@ -1,8 +1,10 @@
 """Curation as a whole: what is left and said of the rest, stopping anywhere, and asking nobody twice.  What a policy
 says is played here."""
 
+from concurrent import futures
 import json
 import pathlib
+import threading
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ from virl_jax.data.curation import policy as policy_lib
 from virl_jax.data.curation import rules
 from virl_jax.data.curation import stages
 from virl_jax.data.sources import records
+from virl_jax.data.sources import set_files
 from virl_jax.data.sources import sets
 from virl_jax.eval import asked
+from virl_jax.run import hosts
 from virl_jax.run import setup
 
 HOSTILE = '<script>alert(1)</script>"'
@@ -40,8 +44,8 @@ def make(folder: pathlib.Path, source: str, tasks: list[dict], raw: pathlib.Path
     made.append(types.Task(**vars(it) | {"provenance": records.provenance(
         digests[-1], it.question, it.answers, it.options, it.boxes, it.match)}))
   folder.mkdir(parents=True)
-  part = sets.write_part(folder / "part", made, digests)
-  sets.finish(folder, source, "train", [part], str(raw or ""), {})
+  part = set_files.write_part(folder / "part", made, digests)
+  set_files.finish(folder, source, "train", [part], str(raw or ""), {})
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +266,65 @@ def test_benchmarks_are_kept_out(data, tmp_path, benchmark):
   assert content(out) == want
   with pytest.raises(ValueError, match="config.curate.benchmarks must name benchmarks out of vstar, .*'nope=x'"):
     funnel.run(job(data, out, benchmarks=("nope=x",)))
+
+
+def as_processes(monkeypatch, n, do):
+  """Runs `do` in n threads, each of which takes itself for one of n processes; what each gave."""
+  who, barrier, said = threading.local(), threading.Barrier(n, timeout=30), [None] * n
+
+  def everyone(value):
+    said[who.number] = value
+    barrier.wait()
+    found = list(said)
+    barrier.wait()
+    return found
+
+  def run(number):
+    who.number = number
+    try:
+      return do(number)
+    except BaseException:
+      barrier.abort()  # the others would wait
+      raise
+
+  monkeypatch.setattr(hosts, "mine", lambda number: number % n == who.number)
+  monkeypatch.setattr(hosts, "leads", lambda: who.number == 0)
+  monkeypatch.setattr(hosts, "several", lambda: n > 1)
+  monkeypatch.setattr(hosts, "everyone", everyone)
+  monkeypatch.setattr(hosts, "meet", lambda: everyone(None))
+  monkeypatch.setattr(hosts, "first", lambda make: everyone(make() if who.number == 0 else None)[0])
+  with futures.ThreadPoolExecutor(n) as pool:
+    return list(pool.map(run, range(n)))
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["endpoint", "engine"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_several_processes_leave_what_one_does(data, tmp_path, monkeypatch, n, together):
+  """With an endpoint each asks about shards of its own; with the engine, all of them about each, some tasks each."""
+  funnel.run(job(data, tmp_path / "one" / "out"), Played().asker())
+  want, played, died = content(tmp_path / "one" / "out"), [Played() for _ in range(n)], []
+
+  def rollout(number):
+    def of_this(tasks, seeds, samples, zooms):
+      if died and number == 1 and len(played[1].asked) > 12:
+        raise KeyboardInterrupt
+      found = played[number].rollout(tasks, seeds, samples, zooms)
+      return [t for t in found if hosts.mine(t.index // samples)] if together else found
+    return of_this
+
+  def one(number):
+    asker = policy_lib.Asker(None, rollout(number), together, {"model": "played"})
+    return funnel.run(job(data, tmp_path / "some" / "out"), asker)
+
+  died.append(True)
+  with pytest.raises((KeyboardInterrupt, threading.BrokenBarrierError)):
+    as_processes(monkeypatch, n, one)
+  assert not (tmp_path / "some" / "out" / "counts.json").exists()
+  died.clear()
+  counts = as_processes(monkeypatch, n, one)
+  assert content(tmp_path / "some" / "out") == want and counts == [counts[0]] * n
+  asked_by = [{uid for uid, _, _ in it.asked} for it in played]
+  assert together or not set.intersection(*asked_by) and all(asked_by)
 
 
 def test_shards_are_by_content(data):

@@ -415,6 +415,23 @@ def test_hf_parquet(tmp_path):
   assert one(read("hf_parquet", tmp_path, "val")).answers == ("x", "y")
 
 
+def test_visualprobe_made_into_parquet(tmp_path):
+  """Its publishers have JSON beside pictures; what others make of it has schemas that are read anyway."""
+  probe = {"problem": "<image>\nWhat is on the sign?", "solution": "stop", "doc_id": 4, "data_source": "visual_probe"}
+  put_rows(tmp_path / "hf", "data/train-00000-of-00001.parquet", [
+      probe | {"images": [{"bytes": b"x", "path": "1.png"}]}])
+  got = one(read("hf_parquet", tmp_path / "hf"))
+  assert (got.image, got.question, got.answers) == (b"x", "What is on the sign?", ("stop",))
+  put_rows(tmp_path / "verl", "train.parquet", [{
+      "data_source": "visual_probe", "images": [{"image": "img/1.png", "max_pixels": 9}], "ability": "vision_qa",
+      "prompt": [{"role": "user", "content": probe["problem"]}],
+      "reward_model": {"style": "rule", "ground_truth": "stop"},
+      "extra_info": {"index": 4, "question": probe["problem"]}}])
+  got = one(read("deepeyes", tmp_path / "verl"))
+  assert (got.uid, got.image, got.question, got.answers) == ("visual_probe/4", "img/1.png", "What is on the sign?",
+                                                             ("stop",))
+
+
 def test_lines_of_ones_own(tmp_path):
   put(tmp_path, "r.jsonl", [
       {"image": "a.jpg", "question": "Q?", "answers": ["x", "x"], "boxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "id": 3,

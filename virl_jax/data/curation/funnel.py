@@ -37,6 +37,7 @@ from virl_jax.data.curation import policy as policy_lib
 from virl_jax.data.curation import rules
 from virl_jax.data.curation import stages
 from virl_jax.data.sources import records
+from virl_jax.data.sources import set_files
 from virl_jax.data.sources import sets
 from virl_jax.eval.benchmarks import rows
 from virl_jax.eval.benchmarks import table
@@ -189,7 +190,7 @@ def _facts(job, data, threads, say) -> dict[tuple[int, int], facts_lib.Facts]:
     for number in due:
       hosts.beat("facts")
       _keep(paths[number], of[number], list(pool.map(one, data.shards[number])))
-  hosts.everyone(None)  # now all are there
+  hosts.meet()  # now all are there
   found = {}
   for shard, path, digest in zip(data.shards, paths, of):
     lines = _read(path, digest)
@@ -219,7 +220,7 @@ def _benchmarks(job, threads) -> list[tuple[str, facts_lib.Look]]:
         made = list(pool.map(lambda pair: _look(pair[1], job.image.decode_max_pixels), pictures))
       _keep(shard, of, made)
     found.append((name, shard, of))
-  hosts.everyone(None)
+  hosts.meet()
   looks = []
   for name, shard, of in found:
     looks += [(name, facts_lib.Look((w, h), bits, bytes.fromhex(thumb))) for w, h, bits, thumb in
@@ -272,7 +273,7 @@ def _said(job, data, facts, drops, asker, say) -> dict[tuple[int, int], dict]:
     else:
       _keep(paths[number], of[number], lines)
     say(f"policy: shard {at + 1} of {len(due)}")
-  hosts.everyone(None)
+  hosts.meet()
   return {place: line for shard, path, digest in zip(shards, paths, of) if shard
           for place, line in zip(shard, _read(path, digest))}
 
@@ -312,12 +313,12 @@ def _set(job, data, number, places, folder) -> None:
   source, parts = data.sources[number], []
   for at in range(0, len(places), _PART_TASKS):
     some = [index for _, index in places[at:at + _PART_TASKS]]
-    parts.append(sets.write_part(job.work / f"part-{len(parts):05d}", (source.stored(i)[0] for i in some),
+    parts.append(set_files.write_part(job.work / f"part-{len(parts):05d}", (source.stored(i)[0] for i in some),
                                  (f"{int(source.image_N[i]):016x}" for i in some)))
   root = source.stored(places[0][1])[1]
   name, _, split = data.names[number].rpartition("-")
   plain = "".join(c if c.isalnum() and c.isascii() else "_" for c in (name or split).lower())
-  sets.finish(folder, plain if plain[:1].isalpha() else f"set_{plain}", split or "train", parts, root,
+  set_files.finish(folder, plain if plain[:1].isalpha() else f"set_{plain}", split or "train", parts, root,
               {"curated": _config(job)})
 
 

@@ -9,6 +9,7 @@ The question is extra_info's or, without one, the last user turn's.  There are n
 from __future__ import annotations
 
 from collections.abc import Iterator
+import functools
 
 from virl_jax.data.sources import fields
 from virl_jax.data.sources import records
@@ -37,14 +38,10 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
     ValueError: nothing is there, or a file is of another schema.
   """
   for path in files(root, split):
-    for where, row in stream.rows(path, _COLUMNS):
-      try:
-        yield _record(row, where, split)
-      except (fields.Unusable, TypeError, AttributeError, KeyError) as error:
-        yield fields.reject(where, error)
+    yield from fields.raws(stream.rows(path, _COLUMNS), functools.partial(_record, split))
 
 
-def _record(row, where, split):
+def _record(split, row, where):
   info, reward = row.get("extra_info") or {}, row["reward_model"] or {}
   asked = info.get("question")
   if not asked:

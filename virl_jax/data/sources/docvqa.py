@@ -60,19 +60,15 @@ def read_rrc(path: str, split: str, boxes_from: str, name: str, wanted: tuple[st
     image: item -> path of its image, relative to the raw folder.
   """
   boxes = visual_cot.boxes_by_question(boxes_from, name) if boxes_from else None
-  for where, item in stream.listed(path, wanted, "data"):
-    if isinstance(item, records.Reject):
-      yield item
-      continue
-    try:
-      if item.get("data_split", split) != split:
-        raise fields.Unusable("another split", f"wanted: {split}. Received: {item['data_split']!r}")
-      asked, file = fields.text(item["question"]), image(item)
-      joined, size, notes = textvqa.join(boxes, file, asked)
-      kinds = fields.texts(item.get("question_types"))
-      yield records.Raw(
-          uid=fields.text(item["questionId"]), image=file, question=asked, answers=fields.texts(item.get("answers")),
-          boxes=joined, match=match, kind=f"{name}_{kinds[0]}" if kinds else name, source=name, split=split,
-          licence=LICENCE, size_px=size, notes=notes)
-    except fields.Unusable as error:
-      yield fields.reject(where, error)
+  def record(item, _where):
+    if item.get("data_split", split) != split:
+      raise fields.Unusable("another split", f"wanted: {split}. Received: {item['data_split']!r}")
+    asked, file = fields.text(item["question"]), image(item)
+    joined, size, notes = textvqa.join(boxes, file, asked)
+    kinds = fields.texts(item.get("question_types"))
+    return records.Raw(
+        uid=fields.text(item["questionId"]), image=file, question=asked, answers=fields.texts(item.get("answers")),
+        boxes=joined, match=match, kind=f"{name}_{kinds[0]}" if kinds else name, source=name, split=split,
+        licence=LICENCE, size_px=size, notes=notes)
+
+  yield from fields.raws(stream.listed(path, wanted, "data"), record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 import hashlib
 import os
 import re
@@ -140,6 +140,25 @@ def beside(root: str, path: str, image: bytes | str) -> bytes | str:
     return image
   folder = os.path.relpath(os.path.dirname(path) or ".", root)
   return image if folder == "." else os.path.join(folder, image)
+
+
+def raws(found: Iterable[tuple[str, dict | records.Reject]], make: Callable[[dict, str], records.Raw]
+         ) -> Iterator[records.Raw | records.Reject]:
+  """The records that a file's objects are; rejects as they are, and in place of what can't be one.
+
+  Args:
+    found: where and what, as `stream` gives them.
+    make: of an object and where it is, its record; what it raises for an object is of a field of another type.
+  """
+  for where, item in found:
+    if isinstance(item, records.Reject):
+      yield item
+      continue
+    try:
+      raw = make(item, where)
+    except (Unusable, TypeError, ValueError, AttributeError, LookupError) as error:
+      raw = reject(where, error)
+    yield raw
 
 
 def reject(where: str, error: Exception) -> records.Reject:

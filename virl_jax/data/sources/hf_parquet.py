@@ -9,6 +9,7 @@ Columns may come under any of these names, others are ignored.
 from __future__ import annotations
 
 from collections.abc import Iterator
+import functools
 
 from virl_jax.data.sources import fields
 from virl_jax.data.sources import records
@@ -39,22 +40,26 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
     ValueError: nothing is there, or a file lacks a picture, a question or answers.
   """
   for path in files(root, split):
-    names = None
-    for where, row in stream.rows(path, ()):
-      names = names or _names(row, path)
-      got = {field: row[name] for field, name in names.items()}
-      try:
-        question, options = fields.question(got["question"])
-        if got.get("options"):
-          options = fields.texts(got["options"])
-        image = fields.picture(got["image"])
-        yield records.Raw(
-            uid=where if got.get("id") in (None, "") else str(got["id"]),
-            image=fields.beside(root, path, image) if isinstance(image, str) else image, question=question,
-            answers=fields.answer(_label(got["answers"], options), options), options=options or None,
-            boxes=fields.box_lists(got.get("boxes")), kind=NAME, source=NAME, split=split, licence=LICENCE)
-      except fields.Unusable as error:
-        yield fields.reject(where, error)
+    yield from fields.raws(_named(stream.rows(path, ()), path), functools.partial(_record, root, path, split))
+
+
+def _record(root, path, split, got, where):
+  question, options = fields.question(got["question"])
+  if got.get("options"):
+    options = fields.texts(got["options"])
+  return records.Raw(
+      uid=where if got.get("id") in (None, "") else str(got["id"]),
+      image=fields.beside(root, path, fields.picture(got["image"])), question=question,
+      answers=fields.answer(_label(got["answers"], options), options), options=options or None,
+      boxes=fields.box_lists(got.get("boxes")), kind=NAME, source=NAME, split=split, licence=LICENCE)
+
+
+def _named(rows, path):
+  """The rows by field."""
+  names = None
+  for where, row in rows:
+    names = names or _names(row, path)
+    yield where, {field: row[name] for field, name in names.items()}
 
 
 def _names(row, path):

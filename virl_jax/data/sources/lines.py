@@ -8,6 +8,7 @@ Images are relative to the folder of the file.
 from __future__ import annotations
 
 from collections.abc import Iterator
+import functools
 import os
 
 from virl_jax.data.sources import fields
@@ -38,18 +39,16 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """
   for path in files(root, split):
     folder = os.path.dirname(path) if os.path.isfile(root) else root
-    for where, item in stream.objects(stream.lines(path), path, _FIELDS):
-      if isinstance(item, records.Reject):
-        yield item
-        continue
-      try:
-        word = lambda name, default: item[name] if records.is_text(item.get(name)) else default  # noqa: B023
-        name = item.get("id")
-        yield records.Raw(
-            uid=where if name is None else str(name), image=fields.beside(folder, path, fields.picture(item["image"])),
-            question=fields.text(item["question"]), answers=fields.texts(item["answers"]),
-            boxes=fields.box_lists(item.get("boxes")), options=fields.texts(item.get("options")) or None,
-            match=word("match", "exact"), kind=word("task", NAME), source=word("source", NAME),
-            split=word("split", split), licence=word("licence", LICENCE))
-      except fields.Unusable as error:
-        yield fields.reject(where, error)
+    yield from fields.raws(stream.objects(stream.lines(path), path, _FIELDS),
+                           functools.partial(_record, folder, path, split))
+
+
+def _record(folder, path, split, item, where):
+  word = lambda name, default: item[name] if records.is_text(item.get(name)) else default
+  name = item.get("id")
+  return records.Raw(
+      uid=where if name is None else str(name), image=fields.beside(folder, path, fields.picture(item["image"])),
+      question=fields.text(item["question"]), answers=fields.texts(item["answers"]),
+      boxes=fields.box_lists(item.get("boxes")), options=fields.texts(item.get("options")) or None,
+      match=word("match", "exact"), kind=word("task", NAME), source=word("source", NAME), split=word("split", split),
+      licence=word("licence", LICENCE))

@@ -2,12 +2,14 @@
 
     *.json    [{images: [PATH], problem: "<image>...", solution, doc_id, data_source}]
 
-Images are relative to the folder of the file.  There are no boxes.
+Images are relative to the folder of the file.  There are no boxes.  Its publishers have no other layout; made into
+parquet by others, it is read as `hf_parquet` or, in verl's schema, as `deepeyes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+import functools
 import os
 
 from virl_jax.data.sources import fields
@@ -37,20 +39,16 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
     ValueError: nothing is there, or a file is of another kind or ends early.
   """
   for path in files(root, split):
-    ids = set()
-    for where, item in stream.listed(path, _FIELDS):
-      if isinstance(item, records.Reject):
-        yield item
-        continue
-      try:
-        question, options = fields.question(item["problem"])
-        name, family = item.get("doc_id"), fields.texts(item.get("data_source"))
-        # doc_id is 0 wherever nobody gave one.
-        uid = where if name in (None, 0, "0") or name in ids else f"{os.path.basename(path)}/{name}"
-        ids.add(name)
-        yield records.Raw(
-            uid=uid, image=fields.beside(root, path, fields.picture(item["images"])), question=question,
-            answers=fields.answer(item["solution"], options), options=options,
-            kind=f"mini_o3_{family[0]}" if family else NAME, source=NAME, split=split, licence=LICENCE)
-      except (fields.Unusable, TypeError) as error:
-        yield fields.reject(where, error)
+    yield from fields.raws(stream.listed(path, _FIELDS), functools.partial(_record, root, path, split, set()))
+
+
+def _record(root, path, split, ids, item, where):
+  question, options = fields.question(item["problem"])
+  name, family = item.get("doc_id"), fields.texts(item.get("data_source"))
+  # doc_id is 0 wherever nobody gave one.
+  uid = where if name in (None, 0, "0") or name in ids else f"{os.path.basename(path)}/{name}"
+  ids.add(name)
+  return records.Raw(
+      uid=uid, image=fields.beside(root, path, fields.picture(item["images"])), question=question,
+      answers=fields.answer(item["solution"], options), options=options,
+      kind=f"mini_o3_{family[0]}" if family else NAME, source=NAME, split=split, licence=LICENCE)

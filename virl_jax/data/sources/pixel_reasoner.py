@@ -9,6 +9,7 @@ Videos are passed over and counted.  There are no boxes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+import functools
 import os
 
 from virl_jax.data.sources import fields
@@ -40,22 +41,18 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   for path in files(root, split):
     base = fields.beside(root, path, "")
     folder = stream.folder(root, (os.path.join(base, "images"), base or "."))
-    for where, item in stream.any_objects(path, _FIELDS):
-      if isinstance(item, records.Reject):
-        yield item
-        continue
-      try:
-        if item.get("is_video"):
-          raise fields.Unusable("a video", f"one image is wanted. Received: {str(item['image'])[:100]}")
-        question, options = fields.question(item["question"])
-        image = fields.picture(item["image"])
-        if isinstance(image, str) and not os.path.isabs(image):
-          image = os.path.normpath(os.path.join(folder, image))
-        answers = next((item[name] for name in ("answer", "ground_truth", "solution") if item.get(name)), None)
-        name = item.get("qid")
-        yield records.Raw(
-            uid=where if name in (None, "") else str(name), image=image, question=question,
-            answers=fields.answer(answers, options), options=options, kind=NAME, source=NAME, split=split,
-            licence=LICENCE)
-      except fields.Unusable as error:
-        yield fields.reject(where, error)
+    yield from fields.raws(stream.any_objects(path, _FIELDS), functools.partial(_record, folder, split))
+
+
+def _record(folder, split, item, where):
+  if item.get("is_video"):
+    raise fields.Unusable("a video", f"one image is wanted. Received: {str(item['image'])[:100]}")
+  question, options = fields.question(item["question"])
+  image = fields.picture(item["image"])
+  if isinstance(image, str) and not os.path.isabs(image):
+    image = os.path.normpath(os.path.join(folder, image))
+  answers = next((item[name] for name in ("answer", "ground_truth", "solution") if item.get(name)), None)
+  name = item.get("qid")
+  return records.Raw(
+      uid=where if name in (None, "") else str(name), image=image, question=question,
+      answers=fields.answer(answers, options), options=options, kind=NAME, source=NAME, split=split, licence=LICENCE)

@@ -1,22 +1,13 @@
-"""Finished sets of tasks: what `curate build` and curation write, and what training reads.
+"""Finished sets of tasks, as training reads them; `set_files` has what lies in one, and writes it.
 
-A set is a folder that tensorflow-datasets reads as one of its own, without TensorFlow:
-
-    dataset_info.json, features.json        tensorflow-datasets' own; written last, so that a set is whole or none
-    NAME-SPLIT.array_record-00000-of-00004  the tasks, as `FEATURES` has them
-    index.npy                               of each task, in order: its image and its provenance, as hashes
-    set.json                                the raw folder that images lie in, and what the writer wants kept
-
-or a folder of such folders, one for each source, which are read one after the other, in the order of their names; or
-several of either.  Beside sets that were curated, or above them, lies tasks.jsonl, which says of each task how often a
-policy solved it.
-An image is its encoded file, or a path relative to the raw folder.  Boxes are stored in float32.
+A set is a folder, or a folder of such folders, one for each source, which are read one after the other, in the order of
+their names; or several of either.  Beside sets that were curated, or above them, lies tasks.jsonl, which says of each
+task how often a policy solved it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-import dataclasses
+from collections.abc import Sequence
 import hashlib
 import json
 import os
@@ -25,146 +16,10 @@ import pathlib
 import numpy as np
 
 from virl_jax import types
+from virl_jax.data.sources import set_files
 
 SPLITS = ("train", "test", "all")
-# The fields of `types.Task`, but for the picture itself.  `image` holds an encoded file or nothing, `image_path` a path
-# or nothing; `has_options` tells a task without options from one whose options are none.
-TEXTS = ("uid", "question", "kind", "match", "source", "split", "licence", "provenance")
-LISTS = ("answers", "options")
-INDEX = np.dtype([("image", "<u8"), ("provenance", "S16")])
-_INFO, _META, _INDEX, _RATES = "dataset_info.json", "set.json", "index.npy", "tasks.jsonl"
-_FORMAT = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """Some of a set's tasks, written; see `write_part`.
-
-  Attributes:
-    path: the array_record file.
-    index_N: see `INDEX`.
-  """
-
-  path: str
-  index_N: np.ndarray
-
-
-def encode(task: types.Task) -> bytes:
-  """A task as tensorflow-datasets stores it: a serialised tf.train.Example of `features()`.
-
-  Raises:
-    ValueError: its picture is decoded.
-  """
-  if not isinstance(task.image, (bytes, str)):
-    raise ValueError(f"task {task.uid}: image must be an encoded file's bytes or a path to be stored. "
-                     f"Received: {type(task.image).__name__}")
-  example = _proto().Example()
-  fields = example.features.feature
-  for name in TEXTS:
-    fields[name].bytes_list.value.append(getattr(task, name).encode())
-  for name in LISTS:
-    fields[name].bytes_list.value.extend([text.encode() for text in getattr(task, name) or ()])
-  is_path = isinstance(task.image, str)
-  fields["image"].bytes_list.value.append(b"" if is_path else task.image)
-  fields["image_path"].bytes_list.value.append(os.fsencode(task.image) if is_path else b"")
-  fields["boxes"].float_list.value.extend([side for box in task.boxes for side in box])
-  return example.SerializeToString(deterministic=True)
-
-
-def decode(data: bytes, root: str = "") -> types.Task:
-  """The inverse of `encode`.
-
-  Args:
-    data: a serialised example.
-    root: the folder that an image's path is relative to.
-  """
-  fields = _proto().Example.FromString(data).features.feature
-  text = lambda name: fields[name].bytes_list.value[0]
-  texts = lambda name: tuple(value.decode() for value in fields[name].bytes_list.value)
-  sides = list(fields["boxes"].float_list.value)
-  path = text("image_path")
-  return types.Task(
-      image=os.path.join(root, os.fsdecode(path)) if path else text("image"), answers=texts("answers"),
-      options=texts("options") or None,
-      boxes=tuple(types.Box(*sides[at:at + 4]) for at in range(0, len(sides), 4)),
-      **{name: text(name).decode() for name in TEXTS})
-
-
-def features():
-  """The tensorflow-datasets feature spec of a task."""
-  import tensorflow_datasets as tfds  # takes seconds
-  text = tfds.features.Text()
-  return tfds.features.FeaturesDict(
-      {name: text for name in (*TEXTS, "image", "image_path")}
-      | {name: tfds.features.Sequence(text) for name in LISTS}
-      | {"boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32)})
-
-
-def write_part(path: str | os.PathLike, tasks: Iterable[types.Task], image_digests: Iterable[str]) -> Part:
-  """Writes some of a set's tasks, all of them or nothing; what lies there is replaced.
-
-  Args:
-    path: of the array_record file.
-    tasks: in the set's order.
-    image_digests: of each task's image file; see `records.digest`.
-
-  Returns:
-    The part; the same tasks give the same bytes.
-  """
-  from array_record.python import array_record_module
-  path = os.fspath(path)
-  partial = f"{path}.{os.getpid()}.tmp"
-  index = []
-  writer = array_record_module.ArrayRecordWriter(partial, "group_size:1")
-  try:
-    for task, digest in zip(tasks, image_digests, strict=True):
-      writer.write(encode(task))
-      index.append((int(digest[:16] or "0", 16), bytes.fromhex(task.provenance)))
-  except BaseException:
-    writer.close()
-    os.unlink(partial)
-    raise
-  writer.close()
-  os.replace(partial, path)
-  return Part(path, np.array(index, INDEX))
-
-
-def finish(folder: str | os.PathLike, name: str, split: str, parts: Sequence[Part], root: str, about: dict) -> None:
-  """Makes a set of parts, which move into it; one that was there is replaced.  Can be repeated if it was cut off.
-
-  Args:
-    folder: of the set.
-    name: of the set, lower-case letters, digits and underscores, as tensorflow-datasets has it.
-    split: the split's name there.
-    parts: those without tasks leave no file.
-    root: the folder that images' paths are relative to; "" if there are no paths.
-    about: what is to be kept in set.json: JSON.
-
-  Raises:
-    ValueError: there is no task.
-  """
-  import tensorflow_datasets as tfds
-  parts = [part for part in parts if len(part.index_N)]
-  if not parts:
-    raise ValueError(f"a set must have at least one task. Received: none for {folder}")
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / _INFO).unlink(missing_ok=True)
-  names = [f"{name}-{split}.array_record-{number:05d}-of-{len(parts):05d}" for number in range(len(parts))]
-  for old in folder.glob("*.array_record-*-of-*"):
-    if old.name not in names:
-      old.unlink()
-  for part, new in zip(parts, names):
-    if os.path.exists(part.path):  # else it was moved before the end that was cut off
-      os.replace(part.path, folder / new)
-  _replace(folder / _INDEX, lambda file: np.save(file, np.concatenate([part.index_N for part in parts])))
-  meta = {"format": _FORMAT, "root": os.path.abspath(root) if root else "",
-          "root_from_here": os.path.relpath(root, folder) if root else "", "about": about}
-  _replace(folder / _META, lambda file: file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b"\n"))
-  infos = [tfds.core.SplitInfo(name=split, shard_lengths=[len(part.index_N) for part in parts],
-                               num_bytes=sum((folder / new).stat().st_size for new in names))]
-  tfds.folder_dataset.write_metadata(data_dir=folder, features=features(), split_infos=infos, version="1.0.0",
-                                     check_data=False)
+_RATES = "tasks.jsonl"
 
 
 class Source:
@@ -195,12 +50,12 @@ class Source:
   def task(self, index: int) -> types.Task:
     """The task with that number, from 0."""
     row = int(self._rows_N[index])
-    return decode(self._records[row], self._root_of(row))
+    return set_files.decode(self._records[row], self._root_of(row))
 
   def stored(self, index: int) -> tuple[types.Task, str]:
     """The task as it lies in its set, and the raw folder that the path of its image is relative to; "" for none."""
     row = int(self._rows_N[index])
-    return decode(self._records[row]), self._root_of(row)
+    return set_files.decode(self._records[row]), self._root_of(row)
 
   @property
   def tasks(self) -> Sequence[types.Task]:
@@ -256,14 +111,14 @@ def paths(path: str | os.PathLike) -> list[str]:
 
 
 def _folders(path: pathlib.Path) -> list[pathlib.Path]:
-  if (path / _INFO).is_file():
+  if (path / set_files.INFO).is_file():
     return [path]
-  found = sorted(info.parent for info in path.glob(f"*/{_INFO}"))
+  found = sorted(info.parent for info in path.glob(f"*/{set_files.INFO}"))
   if not found:
     there = sorted(p.name for p in path.iterdir())[:3] if path.is_dir() else None
     holds = "which is no folder" if there is None else f"which holds {', '.join(there) or 'nothing'}"
-    raise ValueError(f"data.path must be a finished set: a folder with {_INFO}, as `curate build` writes it, or a "
-                     f"folder of such folders. Received: {path}, {holds}")
+    raise ValueError(f"data.path must be a finished set: a folder with {set_files.INFO}, as `curate build` writes it, "
+                     f"or a folder of such folders. Received: {path}, {holds}")
   return found
 
 
@@ -347,10 +202,11 @@ def pass_rates(path: str | os.PathLike) -> dict[bytes, float]:
 def _read(folder):
   """Of a set's folder: set.json, the index, and the paths of its array_record files."""
   try:
-    meta = json.loads((folder / _META).read_text())
-    index_N = np.load(folder / _INDEX)
-    sizes = [int(n) for found in json.loads((folder / _INFO).read_text())["splits"] for n in found["shardLengths"]]
-    if meta["format"] != _FORMAT or index_N.dtype != INDEX or sum(sizes) != len(index_N):
+    meta = json.loads((folder / set_files.META).read_text())
+    index_N = np.load(folder / set_files.INDEX_FILE)
+    splits = json.loads((folder / set_files.INFO).read_text())["splits"]
+    sizes = [int(n) for found in splits for n in found["shardLengths"]]
+    if meta["format"] != set_files.FORMAT or index_N.dtype != set_files.INDEX or sum(sizes) != len(index_N):
       raise ValueError("its files do not belong together")
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"data.path must be a finished set, as `curate build` writes it. Received: {folder} ({error})"
@@ -396,16 +252,3 @@ def _mixed(numbers_N, seed):
     for shift, factor in ((30, 0xbf58476d1ce4e5b9), (27, 0x94d049bb133111eb)):
       mixed_N = (mixed_N ^ (mixed_N >> np.uint64(shift))) * np.uint64(factor)
     return mixed_N ^ (mixed_N >> np.uint64(31))
-
-
-def _replace(path, write):
-  """Writes a file whole or not at all."""
-  partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  with open(partial, "wb") as file:
-    write(file)
-  os.replace(partial, path)
-
-
-def _proto():
-  from tensorflow_datasets.proto import tf_example_pb2
-  return tf_example_pb2

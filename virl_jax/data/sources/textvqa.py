@@ -53,11 +53,8 @@ def read(root: str, split: str, boxes_from: str = "") -> Iterator[records.Raw | 
   folder = stream.folder(root, ("test_images", "train_images") if split == "test" else (
       "train_images", "train_val_images/train_images", "images"))
   wanted = ("question", "image") if is_old else ("question", "image_id")
-  for where, item in stream.listed(path, wanted, "data"):
-    try:
-      yield item if isinstance(item, records.Reject) else _record(item, where, split, boxes, folder)
-    except fields.Unusable as error:
-      yield fields.reject(where, error)
+  yield from fields.raws(stream.listed(path, wanted, "data"),
+                         lambda item, where: _record(item, where, split, boxes, folder))
 
 
 def _record(item, where, split, boxes, folder):

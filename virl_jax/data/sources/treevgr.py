@@ -9,6 +9,7 @@ Boxes are corners in pixels; TreeBench, which has the same name for a list of fo
 from __future__ import annotations
 
 from collections.abc import Iterator
+import functools
 import json
 
 from virl_jax.data.sources import fields
@@ -38,18 +39,16 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
     ValueError: nothing is there, or a file is of another schema.
   """
   for path in files(root, split):
-    for where, row in stream.rows(path, _COLUMNS):
-      try:
-        asked = row.get("problem") or row.get("question")
-        question, options = fields.question(asked)
-        image = fields.picture(row.get("images") if row.get("images") is not None else row.get("image"))
-        boxes = row["target_instances"]
-        boxes = fields.box_lists(json.loads(boxes) if isinstance(boxes, str) else boxes)
-        name = next((row[key] for key in ("id", "index", "qid") if row.get(key) is not None), None)
-        yield records.Raw(
-            uid=where if name is None else str(name),
-            image=fields.beside(root, path, image) if isinstance(image, str) else image, question=question,
-            answers=fields.answer(row["answer"], options), options=options, boxes=boxes, kind=NAME, source=NAME,
-            split=split, licence=LICENCE)
-      except (fields.Unusable, ValueError) as error:
-        yield fields.reject(where, error)
+    yield from fields.raws(stream.rows(path, _COLUMNS), functools.partial(_record, root, path, split))
+
+
+def _record(root, path, split, row, where):
+  question, options = fields.question(row.get("problem") or row.get("question"))
+  image = fields.picture(row.get("images") if row.get("images") is not None else row.get("image"))
+  boxes = row["target_instances"]
+  name = next((row[key] for key in ("id", "index", "qid") if row.get(key) is not None), None)
+  return records.Raw(
+      uid=where if name is None else str(name), image=fields.beside(root, path, image), question=question,
+      answers=fields.answer(row["answer"], options), options=options,
+      boxes=fields.box_lists(json.loads(boxes) if isinstance(boxes, str) else boxes), kind=NAME, source=NAME,
+      split=split, licence=LICENCE)
