@@ -6,8 +6,10 @@ A run takes the notebook as it is but for the cell tagged `parameters`, behind w
 import ast
 import importlib.util
 import json
+import os
 import pathlib
 import re
+import sys
 
 import nbclient
 import nbformat
@@ -115,7 +117,9 @@ def test_badges_take_the_address_from_one_place(badges):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, monkeypatch, tmp_path):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the kernel, and of the commands that it starts
+  # Of the kernel, and of the commands that it starts.
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
   sizes, pictures = RUNS[path.stem]
   notebook = read(path)
   at = next(i for i, cell in enumerate(notebook.cells) if cell.id == "parameters")
