@@ -30,7 +30,8 @@ from virl_jax.run import topologies
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-OUTSIDE = {"git", "hf", "docker", "gcloud", "sky", "ruff", "source", "mkdocs", "nvidia-smi", "cd"}  # not ours
+# Commands that are not ours.
+OUTSIDE = {"git", "hf", "docker", "gcloud", "sky", "ruff", "source", "mkdocs", "nvidia-smi", "cd", "jupyter"}
 FIRST = OUTSIDE | {"python", "pip", "bash", "mkdir"}
 NAMES = [*config_lib.flat(config_lib.default().to_dict())]
 

@@ -4,6 +4,7 @@ A run takes the notebook as it is but for the cell tagged `parameters`, behind w
 """
 
 import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -92,6 +93,27 @@ def test_sizes_of_a_run_are_parameters(path):
            if isinstance(name, ast.Name)}
   assert set(RUNS[path.stem][0]) <= names, "else a run would be as long as a user's"
   assert path.stem in ("reward_and_credit", "trajectories") or "OUT" in names, "where it writes can be chosen"
+
+
+def missing(sources):
+  """What cells take of this package's modules that these don't have."""
+  trees = [ast.parse(plain(source)) for source in sources]
+  modules = {alias.asname or alias.name: importlib.import_module(f"{node.module}.{alias.name}")
+             for tree in trees for node in ast.walk(tree)
+             if isinstance(node, ast.ImportFrom) and node.module.startswith("virl_jax") for alias in node.names}
+  taken = {(node.value.id, node.attr) for tree in trees for node in ast.walk(tree)
+           if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules}
+  return [f"{name}.{attribute}" for name, attribute in sorted(taken) if not hasattr(modules[name], attribute)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_is_called_is_there(path):
+  assert not missing([cell.source for cell in read(path).cells if cell.cell_type == "code"])
+
+
+def test_what_is_not_there_is_seen():
+  found = missing(["from virl_jax.rl import reward", "!ls\nreward.iou(1)\nfor x in y:\n    reward.iuo(x)"])
+  assert found == ["reward.iuo"]
 
 
 def test_a_branch_for_one_device_is_seen():
