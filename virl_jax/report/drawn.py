@@ -55,7 +55,7 @@ def picture(item: dict) -> Image.Image:
 
 
 def beside(*pictures: Image.Image, height_px: int = 252) -> Image.Image:
-  """Pictures in a row, of one height, on white; small ones are enlarged pixel by pixel.
+  """Pictures in a row, of one height, on white; those that become twice as large or more, pixel by pixel.
 
   Raises:
     ValueError: there is none.
@@ -63,7 +63,7 @@ def beside(*pictures: Image.Image, height_px: int = 252) -> Image.Image:
   if not pictures:
     raise ValueError("beside needs a picture. Received: none")
   sized = [each.convert("RGB").resize((max(1, round(each.width * height_px / each.height)), height_px),
-                                      _SMOOTH if each.height > height_px else Image.Resampling.NEAREST)
+                                      _SMOOTH if 2 * each.height > height_px else Image.Resampling.NEAREST)
            for each in pictures]
   out = Image.new("RGB", (sum(each.width + _GAP_PX for each in sized) - _GAP_PX, height_px), "white")
   left = 0
