@@ -14,7 +14,7 @@ from virl_jax.report import html
 from virl_jax.report import page as page_lib
 
 _PAGE_PX = 640          # height of a frame
-_CURVE_PX = 300         # width of a curve
+_CURVE_PX = 230         # least width of a curve, and of what stands side by side
 # As page.css has them, for less and for more than the middle.
 _LESS, _MORE = "232,84,44", "43,143,230"
 # What a token's colour is about: its name on the page, the middle, and the least distance from it in full colour.
@@ -67,7 +67,7 @@ def charts(lines: Sequence[dict], names: Sequence[str]) -> Shown:
     names: of metrics; one that no line has is left out.
   """
   found = [(name, [(line["step"], line[name]) for line in lines if name in line]) for name in names]
-  return _row(f'<div style="width:{_CURVE_PX}px">{curves.svg(points, name)}</div>' for name, points in found if points)
+  return _row(f'<div style="flex:1 1 {_CURVE_PX}px;max-width:{1.5 * _CURVE_PX:g}px">{curves.svg(points, name)}</div>' for name, points in found if points)
 
 
 def words(entry: dict, by: str) -> Shown:
