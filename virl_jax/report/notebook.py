@@ -5,16 +5,18 @@ None of it needs IPython, and text of models and data sets is never markup here 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import html as markup
+import math
 
 from virl_jax.report import curves
 from virl_jax.report import html
 from virl_jax.report import page as page_lib
 
 _PAGE_PX = 640          # height of a frame
-_CURVE_PX = 230         # least width of a curve, and of what stands side by side
+_CURVE_PX = 230         # least width of a curve
+_WORDS_PX = 300         # and of what stands side by side
 # As page.css has them, for less and for more than the middle.
 _LESS, _MORE = "232,84,44", "43,143,230"
 # What a token's colour is about: its name on the page, the middle, and the least distance from it in full colour.
@@ -67,7 +69,7 @@ def charts(lines: Sequence[dict], names: Sequence[str]) -> Shown:
     names: of metrics; one that no line has is left out.
   """
   found = [(name, [(line["step"], line[name]) for line in lines if name in line]) for name in names]
-  return _row(f'<div style="flex:1 1 {_CURVE_PX}px;max-width:{1.5 * _CURVE_PX:g}px">{curves.svg(points, name)}</div>' for name, points in found if points)
+  return _row((curves.svg(points, name) for name, points in found if points), _CURVE_PX, 1.5 * _CURVE_PX)
 
 
 def words(entry: dict, by: str) -> Shown:
@@ -96,11 +98,13 @@ def words(entry: dict, by: str) -> Shown:
 
 def side_by_side(*shown: Shown) -> Shown:
   """Several in a row, or under each other where there is no room."""
-  return _row(f'<div style="flex:1 1 {_CURVE_PX}px">{each.html}</div>' for each in shown)
+  return _row((each.html for each in shown), _WORDS_PX)
 
 
-def _row(parts) -> Shown:
-  return Shown(f'<div style="display:flex;flex-wrap:wrap;gap:16px">{"".join(parts)}</div>')
+def _row(parts: Iterable[str], least_px: float, most_px: float = math.inf) -> Shown:
+  most = f";max-width:{most_px:g}px" if most_px < math.inf else ""
+  cells = "".join(f'<div style="flex:1 1 {least_px:g}px{most}">{part}</div>' for part in parts)
+  return Shown(f'<div style="display:flex;flex-wrap:wrap;gap:16px">{cells}</div>')
 
 
 def _token(middle: float, far: float):
