@@ -47,6 +47,8 @@ def read(path):
 
 def plain(source):
   """A cell's Python, without what only IPython understands, which stands where a statement could."""
+  if source.startswith("%%bash"):
+    return ""
   return re.sub(r"(?m)^(\s*)[!%].*$", r"\1pass", source)
 
 
@@ -119,6 +121,7 @@ def test_what_is_not_there_is_seen():
 def test_a_branch_for_one_device_is_seen():
   assert backend_choices("x = 1 if jax.default_backend() == 'cpu' else 2")
   assert backend_choices("!ls\nif device.platform == 'cpu':\n    %cd -q ..\n    skip = True")
+  assert not backend_choices("%%bash\nif cpu; then ls; fi")
   assert not backend_choices("if RECORDS:\n    x = {'cpu': 1}[jax.default_backend()]")
 
 
