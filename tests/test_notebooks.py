@@ -24,7 +24,7 @@ MOST_LINES = 18  # of a cell, without imports
 # Of each: smaller sizes, and how many pictures and pages it shows at least.
 _TINY = {"PROMPTS": 4, "GROUP": 2, "STEPS": 1}
 RUNS = {
-    "curate": (_TINY | {"GOOD": 10, "WITH_ZOOM": 4, "WITHOUT": 2}, 4),
+    "curate": (_TINY | {"GOOD": 20, "WITH_ZOOM": 4, "WITHOUT": 2}, 4),
     "evaluate": (_TINY | {"TASKS": 8}, 3),
     "lora": (_TINY | {"TASKS": 4}, 4),
     "quickstart": (_TINY | {"TASKS": 4}, 5),
