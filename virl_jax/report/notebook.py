@@ -15,7 +15,7 @@ from virl_jax.report import html
 from virl_jax.report import page as page_lib
 
 _PAGE_PX = 640          # height of a frame
-_CURVE_PX = 230         # least width of a curve
+_CURVE_PX = 200         # least width of a curve
 _WORDS_PX = 300         # and of what stands side by side
 # As page.css has them, for less and for more than the middle.
 _LESS, _MORE = "232,84,44", "43,143,230"
