@@ -10,11 +10,20 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import sys
 
+import huggingface_hub
+import jax
 import nbclient
 import nbformat
 import pytest
+
+from virl_jax import plan
+from virl_jax.model import family
+from virl_jax.model import params
+from virl_jax.run import load
+from virl_jax.run import setup
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -136,6 +145,25 @@ def test_badges_take_the_address_from_one_place(badges):
       cell["id"]: "".join(cell["source"]) for cell in notebook["cells"] if cell["id"] not in cells}
   with pytest.raises(ValueError, match="must have cells badge, install.*none with id install"):
     badges.written({"cells": [{"id": "badge"}]}, cells)
+
+
+@pytest.mark.parametrize("backend, trained, frozen", [
+    ("cpu", 198_656, 1_738_752), ("gpu", 29_933_568, 3_754_622_976), ("tpu", 29_933_568, 3_754_622_976)])
+def test_the_device_chooses_a_configuration_that_holds(backend, trained, frozen, monkeypatch):
+  """The cells of `lora` up to the count, as they run on each device, but for the download and the weights."""
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: f"weights/{name.split('/')[1]}")
+  cells = {cell.id: cell.source for cell in read(FOLDER / "lora.ipynb").cells}
+  names = {"jax": jax, "huggingface_hub": huggingface_hub, "runpy": runpy}
+  for name in ("parameters", "choice", "config"):
+    exec(cells[name], names)
+  c = names["c"]
+  setup.sections(c)
+  assert (c.data.source, c.rollout.prompts, c.lora.rank) == ("needle", names["PROMPTS"], 16)
+  assert c.optim.learning_rate == pytest.approx(1e-3 if backend == "cpu" else 1e-4)
+  tables = family.tables(load.of_config(c, plan.model_of(c)))
+  assert tuple(params.count(table) for table in tables) == (trained, frozen)
 
 
 @pytest.mark.slow
