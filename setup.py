@@ -51,7 +51,7 @@ setuptools.setup(
         "curate": ["apache-beam>=2.60", "pyarrow>=17"],  # raw downloads on many machines; half a gigabyte
         "grain": ["grain>=0.2.18"],     # for data/grain_source.py
         "launch": ["pyyaml>=6"],        # of launch/gke/jobset.py
-        "notebooks": ["ipykernel>=6", "jupyterlab>=4"],
+        "notebooks": ["ipykernel>=6", "ipywidgets>=8", "jupyterlab>=4", "matplotlib>=3.9"],
         "benchmarks": ["matplotlib>=3.9"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # 2 drops the plugins that the theme is made of
         "browser": ["playwright>=1.50"],  # tests of the pages in a Chromium that is there; large, downloads none

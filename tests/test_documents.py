@@ -36,7 +36,8 @@ from virl_jax.run import topologies
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-OUTSIDE = {"git", "hf", "docker", "gcloud", "sky", "ruff", "source", "mkdocs", "nvidia-smi", "cd"}  # not ours
+# Commands that are not ours.
+OUTSIDE = {"git", "hf", "docker", "gcloud", "sky", "ruff", "source", "mkdocs", "nvidia-smi", "cd", "jupyter"}
 FIRST = OUTSIDE | {"python", "python3", "pip", "bash", "mkdir"}
 NAMES = [*config_lib.flat(config_lib.default().to_dict())]
 # Commands in no marked block, by how they begin, and why no test runs them as they stand.
@@ -45,6 +46,7 @@ NOT_RUN = {
                     "benchmarks/newcomer.py and .ci/run do, in fresh environments"),
     **dict.fromkeys(("python -m pytest", "ruff check"), "this is it"),
     "hf download": "gigabytes from a hub",
+    "jupyter lab": "it serves until it is stopped; tests/test_notebooks.py runs each notebook",
     **dict.fromkeys(("gcloud", "docker", "sky", "python -m virl_jax.train --config=configs/v",
                      "python -m virl_jax.sft --config=configs/v", "python -m virl_jax.export --workdir=runs/v"),
                     "machines, accounts or weights that are not here; tests/launch has the first with stand-ins"),
@@ -353,7 +355,8 @@ def test_knobs_that_are_named_are_there(path):
   """`section.key`: a knob, the beginning of one, or what a module of the section's name defines."""
   sections = {name.partition(".")[0] for name in NAMES if "." in name}
   for section, rest in re.findall(r"`(?:config\.)?([a-z]+)\.([\w.]+)[^`\n]*`", path.read_text()):
-    if section in sections and not (ROOT / "virl_jax" / f"{section}.{rest}").is_file():
+    is_file = any((ROOT / folder / f"{section}.{rest}").is_file() for folder in ("virl_jax", "notebooks"))
+    if section in sections and not is_file:
       key = f"{section}.{rest}".rstrip(".")
       begins = key if key.endswith("_") else f"{key}."  # of `image.crop_*`, of a section
       is_knob = key in NAMES or any(name.startswith(begins) for name in NAMES)

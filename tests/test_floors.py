@@ -27,7 +27,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.sources.stream eval.benchmarks.choices "
     "eval.benchmarks.docvqa eval.benchmarks.mme_realworld eval.benchmarks.needle eval.benchmarks.pope "
     "eval.benchmarks.textvqa eval.benchmarks.visualprobe model.qwen2_5.text model.qwen2_5.vision report.__main__ "
-    "report.sieve rollout.actions.table run.ending",
+    "report.notebook report.sieve rollout.actions.table run.ending",
     "data.curation.band data.prompt data.sources.deepeyes data.sources.gqa data.sources.hf_parquet data.sources.lines "
     "data.sources.mini_o3 data.sources.pixel_reasoner data.sources.treevgr data.sources.visual7w "
     "data.sources.visual_cot eval.benchmarks.hrbench eval.benchmarks.infographicsvqa eval.benchmarks.records "

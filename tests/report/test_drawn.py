@@ -2,6 +2,7 @@
 
 import numpy as np
 from PIL import Image
+import pytest
 
 from virl_jax import types
 from virl_jax.report import drawn
@@ -39,3 +40,12 @@ def test_a_trajectory_without_boxes_or_answer():
   traj = types.Trajectory(task, 0, IDS, [types.Turn("assistant", IDS, text="x")], [], types.StopReason.OVERLONG)
   item = gallery.entry(traj, Image.new("RGB", (9, 3)), None, None, None, None, None, None)
   assert drawn._caption(item) == ["Which?", "no answer: overlong"] and drawn.picture(item).width == 320
+
+
+def test_pictures_beside_each_other():
+  red, blue = Image.new("RGB", (10, 20), "red"), Image.new("L", (40, 40), 255)
+  out = np.asarray(drawn.beside(red, blue, height_px=40))
+  assert out.shape == (40, 20 + 12 + 40, 3), "each of its own shape, and a gap"
+  assert (out[:, :20] == (255, 0, 0)).all() and (out[:, 20:] == 255).all()
+  with pytest.raises(ValueError, match="beside needs a picture"):
+    drawn.beside()

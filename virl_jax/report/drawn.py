@@ -14,6 +14,8 @@ _PLAIN, _TRUTH = "#8b93a0", "#12b886"
 _SIDE_PX = 320       # smaller pictures are enlarged to it
 _LINE_CHARS, _LINES = 52, 4
 _LINE_PX = 14
+_GAP_PX = 12
+_SMOOTH = Image.Resampling.LANCZOS
 
 
 def picture(item: dict) -> Image.Image:
@@ -49,6 +51,25 @@ def picture(item: dict) -> Image.Image:
         pen.text((x1 + 3, y1), str(number), fill="white")
   for i, line in enumerate(lines):
     pen.text((4, seen.height + 2 + _LINE_PX * i), line, fill="black")
+  return out
+
+
+def beside(*pictures: Image.Image, height_px: int = 252) -> Image.Image:
+  """Pictures in a row, of one height, on white; those that become twice as large or more, pixel by pixel.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if not pictures:
+    raise ValueError("beside needs a picture. Received: none")
+  sized = [each.convert("RGB").resize((max(1, round(each.width * height_px / each.height)), height_px),
+                                      _SMOOTH if 2 * each.height > height_px else Image.Resampling.NEAREST)
+           for each in pictures]
+  out = Image.new("RGB", (sum(each.width + _GAP_PX for each in sized) - _GAP_PX, height_px), "white")
+  left = 0
+  for each in sized:
+    out.paste(each, (left, 0))
+    left += each.width + _GAP_PX
   return out
 
 
