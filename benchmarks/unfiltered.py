@@ -29,8 +29,8 @@ from virl_jax.tiny import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE, HELD_OUT = 1400, 256
-# That base answers three times in ten without a zoom, and calls for one else, which with zooming off is no answer: it is
-# right without a zoom at most so often.  Half of that is the threshold, and takes more samples to tell.
+# The arms' base answers three times in ten without a zoom, and else calls for one, which with zooming off is no answer:
+# it is right without a zoom at most so often.  Half of that is the threshold, which takes more samples to tell.
 WITHOUT_ZOOM, MOST_WITHOUT = 16, 0.15
 # Of twenty tasks, in turn.
 GROUPS = 9 * ("guessable",) + 7 * ("good",) + 2 * ("wrong",) + ("huge", "again")
@@ -81,11 +81,11 @@ def held_out(folder: pathlib.Path, size: int) -> None:
 
 
 def built(raw: pathlib.Path, out: pathlib.Path, write, size: int) -> None:
-  """A set of records that `write` writes, unless it is there."""
-  if not (out / "counts.json").exists():
+  """A set of records that `write` writes."""
+  if not (raw / "records.jsonl").exists():
     raw.mkdir(parents=True, exist_ok=True)
     write(raw, size)
-    build.run(build.Job("jsonl", str(raw), "train", str(out), embed=True), 1)
+  build.run(build.Job("jsonl", str(raw), "train", str(out), embed=True), 1)
 
 
 def fates(data: pathlib.Path, out: pathlib.Path) -> dict[str, dict[str, int]]:
