@@ -86,8 +86,8 @@ PAGES = {
     "results_curation": Page("Training on a set as it was built, and on what curation leaves of it", (
         Section("All of it, and what is left",
                 ("unfiltered", "curated", "unfiltered_outcome_only", "curated_outcome_only"),
-                "The sets are made by `benchmarks/unfiltered.py`, through `curate build` and `curate` with the arms' own "
-                "base as its policy, which answers three in ten without looking (`BASES` in "
+                "The sets are made by `benchmarks/unfiltered.py`, through `curate build` and `curate` with the arms' "
+                "own base as its policy, which answers three in ten without looking (`BASES` in "
                 "configs/ablations/arms.py). Of twenty tasks that are built nine can be answered without a "
                 "zoom, two have a wrong answer, one has a box that is most of the picture, one is there twice. All "
                 "arms take as many steps, and are asked the same other tasks, all of which want a zoom."),)),
