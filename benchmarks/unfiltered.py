@@ -25,6 +25,7 @@ import sys
 import curation  # of this folder
 
 from virl_jax.data.curation import build
+from virl_jax.data.curation import parts
 from virl_jax.tiny import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def built(raw: pathlib.Path, out: pathlib.Path, write, size: int) -> None:
   if not (raw / "records.jsonl").exists():
     raw.mkdir(parents=True, exist_ok=True)
     write(raw, size)
-  build.run(build.Job("jsonl", str(raw), "train", str(out), embed=True), 1)
+  build.run(parts.Job("jsonl", str(raw), "train", str(out), embed=True), 1)
 
 
 def fates(data: pathlib.Path, out: pathlib.Path) -> dict[str, dict[str, int]]:

@@ -1,14 +1,13 @@
 """Which groups are kept, what is drawn for it, and that nothing changes where nothing is asked."""
 
-import concurrent.futures
 import dataclasses
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import lockstep
 from virl_jax import types
 from virl_jax.learner import state as state_lib
 from virl_jax.learner import step as step_lib
@@ -16,7 +15,6 @@ from virl_jax.rl import advantage
 from virl_jax.rollout import dynamic
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
-from virl_jax.run import hosts
 
 G = 2
 
@@ -94,36 +92,11 @@ def test_informative_groups_are_kept(played, tries, kept, further):
   assert played[0] == jax.random.key_data(jax.random.key(3)).tolist()  # the first, the step's
 
 
-class Lockstep:
-  """`hosts` for threads that stand for processes."""
-
-  def __init__(self, processes):
-    self.processes, self.barrier, self.said = processes, threading.Barrier(processes, timeout=60), {}
-    self.me = threading.local()
-
-  def mine(self, number):
-    return number % self.processes == self.me.number
-
-  def everyone(self, value):
-    self.said[self.me.number] = value
-    self.barrier.wait()
-    all_ = [self.said[i] for i in range(self.processes)]
-    self.barrier.wait()
-    return all_
-
-  def run(self, do):
-    def as_process(number):
-      self.me.number = number
-      return do()
-    with concurrent.futures.ThreadPoolExecutor(self.processes) as pool:
-      return list(pool.map(as_process, range(self.processes)))
-
-
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("tries", [1, 2])
 def test_the_batch_does_not_depend_on_the_number_of_processes(monkeypatch, processes, tries):
   batches = [["a", "one_b", "c", "d", "e", "one_f"], ["g", "one_h", "i", "j", "k", "one_l"], ["m", "one_n", *"opqr"]]
-  world = Lockstep(processes)
+  world = lockstep.Lockstep(monkeypatch, processes)
 
   def run(policy, params, tasks, key, group_size):
     found = [types.Trajectory(t, i * G + g, np.zeros(1, np.int32), answer="x" if "one" in t.uid and g == 0 else None)
@@ -131,10 +104,8 @@ def test_the_batch_does_not_depend_on_the_number_of_processes(monkeypatch, proce
     return found, engine.Stats(seconds=1.0)
 
   monkeypatch.setattr(engine, "run", run)
-  for name in ("mine", "everyone"):
-    monkeypatch.setattr(hosts, name, getattr(world, name))
   draw = lambda attempt: [types.Task(uid, b"", "?", ("x",)) for uid in batches[attempt]]
-  parts = world.run(lambda: dynamic.run(None, None, draw(0), draw, jax.random.key(3), G, tries, informative)[0])
+  parts = world.run(lambda _: dynamic.run(None, None, draw(0), draw, jax.random.key(3), G, tries, informative)[0])
   assert [len(part) for part in parts] == [6 * G // processes] * processes
   kept = [parts[i % processes][i // processes * G].task.uid for i in range(6)]
   assert kept == ["one_h", "one_b", "one_l", "one_n" if tries == 2 else "d", "e", "one_f"]

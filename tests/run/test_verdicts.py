@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from tests.data.curation.test_funnel import as_processes
+from tests import lockstep
 from tests.data.test_judge_model import Server
 from virl_jax import types
 from virl_jax.data import answers
@@ -90,7 +90,7 @@ def test_patience_ends_and_nothing_is_wrong(server, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="Nothing was counted as wrong"):
       judge(server, tmp_path, patience_s=0.1)(told("crimson") if number else [])
 
-  as_processes(monkeypatch, 2, one)
+  lockstep.Lockstep(monkeypatch, 2).run(one)
   monkeypatch.undo()
   server.faults = [404]
   with pytest.raises(ValueError, match="judge.url must be an endpoint that takes chat completions of 'judge'"):
@@ -108,6 +108,6 @@ def test_one_process_asks_for_all(server, tmp_path, monkeypatch):
     answers.grade(parts[number], it)
     return [t.score for t in parts[number]], it.metrics()
 
-  scores, metrics = zip(*as_processes(monkeypatch, 3, one))
+  scores, metrics = zip(*lockstep.Lockstep(monkeypatch, 3).run(one))
   assert scores == ([1.0, 0.0], [], [0.0, 1.0, 1.0]) and len(server.bodies) == 3 and len(asking) == 1
   assert metrics == ({"judge/answers": 4.0, "judge/right": 2.0, "judge/unclear": 0.0},) * 3

@@ -1,7 +1,6 @@
 """Curation as a whole: what is left and said of the rest, stopping anywhere, and asking nobody twice.  What a policy
 says is played here."""
 
-from concurrent import futures
 import json
 import pathlib
 import threading
@@ -9,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from tests import lockstep
 from tests.data.curation.test_facts import photo
 from tests.data.curation.test_facts import saved
 from virl_jax import config as config_lib
@@ -268,35 +268,6 @@ def test_benchmarks_are_kept_out(data, tmp_path, benchmark):
     funnel.run(job(data, out, benchmarks=("nope=x",)))
 
 
-def as_processes(monkeypatch, n, do):
-  """Runs `do` in n threads, each of which takes itself for one of n processes; what each gave."""
-  who, barrier, said = threading.local(), threading.Barrier(n, timeout=30), [None] * n
-
-  def everyone(value):
-    said[who.number] = value
-    barrier.wait()
-    found = list(said)
-    barrier.wait()
-    return found
-
-  def run(number):
-    who.number = number
-    try:
-      return do(number)
-    except BaseException:
-      barrier.abort()  # the others would wait
-      raise
-
-  monkeypatch.setattr(hosts, "mine", lambda number: number % n == who.number)
-  monkeypatch.setattr(hosts, "leads", lambda: who.number == 0)
-  monkeypatch.setattr(hosts, "several", lambda: n > 1)
-  monkeypatch.setattr(hosts, "everyone", everyone)
-  monkeypatch.setattr(hosts, "meet", lambda: everyone(None))
-  monkeypatch.setattr(hosts, "first", lambda make: everyone(make() if who.number == 0 else None)[0])
-  with futures.ThreadPoolExecutor(n) as pool:
-    return list(pool.map(run, range(n)))
-
-
 @pytest.mark.parametrize("together", [False, True], ids=["endpoint", "engine"])
 @pytest.mark.parametrize("n", [2, 3])
 def test_several_processes_leave_what_one_does(data, tmp_path, monkeypatch, n, together):
@@ -318,10 +289,10 @@ def test_several_processes_leave_what_one_does(data, tmp_path, monkeypatch, n, t
 
   died.append(True)
   with pytest.raises((KeyboardInterrupt, threading.BrokenBarrierError)):
-    as_processes(monkeypatch, n, one)
+    lockstep.Lockstep(monkeypatch, n).run(one)
   assert not (tmp_path / "some" / "out" / "counts.json").exists()
   died.clear()
-  counts = as_processes(monkeypatch, n, one)
+  counts = lockstep.Lockstep(monkeypatch, n).run(one)
   assert content(tmp_path / "some" / "out") == want and counts == [counts[0]] * n
   asked_by = [{uid for uid, _, _ in it.asked} for it in played]
   assert together or not set.intersection(*asked_by) and all(asked_by)
