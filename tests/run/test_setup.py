@@ -72,10 +72,10 @@ def test_offloading_wants_a_host_s_memory(small, monkeypatch, key, value):
 
 
 def test_libraries_only_warn(monkeypatch):
-  monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
+  monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "")
+  monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS")
   for chatty in ("absl", "jax"):
     monkeypatch.setattr(logging.getLogger(chatty), "level", logging.INFO)
   setup.quiet()
   assert [logging.getLogger(chatty).level for chatty in ("absl", "jax")] == [logging.WARNING] * 2
   assert os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] == "1"
-  monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS")
