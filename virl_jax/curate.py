@@ -170,6 +170,7 @@ def main(argv):
   if argv[1:] not in ([], ["build"]):
     raise app.UsageError(f"the first argument must be build, or there must be none. Received: {argv[1:]}")
   if argv[1:]:
+    setup.quiet()
     with setup.told():
       build(args)
     return

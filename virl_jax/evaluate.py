@@ -390,6 +390,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def main(argv):
   args = flags.FLAGS
+  setup.quiet()
   if args.compare:
     if len(argv) != 2 or args.model or args.score or args.benchmark:
       raise app.UsageError("--compare needs two folders, --compare A B, and no benchmark, model or predictions")

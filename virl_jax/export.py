@@ -17,7 +17,6 @@ if __name__ == "__main__":
   signals.install()
 
 import json
-import logging
 import pathlib
 
 from absl import app
@@ -87,7 +86,7 @@ def main(argv):
     raise app.UsageError("--out=HF_DIR or --adapters=DIR is missing")
   if args.step and args.step != "best" and not args.step.isdigit():
     raise app.UsageError(f"--step must be a number, or best. Received: {args.step}")
-  logging.getLogger("absl").setLevel(logging.WARNING)
+  setup.quiet()
   with setup.told():
     step = int(args.step) if args.step and args.step.isdigit() else args.step
     step = export(args.workdir, args.out, step, args.dtype, args.adapters)

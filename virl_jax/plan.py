@@ -294,6 +294,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
   args = flags.FLAGS
+  setup.quiet()
   with setup.told():
     setup.config_file(args)
     topology = topologies.parse(args.topology)

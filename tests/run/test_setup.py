@@ -1,5 +1,8 @@
 """How a command ends on an error, a line or all of it; what is said at its start, and what is refused there."""
 
+import logging
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -66,3 +69,13 @@ def test_offloading_wants_a_host_s_memory(small, monkeypatch, key, value):
   monkeypatch.setattr(setup.sharding, "host_memory", lambda mesh: False)
   with pytest.raises(ValueError, match=rf"config.{key} must be \(\) on a cpu, which has no pinned memory of the host"):
     setup.assemble(c, small.cfg, None, "")
+
+
+def test_libraries_only_warn(monkeypatch):
+  monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "")
+  monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+  for chatty in ("absl", "jax"):
+    monkeypatch.setattr(logging.getLogger(chatty), "level", logging.INFO)
+  setup.quiet()
+  assert [logging.getLogger(chatty).level for chatty in ("absl", "jax")] == [logging.WARNING] * 2
+  assert os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] == "1"

@@ -60,11 +60,16 @@ SOURCES = ("needle", "jsonl", "set")
 _LEAST_BFLOAT16_RATE = 1e-5
 
 
-def begin() -> None:
-  """What a program does first: quiet libraries, kept memory, a cache of compiled programs."""
+def quiet() -> None:
+  """Libraries warn, and say no more: what a program does before JAX looks for devices."""
   for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
     logging.getLogger(chatty).setLevel(logging.WARNING)
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: none is needed
+
+
+def begin() -> None:
+  """What a program that runs a model does first: quiet libraries, kept memory, a cache of compiled programs."""
+  quiet()
   memory.keep_when_on_cpu()
   caches.keep_programs()
 
