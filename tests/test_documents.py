@@ -46,7 +46,7 @@ NOT_RUN = {
     **dict.fromkeys(("gcloud", "docker", "sky", "python -m virl_jax.train --config=configs/v",
                      "python -m virl_jax.sft --config=configs/v", "python -m virl_jax.export --workdir=runs/v"),
                     "machines, accounts or weights that are not here; tests/launch has the first with stand-ins"),
-    "python -m virl_jax.plan --config=configs/v": "gigabytes of compilers, and hours; tests/test_plan.py plans for CPUs",
+    "python -m virl_jax.plan --config=configs/v": "gigabytes of compilers, hours; tests/test_plan.py plans for CPUs",
     "python benchmarks/": "minutes to hours; docs/benchmarks.md and others have what they printed",
     "python -m virl_jax.warmstart": "45 minutes; tests/test_warmstart.py makes a short one",
     "python -m virl_jax.ask --model=runs/tiny --serve": "it serves until it is stopped; tests/asking",
