@@ -50,7 +50,7 @@ NOT_RUN = {
     **dict.fromkeys(("gcloud", "docker", "sky", "python -m virl_jax.train --config=configs/v",
                      "python -m virl_jax.sft --config=configs/v", "python -m virl_jax.export --workdir=runs/v"),
                     "machines, accounts or weights that are not here; tests/launch has the first with stand-ins"),
-    "python -m virl_jax.plan --config=configs/v": "gigabytes of compilers, and hours; README's block plans for CPUs",
+    "python -m virl_jax.plan --config=configs/v": "gigabytes of compilers, hours; tests/test_plan.py plans for CPUs",
     "python benchmarks/": "minutes to hours; docs/benchmarks.md and others have what they printed",
     "python -m virl_jax.warmstart": "45 minutes; tests/test_warmstart.py makes a short one",
     "python -m virl_jax.ask --model=runs/tiny --serve": "it serves until it is stopped; tests/asking",
@@ -247,18 +247,21 @@ def marked(path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """One folder for all pages, in which README's tiny run is done."""
+  """One folder for all pages, in which README's tiny run and its evaluation are done."""
   folder = small_files(tmp_path_factory.mktemp("pages"))
   for name in ("configs", "docs", "launch"):
     (folder / name).symlink_to(ROOT / name)
-  run(next(marked(ROOT / "README.md")), folder)
+  for words in marked(ROOT / "README.md"):
+    if "--workdir=runs/tiny" in words and words[2] == "virl_jax.train" or "--model=runs/tiny" in words and (
+        words[2] == "virl_jax.evaluate"):
+      run(words, folder)
   return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path, found in RUNS.items() if found], ids=lambda p: p.stem)
 def test_marked_blocks_run(path, place):
-  """Whatever README's tiny run and a page's blocks before have left, the next finds."""
+  """Each page finds what README's tiny run has left, and each block what those before it have."""
   for words in marked(path):
     run(words, place)
 
