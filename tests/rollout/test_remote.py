@@ -143,11 +143,19 @@ def test_an_attempt_that_fails_costs_no_other(policy, server, tasks):
 
 def test_an_endpoint_that_is_gone_is_tried_once_for_each(policy, server, tasks):
   server.faults = [503] * 10 ** 5
-  assert attempt(policy, server, tasks, patience_s=0.2) == ["503 busy"] * 4
-  tries = len(server.bodies)
-  server.faults = [503] * (tries - 1)  # and then it is back, for the last
-  *lost, last = attempt(policy, server, tasks, patience_s=0.2)
-  assert len(lost) == 3 and last.answer is not None
+  assert attempt(policy, server, tasks, wait_s=0.1, patience_s=0.25) == ["503 busy"] * 4
+  assert len(server.bodies) <= 3 + 3, "the first is tried at 0, 0.1 and 0.3 s"
+
+
+def test_an_endpoint_that_is_back_is_waited_for_again(policy, server, tasks):
+  it = remote.Endpoint(server.url, endpoint.Config("m", timeout_s=5.0, wait_s=0.01, patience_s=0.5, in_flight=1))
+  whole = lambda: isinstance(remote.attempts(policy, it, tasks[:1], [7], 1.0)[0], types.Trajectory)
+  server.faults = [503] * 10 ** 5
+  assert not whole()
+  server.faults = []
+  assert whole()
+  server.faults = [503, 503]
+  assert whole()
 
 
 def test_a_refusal_is_not_tried_again(policy, server, tasks):
