@@ -47,7 +47,9 @@ def test_trajectories_are_in_the_viewer():
 def test_words_are_shaded_by_what_they_are_about():
   (a, *less, faint), (b, *_, none) = shades(notebook.words(entry(), "logp"))
   assert a == "see" and b == HOSTILE.replace("\x1b", "\ufffd") and less == [232, 84, 44]
-  assert (faint, none) == (0.7, 0.0), "-2 nats is the least in full colour"
+  assert (faint, none) == (0.7, 0.0)
+  (*_, slight), _ = shades(notebook.words(entry(logp=(-0.5, 0.0)), "logp"))
+  assert slight == pytest.approx(0.7 / 4, abs=0.006), "-2 nats is the least in full colour"
   (_, *more, full), (_, *fewer, half) = shades(notebook.words(entry(), "advantage"))
   assert more == [43, 143, 230] and fewer == less and full == 0.7 and half == pytest.approx(0.35)
   (*_, first), (*_, second) = shades(notebook.words(entry(advantage=(-1.0, -1.0)), "advantage"))
