@@ -184,7 +184,7 @@ def test_two_processes_share_an_endpoint_and_one_is_killed(data, tmp_path):
     run.processes[1].send_signal(signal.SIGTERM)
     codes, said = run.end()
     assert codes == [1, 0] and "stopped by SIGTERM" in said[1] and "Traceback" not in "".join(said)
-    assert "process 1 can't go on, and so no other: it was stopped; the same command goes on" in said[0]
+    assert "process 1 has failed, and so all stop: it was stopped; the same command goes on" in said[0]
     server.faults, n_before = ["drop", 429, "cut", 500], len(server.bodies)
     said = again().done()
     assert content(one) == content(two) and len(server.bodies) > n_before

@@ -206,7 +206,7 @@ def test_a_workdir_in_use_is_refused_to_all(env, tmp_path):
     (workdir / "config.json").unlink()
     run = Run(env, workdir, 2, 1)
     assert run.wait(120) == [1, 1]
-  assert "is in use by process" in run.said(0) and "process 0 can't go on" in run.said(1)
+  assert "is in use by process" in run.said(0) and "process 0 has failed" in run.said(1)
 
 
 def test_prompts_must_be_shared_out_evenly(env, tmp_path):

@@ -167,7 +167,7 @@ def test_a_run_that_is_stuck_ends_saved_and_the_same_command_goes_on(tmp_path, m
   each = EPOCHS * MINIBATCHES
   seen = stage(monkeypatch, failing={1, *range(2 * each, 3 * each)} | {each + 3})  # some, some, all
   seen.c.optim.stop_after = 3
-  with pytest.raises(SystemExit, match="^error: 3 steps in a row, from step 0 on,.* delete what is numbered 0 to 3,"):
+  with pytest.raises(SystemExit, match="^error: 3 steps in a row, from step 0 on,.* delete the checkpoints 0 to 3,"):
     train.train(seen.c, str(tmp_path / "run"))
   assert saves(tmp_path) == [2, 3] and len(seen.evaluated) == 1
   said = capsys.readouterr().out
