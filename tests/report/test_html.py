@@ -508,7 +508,7 @@ def test_runs_of_other_tasks_have_no_difference():
   assert "Without a difference: their held-out tasks are not the same." in _Page(page_html.render(first, second)).text
   assert "no evaluation after training" in _Page(page_html.render(*_side(after=None))).text
   del second.after["outcomes"]
-  assert "outcomes of tasks are not there" in _Page(page_html.render(first, second)).text
+  assert "tasks have no outcomes" in _Page(page_html.render(first, second)).text
 
 
 def test_hostile_names_of_two_runs_are_text():
