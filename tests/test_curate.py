@@ -102,7 +102,7 @@ ASKED = ("--config.curate.policy.with_zoom=2", "--config.curate.policy.without_z
 # Of a server: room for its longer turns, and no patience with its faults.
 SERVED = ("--config.curate.policy.with_zoom=4", "--config.curate.policy.without_zoom=2",
           "--config.rollout.max_total_tokens=1024", "--config.rollout.max_turn_tokens=64",
-          "--config.curate.endpoint.wait_s=0.01", "--config.curate.endpoint.in_flight=2")
+          "--config.endpoint.wait_s=0.01", "--config.endpoint.in_flight=2")
 
 
 def command(*more):

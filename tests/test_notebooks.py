@@ -187,8 +187,9 @@ def test_notebook_runs(path, monkeypatch, tmp_path):
   shown = [name for name, found in outputs.items() if any(
       {"image/png", "text/html"} & set(out.get("data", {})) for out in found)]
   assert len(shown) >= pictures, shown
+  sources = {cell.id: cell.source for cell in notebook.cells}
   for name, found in outputs.items():
+    of_pages = any(call in sources[name] for call in ("notebook.page(", "notebook.trajectories("))
     for page in (out.data["text/html"] for out in found if "text/html" in out.get("data", {})):
-      assert page.startswith("<iframe") == ("notebook.page(" in next(
-          cell.source for cell in notebook.cells if cell.id == name) or name == "viewer")
+      assert page.startswith("<iframe") == of_pages, f"{name}: a page of ours is in a frame, and nothing else is"
       assert "<svg" in page or "Content-Security-Policy" in page or "<span" in page, f"{name} shows something"
