@@ -21,6 +21,7 @@ the policy.  With --kills, another run is killed that often, at random moments, 
 from __future__ import annotations
 
 import argparse
+import collections
 import hashlib
 import io
 import json
@@ -92,11 +93,6 @@ def draw(folder: pathlib.Path, n: int) -> dict[str, str]:
   return groups
 
 
-def side(data: bytes) -> int:
-  """Of a square picture, in pixels."""
-  return Image.open(io.BytesIO(data)).width
-
-
 CONFIG = """
 import runpy
 def get_config():
@@ -160,6 +156,15 @@ def measures(out: pathlib.Path, groups: dict[str, str]) -> list[dict]:
   return rows
 
 
+def fates(out: pathlib.Path, group_of) -> dict[str, dict[str, int]]:
+  """What became of each group of tasks: how many were dropped for what, or kept; `group_of` takes a task's uid."""
+  found = collections.defaultdict(collections.Counter)
+  for name in ("rejects", "tasks"):
+    for line in map(json.loads, (out / f"{name}.jsonl").read_text().splitlines()):
+      found[group_of(line["uid"])][line.get("reason", "kept")] += 1
+  return {group: dict(sorted(what.items())) for group, what in found.items()}
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--n", type=int, default=40, help="pictures of each group; of the good ones three times as many")
@@ -184,11 +189,7 @@ def main():
   share = lambda v: "–" if v is None else f"{v:.3f}"
   for row in rows:
     print(f"| {row['filter']} | {row['n']} | {row['dropped']} | {share(row['precision'])} | {share(row['recall'])} |")
-  fate = {group: {} for group in dict.fromkeys(groups.values())}
-  for name in ("rejects", "tasks"):
-    for line in map(json.loads, (out / f"{name}.jsonl").read_text().splitlines()):
-      at = fate[groups[line["uid"]]]
-      at[line.get("reason", "kept")] = at.get(line.get("reason", "kept"), 0) + 1
+  fate = fates(out, groups.__getitem__)
   print("\nWhat became of each group:")
   for group, what in fate.items():
     print(f"  {group}: {', '.join(f'{count} {reason}' for reason, count in sorted(what.items()))}")

@@ -74,25 +74,24 @@ def settings() -> tuple[dict[str, dict], dict[str, tuple[str, ...]]]:
 
 def make_base(folder: pathlib.Path, how: tuple[str, ...]) -> None:
   """Makes a base that arms start from, unless it is there."""
-  if not (folder / "RECIPE.json").exists():
-    print(f"a base, in {folder}", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log_path = folder.with_suffix(".log")
-    code = call([sys.executable, "-m", "virl_jax.warmstart", "--config=configs/tiny.py", *how, f"--out={folder}"],
-                log_path)
-    if code or not (folder / "RECIPE.json").exists():  # ended by SIGTERM, it says 0
-      raise SystemExit(f"error: the base was not made, see {log_path}; give the same command again to go on")
+  _make("the base", folder, folder / "RECIPE.json", ["-m", "virl_jax.warmstart", "--config=configs/tiny.py", *how])
 
 
 def make_sets(folder: pathlib.Path, base: pathlib.Path) -> None:
   """Makes the sets that arms train on, unless they are there."""
-  if not (folder / "curated" / "report.html").exists():
-    print(f"sets, in {folder}", flush=True)
-    log_path = folder.with_suffix(".log")
-    script = ROOT / "benchmarks" / "unfiltered.py"
-    if call([sys.executable, str(script), f"--base={base}", f"--out={folder}"], log_path) or not (
-        folder / "curated" / "report.html").exists():
-      raise SystemExit(f"error: the sets were not made, see {log_path}; give the same command again to go on")
+  _make("the folder of sets", folder, folder / "curated" / "report.html",
+        [str(ROOT / "benchmarks" / "unfiltered.py"), f"--base={base}"])
+
+
+def _make(what: str, folder: pathlib.Path, last: pathlib.Path, command: list[str]) -> None:
+  """Has Python run a command that fills a folder, unless the file that it writes last is there."""
+  if last.exists():
+    return
+  print(f"{what}, in {folder}", flush=True)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  log_path = folder.with_suffix(".log")
+  if call([sys.executable, *command, f"--out={folder}"], log_path) or not last.exists():  # ended by SIGTERM, it says 0
+    raise SystemExit(f"error: {what} was not made, see {log_path}; give the same command again to go on")
 
 
 class Progress:

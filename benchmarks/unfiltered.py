@@ -14,7 +14,6 @@ What is finished is kept: the same command goes on.  benchmarks/reproduce.py cal
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import os
 import pathlib
@@ -44,16 +43,13 @@ def records(folder: pathlib.Path, size: int) -> None:
   rng, lines, good = random.Random(0), [], []
   for i in range(size):
     group = GROUPS[i % len(GROUPS)]
-    image = None
     if group == "again":
-      task = rng.choice(good)
-      image = curation.again(task.image, rng.choice((200, 230, 252)), 75)
+      task, side_px = rng.choice(good), rng.choice((200, 230, 252))
+      image, scale = curation.again(task.image, side_px, 75), side_px / plain.side_px
     else:
       task, _ = needle.draw(0, "train", i, guessable if group == "guessable" else plain)
-    boxes = [list(box) for box in task.boxes]
-    if group == "again":  # of the picture as it is now
-      side_px = curation.side(image)
-      boxes = [[v * side_px / plain.side_px for v in box] for box in boxes]
+      image, scale = task.image, 1
+    boxes = [[v * scale for v in box] for box in task.boxes]
     if group == "huge":
       boxes = [[0, rng.randrange(60), plain.side_px, plain.side_px]]
     answer = task.answers[0]
@@ -62,7 +58,7 @@ def records(folder: pathlib.Path, size: int) -> None:
       answer = rng.choice(others)
     if group == "good":
       good.append(task)
-    lines.append(record(folder, f"{group}_{i:05d}", image or task.image, task, [answer], boxes))
+    lines.append(record(folder, f"{group}_{i:05d}", image, task, [answer], boxes))
   rng.shuffle(lines)
   (folder / "records.jsonl").write_text("".join(lines))
 
@@ -89,15 +85,6 @@ def built(raw: pathlib.Path, out: pathlib.Path, write, size: int) -> None:
   build.run(parts.Job("jsonl", str(raw), "train", str(out), embed=True), 1)
 
 
-def fates(data: pathlib.Path, out: pathlib.Path) -> dict[str, dict[str, int]]:
-  """What became of each group."""
-  found = collections.defaultdict(collections.Counter)
-  for name in ("rejects", "tasks"):
-    for line in map(json.loads, (out / f"{name}.jsonl").read_text().splitlines()):
-      found[line["uid"].rpartition("_")[0]][line.get("reason", "kept")] += 1
-  return {group: dict(sorted(what.items())) for group, what in found.items()}
-
-
 def main():
   p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   p.add_argument("--base", required=True, help="the policy that curation asks: a folder that model.path takes")
@@ -117,7 +104,7 @@ def main():
   if not (out / "curated" / "report.html").exists():
     subprocess.run(curation.curate(out / "unfiltered", out / "curated", config), cwd=ROOT, check=True)
   print(json.dumps({"counts": json.loads((out / "curated" / "counts.json").read_text()),
-                    "fates": fates(out / "unfiltered", out / "curated")}))
+                    "fates": curation.fates(out / "curated", lambda uid: uid.rpartition("_")[0])}))
 
 
 if __name__ == "__main__":

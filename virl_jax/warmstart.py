@@ -127,7 +127,7 @@ def _warm_start(c, base: str | None, out: str, workdir: epath.Path, command: str
   with ending.Kept(saves, start, state) as kept:
     for step, batch in enumerate(curriculum.batches(course, start, u.workers), start):
       with kept.changing():
-        if step == turn:  # a new optimiser: the careful stage's schedule has run out
+        if step == turn:  # a new optimizer: the careful stage's schedule has run out
           state = state_lib.init(state.params, clumsy.optim)
         state, metrics = step_lib.imitate_step(state, batch, careful if step < turn else clumsy)
         skips.append(metrics["optim/skipped"].value)

@@ -36,7 +36,7 @@ class Config:
   With `single_update`, a batch serves one update, made with the policy that scores it: where scoring has no use for
   log-probabilities, it leaves them to the update's own forward pass.
 
-  What `offload` names out of `OFFLOAD` lies in pinned memory of the host between steps: the optimiser's moments, the
+  What `offload` names out of `OFFLOAD` lies in pinned memory of the host between steps: the optimizer's moments, the
   reference for the KL term.  A step moves it to the device and back.
   """
 
@@ -63,9 +63,9 @@ class TrainState:
   """All that training carries from step to step; no RNG, no iterator, no clock, and nothing that is frozen.
 
   Attributes:
-    update: int32 scalar, optimiser updates so far; one that was skipped is none.
+    update: int32 scalar, optimizer updates so far; one that was skipped is none.
     params: what of the policy is trained; with what is frozen it is all of it, see `family.whole`.
-    opt_state: the optimiser's moments and counters.
+    opt_state: the optimizer's moments and counters.
     kl_coef: float32 scalar, weight of the KL term; moves if it is adaptive.
     critic: the value head, "w" float32[D] and "b" float32[1]; None if there is none.
     critic_opt_state: its moments.
@@ -80,12 +80,12 @@ class TrainState:
 
 
 def abstract(params: dict, cfg: optim.OptimConfig, critic_width: int = 0, offload: Sequence[str] = (),
-                   specs: dict | None = None) -> TrainState:
+             specs: dict | None = None) -> TrainState:
   """Shapes of a state, and where it lies: moments as the parameters do, all else whole on every device.
 
   Args:
     params: the policy, or its `jax.ShapeDtypeStruct`s with shardings.
-    cfg: the optimisers.
+    cfg: the optimizers.
     critic_width: D, for a value head; 0 for none.
     offload: with "optimizer" among it, moments lie in pinned memory of the host; see `Config`.
     specs: the parameters' table; see `optim.optimizer`.
@@ -122,7 +122,7 @@ def init(params: dict, cfg: optim.OptimConfig, kl_coef: float = 0.0, critic_widt
 
   Args:
     params: what is trained of the policy.
-    cfg: the optimisers.
+    cfg: the optimizers.
     kl_coef: what the KL term's weight begins with.
     critic_width: D, for a value head that expects nothing (0) at first; 0 for none.
     offload, specs: see `abstract`.

@@ -183,7 +183,7 @@ def _log_area_ratio(box_BR4, gt_BJ4, target_BR):
 
 def _apply(state: state_lib.TrainState, grads: dict, critic_grads: dict | None, loss_total: jax.Array,
            limit: jax.Array | float, cfg: state_lib.Config) -> tuple[state_lib.TrainState, pooled.Metrics, jax.Array]:
-  """One step of both optimisers, or none of either.
+  """One step of both optimizers, or none of either.
 
   Args:
     state: what it begins with.
