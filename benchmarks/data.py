@@ -47,7 +47,7 @@ from virl_jax.data.sources import records
 from virl_jax.data.sources import set_files
 from virl_jax.data.sources import table
 from virl_jax.model import patches
-from virl_jax.run import setup
+from virl_jax.run import sources
 
 WORDS = ("the", "truck", "is", "left", "of", "a", "person", "with", "red", "umbrella", "behind", "window", "near", "tv")
 PICTURES = 300
@@ -301,7 +301,7 @@ def batches_part(args, folder: pathlib.Path) -> dict:
   v7b_c.data.source, v7b_c.data.path, v7b_c.data.weights = "set", str(folder / "sets"), ("one:3", "two:1")
   figures, rows = {}, []
   for name, c in (("tiny", tiny_c), ("v7b", v7b_c)):
-    source, prompts = setup.source(c, "train"), c.rollout.prompts
+    source, prompts = sources.load(c, "train"), c.rollout.prompts
     for threads in THREADS:
       count = args.batches if name == "v7b" else 20 * args.batches
       with contextlib.closing(

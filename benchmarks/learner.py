@@ -29,6 +29,7 @@ from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import setup
+from virl_jax.run import sources
 
 TINY = pathlib.Path(__file__).parents[1] / "configs" / "tiny.py"
 
@@ -57,7 +58,7 @@ def main():
   c = runpy.run_path(str(TINY))["get_config"]()
   p = setup.pieces(c)
   params = load.base(p.hf_dir, c.model.dtype, p.mesh).params
-  tasks = batches.train(setup.source(c, "train"), c.seed, 0, c.rollout.prompts, c.image.decode_max_pixels).tasks
+  tasks = batches.train(sources.load(c, "train"), c.seed, 0, c.rollout.prompts, c.image.decode_max_pixels).tasks
   trajectories = engine.rollout(p.policy, params, tasks, jax.random.key(c.seed), c.rollout.group_size)
 
   sides, packed = {}, {}

@@ -392,7 +392,7 @@ MUTANTS = [Mutant(*m) for m in (
     ("eval/asked.py", "    if keep + size > len(whole):\n", "    if keep >= len(whole):\n",
      "a chunk that was cut off is taken for whole"),
     # --- train.py -----------------------------------------------------------------------------------------------
-    ("run/loop.py", 'setup.source(c, "test")', 'setup.source(c, "train")', "evaluation on the training split"),
+    ("run/loop.py", 'sources.load(c, "test")', 'sources.load(c, "train")', "evaluation on the training split"),
     ("train.py", "key = jax.random.fold_in(run.root_key, step)", "key = jax.random.fold_in(run.root_key, 0)",
      "one sampling key for all steps"),
     ("train.py", "c.ppo.epochs * minibatches", "minibatches", "epochs are ignored"),

@@ -150,7 +150,7 @@ def test_a_slip_is_a_line(data, tmp_path):
                                 "--config.curate.rules.caps=('x',)"), cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 1 and 'error: config.curate.rules.caps must be "SOURCE=COUNT"' in done.stderr
   assert "Traceback" not in done.stderr
-  with pytest.raises(ValueError, match="data.path must be a finished set"):
+  with pytest.raises(ValueError, match="a set must be finished"):
     curate.curate(configuration(), "/nowhere", str(tmp_path / "out"))
 
 

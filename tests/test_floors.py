@@ -31,7 +31,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.curation.band data.prompt data.sources.deepeyes data.sources.gqa data.sources.hf_parquet data.sources.lines "
     "data.sources.mini_o3 data.sources.pixel_reasoner data.sources.treevgr data.sources.visual7w "
     "data.sources.visual_cot eval.benchmarks.hrbench eval.benchmarks.infographicsvqa eval.benchmarks.records "
-    "eval.benchmarks.treebench eval.benchmarks.vstar model.qwen2_5.model",
+    "eval.benchmarks.treebench eval.benchmarks.vstar model.qwen2_5.model run.sources",
     "data.curation.stages data.sources.grit data.sources.textvqa eval.benchmarks.table eval.predictions model.family "
     "model.qwen tiny.demos tiny.tokenizer",
     "data.sources.docvqa learner.state model.head model.weights rollout.row run.costs run.memory tiny.curriculum",

@@ -27,6 +27,7 @@ from virl_jax.run import load
 from virl_jax.run import log
 from virl_jax.run import loop
 from virl_jax.run import setup
+from virl_jax.run import sources
 from virl_jax.run import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -136,6 +137,7 @@ def test_killed_and_started_again_ends_the_same(places, six_steps):
 FAULTY = """
 import sys
 from virl_jax.run import signals
+from virl_jax.run import sources
 signals.install()
 from absl import app
 from virl_jax import train
@@ -470,7 +472,7 @@ def test_what_does_not_fit_is_asked_neither_in_training_nor_before(tmp_path, mon
   c = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]()
   c.data.source, c.data.path, c.data.eval_fraction = "jsonl", _photos(tmp_path), 0.5
   c.rollout.prompts, c.rollout.group_size, c.eval.tasks = 8, 2, 6
-  sides = [{t.uid for t in setup.source(c, split).tasks} for split in ("test", "train")]
+  sides = [{t.uid for t in sources.load(c, split).tasks} for split in ("test", "train")]
   long = {min(side) for side in sides}  # one on each side; what is asked moves no picture to the other
   _photos(tmp_path, long)
   asked = []

@@ -17,7 +17,7 @@ from virl_jax.run import load
 from virl_jax.run import log
 from virl_jax.run import loop
 from virl_jax.run import pace
-from virl_jax.run import setup
+from virl_jax.run import sources
 
 STEPS, EPOCHS, MINIBATCHES, PROMPTS, G = 4, 2, 2, 8, 4
 
@@ -118,7 +118,7 @@ def saves(tmp_path):
 
 def test_everything_gets_what_it_should(played):
   c = played.c
-  names = {split: {t.uid for t in map(setup.source(c, split).task, range(len(setup.source(c, split))))}
+  names = {split: {t.uid for t in map(sources.load(c, split).task, range(len(sources.load(c, split))))}
            for split in ("train", "test")}
   assert not names["train"] & names["test"]
 

@@ -43,6 +43,7 @@ from virl_jax.run import loop
 from virl_jax.run import memory
 from virl_jax.run import pace
 from virl_jax.run import setup
+from virl_jax.run import sources
 from virl_jax.run import workdir as workdir_lib
 
 
@@ -64,7 +65,7 @@ def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
   workdir_lib.alike(c)
   p = setup.pieces(c)
   plan.check(c, p)
-  source = setup.source(c, "train")
+  source = sources.load(c, "train")
   with loop.claimed(c, source, workdir, resume_with_changes) as claimed:
     run = loop.begin(c, p, claimed, source, began, pace.learner(c, p.step.model, jax.devices()))
     return _train(c, p, source, run)

@@ -22,6 +22,7 @@ from virl_jax.data import order
 from virl_jax.data.sources import sets
 from virl_jax.run import hosts
 from virl_jax.run import setup
+from virl_jax.run import sources
 from virl_jax.tiny import needle
 
 
@@ -281,16 +282,16 @@ def uids(source, steps=15, wanted=8):
 
 
 def test_a_run_by_weights(curated):
-  plain = setup.source(a_config(curated), "train")
+  plain = sources.load(a_config(curated), "train")
   c = a_config(curated, weights=("small:3", "big-train:1"))
-  source = setup.source(c, "train")
+  source = sources.load(c, "train")
   taken = uids(source)
   of_small = [sum(len(uid) == 4 for uid in step) for step in taken]
   assert of_small == [6] * 15 and sorted({uid for step in taken for uid in step}) == sorted(
       t.uid for t in plain.tasks)
   assert "weights small 0.75, big-train 0.25" in source.describe() and plain.describe() in source.describe()
-  test = setup.source(c, "test")
-  assert [t.uid for t in test.tasks] == [t.uid for t in setup.source(a_config(curated), "test").tasks]
+  test = sources.load(c, "test")
+  assert [t.uid for t in test.tasks] == [t.uid for t in sources.load(a_config(curated), "test").tasks]
   assert test.fingerprint() == source.fingerprint()
   assert not {t.uid for t in test.tasks} & {uid for step in taken for uid in step}
   drawn = batches.held_out(test, 5, 10 ** 6)
@@ -299,28 +300,28 @@ def test_a_run_by_weights(curated):
 
 def test_held_out_tasks_of_their_own(curated, tmp_path):
   c = a_config(curated / "big-train", eval_path=str(curated / "small-train"))
-  train, test = setup.source(c, "train"), setup.source(c, "test")
+  train, test = sources.load(c, "train"), sources.load(c, "test")
   small, big = (sets.load(curated / name, "all", 0.2, 0) for name in ("small-train", "big-train"))
   assert [t.uid for t in test.tasks] == [t.uid for t in small.tasks]
   assert {t.uid for t in train.tasks} == {t.uid for t in big.tasks} and len(train) == len(big)
   assert uids(train) == uids(big)  # in the order that it has by itself
   assert f"held out: {small.describe()}" in train.describe()
-  other = setup.source(a_config(curated / "big-train", eval_path=str(curated)), "train")
+  other = sources.load(a_config(curated / "big-train", eval_path=str(curated)), "train")
   assert len({train.fingerprint(), other.fingerprint(), big.fingerprint()}) == 3
   weights = ("small:3", "big-train:1")
-  weighted = setup.source(a_config(curated, eval_path=str(curated / "small-train"), weights=weights), "train")
+  weighted = sources.load(a_config(curated, eval_path=str(curated / "small-train"), weights=weights), "train")
   assert [sum(len(uid) == 4 for uid in step) for step in uids(weighted)] == [6] * 15
   assert "weights small 0.75" in weighted.describe() and "held out: " in weighted.describe()
-  with pytest.raises(ValueError, match="data.eval_path must be a finished set.*nowhere"):
-    setup.source(a_config(curated, eval_path=str(tmp_path / "nowhere")), "test")
+  with pytest.raises(ValueError, match="a set must be finished.*nowhere"):
+    sources.load(a_config(curated, eval_path=str(tmp_path / "nowhere")), "test")
 
 
 def test_the_fingerprint_is_of_all_that_decides_who_comes(curated, tmp_path):
-  of = lambda path=curated, **changes: setup.source(a_config(path, **changes), "train").fingerprint()
+  of = lambda path=curated, **changes: sources.load(a_config(path, **changes), "train").fingerprint()
   found = [of(), of(weights=("small:3", "big:1")), of(weights=("small:2", "big:1")), of(easy_first_epochs=1),
            of(easy_first_epochs=2), of(easy_first_epochs=1, easy_first_width=0.5)]
   assert len(set(found)) == len(found) and of(weights=("big:2", "small:6")) == found[1]
-  by_size = setup.source(a_config(curated), "train")
+  by_size = sources.load(a_config(curated), "train")
   assert not hasattr(by_size, "plan"), "by size all is as it was before there were weights"
   text = (curated / "tasks.jsonl").read_text()
   other = tmp_path / "moved"
@@ -335,7 +336,7 @@ def test_the_fingerprint_is_of_all_that_decides_who_comes(curated, tmp_path):
 
 def test_a_run_from_easy_to_hard(curated):
   c = a_config(curated, easy_first_epochs=1, easy_first_width=0.0)
-  source = setup.source(c, "train")
+  source = sources.load(c, "train")
   known = {json.loads(line)["provenance"]: json.loads(line)["pass_with"]
            for line in (curated / "tasks.jsonl").read_text().splitlines()}
   rates = [known[t.provenance] for step in range(5) for t in batches.train(source, 0, step, 9, 10 ** 6).tasks]
@@ -354,10 +355,10 @@ def test_records_files_by_weight(tmp_path):
       lines.append({"image": f"{name}{i}.jpg", "question": "?", "answers": ["a"], "id": f"{name}{i}"})
     (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
   path = f"{tmp_path / 'many.jsonl'},{tmp_path / 'few.jsonl'}"
-  source = setup.source(a_config(path, source="jsonl", weights=("few:1", "many:1")), "train")
+  source = sources.load(a_config(path, source="jsonl", weights=("few:1", "many:1")), "train")
   taken = uids(source, steps=8)
   assert [sum(uid.startswith("few") for uid in step) for step in taken] == [4] * 8
-  plain = setup.source(a_config(path, source="jsonl"), "train")
+  plain = sources.load(a_config(path, source="jsonl"), "train")
   assert {uid for step in taken for uid in step} == {t.uid for t in plain.tasks} and not hasattr(plain, "plan")
 
 
@@ -369,11 +370,11 @@ def test_knobs_that_do_not_go_together_are_refused(curated, tmp_path):
     with pytest.raises(ValueError, match=said):
       a_config(curated, **changes)
   with pytest.raises(ValueError, match="no weight of small-train; the sets are big-train, small-train"):
-    setup.source(a_config(curated, weights=("big:1",)), "train")
+    sources.load(a_config(curated, weights=("big:1",)), "train")
   with pytest.raises(ValueError, match="pass rates must lie in tasks.jsonl"):
     test_sets.write(tmp_path / "s", [test_sets.a_task(i, PNG + b"%d" % i) for i in range(9)])
-    setup.source(a_config(tmp_path / "s", easy_first_epochs=1), "train")
+    sources.load(a_config(tmp_path / "s", easy_first_epochs=1), "train")
   line = {"provenance": "00" * 16, "pass_with": 0.5}
   (tmp_path / "tasks.jsonl").write_text(json.dumps(line) + "\n")
   with pytest.raises(ValueError, match="needs pass rates of the sets' tasks. Received: 1 in .* all of other tasks"):
-    setup.source(a_config(tmp_path / "s", easy_first_epochs=1), "train")
+    sources.load(a_config(tmp_path / "s", easy_first_epochs=1), "train")

@@ -14,6 +14,7 @@ from virl_jax.rollout import replay
 from virl_jax.run import files
 from virl_jax.run import lessons
 from virl_jax.run import setup
+from virl_jax.run import sources
 from virl_jax.run import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -101,7 +102,7 @@ def test_rollouts_of_large_pictures_find_them_in_their_run_s_data(policy, tmp_pa
                   "id": f"p{i}"})
   run, workdir = config(), tmp_path / "run"
   run.data.source, run.data.path = "jsonl", recorded.save(tmp_path / "records.jsonl", lines)
-  source = setup.source(run, "train")
+  source = sources.load(run, "train")
   workdir_lib.claim(str(workdir), run, source).close()
   rolled = []
   for i in range(len(source)):

@@ -1,7 +1,7 @@
 """Our sources as Grain's random-access data sources, for pipelines of your own.
 
     import grain
-    source = setup.source(config, "train")
+    source = sources.load(config, "train")
     grain.MapDataset.source(grain_source.Tasks(source)).shuffle(0).map(...)          # a task each, in Grain's order
     grain.MapDataset.source(grain_source.Steps(source, config.seed, prompts, steps))  # a batch each, in ours
 

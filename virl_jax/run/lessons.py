@@ -29,7 +29,7 @@ from virl_jax.rollout import turns
 from virl_jax.run import files
 from virl_jax.run import hosts
 from virl_jax.run import progress
-from virl_jax.run import setup
+from virl_jax.run import sources
 from virl_jax.run import workdir as workdir_lib
 
 _FILE = "left_out.json"
@@ -208,7 +208,7 @@ def load(c: config_lib.ConfigDict, policy: turns.Policy) -> Lessons:
 def _tasks_of(workdir: pathlib.Path) -> dict[str, Callable[[], types.Task]] | str:
   """What reads each training task of a run, by uid; or why there are none."""
   try:
-    source, known = setup.source(workdir_lib.config(workdir), "train"), workdir_lib.fingerprint(files.path(workdir))
+    source, known = sources.load(workdir_lib.config(workdir), "train"), workdir_lib.fingerprint(files.path(workdir))
   except ValueError as e:
     return str(e)
   if known is not None and known["fingerprint"] != source.fingerprint():

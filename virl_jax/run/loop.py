@@ -50,6 +50,7 @@ from virl_jax.run import load
 from virl_jax.run import pace
 from virl_jax.run import record as record_lib
 from virl_jax.run import setup
+from virl_jax.run import sources
 from virl_jax.run import verdicts
 from virl_jax.run import watch
 from virl_jax.run import workdir as workdir_lib
@@ -228,7 +229,7 @@ def begin(c: config_lib.ConfigDict, p: setup.Pieces, claimed: workdir_lib.Claime
 
 def _held_out(c, fits) -> list:
   """The tasks that are asked before and after."""
-  drawn = batches.held_out(setup.source(c, "test"), c.eval.tasks, c.image.decode_max_pixels, c.data.split_seed, fits,
+  drawn = batches.held_out(sources.load(c, "test"), c.eval.tasks, c.image.decode_max_pixels, c.data.split_seed, fits,
                            c.engine.threads)
   batches.report(drawn)
   return drawn.tasks

@@ -15,7 +15,6 @@ from absl import app
 from absl import flags
 import jax
 from ml_collections import config_flags
-import numpy as np
 
 from virl_jax import checks
 from virl_jax import config as config_lib
@@ -28,8 +27,6 @@ from virl_jax.data import mixture
 from virl_jax.data import prompt
 from virl_jax.data.curation import stages as curation
 from virl_jax.data.recorded import script
-from virl_jax.data.sources import jsonl
-from virl_jax.data.sources import sets
 from virl_jax.eval import monitors
 from virl_jax.learner import optim
 from virl_jax.learner import state as state_lib
@@ -50,12 +47,11 @@ from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import memory
 from virl_jax.run import signals
+from virl_jax.run import sources
 from virl_jax.run import watch
 from virl_jax.run import workdir as workdir_lib
 from virl_jax.tiny import needle
-from virl_jax.tiny import source as tiny_source
 
-SOURCES = ("needle", "jsonl", "set")
 # Half a unit in the last place of a weight of 0.01 is 3e-5, and AdamW's updates are about as large as the rate.
 _LEAST_BFLOAT16_RATE = 1e-5
 
@@ -180,7 +176,7 @@ def sections(c: config_lib.ConfigDict) -> Sections:
                  freeze_vision=checks.flag, patches_together=some, gather_vision=checks.flag)
   checks.section(c.lora, "lora", rank=some, alpha=checks.real(above=0), targets=checks.texts)
   checks.section(c.data, "data", path=checks.text, eval_path=checks.text,
-                 source=(lambda v: v in SOURCES, " or ".join(map(repr, SOURCES))),
+                 source=(lambda v: v in sources.KINDS, " or ".join(map(repr, sources.KINDS))),
                  eval_fraction=checks.real(above=0, below=1, wanted="between 0 and 1"), split_seed=word,
                  weights=checks.texts, easy_first_epochs=some, easy_first_width=share)
   need, d = checks.need, c.data
@@ -422,42 +418,3 @@ def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec
 def _fields(kind, section) -> dict:
   """The values of a section of the configuration that a dataclass has fields for."""
   return {f.name: section[f.name] for f in dataclasses.fields(kind) if f.name in section}
-
-
-def source(c: config_lib.ConfigDict, split: str):
-  """The tasks of "train" or "test"."""
-  if c.data.source == "needle":
-    return tiny_source.load(c.data.path, split, needle.Config(**c.data.needle))
-  kind = sets if c.data.source == "set" else jsonl
-  of = lambda path, side: kind.load(path, side, c.data.eval_fraction, c.data.split_seed)
-  if not c.data.eval_path:
-    found = of(c.data.path, split)
-    return _planned(c.data, split, found) if c.data.weights or c.data.easy_first_epochs else found
-  try:
-    held_out = of(c.data.eval_path, "all")
-  except ValueError as e:
-    raise ValueError(str(e).replace("data.path", "data.eval_path")) from e
-  return held_out if split == "test" else _planned(c.data, split, of(c.data.path, "all"), held_out)
-
-
-def _planned(d: config_lib.ConfigDict, split: str, found: sets.Source | jsonl.Source,
-             held_out: sets.Source | jsonl.Source | None = None) -> mixture.Source:
-  """A source that is walked through by weights, from easy to hard, or both; and known with what is held out for it."""
-  parts, rate_N, epochs, known = mixture.weighted(d.weights, found.names), None, d.easy_first_epochs, {}
-  about = [] if held_out is None else [f"held out: {held_out.describe()}"]
-  if d.weights:
-    total = sum(places for places, _ in parts.values())
-    about.append("weights " + ", ".join(f"{name} {places / total:.4g}" for name, (places, _) in parts.items()))
-  if epochs:
-    known = sets.pass_rates(d.path)
-    rate_N = np.array([known.get(name, np.nan) for name in found.provenance_N])
-    about.append(f"easy first in epochs up to {epochs}, by pass rates of {np.sum(~np.isnan(rate_N))} tasks")
-    if split == "train" and np.isnan(rate_N).all():
-      raise ValueError(f"config.data.easy_first_epochs needs pass rates of the sets' tasks. Received: {len(known)} in "
-                       f"the tasks.jsonl of {d.path}, all of other tasks")
-  walked = split == "train" and (d.weights or epochs)
-  plan = mixture.plan(parts, found.set_N, rate_N, epochs, d.easy_first_width) if walked else None
-  how = mixture.digest(sorted((name, places, [found.names[i] for i in its]) for name, (places, its) in parts.items()),
-                       *((epochs, d.easy_first_width, sorted(known.items())) if epochs else ()),
-                       *([] if held_out is None else [held_out.fingerprint()]))
-  return mixture.Source(found, plan, "; ".join(about), how)

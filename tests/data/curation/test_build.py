@@ -21,6 +21,7 @@ from virl_jax.data.curation import parts
 from virl_jax.data.sources import records
 from virl_jax.data.sources import sets
 from virl_jax.run import setup
+from virl_jax.run import sources
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -314,7 +315,7 @@ def test_a_run_s_source_is_a_set(raw, tmp_path):
   c = config.default()
   c.data.source, c.data.path, c.data.eval_fraction = "set", str(tmp_path / "out"), 0.3
   setup.sections(c)
-  train, test = (setup.source(c, split) for split in ("train", "test"))
+  train, test = (sources.load(c, split) for split in ("train", "test"))
   assert len(train) + len(test) == WANT["tasks"] and len(test) and train.fingerprint() == test.fingerprint()
   # One picture is cut off, which its header does not say: another task stands in for it.
   drawn = batches.train(train, 0, 0, len(train), 10 ** 6)
@@ -323,5 +324,5 @@ def test_a_run_s_source_is_a_set(raw, tmp_path):
   with pytest.raises(ValueError, match="config.data.path must be the folder of a finished set when"):
     setup.sections(c)
   c.data.path = str(raw)
-  with pytest.raises(ValueError, match="data.path must be a finished set.*which holds img, r.jsonl"):
-    setup.source(c, "train")
+  with pytest.raises(ValueError, match="a set must be finished.*which holds img, r.jsonl"):
+    sources.load(c, "train")

@@ -25,6 +25,7 @@ from virl_jax.data.sources import sets
 from virl_jax.eval import asked
 from virl_jax.run import hosts
 from virl_jax.run import setup
+from virl_jax.run import sources
 
 HOSTILE = '<script>alert(1)</script>"'
 
@@ -131,14 +132,14 @@ def test_what_is_left_and_what_is_said_of_the_rest(data, tmp_path):
   # Training reads it.
   c = config_lib.default()
   c.data.source, c.data.path = "set", str(out)
-  found = [*setup.source(c, "train").tasks, *setup.source(c, "test").tasks]
+  found = [*sources.load(c, "train").tasks, *sources.load(c, "test").tasks]
   assert sorted(t.uid for t in found) == sorted(line["uid"] for line in kept)
   original = {t.uid: t for name in ("a-train", "b-train") for t in sets.load(data / name, "all", 0.5, 0).tasks}
   for task in found:
     assert vars(task) == vars(original[task.uid]) and images.decode(task.image).size == (320, 240)
   # From easy to hard, by what the policy made of them.
   c.data.easy_first_epochs, c.data.easy_first_width = 1, 0.0
-  source, rate_of = setup.source(c, "train"), {line["uid"]: line["pass_with"] for line in kept}
+  source, rate_of = sources.load(c, "train"), {line["uid"]: line["pass_with"] for line in kept}
   rates = [rate_of[source.task(source.plan.due(0, step, 1)[0]).uid] for step in range(len(source))]
   assert rates == sorted(rates, reverse=True) and f"by pass rates of {len(source)} tasks" in source.describe()
 

@@ -121,7 +121,7 @@ def load(path: str, split: str, eval_fraction: float, seed: int) -> Source:
   files = sorted(sets.paths(path), key=lambda file: (name_of(file), file))
   names = tuple(map(name_of, files))
   if len(set(names)) < len(names):
-    raise ValueError(f"the files of data.path must have different names. Received: {path}")
+    raise ValueError(f"files of records must have different names. Received: {path}")
   tasks, set_N, rejects, n_other_size, uids, skipped, digests = [], [], [], 0, set(), collections.Counter(), []
   folder_of: dict[str, str] = {}  # of an image: that of the first file which has it
   for number, file in enumerate(files):

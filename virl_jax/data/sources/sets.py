@@ -100,7 +100,7 @@ def folders(path: str | os.PathLike) -> list[pathlib.Path]:
   found.sort(key=lambda folder: (folder.name, str(folder)))  # whatever the order in which they are given
   twice = [str(a) for a, b in zip(found, found[1:]) if a.name == b.name]
   if twice:
-    raise ValueError(f"the sets of data.path must have folders of different names. Received twice: {twice[0]}")
+    raise ValueError(f"sets must lie in folders of different names. Received twice: {twice[0]}")
   return found
 
 
@@ -117,7 +117,7 @@ def _folders(path: pathlib.Path) -> list[pathlib.Path]:
   if not found:
     there = sorted(p.name for p in path.iterdir())[:3] if path.is_dir() else None
     holds = "which is no folder" if there is None else f"which holds {', '.join(there) or 'nothing'}"
-    raise ValueError(f"data.path must be a finished set: a folder with {set_files.INFO}, as `curate build` writes it, "
+    raise ValueError(f"a set must be finished: a folder with {set_files.INFO}, as `curate build` writes it, "
                      f"or a folder of such folders. Received: {path}, {holds}")
   return found
 
@@ -153,7 +153,7 @@ def load(path: str | os.PathLike, split: str, eval_fraction: float, seed: int) -
   index_N = np.concatenate(indices)
   records = array_record_data_source.ArrayRecordDataSource(shards)
   if len(records) != len(index_N):
-    raise ValueError(f"data.path must be a finished set. Received: {path}, whose files hold {len(records)} tasks, its "
+    raise ValueError(f"a set must be finished. Received: {path}, whose files hold {len(records)} tasks, its "
                      f"index {len(index_N)}; build it again")
   rows_N = np.arange(len(index_N))
   if split != "all":
@@ -209,11 +209,11 @@ def _read(folder):
     if meta["format"] != set_files.FORMAT or index_N.dtype != set_files.INDEX or sum(sizes) != len(index_N):
       raise ValueError("its files do not belong together")
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"data.path must be a finished set, as `curate build` writes it. Received: {folder} ({error})"
+    raise ValueError(f"a set must be finished, as `curate build` writes it. Received: {folder} ({error})"
                      ) from error
   files = sorted(str(p) for p in folder.glob("*.array_record-*-of-*"))
   if len(files) != len(sizes):
-    raise ValueError(f"data.path must be a finished set with all of its {len(sizes)} array_record files. "
+    raise ValueError(f"a set must be finished, with all of its {len(sizes)} array_record files. "
                      f"Received: {folder}, with {len(files)}")
   return meta, index_N, files
 
@@ -234,7 +234,7 @@ def _held_out(image_N, eval_fraction, seed, path):
   """bool[N], True on the test side: the first images of a shuffled list, up to the nearest to the fraction."""
   unique_U, of_N, counts_U = np.unique(image_N, return_inverse=True, return_counts=True)
   if len(unique_U) < 2:
-    raise ValueError(f"data.path must have tasks on at least 2 images for a train and a test split. "
+    raise ValueError(f"a set must have tasks on at least 2 images for a train and a test split. "
                      f"Received: {path}, with {len(unique_U)}")
   order_U = np.argsort(_mixed(unique_U, seed), kind="stable")
   held_U = np.cumsum(counts_U[order_U[:-1]])
