@@ -25,9 +25,9 @@ from virl_jax.learner import step as step_lib
 from virl_jax.model import family
 from virl_jax.rollout import engine
 from virl_jax.rollout import pack
-from virl_jax.run import hosts
 from virl_jax.run import load
 from virl_jax.run import memory
+from virl_jax.run import placement
 from virl_jax.run import setup
 from virl_jax.run import sources
 
@@ -39,7 +39,7 @@ class Side:
 
   def __init__(self, p, params, batch, h0: float):
     # A copy: an update donates its state.
-    self.p, self.h0, self.batch = p, np.float32(h0), hosts.place_batch(batch, p.mesh)
+    self.p, self.h0, self.batch = p, np.float32(h0), placement.place_batch(batch, p.mesh)
     self.state = state_lib.init(jax.tree.map(lambda a: a.copy(), params), p.step.optim, offload=p.step.offload,
                                      specs=family.of(p.step.model).specs(p.step.model))
 

@@ -18,7 +18,7 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "model.sharding model.tuning report.gallery report.page rl.advantage rl.credit rl.loss rl.reward rollout.slots "
     "run.log tiny.needle",
     "asking.desk data.answers data.images data.judge_model data.recorded.chat data.recorded.rollouts learner.optim "
-    "model.attention model.cache model.layers run.goodput run.hosts rl.judge tiny.store",
+    "model.attention model.cache model.layers run.goodput run.hosts run.placement rl.judge tiny.store",
     "data.batches data.curation.facts data.recorded.mini_o3 data.recorded.sharegpt data.sources.records "
     "data.sources.sets eval.benchmarks.rows learner.checkpoint model.qwen2_5.config report.benchmark report.html "
     "rollout.actions.zoom rollout.pack run.bad run.topologies run.verdicts run.watch "

@@ -30,10 +30,10 @@ from virl_jax import plan
 from virl_jax.learner import step as step_lib
 from virl_jax.model import sharding
 from virl_jax.rollout import pack
-from virl_jax.run import hosts
 from virl_jax.run import lessons
 from virl_jax.run import loop
 from virl_jax.run import pace
+from virl_jax.run import placement
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
@@ -77,7 +77,7 @@ def _train(demonstrations: lessons.Lessons, p: setup.Pieces, run: loop.Run) -> d
     for step in run.steps():
       trajectories = demonstrations.batch(step)  # pure in (seed, step)
       record.lap("data")
-      batch = hosts.place_batch(pack.pack(trajectories, p.pack), p.mesh)
+      batch = placement.place_batch(pack.pack(trajectories, p.pack), p.mesh)
       shown, of_batch = step_lib.shown(batch, p.step)
       record.lap("score", shown)
       with kept.changing():

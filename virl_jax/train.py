@@ -42,6 +42,7 @@ from virl_jax.run import hosts
 from virl_jax.run import loop
 from virl_jax.run import memory
 from virl_jax.run import pace
+from virl_jax.run import placement
 from virl_jax.run import setup
 from virl_jax.run import sources
 from virl_jax.run import workdir as workdir_lib
@@ -97,7 +98,7 @@ def _train(c, p: setup.Pieces, source, run: loop.Run) -> dict:
       record.lap("rollout")
       parts = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches)
       minibatches, scores = zip(*step_lib.score(
-          state, ref_params, [hosts.place_batch(pack.pack(part, p.pack), p.mesh) for part in parts], p.step,
+          state, ref_params, [placement.place_batch(pack.pack(part, p.pack), p.mesh) for part in parts], p.step,
           _threshold(p, step), run.base.frozen))
       record.lap("score", minibatches)
       with kept.changing():  # until the step is finished, there is no state that could be saved

@@ -25,7 +25,7 @@ from virl_jax.rl import credit
 from virl_jax.rl import loss
 from virl_jax.rl import reward
 from virl_jax.rollout import pack
-from virl_jax.run import hosts
+from virl_jax.run import placement
 
 TARGET = types.Box(0, 0, 40, 40)
 HALF = types.Box(0, 0, 40, 20)     # IoU 0.5 with the target
@@ -270,9 +270,9 @@ def test_several_devices_compute_what_one_does(small, batch, scored, updated, si
   assert len(there.rows.index_MUT) == micro
   order = np.arange(8) if there.order_B is None else there.order_B
   dealt = np.argsort(order)  # shards have rows of their own, chosen by length
-  there = hosts.place_batch(there, mesh)
+  there = placement.place_batch(there, mesh)
   got = jax.tree.map(lambda a: np.asarray(a)[dealt], scored[0].replace(batch=None))
-  got = hosts.place(got, mesh).replace(batch=there)
+  got = placement.place(got, mesh).replace(batch=there)
   if sizes in ((2, 2, 2), (1, 2, 4)):  # the others would compile for nothing new
     got, _ = score_step(held(params), None, there, cfg)
     np.testing.assert_allclose(np.asarray(got.reward_B)[order], REWARD, atol=1e-5)
@@ -372,7 +372,7 @@ def test_adapters_on_several_devices(small, adapters, adapted, sizes, micro):
   trained, frozen = (placed(tree, table) for tree, table in zip((adapters, small.params), family.tables(low.cfg)))
   there = packed(small, shards=shards, microbatch_tokens=s.batch.tokens_BT.size // shards // micro)
   order = np.arange(8) if there.order_B is None else there.order_B
-  got, _ = score_step(held(trained), None, hosts.place_batch(there, mesh), cfg, frozen=frozen)
+  got, _ = score_step(held(trained), None, placement.place_batch(there, mesh), cfg, frozen=frozen)
   valid_BT = np.asarray(s.batch.valid_BT)
   np.testing.assert_allclose(np.asarray(got.logp_old_BT)[order][valid_BT], np.asarray(s.logp_old_BT)[valid_BT],
                              atol=1e-4)
@@ -812,7 +812,7 @@ def test_what_waits_in_the_host_s_memory_changes_no_number(small, batch, scored,
   """Moments, and the reference for the KL term; the state is where it was, and the reference, too."""
   mesh = sharding.make(1, 2, 1, devices=jax.devices()[:2])
   params = jax.device_put(jax.tree.map(np.array, small.params), sharding.param_shardings(qwen.specs(small.cfg), mesh))
-  there = hosts.place_batch(packed(small, shards=2), mesh)
+  there = placement.place_batch(packed(small, shards=2), mesh)
   found = {}
   for offload in ((), state_lib.OFFLOAD):
     cfg = make_config(small, mesh=mesh, offload=offload, loss=loss.Config(kl_coef=0.1))

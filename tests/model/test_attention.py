@@ -7,7 +7,7 @@ import pytest
 
 from virl_jax.model import attention
 from virl_jax.model import sharding
-from virl_jax.run import hosts
+from virl_jax.run import placement
 
 B, T, N, K, H = 2, 256, 4, 2, 16
 
@@ -146,9 +146,9 @@ def test_each_device_attends_for_its_own_rows_and_heads(kind):
     with sharding.context(mesh):
       return attention.attend(q, k, v, numbered(valid), True, lengths(valid), kind)
 
-  lowered = on_mesh.lower(*hosts.place((q, k, v, valid), mesh)).compile()
+  lowered = on_mesh.lower(*placement.place((q, k, v, valid), mesh)).compile()
   assert "all-gather" not in lowered.as_text()
-  got = on_mesh(*hosts.place((q, k, v, valid), mesh))
+  got = on_mesh(*placement.place((q, k, v, valid), mesh))
   want = attention.attend(q, k, v, numbered(valid), True, kind="plain")
   np.testing.assert_allclose(got[valid], want[valid], atol=2e-6)
   assert got.sharding.shard_shape(got.shape) == (B // 2, T, N // 2, H)

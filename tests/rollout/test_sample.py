@@ -14,8 +14,8 @@ from virl_jax.model import sharding
 from virl_jax.model import tuning
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.rollout import sample
-from virl_jax.run import hosts
 from virl_jax.run import memory
+from virl_jax.run import placement
 
 PROMPTS = [[10, 11, 12, 13], [20, 21], [30, 31, 32]]
 
@@ -251,7 +251,7 @@ def test_rows_on_eight_devices(small, how):
   one = sample.append(small.params, small.cfg, sample.start(small.cfg, 8, 64), chunk(8, prompts, [0] * 8), prompt=True)
   state = sample.start(small.cfg, 8, 64, mesh)
   assert state.cache.k_LBKSH.sharding.is_equivalent_to(sharding.cache(mesh, small.cfg.text.kv_heads), 5)
-  put = lambda c: hosts.place_rows(c, mesh)
+  put = lambda c: placement.place_rows(c, mesh)
   # Trained in a layout of its own; where rollouts want it, no token waits for weights.
   there = sharding.make(1, 4, 2)
   trained = jax.device_put(small.params, family.shardings(small.cfg, there))

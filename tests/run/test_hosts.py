@@ -1,6 +1,5 @@
-"""Arrays on the mesh and back, and what processes agree on; whole runs of several are in tests/test_processes.py."""
+"""What processes agree on; whole runs of several are in tests/test_processes.py."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -8,46 +7,11 @@ import socket
 import subprocess
 import sys
 
-import jax
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from virl_jax import types
-from virl_jax.model import sharding
 from virl_jax.run import hosts
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def test_rows_are_split_over_data_and_fsdp():
-  mesh = sharding.make(2, 2, 2)
-  assert sharding.row_shards(mesh) == 4
-  tree = {"rows": np.arange(24.0).reshape(8, 3), "odd": np.arange(6), "scalar": np.float32(3), "none": None}
-  placed = hosts.place(tree, mesh)
-  assert placed["rows"].sharding == sharding.rows(mesh) and placed["rows"].sharding.spec == P(("data", "fsdp"))
-  assert {s.data.shape for s in placed["rows"].addressable_shards} == {(2, 3)}
-  assert placed["odd"].sharding.is_fully_replicated and placed["scalar"].sharding == sharding.replicated(mesh)
-  jax.tree.map(np.testing.assert_array_equal, placed, tree)
-
-
-def test_a_batch_is_split_by_trajectories_and_its_microbatches_by_rows():
-  mesh = sharding.make(1, 4, 2)
-  fields = {f.name: np.zeros((8, 2)) for f in dataclasses.fields(types.Batch)}
-  images = (types.ImageBatch(np.zeros((3, 4, 1, 4, 3), np.uint8), np.zeros((3, 4, 1, 4)), np.zeros((3, 4, 1, 4, 2))),)
-  rows = types.Rows(np.zeros((3, 4, 16)), np.zeros((3, 4, 1)), images)
-  placed = hosts.place_batch(types.Batch(**fields | {"rows": rows, "order_B": None}), mesh)
-  assert placed.tokens_BT.sharding.spec == P(("data", "fsdp"))
-  for leaf in jax.tree.leaves(placed.rows):
-    assert leaf.sharding.spec == P(None, ("data", "fsdp")) and leaf.addressable_shards[0].data.shape[:2] == (3, 1)
-
-
-def test_what_is_put_on_the_mesh_comes_back_in_order():
-  mesh = sharding.make(2, 2, 2)
-  rows = {"a": np.arange(24.0).reshape(8, 3), "b": np.arange(8)}
-  placed = hosts.place_rows(rows, mesh)
-  assert placed["a"].sharding == sharding.rows(mesh)
-  jax.tree.map(np.testing.assert_array_equal, hosts.fetch_rows(placed), rows)
-  assert hosts.row_lanes(mesh) == range(4) and hosts.agree(np.array([3, 1])).tolist() == [3, 1]
 
 
 TOGETHER = """
@@ -58,6 +22,7 @@ import jax, numpy as np
 from virl_jax import types
 from virl_jax.model import sharding
 from virl_jax.run import hosts
+from virl_jax.run import placement
 
 me = int(sys.argv[1])
 hosts.join(f"127.0.0.1:{sys.argv[2]}", 2, me, 60.0)
@@ -70,7 +35,7 @@ def error(do):
     return [type(e).__name__, str(e)]
 
 found["reads programs"] = jax.config.jax_enable_compilation_cache
-found["who"] = [hosts.number(), hosts.leads(), [i for i in range(5) if hosts.mine(i)], list(hosts.row_lanes(mesh))]
+found["who"] = [hosts.number(), hosts.leads(), [i for i in range(5) if hosts.mine(i)], list(placement.row_lanes(mesh))]
 found["agree"] = hosts.agree([[1 + me, 2 - me], [0, 7]]).tolist()
 found["everyone"] = hosts.everyone({"me": me, "long": "x" * 1000 * me})  # of different sizes
 large = hosts.everyone(bytes([me]) * (2 ** 21 + 9 - me))  # in pieces
@@ -84,15 +49,16 @@ hosts.same("colour", "red")
 found["odd"] = error(lambda: hosts.same("colours", {"a": 1, "b": 2 + me}))
 
 rows = np.arange(6.0).reshape(2, 3) + 100 * me
-placed = hosts.place_rows(rows, mesh)
+placed = placement.place_rows(rows, mesh)
 found["global"] = list(placed.shape)
-found["back"] = hosts.fetch_rows(placed).tolist()
+found["back"] = placement.fetch_rows(placed).tolist()
 whole = jax.jit(lambda a: a + 1, out_shardings=sharding.replicated(mesh))(placed)
-found["of what is whole"] = hosts.fetch_rows(whole).tolist()
-found["rows in the second axis"] = list(hosts.place(np.zeros((3, 2)), mesh, 1).shape)
+found["of what is whole"] = placement.fetch_rows(whole).tolist()
+found["rows in the second axis"] = list(placement.place(np.zeros((3, 2)), mesh, 1).shape)
 fields = {name: np.zeros((2, 2), np.float32) for name in types.Batch.__dataclass_fields__}
-batch = hosts.place_batch(types.Batch(**fields | {"rows": None, "order_B": np.array([1, 0], np.int32)}), mesh)
-found["order"] = hosts.fetch_rows(jax.jit(lambda a: a, out_shardings=sharding.replicated(mesh))(batch.order_B)).tolist()
+batch = placement.place_batch(types.Batch(**fields | {"rows": None, "order_B": np.array([1, 0], np.int32)}), mesh)
+whole = jax.jit(lambda a: a, out_shardings=sharding.replicated(mesh))(batch.order_B)
+found["order"] = placement.fetch_rows(whole).tolist()
 
 before = hosts.waited()
 time.sleep(1.5 * me)

@@ -34,6 +34,7 @@ from virl_jax.rollout import row as row_lib
 from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
+from virl_jax.run import placement
 from virl_jax.run import progress
 
 
@@ -156,7 +157,7 @@ class _Loop:
     self.seeds = range(len(tasks) * group_size) if seeds is None else seeds
     self.policy, self.params, self.key, self.protocol, self.pool = policy, params, key, protocol, pool
     self.temperature = np.float32(policy.rollout.temperature if temperature is None else temperature)
-    self.shards, self.n_lanes = sharding.row_shards(policy.mesh), len(hosts.row_lanes(policy.mesh))
+    self.shards, self.n_lanes = sharding.row_shards(policy.mesh), len(placement.row_lanes(policy.mesh))
     self.slots = -(-(cfg.slots or len(tasks) * group_size) // self.shards)
     self.group_size = group_size
     self.lanes = []
@@ -288,7 +289,7 @@ class _Loop:
       arrays[:, m.lane, used[m.lane]] = m.to, m.source, m.tokens, m.pos
       used[m.lane] += 1
     width = shapes.least(tokens, (self.length // 4, self.length))
-    self.state = sample.restart(self.state, *hosts.place_rows(tuple(arrays.reshape(4, -1)), self.policy.mesh),
+    self.state = sample.restart(self.state, *placement.place_rows(tuple(arrays.reshape(4, -1)), self.policy.mesh),
                                 width, mesh=self.policy.mesh)
 
   def _append(self, entries: list[chunks.Entry], need: tuple[int, ...], prompt: bool) -> None:
@@ -300,7 +301,7 @@ class _Loop:
     shape = chunks.Shape(shapes.least(rows, self.prompt_rows if prompt else self.append_rows), tokens, windows, cells)
     chunk = chunks.build(entries, shape, self.n_lanes, self.slots, self.policy)
     self.state = sample.append(self.params, self.policy.model, self.state,
-                               hosts.place_rows(chunk, self.policy.mesh), prompt, mesh=self.policy.mesh)
+                               placement.place_rows(chunk, self.policy.mesh), prompt, mesh=self.policy.mesh)
     self.stats.appends += 1
     added = sum(len(e.reply.ids) for e in entries)
     if prompt:
@@ -323,12 +324,12 @@ class _Loop:
       used[number] += 1
       who[number * each + a] = number, slot
     asked = asked.reshape(5, -1)
-    asked = hosts.place_rows(sample.Writers(*asked[:4], None if whole else asked[4]), policy.mesh)
+    asked = placement.place_rows(sample.Writers(*asked[:4], None if whole else asked[4]), policy.mesh)
     serve = max(1, int(cfg.serve_share * self.slots * self.shards))
     self.state, *sampled = sample.decode(self.params, policy.model, self.state, asked, self.key, self.temperature,
                                          cfg.segment_tokens, np.int32(serve), policy.rollout.keep,
                                          mesh=policy.mesh)
-    tokens_AT, logp_AT, count_A = hosts.fetch_rows(sampled)
+    tokens_AT, logp_AT, count_A = placement.fetch_rows(sampled)
     self.rested = time.perf_counter()
     steps = int(count_A.max())
     self.stats.steps += steps

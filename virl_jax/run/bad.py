@@ -33,6 +33,7 @@ from virl_jax.report import gallery
 from virl_jax.run import files
 from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
+from virl_jax.run import placement
 
 SKIPPED, SPIKES = "optim/skipped", "optim/spikes"  # updates of a step, and those of them that were finite but too long
 FOLDER = "bad_batches"
@@ -198,10 +199,10 @@ def _arrays(scored: types.ScoredBatch) -> dict[str, np.ndarray]:
   batch, rows = scored.batch, scored.batch.rows
   fields = lambda of, but: {f.name: a for f in dataclasses.fields(of)
                             if f.name != but and (a := getattr(of, f.name)) is not None}
-  found = hosts.fetch_rows(fields(scored, "batch") | fields(batch, "rows"))
+  found = placement.fetch_rows(fields(scored, "batch") | fields(batch, "rows"))
   if "order_B" in found:
     found["order_B"] = found["order_B"] % len(found["order_B"])
-  return {name: np.asarray(a) for name, a in (found | hosts.fetch_rows(fields(rows, "images"), 1)).items()}
+  return {name: np.asarray(a) for name, a in (found | placement.fetch_rows(fields(rows, "images"), 1)).items()}
 
 
 def _telling(arrays: dict[str, np.ndarray]) -> list[int]:

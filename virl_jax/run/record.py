@@ -25,6 +25,7 @@ from virl_jax.run import goodput
 from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
 from virl_jax.run import pace
+from virl_jax.run import placement
 from virl_jax.run import progress
 from virl_jax.run import watch
 
@@ -211,14 +212,14 @@ def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch,
     which: numbers of those that are wanted.
     decode: text of token ids; None leaves out what training made of single tokens.
   """
-  rows = list(zip(*hosts.fetch_rows((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
+  rows = list(zip(*placement.fetch_rows((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
                                      scored.reward_B))))
-  tokens = hosts.fetch_rows({name: values for name, values in (
+  tokens = placement.fetch_rows({name: values for name, values in (
       ("advantage", scored.advantage_BT), ("action", scored.batch.action_BT), ("trainer", scored.logp_old_BT))
       if values is not None}) if decode is not None else {}
   order_B = range(len(rows))
   if scored.batch.order_B is not None:
-    order_B = hosts.fetch_rows(scored.batch.order_B) % len(rows)
+    order_B = placement.fetch_rows(scored.batch.order_B) % len(rows)
   found = []
   for i in which:
     traj, (iou_R, class_R, modulator_R, advantage, earned) = trajectories[i], rows[order_B[i]]
