@@ -51,7 +51,7 @@ class Page:
 
 
 PAGES = {
-    "results": Page("What was seen, and what was not", (
+    "results": Page("Results: the paper's claims on the tiny run", (
         Section("The method, and what is left of it", ("full", "fidelity", "outcome_only")),
         Section("The threshold h0 (full has 0.4)", ("h0_0.2", "h0_0.3", "full", "h0_0.5")),
         Section("The modulators h_good and h_bad (full has 1.5 and 0.5)",
@@ -61,12 +61,12 @@ PAGES = {
             "From a base that at times answers without looking: pictures that want a zoom, or three in four guessable",
             ("filtered_full", "guessable_full", "filtered_outcome_only", "guessable_outcome_only",
              "guessable_shipped_base"),
-            "The base of these arms is the shipped one after 200 more steps of imitation, in which three "
-            "demonstrations in ten answer without a zoom, as colours suggest (`BASES` in configs/ablations/arms.py); "
-            "on guessable pictures that is right. `guessable_shipped_base` is outcome-only training on the same "
-            "pictures from the shipped base, which never answers without a zoom: what is never sampled can't be "
-            "reinforced. The other four arms were added, and the claims made about them, after one seed of that one "
-            "had shown no collapse."),
+            "The base of these arms is the shipped one after 200 more steps of imitation. In these, three "
+            "demonstrations in ten answer without a zoom, by guessing from colours (`BASES` in "
+            "configs/ablations/arms.py), which is right on guessable pictures. `guessable_shipped_base` is "
+            "outcome-only training on the same pictures from the shipped base, which never answers without a zoom: "
+            "what is never sampled can't be reinforced. The other four arms, and the claims about them, were added "
+            "after one seed of `guessable_shipped_base` had shown no collapse."),
         Section("Eight rounds instead of three, and what is made of their rewards",
                 ("long_mean", "long_sum", "long_discounted", "long_best"),
                 "These tasks never need more than two zooms; [another page](results_rounds.md) has tasks that do.",
@@ -74,14 +74,14 @@ PAGES = {
     "results_rounds": Page("Tasks that need more than six zooms", (
         Section("Nine rounds, and what is made of their rewards",
                 ("count_mean", "count_sum", "count_discounted", "count_best", "count_outcome_only"),
-                "How many of seven or eight objects carry a pattern? Each has to be zoomed on, and each is a target of "
-                "the fidelity reward. The base is the shipped one after 500 more steps of imitation of a demonstrator "
+                "How many of seven or eight objects carry a pattern? Each object needs a zoom, and each is a target of "
+                "the fidelity reward. The base is the shipped one after 500 more steps of imitating a demonstrator "
                 "that counts, colour by colour (`BASES` in configs/ablations/arms.py). It names the colours in turn, "
-                "reads marks and adds up, but has not learned to find an object by a colour that it named itself: it "
-                "zooms on objects as they come, some twice and some never, so that its sums are often wrong. Training "
-                "is 25 steps of 64 trajectories. The claims were written before these runs, but after trial runs of "
-                "one seed from three bases; two of these were so poor that guessing paid better than looking, and "
-                "whatever was rewarded, trajectories became short.",
+                "reads marks and adds up. But it has not learned to find an object by a colour that it named itself: "
+                "it zooms on objects in no particular order, some twice and some never, so its sums are often wrong. "
+                "Training is 25 steps of 64 trajectories. The claims were written before these runs, but after trial "
+                "runs of one seed from three bases. Two of these bases were so poor that guessing paid better than "
+                "looking, and trajectories became short whatever was rewarded.",
                 "seven or eight"),)),
     "results_curation": Page("Training on a set as it was built, and on what curation leaves of it", (
         Section("All of it, and what is left",
@@ -93,9 +93,9 @@ PAGES = {
                 "arms take as many steps, and are asked the same other tasks, all of which want a zoom."),)),
     "results_lora": Page("Adapters in place of the weights", (
         Section("All weights, and adapters beside them", ("full", "lora"),
-                "Adapters of rank 16 on all matrices that PEFT calls by the names of `lora.targets`, those of the "
-                "vision tower's MLPs among them; the rest of the model is frozen. Their learning rate is five times "
-                "that of the weights, the first one that was tried, on seed 0."),)),
+                "The adapters have rank 16 and are on all matrices that `lora.targets` names, in PEFT's terms, "
+                "including the vision tower's MLPs; the rest of the model is frozen. Their learning rate is five times "
+                "that of the weights; it was the first one tried, on seed 0."),)),
 }
 SECTIONS = tuple(section for page in PAGES.values() for section in page.sections)
 
@@ -114,7 +114,7 @@ class Claim:
 CLAIMS = (
     Claim("ViRL's zooms are right more often than those of outcome-only training (87.3 against 78.2: 9 points)",
           "acc_rat", "full", "outcome_only", 0.09),
-    Claim("and its answers are (90.4 against 87.6)", "acc_ans", "full", "outcome_only"),
+    Claim("and its answers are right more often (90.4 against 87.6)", "acc_ans", "full", "outcome_only"),
     Claim("Credit to single actions adds to the fidelity reward, in zooms", "acc_rat", "full", "fidelity"),
     Claim("and in answers", "acc_ans", "full", "fidelity"),
     Claim("h0 = 0.2 rewards weak alignment: zooms get worse", "mean_iou", "full", "h0_0.2"),
@@ -124,7 +124,7 @@ CLAIMS = (
     Claim("and the fidelity reward prevents it", "rationale_count", "guessable_full", "guessable_outcome_only"),
     Claim("On tasks of seven or eight zooms, too, zooms are right more often than those of outcome-only training",
           "acc_rat", "count_mean", "count_outcome_only"),
-    Claim("and answers are", "acc_ans", "count_mean", "count_outcome_only"),
+    Claim("and so are answers", "acc_ans", "count_mean", "count_outcome_only"),
 )
 
 
@@ -272,10 +272,10 @@ def _rounds(found: dict[str, Arm], names: tuple[str, ...], wanted: str) -> str:
   shares = lambda terms: [beyond(terms, n) for n in (3, 6)]
   said = lambda terms: "{:.1f} % with more than 3 and {:.1f} % with more than 6".format(
       *(100 * share for share in shares(terms)))
-  text = (f"Zooms a trajectory, of which the tasks want {wanted}: before, {said(found[names[0]].before)}; after, "
+  text = (f"Zooms per trajectory, where the tasks need {wanted}: before, {said(found[names[0]].before)}; after, "
           + "; ".join(f"{n} {said(found[n].terms)}" for n in names) + ".")
   if not any(shares(found[n].terms)[1] for n in names):
-    text += " No rounds beyond six are used: this tells how averaging acts on short trajectories, not on long ones."
+    text += " No rounds beyond six are used, so this shows how averaging acts on short trajectories, not on long ones."
   return text
 
 
@@ -293,13 +293,13 @@ def markdown(page: str, found: dict[str, Arm], every: dict, command: str, minute
   lines = [f"# {PAGES[page].title}", "",
            f"    {command}", "",
            f"{len(found)} arms, {seeds} seeds each, {tasks} held-out tasks each; {minutes:.0f} minutes over all calls, "
-           f"{jobs} runs at a time. The tiny run of configs/tiny.py, with what configs/ablations/arms.py changes in "
-           "each arm and nothing else; its reward weights were chosen for the full method"
-           f"{', which is `full`' if 'full' in found else ''}. Zooms are judged at an IoU of {H0} throughout. In "
-           "brackets the 95% interval of the mean (bootstrap over seeds and tasks), in parentheses each seed. Alarms "
-           "are those of docs/monitors.md, with their default thresholds.", "",
-           "These are a policy of two million parameters and drawn pictures. They can show that a mechanism works as "
-           "described, or does not, at this scale; they say nothing of its size at 7B.", ""]
+           f"{jobs} runs at a time. Each arm is the tiny run of configs/tiny.py with only the changes that "
+           "configs/ablations/arms.py lists for it; its reward weights were chosen for the full method"
+           f"{', the arm `full`' if 'full' in found else ''}. Zooms are judged at an IoU of {H0} throughout. Brackets "
+           "hold the 95% interval of the mean (bootstrap over seeds and tasks), parentheses the value of each seed. "
+           "Alarms are those of docs/monitors.md, with their default thresholds.", "",
+           "The policy has two million parameters, and the pictures are drawn. Such runs can show whether a mechanism "
+           "works as described at this scale; they say nothing about the size of its effect at 7B.", ""]
   if every["claims"]:
     lines += ["## The paper's claims", "", "| claim | metric | difference | verdict |", "|---|---|---|---|"]
   for c in every["claims"]:
@@ -307,8 +307,8 @@ def markdown(page: str, found: dict[str, Arm], every: dict, command: str, minute
     lines.append(f"| {c['text']} | `{c['metric']}`, {c['more']} - {c['less']}{wanted} | {c['value']:+.3f} "
                  f"[{c['low']:+.3f}, {c['high']:+.3f}] | *{c['verdict']}* |")
   if every["claims"]:
-    lines += ["", "*Seen here*: the interval lies above 0 and the difference reaches what was claimed. *Opposite*: the "
-              "interval lies below 0. *Not seen here*: anything else.", ""]
+    lines += ["", "*Seen here*: the whole interval is above 0, and the difference is at least as large as claimed. "
+              "*Opposite*: the whole interval is below 0. *Not seen here*: anything else.", ""]
   for section, names in sections(found).items():
     lines += [f"## {section.title}", "", *([section.note, ""] if section.note else []),
               "| arm | " + " | ".join(SHOWN) + " | alarms |", "|---" * (len(SHOWN) + 2) + "|"]
@@ -318,9 +318,9 @@ def markdown(page: str, found: dict[str, Arm], every: dict, command: str, minute
     lines += ["", _rounds(found, names, section.wanted), ""] if section.wanted else [""]
   return "\n".join(lines + [
       "## Every arm against the first of its section, or against full", "",
-      "Differences with their 95% intervals, the same seeds and tasks drawn for both, of arms that began with the same "
-      "policy; green above 0, red below. With this many intervals some exclude 0 by chance alone: about one in twenty "
-      "where there is nothing.", "",
+      "Differences between arms that began with the same policy, with 95% intervals that draw the same seeds and tasks "
+      "for both arms. Green is above 0, red below. With this many intervals some exclude 0 by chance alone: about one "
+      "in twenty where there is no difference.", "",
       f"![differences of the arms, with intervals]({page}_differences.png)", "",
       "## While training", "", f"![curves of the arms over training]({page}.png)", ""])
 

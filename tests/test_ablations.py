@@ -150,7 +150,7 @@ def test_what_is_said_of_longer_budgets():
       [results.outcome.Outcome(uid="t", **outcome(True, [0.5] * n)) for n in zooms], 0.4))[:, None]
   arm = lambda *zooms: results.Arm(terms(*zooms), terms(1, 1), ())
   short = results._rounds({"a": arm(1, 4)}, ("a",), "one or two")
-  assert "tasks want one or two: before, 0.0 % with more than 3" in short
+  assert "tasks need one or two: before, 0.0 % with more than 3" in short
   assert "a 50.0 % with more than 3 and 0.0 % with more than 6. No rounds beyond six are used" in short
   long = results._rounds({"a": arm(1, 4), "b": arm(7, 8)}, ("a", "b"), "seven")
   assert long.endswith("b 100.0 % with more than 3 and 100.0 % with more than 6.")
