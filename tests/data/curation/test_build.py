@@ -205,6 +205,9 @@ def test_too_many_rejects_are_fatal_and_say_what_was_found(raw, tmp_path):
   with pytest.raises(ValueError, match="instead, .*train is a folder with v0.jpg, v1.jpg, v2.jpg"):
     build.run(job(raw, tmp_path / "out", max_rejects=0.5))
   assert build.run(job(raw, tmp_path / "out", max_rejects=0.9)).tasks == 1
+  (raw / "r.jsonl").write_text("\n".join(lines))
+  with pytest.raises(ValueError, match="at least one record must become a task. Received: none of 6: "):
+    build.run(job(raw, tmp_path / "none"))
 
 
 def test_a_raw_folder_that_is_not_there(tmp_path):

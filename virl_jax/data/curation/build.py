@@ -218,8 +218,10 @@ def _end(job, plan, parts, numbers, say):
   if n_bad > job.max_rejects * counts.records or not counts.tasks:
     reasons = "; ".join(_words(reason, count, examples[reason], job)
                         for reason, count in counts.rejects.most_common(_EXAMPLES))
-    raise ValueError(f"{job.source}: at most {job.max_rejects:.0%} of the records may be rejected (--max_rejects). "
-                     f"Received: {n_bad} of {counts.records}: {reasons}. All are named in "
+    wanted, got = ((f"at most {job.max_rejects:.0%} of the records may be rejected (--max_rejects)",
+                    f"{n_bad} of {counts.records}") if counts.tasks else
+                   ("at least one record must become a task", f"none of {counts.records}"))
+    raise ValueError(f"{job.source}: {wanted}. Received: {got}: {reasons}. All are named in "
                      f"{job.folder / 'rejects.jsonl'}")
   set_files.finish(job.folder, job.source, job.split, made, "" if job.embed else job.raw,
               {"plan": plan, "counts": counts.to_dict()})
