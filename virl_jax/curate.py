@@ -48,7 +48,7 @@ from virl_jax.run import load
 from virl_jax.run import setup
 from virl_jax.run import signals
 
-_FACTOR = 28  # what Qwen2.5-VL's shown pictures are multiples of, where no model is read
+_FACTOR = 28  # pixels; sides of pictures that Qwen2.5-VL is shown are multiples of it.  For when no model is read
 
 
 def build(args: flags.FlagValues) -> None:
@@ -97,15 +97,15 @@ def curate(c: config_lib.ConfigDict, data: str, out: str, url: str = "", threads
   Args:
     c: thresholds, and the policy that is asked, with how prompts are worded and images shown.
     data: a set, or a folder of sets.
-    out: folder for what comes of it.
+    out: folder for the results.
     url: of an endpoint that is asked in place of the engine; "" for none.
-    threads: that read pictures; 0 for one a core.
+    threads: how many threads read pictures; 0 for one a core.
 
   Returns:
     What counts.json holds.
 
   Raises:
-    ValueError: something that is named is not there, or no task stays.
+    ValueError: a folder or file that is named does not exist, or no task is left.
     endpoint.Unreachable: the endpoint is gone.
   """
   s = setup.sections(c)
