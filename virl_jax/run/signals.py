@@ -10,8 +10,8 @@ another SIGTERM does not, because schedulers send several.
 Where several processes train together, none may save or leave by itself: there, after `note`, a signal is only
 remembered, and `hosts.agree` ends all of them at the same place.
 
-Signals belong to the whole process, hence the state of this module.  Without `install` it does nothing: in a notebook or
-another program, Ctrl-C is Python's `KeyboardInterrupt`, and the caller decides what it does.
+Signals belong to the whole process, hence the state of this module.  Without `install` it does nothing: in a notebook
+or another program, Ctrl-C is Python's `KeyboardInterrupt`, and the caller decides what it does.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Verdicts are looked up in a folder of the workdir before the model is asked, so that a run that goes on from a
 checkpoint has the same verdicts as before, and no answer is asked about twice.  In WORKDIR/verdicts/:
 
-    000000.jsonl, ...    the verdicts of one round of questions each, as `judge_model.Judge` has them, with the questions
+    000000.jsonl, ...    of one round of questions each: verdicts as `judge_model.Judge` has them, with the questions
 
 If the endpoint gives no reply, the run says so and waits; after `patience_s` it ends, with its last finished step
 saved.  No answer counts as wrong because of a connection.
