@@ -13,8 +13,9 @@ from typing import Any
 # Before JAX starts: a GPU on this host stays out of the tests unless someone asks for it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling, which takes half as long without XLA's fusion emitters (CPU: 62 s to 30 s for
-# test_scripted.py::test_no_work_twice), and a tenth less if a program is not split for several threads, because pytest's
-# other process uses the cores.  Newer versions have no switch for the emitters, and end the process if one is set.
+# test_scripted.py::test_no_work_twice), and a tenth less if a program is not split for several threads, because
+# pytest's other process uses the cores.  Newer versions have no switch for the emitters, and end the process if one is
+# set.
 _FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
   _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -74,12 +75,12 @@ def _draw(cfg, scale: float) -> dict:
 def _own_cache(tmp_path_factory):
   """Generated sets go to a folder of this test run, not to the user's cache.
 
-  So do the programs of the processes that tests start: what one has compiled, the next one reads, whichever of
-  pytest's processes started it.  They run few steps, and so don't optimise either.  This process has its JAX already.
+  So do the compiled programs of the processes that tests start: what one has compiled, later ones read, whichever of
+  pytest's processes started them.  They run few steps, and so don't optimise either.
   """
   ours = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
-    ours = ours.parent  # theirs too
+    ours = ours.parent  # shared by all workers
   with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
     patch.setenv("VIRL_JAX_CACHE", folder)
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(ours / "programs"))
