@@ -130,7 +130,7 @@ class Turn:
     region, written, of_image: of that action; see `Observation`.
     spans: which of the ids credit goes to, half-open, by scope; see `Observation.chars`.
     called: whether it called a tool, well-formed or not.
-    error: what was wrong with the turn, or None; the answer to a call tells the policy.
+    error: what was wrong with the turn, or None; the policy is told if the turn was a call.
     image_index: which of the trajectory's images this (tool) turn carries, or None.
   """
 
@@ -223,7 +223,8 @@ class Rows:
   indices count within a shard.  Microbatches without tokens are padding.
 
   Attributes:
-    index_MUT: int32, the slot's token: its index in the shard's part of the batch's [B, T], flattened; -1 on padding.
+    index_MUT: int32, which token is here, as an index into the shard's part of the batch's [B, T], flattened; -1 on
+      padding.
     lengths_MUS: int32, tokens of the trajectories of each row, the longest first; 0 for none.
     images: one `ImageBatch` a bucket, whose arrays have M as their first axis.
   """

@@ -3,7 +3,7 @@
 Three for the policy, all after clipping by global norm, all with the same schedule, and with decay of matrices only:
 
     adamw      two moments a parameter (AdamW, arXiv 1711.05101)
-    adafactor  a second moment a row and a column of a matrix, no first moment (Adafactor, arXiv 1804.04235)
+    adafactor  a second moment for each row and column of a matrix, no first moment (Adafactor, arXiv 1804.04235)
     muon       one moment a parameter in the layers' matrices, whose update is made orthogonal (Muon, K. Jordan 2024);
                AdamW for all else
 

@@ -155,7 +155,7 @@ def reference(trained: dict, frozen: dict, cfg: Config) -> dict:
     cfg: what is trained, and whether the reference is offloaded.
 
   Raises:
-    ValueError: it is to be offloaded, and the platform has no such memory.
+    ValueError: the reference is to be offloaded, and the platform has no such memory.
   """
   params = tuning.reference(trained, frozen, cfg.model.tuning)
   put = lambda a, where: (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)

@@ -1,8 +1,8 @@
 """What the device does with a batch: score it, update on it, imitate it.
 
-`score` reads the policy before the update: its log-probabilities, and what `rl.judge` makes of the batch, minibatch by
-minibatch, with statistics of all of them.  `update_step` is one PPO update.  `imitate_step` is one step of maximum
-likelihood, for supervised fine-tuning and warm starts; `shown` says what demonstrations are like, as `score` does.
+`score` uses the policy before the update: it computes log-probabilities and, by `rl.judge`, rewards and advantages,
+minibatch by minibatch, with statistics of all of them.  `update_step` is one PPO update.  `imitate_step` is one step of
+maximum likelihood, for supervised fine-tuning and warm starts; `shown` puts demonstrations in the form of `score`.
 All are pure; the state that they update is donated.
 
 An update whose loss or gradient is not finite is skipped, or that one number would spread to all parameters, moments

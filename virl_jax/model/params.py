@@ -167,7 +167,7 @@ def strips(split: tuple[int, ...], rows: int, most: int) -> Iterator[tuple[tuple
   Args:
     split: the tensor's shape after its dimensions are split; the first few make up the rows.
     rows: how many rows the unsplit tensor has.
-    most: most numbers in a strip; a strip has at least one row all the same.
+    most: most numbers in a strip, which has at least one row even if that has more.
 
   Yields:
     The strip's index into the split tensor, and its rows of the unsplit one.

@@ -126,7 +126,7 @@ class Clock:
     event = {key: round(value, 3) if isinstance(value, float) else value for key, value in event.items()}
     event["at"] = max(event["at"], last)  # clocks may be set back, or differ between machines
     self._events.append(event)
-    if "resumed" in event:  # earlier steps may have turned out to be in vain
+    if "resumed" in event:  # earlier steps may have to be done again
       self._parts = split(self._events)
     else:
       self._parts = {part: self._parts[part] + more for part, more in split(self._events[-2:]).items()}

@@ -39,7 +39,7 @@ def keep_when_on_cpu() -> bool:
     return False
   if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
     return False
-  # One arena, because only the first can keep its memory as it grows; and no allocation by mmap, which is returned.
+  # One arena, because only the first can grow in place; and no allocations by mmap, which are always returned.
   return all([library.mallopt(_ARENA_MAX, 1), library.mallopt(_MMAP_MAX, 0), library.mallopt(_TRIM_THRESHOLD, -1)])
 
 

@@ -177,7 +177,7 @@ def _close(number: int) -> None:
 
 
 def _say(line: str) -> None:
-  with contextlib.suppress(OSError, ValueError):  # whoever listened may be gone
+  with contextlib.suppress(OSError, ValueError):  # standard output may be closed
     print(line, flush=True)
 
 
