@@ -268,7 +268,7 @@ def _knobs() -> ConfigDict:
 
   c.judge = j = ConfigDict()       # a language model that is asked, in a run's steps and evaluations, whether answers
                                    #   that no rule takes for right mean what a reference says; see docs/data.md
-  j.model = ""                     # as its endpoint names it; "" for none, which is how it stands [ours]
+  j.model = ""                     # as its endpoint names it; "" for no judge [ours]
   j.url = free("")                 # of an OpenAI-compatible endpoint, http://HOST:PORT/v1 [ours]
   j.rules = ("exact",)             # tasks without options whose answers it is asked about: their rules [ours]
   j.timeout_s = free(60.0)         # for a verdict [ours]

@@ -1,4 +1,4 @@
-"""Makes sets of tasks of raw downloads, and smaller ones of those whose tasks need looking.
+"""Makes sets of tasks from raw downloads, and from those smaller sets of the tasks that need a zoom.
 
     python -m virl_jax.curate build --source=gqa --data=RAW --out=SETS
     python -m virl_jax.curate build --source=gqa,textvqa --data=RAW/gqa,RAW/textvqa --boxes_from=RAW/visual_cot \\
@@ -18,7 +18,7 @@ Then
 
 drops what needs no zoom, is hopeless, already solved, a near-duplicate or on a benchmark's picture: by rules, and by
 what a policy says, with zooms and without.  It leaves sets for training, lists of what was kept and of what was dropped
-and why, and report.html; see docs/curation.md.  It, too, goes on where it was.
+and why, and report.html; see docs/curation.md.  It can be interrupted and started again as well.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def build(args: flags.FlagValues) -> None:
   """The sub-command `build`: each source after the other.
 
   Raises:
-    ValueError: a flag is missing or wrong, or a source failed; names all that did, when the others are done.
+    ValueError: a flag is missing or wrong, or sources failed; names all of these when the others are done.
   """
   for name in ("source", "data", "out"):
     if not getattr(args, name):

@@ -107,7 +107,7 @@ def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str
     how: how benchmarks are read.
     limit: only the first so many tasks of each benchmark; 0 for all.
     zooms: "on", "off", or "both", one after the other.
-    options: "shuffled" by `how.seed`, "native", or "both", where a benchmark has the right one in a place of its own.
+    options: "shuffled" by `how.seed`, "native", or "both", where a benchmark always has the right one in the same place.
     tables: which of `predictions.TABLES` to write as well.
     judge: as for `score`; "summary" goes by the tasks' rules even so.
     url: of an endpoint that is asked in place of the engine; "" for none.
@@ -199,7 +199,7 @@ def compared(a: str, b: str, out: str | None) -> list[dict]:
 
   Args:
     a, b: folders that `evaluate` has written, of a benchmark or of several.
-    out: folder for comparison.json and comparison.html, in folders as `a` has them; None for none.
+    out: folder for comparison.json and comparison.html, in subfolders like those of `a`; None for none.
 
   Returns:
     What `compare.compare` gives for each.

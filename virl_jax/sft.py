@@ -37,13 +37,13 @@ from virl_jax.run import pace
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
-# A workdir is refused for other values of the knobs that training compares, and of these, which choose demonstrations.
+# A workdir is refused for other values of the knobs that training compares, and of these, which decide what is learned.
 _FREE = config_lib.free_keys() - {f"sft.{name}" for name in (
     "batch", "frame", "only_right", "least_reward", "best_of", "most_left_out")}
 
 
 def sft(c, workdir: str, resume_with_changes: bool = False) -> dict:
-  """Runs the whole of it: evaluation, training, evaluation, report.
+  """Runs all of it: evaluation, training, evaluation, report.
 
   Args:
     c: the configuration; `c.sft.data` says what is learned from.

@@ -7,7 +7,7 @@ A workdir, which may be gs://BUCKET/DIR, holds config.json, data.json, metrics.j
 rollouts/, eval_before.json, eval_after.json, report.html, bad_batches/ if updates were skipped (docs/monitors.md), and
 verdicts/ if a model judges answers (docs/data.md).
 Stop it at any time and give the same command again: it goes on from the last checkpoint, and ends as if it had not
-been stopped.  Ctrl-C and SIGTERM save the last finished step first; the exit status is then 130 and 0.  With
+been stopped.  Ctrl-C and SIGTERM save the last finished step first; the exit status is 130 or 0, respectively.  With
 --resume-with-changes it goes on with changes, such as another learning rate.
 
 Several processes, each with devices of its own, train together as one: start each with the same command, and
@@ -47,7 +47,7 @@ from virl_jax.run import workdir as workdir_lib
 
 
 def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
-  """Runs the whole of it: evaluation, training, evaluation, report.
+  """Runs all of it: evaluation, training, evaluation, report.
 
   Args:
     c: the configuration, as `config.default` has it.

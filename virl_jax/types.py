@@ -254,7 +254,7 @@ class Batch:
     answer_B: float32 in [0, 1], how right the answer is: 1 or 0 by most rules; see `data.answers`.
     format_B: float32, 1 if every turn was well formed and the last is an answer.
     answerable_B: bool, True if the task has accepted answers.
-    row_mask_B: bool, False on rows that only fill the batch or are masked from the loss.
+    row_mask_B: bool, False on rows that are padding or are left out of the loss.
     rows: how the model takes them.
     order_B: int32, the rows of the trajectories in the order that puts groups together, for batches whose trajectories
       are dealt to shards by length, so that shards have equal work.  None: groups are together.
@@ -296,7 +296,7 @@ class ScoredBatch:
     advantage_BT: float32, per token, after credit assignment; 0 off sampled tokens.
     iou_BR: float32, best IoU of each action with a ground-truth box.
     class_BR: int32, class of each action (`rl.credit`).
-    modulator_BR: float32, what the action's tokens' advantage was multiplied by.
+    modulator_BR: float32, what the advantage of the action's tokens was multiplied by.
     advantage_B: float32, per trajectory.
     reward_B: float32, total reward.
     value_old_BT: float32, what the critic expected before each token; None if there is no critic.

@@ -168,7 +168,7 @@ def main(argv):
   if not out:
     raise app.UsageError("--out=HF_DIR is missing")
   setup.begin()
-  given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # the place is no part of the recipe
+  given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # the folder is not part of the recipe
   command = shlex.join(["python", "-m", "virl_jax.warmstart", *(given.get(arg, arg) for arg in sys.argv[1:])])
   with setup.told():
     setup.config_file(args)

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def _score(metrics: dict) -> float:
-  """Of what Orbax keeps beside a checkpoint."""
+  """The score, from what Orbax keeps beside a checkpoint."""
   return metrics[_SCORE]
 
 

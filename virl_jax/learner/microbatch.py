@@ -29,7 +29,7 @@ def outputs(params: dict, cfg: state_lib.Config, batch: types.Batch, critic: dic
   Returns:
     Of each token its log-probability (nats), the entropy of the distribution that it is from (nats), and what the
     critic expected before it (None without a critic); float32[B, T] each.  Position t is about token t; position 0
-    holds 0, and padding nothing that means anything.
+    holds 0, and values on padding are meaningless.
   """
   zeros = jnp.zeros(batch.tokens_BT.shape, jnp.float32)
 

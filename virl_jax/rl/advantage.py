@@ -1,11 +1,10 @@
 """Advantages: how much better a trajectory, or a token, did than was expected.
 
-One number a trajectory (`relative`), by what it is compared with:
+One number a trajectory (`relative`), its reward minus
 
-    group  the mean of its G siblings, divided by their standard deviation (GRPO); without the division
-           it is Dr. GRPO's
-    rloo   the mean of the other G - 1 siblings
-    batch  the mean of the whole batch, divided by its standard deviation
+    group  the mean of its group of G, divided by the group's standard deviation (GRPO), or not divided (Dr. GRPO)
+    rloo   the mean of the other G - 1 of its group
+    batch  the mean of the whole batch, divided by the batch's standard deviation
 
 or one number a token: `gae`, from a critic's values, whitened over the whole batch.
 

@@ -132,7 +132,7 @@ def informative(looks: Looks, boxes: Boxes, answer_B: jax.Array, format_B: jax.A
     answer_B, format_B: as in `rewards`.
     answerable_B: bool, whether the task has accepted answers.
     row_mask_B: bool, False on rows that count for nothing.
-    cfg: of the kernels.
+    cfg: the configurations of the kernels.
     order_B: int32, the rows in the order that puts groups together; None: they are together.
 
   Source: see `advantage.informative`.
@@ -157,7 +157,7 @@ def returns(looks: Looks, total_B: jax.Array, action_BT: jax.Array, trained_BT: 
     action_BT: int32, the visual action that a token belongs to; -1 outside actions.
     trained_BT: bool, the tokens that the loss is about.
     row_mask_B: bool, False on rows that count for nothing.
-    cfg: of the kernels.
+    cfg: the configurations of the kernels.
     value_BT: float32, what the critic expected before each token; needed if advantages are GAE's.
     kl_BT: float32, kl_coef times each token's KL against the reference; 0 off sampled tokens; None if the KL is not
       in the reward.
@@ -183,7 +183,7 @@ def credits(looks: Looks, returns: Returns, action_BT: jax.Array, trained_BT: ja
     looks: the visual actions.
     returns: what they earned.
     action_BT, trained_BT, row_mask_B: as in `returns`.
-    cfg: of the kernels.
+    cfg: the configurations of the kernels.
     h0: the threshold of this step; None for `cfg.reward.h0`.
     of: `Returns.moments` of the whole batch, pooled; None if these rows are all of it.
     order_B: as in `informative`.

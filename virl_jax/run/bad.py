@@ -50,7 +50,7 @@ def merge(parts: Sequence[pooled.Metrics]) -> dict[str, float]:
   """`pooled.merge`; updates that are not finite are counted, and left out of all other metrics if any update is finite.
 
   One such update of eight says nothing about the step's loss, and would make a hole in every curve.  If none is finite,
-  the metrics are those that came.
+  the metrics are reported as they are.
 
   Args:
     parts: the metrics of a step's calls of one kind; waits for the device.

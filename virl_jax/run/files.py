@@ -1,15 +1,16 @@
 """The files of a workdir, which is a folder or lies in a bucket (gs://BUCKET/DIR): only this module knows which.
 
 A disk can append, rename and lock; an object store can't, but it replaces an object whole or not at all, and only if
-nobody else did so first (Cloud Storage's if-generation-match).  What each does if the process is killed on the way:
+nobody else did so first (Cloud Storage's if-generation-match).  What is left if the process is killed meanwhile:
 
-| | on a disk | in a bucket |
-|---|---|---|
-| `write_bytes` | another file, renamed: the old content or the new | one upload: the old content or the new |
-| `append` | added and synced: the last line may be cut off | the whole is uploaded: with the line or without |
-| `move` | renamed: there or here | copied, then deleted, its own files first: here, or there and in part here, where it
-is no longer what it was (a checkpoint without Orbax's commit_success.txt is none) |
-| `lock` | the kernel lets go | a lease: free when it was not renewed for `LEASE_S` |
+                 on a disk                                     in a bucket
+    write_bytes  the old content or the new (a rename)         the old content or the new (one upload)
+    append       perhaps a last line that is cut off           all with the line or without it (the whole is uploaded)
+    move         the old folder or the new (a rename)          the old folder; or the new one and a part of the old
+    lock         no lock: the kernel releases it               a lease, which expires `LEASE_S` after its last renewal
+
+In a bucket, `move` copies, and then deletes, files of the folder itself first: a checkpoint that is left in part lacks
+Orbax's commit_success.txt, without which it is none.
 
 Paths are etils' `epath.Path`, which Orbax takes too; a `pathlib.Path` would turn gs:// into gs:/.  Buckets are read and
 written through gcsfs, as epath does; the lease needs google-cloud-storage, which gcsfs depends on.  TensorFlow is not

@@ -35,7 +35,7 @@ class MetricsLog:
   """Appends one JSON object a step to a file, which is open only while a line is written; see `files.append`."""
 
   def __init__(self, path: str, start_step: int, header: dict | None = None):
-    """Opens the file, forgetting what a resumed run will do again.
+    """Opens the file, and drops the steps that a resumed run will do again.
 
     Lines with "step" >= start_step and a last line that was cut off are dropped, by replacing the
     file whole; every other line but the header is kept byte for byte.

@@ -329,7 +329,7 @@ def of_policy(path: str, c: config_lib.ConfigDict | None = None
     c: how prompts are worded and images shown, for an HF folder; None for the defaults.  A run has its own.
 
   Returns:
-    The configuration, a copy, the weights, and the pieces.
+    A copy of the configuration, the weights, and the pieces.
 
   Raises:
     ValueError: there is no policy at that path, a run is given another configuration, or a piece does not fit.
@@ -349,7 +349,7 @@ def of_endpoint(path: str | None, c: config_lib.ConfigDict | None = None) -> tup
     c: as for `of_policy`.
 
   Returns:
-    The configuration, a copy, and the pieces.
+    A copy of the configuration, and the pieces.
 
   Raises:
     ValueError: as `of_policy`.

@@ -32,12 +32,14 @@ class Verdicts:
   """The judge that `answers.grade` takes; see above.  All processes call it at the same places."""
 
   def __init__(self, cfg: judge_model.Config, folder: epath.Path):
-    """Args:
+    """Reads the verdicts that there are.
+
+    Args:
       cfg: whom to ask.
       folder: of the verdicts; made when there are some.
 
     Raises:
-      ValueError: it can't be read.
+      ValueError: the folder can't be read.
     """
     self._cfg, self._folder = cfg, folder
     self._fresh: list[dict] = []

@@ -105,7 +105,7 @@ def alike(c: config_lib.ConfigDict) -> None:
   Raises:
     ValueError: names the first difference.
   """
-  if not hosts.several():  # `_code` reads all files of the package
+  if not hosts.several():  # spares a single process reading all files of the package, see `_code`
     return
   hosts.same("configuration", config_lib.flat(json.loads(config_lib.to_json(c))))
   hosts.same("code", {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version(),

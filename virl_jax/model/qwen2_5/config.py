@@ -60,7 +60,7 @@ class Vision:
     heads: N; H = hidden / heads must be a multiple of 4.
     intermediate: F.
     out: width of the merged tokens, the text decoder's D.
-    full_blocks: indexes of the blocks that attend over the whole image; the others stay in windows.
+    full_blocks: indices of the blocks that attend over the whole image; the others attend within windows.
     patch, temporal, merge: see `patches.Grid`.
     window_px: side of an attention window, pixels.
     eps: of RMSNorm.
