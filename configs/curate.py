@@ -5,13 +5,13 @@
     python -m virl_jax.train --config=configs/v7b.py --config.data.source=set --config.data.path=data/curated \
       --workdir=runs/v7b
 
-Another server can do the asking: --endpoint=http://HOST:8000/v1 --config.endpoint.model=NAME; of model.path it
-then takes the tokenizer and the shapes alone.  Without a policy, rules only:
+A server can run the policy: --endpoint=http://HOST:8000/v1 --config.endpoint.model=NAME; then only the tokenizer and
+the shapes of model.path are read.  Without a policy, rules only:
     --config.curate.policy.with_zoom=0 --config.curate.policy.without_zoom=0
 
-What is asked is worded, shown and bounded as in training (configs/v7b.py).  The paper filters about 200k samples to
-about 8k in these stages; its thresholds are not published in what we have: all numbers are ours.  Never run end to end
-by us on such a policy: no machine we have holds it.
+Prompts, pictures and budgets are those of training (configs/v7b.py).  The paper filters about 200k samples to about 8k
+in these stages; its thresholds are not published in what we have: all numbers are ours.  Never run end to end by us on
+such a policy: no machine we have holds it.
 """
 
 from virl_jax import config as config_lib
@@ -38,11 +38,11 @@ def get_config():
 
   # None of these pictures may be trained on: "NAME=PATH", or "NAME=PATH=IMAGES".
   c.curate.benchmarks = ()
-  c.curate.rules.most_coverage = 0.3    # boxes of more of the picture need no zoom
-  c.curate.policy.with_zoom = 8         # of a training step's group size
+  c.curate.rules.most_coverage = 0.3    # larger boxes need no zoom
+  c.curate.policy.with_zoom = 8         # as many as in a training step's group
   c.curate.policy.without_zoom = 4
   c.curate.filter.most_without = 0.5    # right in more than half of the blind samples: no need to look
-  c.curate.filter.least_pass = 0.1      # 1 to 7 of 8
+  c.curate.filter.least_pass = 0.1      # with the next: 1 to 7 right of 8
   c.curate.filter.most_pass = 0.9
   c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 1
   return c

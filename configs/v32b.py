@@ -2,7 +2,7 @@
 
     python -m virl_jax.plan --config=configs/v32b.py --topology=h200:16
 
-What stands here differs from configs/v7b.py, whose labels say where its numbers are from; [ours] is chosen here.
+Only what differs from configs/v7b.py is here; that file's labels say where its numbers are from, [ours] is chosen here.
 docs/scaling.md has what it takes, as compiled.
 """
 
@@ -13,5 +13,5 @@ import runpy
 def get_config():
   c = runpy.run_path(str(pathlib.Path(__file__).with_name("v7b.py")))["get_config"]()
   c.model.path = "weights/Qwen2.5-VL-32B-Instruct"
-  c.rollout.tensor = 4                  # 40 heads, 8 of them keys' [ours]
+  c.rollout.tensor = 4                  # of 40 query heads and 8 key/value heads [ours]
   return c

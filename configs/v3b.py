@@ -4,7 +4,7 @@
     python -m virl_jax.plan --config=configs/v3b.py --topology=a100-40:4
     python -m virl_jax.train --config=configs/v3b.py --config.data.path=RECORDS.jsonl --workdir=runs/v3b
 
-What stands here differs from configs/v7b.py, whose labels say where its numbers are from; [ours] is chosen here.
+Only what differs from configs/v7b.py is here; that file's labels say where its numbers are from, [ours] is chosen here.
 Never run end to end by us: no machine we have holds it.  docs/scaling.md has what it takes, as compiled.
 """
 

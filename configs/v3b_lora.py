@@ -4,7 +4,7 @@
     python -m virl_jax.plan --config=configs/v3b_lora.py --topology=rtx4090:1
     python -m virl_jax.train --config=configs/v3b_lora.py --config.data.path=RECORDS.jsonl --workdir=runs/v3b_lora
 
-What stands here differs from configs/v7b_lora.py and configs/v7b.py, whose labels say where their numbers are from;
+Only what differs from configs/v7b_lora.py and configs/v7b.py is here; their labels say where their numbers are from,
 [ours] is chosen here.  Never run end to end by us.  docs/scaling.md has what it takes, as compiled.
 """
 

@@ -11,7 +11,7 @@ Shapes come from the checkpoint's own config.json.  Every number below says wher
     [NAME]       that project's published setting
     [ours]       chosen here; the paper's value is not published in what we have
 Never run end to end by us: no machine we have holds it.  State for full fine-tuning with float32 masters and
-AdamW is about 114 GiB before activations.  Compiled, it fits on 8 x H100 and 16 x TPU v5p as it stands, and with
+AdamW is about 114 GiB before activations.  Compiled, it fits on 8 x H100 and 16 x TPU v5p as it is, and with
     --config.model.patches_together=32768 --config.rollout.tensor=2    on 16 x TPU v6e
     --config.model.patches_together=16384 --config.rollout.tensor=4    on 64 x TPU v5e
 docs/scaling.md says what it takes there.

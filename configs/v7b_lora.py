@@ -5,7 +5,7 @@
     python -m virl_jax.train --config=configs/v7b_lora.py --config.data.path=RECORDS.jsonl --workdir=runs/v7b_lora
     python -m virl_jax.export --workdir=runs/v7b_lora --adapters=ADAPTERS --out=HF_DIR
 
-What stands here differs from configs/v7b.py, whose labels say where its numbers are from; [ours] is chosen here.
+Only what differs from configs/v7b.py is here; that file's labels say where its numbers are from, [ours] is chosen here.
 Never run end to end by us: no machine we have holds it.  docs/scaling.md has what it takes, as compiled.
 """
 
@@ -18,7 +18,7 @@ def get_config():
   c.lora.rank, c.lora.alpha = 64, 64.0  # [ours]
   c.model.freeze_vision = True          # [ours; EasyR1 has it as an option]
   c.optim.learning_rate = 1e-5          # ten times full training's [ours, after Thinking Machines, LoRA Without Regret]
-  c.optim.weight_decay = 0.0            # adapters begin at nothing, and are drawn back to it otherwise [ours]
+  c.optim.weight_decay = 0.0            # adapters begin at zero, and decay would draw them back to it [ours]
   c.rollout.prompts = 32                # 256 trajectories a step, for one device [ours]
   c.ppo.minibatches = 2                 # [ours]
   c.engine.slots = 32                   # 28 GiB of cache [ours]

@@ -3,7 +3,7 @@
 #
 #   bash launch/local.sh configs/tiny.py --workdir=runs/tiny [--config.KEY=VALUE ...]
 #
-# What follows the config file goes to `python -m virl_jax.train` as it stands.  To choose for yourself, set
+# What follows the config file goes to `python -m virl_jax.train` unchanged.  To choose for yourself, set
 # JAX_PLATFORMS (cpu, cuda or tpu) or PYTHON (the interpreter).
 set -euo pipefail
 
@@ -52,7 +52,7 @@ fi
 export JAX_PLATFORMS=$platforms
 
 if [[ $platforms == cuda* || $platforms == gpu* ]]; then
-  # Lets collectives run beside compute.
+  # Lets collectives overlap with computation.
   export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 fi
 

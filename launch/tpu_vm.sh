@@ -9,12 +9,12 @@
 #   bash launch/tpu_vm.sh collect --name=NAME --zone=ZONE --workdir=gs://BUCKET/DIR --to=DIR
 #   bash launch/tpu_vm.sh delete  --name=NAME --zone=ZONE [--queued]
 #
-# All take --project=PROJECT, and --dry-run, which prints the commands and runs none.  docs/launch.md goes through it.
+# All take --project=PROJECT, and --dry-run, which prints the commands and runs none.  docs/launch.md explains the steps.
 #
 # `run` starts the command on all hosts and returns.  Each host restarts it after a crash (--restarts=N), until it is done
 # or told to stop.  All hosts must see one workdir, in a bucket or on a disk that they share.  Any other gs://BUCKET/...
-# among the arguments becomes /mnt/gcs/BUCKET/..., where `run` mounts the bucket.  The VMs of a spot slice that is taken
-# back are gone; create, install and run it again with the same workdir, and it goes on.
+# among the arguments becomes /mnt/gcs/BUCKET/..., where `run` mounts the bucket.  When a spot slice is taken back its VMs
+# are gone; create, install and run again with the same workdir, and training goes on.
 set -euo pipefail
 
 commands="create install run status stop collect delete"
@@ -30,7 +30,7 @@ act() {
   fi
 }
 
-# For a host: goes on if nothing runs there.  The lock is held for as long as anything of a run lives.
+# On a host: goes on only if nothing runs there.  The lock is held as long as any process of a run lives.
 free="mkdir -p virl_jax_run && { flock --nonblock virl_jax_run/lock true ||\
  { echo \"\$(hostname) is running; stop it first\" >&2; exit 3; }; }"
 
@@ -39,7 +39,7 @@ on() {
   act gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"
 }
 
-# Wherever it stands, for a run that was to be dry must never be a real one.
+# Taken wherever it is, because a run that is meant to be dry must never be a real one.
 dry='' words=()
 for word in "$@"; do
   if [[ $word == --dry-run ]]; then dry=1; else words+=("$word"); fi
@@ -142,7 +142,7 @@ install() {
     act gcloud compute tpus tpu-vm scp "$archive" "$name:virl_jax.tar.gz" "${where[@]}" --worker=all
     on all "$free && rm -rf virl_jax && mkdir virl_jax && tar -xzf virl_jax.tar.gz -C virl_jax"
   fi
-  # The system's Python is older than 3.11; uv brings one of its own.
+  # The system's Python is older than 3.11; uv installs one of its own.
   on all "python3 -m pip install --quiet --user uv && cd virl_jax && ~/.local/bin/uv venv --quiet --python=3.12 .venv\
  && ~/.local/bin/uv pip install --quiet --python=.venv/bin/python '.[tpu,gcs]'"
   local packages=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
@@ -152,7 +152,7 @@ install() {
 }
 
 # --- run ---------------------------------------------------------------------------------------------------------------
-# Where a gs:// address lies on a host.  Sets `mounted`, and adds to `buckets` what must be mounted for it.
+# The path of a gs:// address on a host.  Sets `mounted`, and adds to `buckets` what must be mounted for it.
 mount_of() {
   mounted=$1
   if [[ $1 =~ ^(--[A-Za-z0-9_.-]+=)?gs://([a-z0-9][a-z0-9._-]*)(/.*)?$ ]]; then
@@ -170,7 +170,7 @@ run() {
   [[ $restarts =~ ^[0-9]+$ ]] || refuse "--restarts must be a whole number.  Received: '$restarts'."
   local arguments=() argument mounted buckets='' bucket mounts='' shared=''
   for argument in ${train[@]+"${train[@]}"}; do
-    # train writes to a bucket as it is; what else lies in one, it reads as files.
+    # train writes its workdir to a bucket directly; anything else in a bucket it reads as files.
     if [[ $argument =~ ^--workdir=(/|gs://[a-z0-9][a-z0-9._-]*/) ]]; then
       shared=1 mounted=$argument
     else
@@ -181,7 +181,7 @@ run() {
   [[ -n $shared ]] ||
     refuse "--workdir= must be what all hosts see: gs://BUCKET/DIR, or an absolute path on a disk that they share."
   for bucket in $buckets; do
-    # Hosts see at once what is put there, hence no caches.
+    # No caches, so that hosts see at once what is put there.
     mounts+=" && { mountpoint -q /mnt/gcs/$bucket || { sudo mkdir -p /mnt/gcs/$bucket && sudo chown \"\$USER\" /mnt/gcs/$bucket\
  && gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0\
  $bucket /mnt/gcs/$bucket; }; }"
@@ -189,7 +189,7 @@ run() {
   local line
   line=$(quoted bash launch/until_done.sh --restarts="$restarts" -- .venv/bin/python -m virl_jax.train --config="$config" \
     "${arguments[@]}")
-  # nohup and flock become until_done, which so is the process that is noted and that has the lock.
+  # nohup and flock exec until_done, so that it is the process whose number is written down and that holds the lock.
   on all "$free && cd virl_jax$mounts\
  && { JAX_PLATFORMS=tpu,cpu VIRL_JAX_DISTRIBUTED=auto nohup flock --nonblock --no-fork ../virl_jax_run/lock $line\
  > ../virl_jax_run/log 2>&1 < /dev/null & echo \$! > ../virl_jax_run/pid; }"

@@ -3,12 +3,12 @@
 #
 #   bash launch/until_done.sh [--restarts=N] [--delay=SECONDS] [--dry-run] -- COMMAND [ARGUMENT ...]
 #
-# `train` ends with 0 both when it is done and when SIGTERM had it save the last step, since a scheduler that takes back a
-# machine wants to see no failure.  Who started it must tell the two apart, and this does, by whether the signal came here:
+# `train` ends with 0 both when it is done and when SIGTERM made it save the last step, so that a scheduler that takes
+# back a machine sees no failure.  This script tells the two apart by whether it has received the signal itself:
 #
 #   0    done
 #   75   told to stop by a signal; the same command goes on from what was saved (75 is EX_TEMPFAIL of sysexits.h)
-#   else what the last of the crashes ended with
+#   else the exit status of the last crash
 set -euo pipefail
 
 # shellcheck source=launch/words.sh
@@ -35,18 +35,18 @@ if [[ -n $dry ]]; then
 fi
 
 told='' child=''
-# Only remembers and passes it on: the command decides how long it takes to save.
+# Only notes the signal and passes it on: the command decides how long it takes to save.
 stop() {
   told=$1
   if [[ -n $child ]]; then kill -s TERM "$child" 2> /dev/null || true; fi
 }
-# A shell has what it starts with & ignore SIGINT, hence SIGTERM for all three.
+# A shell makes what it starts with & ignore SIGINT, hence SIGTERM for all three.
 for name in TERM INT HUP; do
-  # shellcheck disable=SC2064  # the name of now
+  # shellcheck disable=SC2064  # the name is expanded now
   trap "stop $name" "$name"
 done
 
-# Runs it to its end, however many signals come meanwhile, and sets `code`.
+# Runs a command to its end, however many signals come meanwhile, and sets `code`.
 run() {
   "$@" &
   child=$!

@@ -1,7 +1,7 @@
-"""Stands for Cloud Storage: its JSON API, as far as gcsfs, TensorStore and google-cloud-storage use it here.
+"""A stand-in for Cloud Storage: its JSON API, as far as gcsfs, TensorStore and google-cloud-storage use it here.
 
 Objects are whole or absent, have generations, and are written only if those match: there is no append and no rename.
-All clients are the real ones; they are told by their environment where this is.
+All clients are the real ones; environment variables point them here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ BUCKET = "my-bucket"
 
 
 class Bucket:
-  """A bucket of this process.
+  """A bucket in this process.
 
   Attributes:
     objects: name -> (content, generation).
-    refuse: called with method and path of each request; what it returns, if true, is the status that is answered.
+    refuse: called with method and path of each request; if it returns a status, that is the answer.
   """
 
   def __init__(self):
@@ -33,7 +33,7 @@ class Bucket:
     self.lock, self.numbers, self.uploads = threading.Lock(), itertools.count(1), {}
 
   def put(self, name: str, content: bytes, match: str | None = None) -> dict | None:
-    """Writes an object, if what is there has this generation; None if it has not."""
+    """Writes an object if the one that is there has generation `match`; returns None if it has another."""
     with self.lock:
       if match is not None and int(match) != self.objects.get(name, (b"", 0))[1]:
         return None
@@ -48,7 +48,7 @@ class Bucket:
             "timeCreated": "2026-01-01T00:00:00.000Z", "updated": "2026-01-01T00:00:00.000Z"}
 
   def files(self, prefix: str) -> dict[str, bytes]:
-    """What lies below, by the path from there."""
+    """The content of the objects below a prefix, by the path from there."""
     return {name.removeprefix(f"{prefix}/"): content for name, (content, _) in sorted(self.objects.items())
             if name.startswith(f"{prefix}/")}
 
@@ -198,7 +198,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(patch):
-  """A `Bucket` that is there meanwhile, for this process and those that it starts.
+  """A `with` block in which there is a `Bucket`, for this process and those that it starts.
 
   Args:
     patch: pytest's MonkeyPatch.
@@ -206,7 +206,7 @@ def serve(patch):
   class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
-    handle_error = lambda *_: None  # clients hang up on what they no longer want
+    handle_error = lambda *_: None  # clients close connections that they no longer need
 
   server = Server(("127.0.0.1", 0), _Handler)
   server.store = Bucket()
@@ -214,8 +214,8 @@ def serve(patch):
   patch.setenv("STORAGE_EMULATOR_HOST", where)      # gcsfs and google-cloud-storage
   patch.setenv("TENSORSTORE_GCS_HTTP_URL", where)
   patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # TensorStore
-  patch.setenv("NO_GCE_CHECK", "true")              # google-auth asks no machine of Google's
-  patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # nor does gcsfs, at each call
+  patch.setenv("NO_GCE_CHECK", "true")              # keeps google-auth from asking Google's metadata server
+  patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # keeps gcsfs from asking for the bucket's type
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
   try:

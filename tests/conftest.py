@@ -13,9 +13,9 @@ from typing import Any
 # Before JAX starts: a GPU on this host stays out of the tests unless someone asks for it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling, which takes half as long without XLA's fusion emitters (CPU: 62 s to 30 s for
-# test_scripted.py::test_no_work_twice), and a tenth less where a program is not cut up to be compiled by several
-# threads, whose cores the other of pytest's processes has.  Newer versions have no switch for the emitters, and end the
-# process if one is set.
+# test_scripted.py::test_no_work_twice), and a tenth less if a program is not split for several threads, because
+# pytest's other process uses the cores.  Newer versions have no switch for the emitters, and end the process if one is
+# set.
 _FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
   _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -28,15 +28,15 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most tests run each program a few times: compiling it costs more than running it, unoptimised, does.
+# Most tests run each program a few times: compiling it costs more than running it unoptimised.
 jax.config.update("jax_disable_most_optimizations", True)
-# Compiling can take longer than hypothesis grants an example; CI draws the same examples each time.
+# Compiling can take longer than hypothesis's deadline for an example; CI draws the same examples each time.
 hypothesis.settings.register_profile("house", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items):
-  """Whole runs first, which take the longest: begun last, they would leave the other process without work."""
+  """Whole runs first, which take the longest: last, they would leave pytest's other process without work."""
   here = pathlib.Path(__file__).parent
   items.sort(key=lambda item: item.path.parent != here)
 
@@ -47,9 +47,9 @@ class Model:
 
   Attributes:
     cfg: `qwen.Config`.
-    params: float32, drawn so wide that every part of the model matters to the logits.
-    folder: its tokenizer's files, or None.
-    tokenizer: or None.
+    params: float32, with a variance so large that every part of the model affects the logits.
+    folder: of the tokenizer's files, or None.
+    tokenizer: the tokenizer, or None.
   """
 
   cfg: Any
@@ -75,12 +75,12 @@ def _draw(cfg, scale: float) -> dict:
 def _own_cache(tmp_path_factory):
   """Generated sets go to a folder of this test run, not to the user's cache.
 
-  So do the programs of the processes that tests start: what one has compiled, the next one reads, whichever of
-  pytest's processes started it.  They run few steps, and so don't optimise either.  This process has its JAX already.
+  So do the compiled programs of the processes that tests start: what one has compiled, later ones read, whichever of
+  pytest's processes started them.  They run few steps, and so don't optimise either.
   """
   ours = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
-    ours = ours.parent  # theirs too
+    ours = ours.parent  # shared by all workers
   with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
     patch.setenv("VIRL_JAX_CACHE", folder)
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(ours / "programs"))
@@ -110,9 +110,10 @@ def _forget_programs():
 
 @pytest.fixture(autouse=True)
 def _few_maps():
-  """Each program compiled for the CPU holds memory maps, of which Linux grants a process 65,530: then XLA crashes.
+  """Clears JAX's caches before memory maps run out.
 
-  Counting them takes a while, and is done now and then.
+  Each program compiled for the CPU holds some, Linux allows a process 65,530, and beyond that XLA crashes.  Counting
+  them takes a while, and is done after every hundred programs.
   """
   global _compiled
   yield
@@ -143,7 +144,7 @@ def bucket(_bucket):
 
 @pytest.fixture(params=["disk", "bucket"])
 def place(request, tmp_path):
-  """Where a workdir may be made, as a user writes it: on a disk, and in a bucket."""
+  """A path for a workdir, as a user writes it: once on a disk, once in a bucket."""
   if request.param == "disk":
     return str(tmp_path / "run")
   request.getfixturevalue("bucket")
@@ -152,7 +153,7 @@ def place(request, tmp_path):
 
 @pytest.fixture
 def optimized():
-  """For tests that run one program many times: what they compile is optimised."""
+  """Turns optimisation on, for tests that run one program many times."""
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)

@@ -1,4 +1,4 @@
-"""Threads that stand for processes: each takes itself for one of several, and does what `run/hosts.py` has them do."""
+"""Threads in place of processes: each has a number, and they share and wait as `run/hosts.py` makes processes do."""
 
 from concurrent import futures
 import threading
@@ -7,7 +7,7 @@ from virl_jax.run import hosts
 
 
 class Lockstep:
-  """So many processes; what `hosts` does between them is done here until `monkeypatch` is undone."""
+  """`processes` threads; replaces what `hosts` does between processes until `monkeypatch` is undone."""
 
   def __init__(self, monkeypatch, processes: int):
     self.processes, self._said, self._me = processes, [None] * processes, threading.local()
@@ -16,7 +16,7 @@ class Lockstep:
       monkeypatch.setattr(hosts, name, getattr(self, name))
 
   def run(self, do) -> list:
-    """What `do` gives for each number, each in a thread of its own."""
+    """Results of `do(number)`, each called in a thread of its own."""
     with futures.ThreadPoolExecutor(self.processes) as pool:
       return list(pool.map(lambda number: self._as_process(do, number), range(self.processes)))
 
@@ -25,7 +25,7 @@ class Lockstep:
     try:
       return do(number)
     except BaseException:
-      self._barrier.abort()  # the others would wait
+      self._barrier.abort()  # or the others would wait
       raise
 
   def mine(self, number):

@@ -1,4 +1,4 @@
-"""The arms of the experiments, and what their results are made into: verdicts, intervals, the page."""
+"""The arms of the experiments, and what is made of their results: verdicts, intervals, the page."""
 
 import ast
 import functools
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def load(path):
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
-  sys.modules[path.stem] = module  # dataclasses look their module up
+  sys.modules[path.stem] = module  # dataclasses need to find their module
   spec.loader.exec_module(module)
   return module
 
@@ -92,7 +92,7 @@ def outcome(correct, ious, boxes=True):
 
 @pytest.fixture
 def runs(tmp_path):
-  """Two arms, two seeds, 40 tasks: full is right on three in four and hits with all zooms, the other seldom."""
+  """Two arms, two seeds, 40 tasks: full is right on three in four and hits with all zooms, the other arm seldom."""
   rng = np.random.default_rng(0)
   for arm, share, iou in (("full", 0.75, 0.8), ("outcome_only", 0.25, 0.1), ("rho_0.0", 0.5, 0.5)):
     for seed in range(2):
@@ -119,7 +119,7 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   assert f["full"]["acc_ans"]["value"] == pytest.approx(np.mean(seeds))
   assert f["full"]["acc_ans"]["low"] < np.mean(seeds) < f["full"]["acc_ans"]["high"]
   assert f["full"]["acc_rat"] == {"value": 1.0, "low": 1.0, "high": 1.0, "seeds": [1.0, 1.0]}
-  assert set(f["before"]) == {"full"}  # the first arm of each section lends its base
+  assert set(f["before"]) == {"full"}  # the base's figures are from the first arm of each section
   before = f["before"]["full"]
   assert before["rationale_count"]["value"] == 0.0 and np.isnan(before["acc_rat"]["value"])
   assert [(c["metric"], c["more"], c["less"]) for c in f["claims"]] == [
@@ -129,7 +129,7 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   assert section["against"] == "full" and set(section["arms"]) == {"outcome_only"}
   apart = section["arms"]["outcome_only"]["acc_rat"]
   assert apart == {"value": -1.0, "low": -1.0, "high": -1.0}
-  # Whoever began with another policy is not compared.
+  # An arm that began with another policy is not compared.
   found["outcome_only"].before[:] = 1.0
   assert results.figures(found)["differences"]["The method, and what is left of it"]["arms"] == {}
   page = results.markdown("results", found, f, "python benchmarks/reproduce.py", 12.0, 2)
@@ -250,7 +250,7 @@ def test_runs_end_with_it_and_no_other_begins(tmp_path, number, status):
 
 
 def test_a_run_that_was_stopped_has_not_ended(tmp_path, monkeypatch):
-  """A run that SIGTERM ended says 0, and has no evaluation."""
+  """A run that SIGTERM ended has status 0, and no evaluation."""
   monkeypatch.setattr(reproduce, "call", lambda *_: 0)
   shares = reproduce.share_cores(1)
   assert not reproduce.run("full", 0, tmp_path, (), reproduce.Progress(1, 1), shares)

@@ -1,4 +1,4 @@
-"""benchmarks/accelerator.py, on tiny shapes: what its lines hold, and that it goes on whatever becomes of a part."""
+"""benchmarks/accelerator.py, on tiny shapes: what its lines hold, and that it goes on if a part fails."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 ABOUT = {"part", "ok", "part_s", "command", "device", "versions"}
 SPEED = {"seconds", "tokens_s", "flop", "mfu", "share_of_floor", "floor_s", "compile_s", "plan_gib"}
-MEMORY = {"peak_gib", "peak_before_gib"}  # of which a CPU does not tell
+MEMORY = {"peak_gib", "peak_before_gib"}  # which a CPU does not report
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def accelerator():
 
 
 def run(out, *args):
-  """The lines that the script wrote, and what it said."""
+  """The lines that the script wrote, and what it printed."""
   done = subprocess.run([sys.executable, "benchmarks/accelerator.py", "--smoke", "--repeat=1", f"--out={out}", *args],
                         cwd=ROOT, capture_output=True, text=True)
   return [json.loads(line) for line in out.read_text().splitlines()], done
 
 
 def numbers(tree):
-  """All numbers of a line but those that a CPU has none for."""
+  """All numbers of a line, except those that a CPU lacks."""
   for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
     if isinstance(value, dict | list):
       yield from numbers(value)
@@ -124,7 +124,7 @@ def test_what_a_part_raises_is_its_line(accelerator, tmp_path, monkeypatch):
 
 
 def test_rounding_is_forgiven_and_a_token_too_many_is_not(accelerator):
-  """One of two thousand, as a mask that is off by one has it."""
+  """One token of two thousand, as with a mask that is off by one."""
   rng = np.random.default_rng(0)
   v = rng.standard_normal((2000, 4, 64), np.float32)
   right = np.stack([v[:n].mean(0) for n in range(1990, 2000)])[None]

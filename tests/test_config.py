@@ -106,14 +106,14 @@ def test_values_that_cannot_work_are_named(key, value, message):
   assert repr(value) in str(e.value) or key in ("image.max_pixels", "data.source")
 
 
-# For which knobs NaN, -1, -1e9, a number or text is a value like another.
+# Knobs for which these wrong-looking values are valid.
 FINE = {"reward.no_action": (-1, -1e9),                      # any fidelity
         "sft.least_reward": (-1, -1e9),                      # any reward
-        "mesh.data": (-1,), "mesh.fsdp": (-1,), "mesh.tensor": (-1,)}  # what is left
+        "mesh.data": (-1,), "mesh.fsdp": (-1,), "mesh.tensor": (-1,)}  # all devices that are left
 
 
 def wrong(value):
-  """What no knob with such a default can be."""
+  """Values that are wrong for a knob with such a default."""
   if isinstance(value, bool):
     return float("nan"), -1, "yes", None, 1
   if isinstance(value, (int, float)):
@@ -128,7 +128,7 @@ def test_every_knob_has_a_range(key):
   for section in sections:
     at = at[section]
   for bad in wrong(at[last]):
-    del at[last]  # else a ConfigDict turns it into the type that was there
+    del at[last]  # or a ConfigDict converts the value to the old type
     at[last] = bad
     if bad in FINE.get(key, ()):
       setup.sections(c)

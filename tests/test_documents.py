@@ -1,7 +1,7 @@
-"""README and docs/: commands that are there are taken, links lead somewhere, named files and tests exist.
+"""README and docs/: documented commands are valid, links lead somewhere, named files and tests exist.
 
 A block that follows `<!-- runs: OPTIONS -->` is run, in a short form, page by page from top to bottom; see
-`test_marked_blocks_run`.  A command that is in no such block stands in `NOT_RUN`, with the reason.
+`test_marked_blocks_run`.  A command that is in no such block is listed in `NOT_RUN`, with the reason.
 """
 
 import ast
@@ -40,7 +40,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 OUTSIDE = {"git", "hf", "docker", "gcloud", "sky", "ruff", "source", "mkdocs", "nvidia-smi", "cd", "jupyter"}
 FIRST = OUTSIDE | {"python", "python3", "pip", "bash", "mkdir"}
 NAMES = [*config_lib.flat(config_lib.default().to_dict())]
-# Commands in no marked block, by how they begin, and why no test runs them as they stand.
+# Commands in no marked block, by how they begin, and why no test runs them unchanged.
 NOT_RUN = {
     **dict.fromkeys(("git clone", "cd virl_jax", "python -m venv", "python3 -m venv", "source", "pip install"),
                     "benchmarks/newcomer.py and .ci/run do, in fresh environments"),
@@ -70,7 +70,7 @@ NOT_RUN = {
 def load(path):
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
-  sys.modules[path.stem] = module  # where dataclasses look
+  sys.modules[path.stem] = module  # where dataclasses look for it
   spec.loader.exec_module(module)
   return module
 
@@ -79,7 +79,7 @@ reader = load(ROOT / "docs" / "commands.py")
 
 
 def written():
-  """(where, words) of all commands, but what tests/launch compares with what is printed."""
+  """(where, words) of all commands, except those that tests/launch compares with what is printed."""
   for path in PAGES:
     for line, language, _, text in reader.blocks(path):
       first = text.split(maxsplit=1)[0] if text.strip() else ""
@@ -107,7 +107,7 @@ def flag_values(module, words, monkeypatch):
   if hasattr(found, "__path__"):  # a package's command
     found = importlib.import_module(f"{module}.__main__")
   found.define_flags(values)
-  monkeypatch.setattr(sys, "argv", words)  # where `config_flags` looks for what is overridden
+  monkeypatch.setattr(sys, "argv", words)  # where `config_flags` looks for overrides
   values(words)
   return values
 
@@ -137,7 +137,7 @@ def check(words, monkeypatch):
     values = flag_values(module, [module, *given], monkeypatch)
     if "config" in values and values["config"].present:
       setup.config_file(values)
-      assert values.config.steps >= 0  # which reads the file and what is overridden
+      assert values.config.steps >= 0  # this reads the file and the overrides
     if module == "virl_jax.plan":
       topologies.parse(values.topology)
     for key, known in (("source", sources.SOURCES), ("benchmark", benchmarks.BENCHMARKS)):
@@ -188,12 +188,12 @@ RUNS = {path: [(marker, text) for _, _, marker, text in reader.blocks(path) if m
 
 
 def not_run(words):
-  """How the entry of `NOT_RUN` begins that a command belongs to, or None."""
+  """The key of `NOT_RUN` that a command begins with, or None."""
   return next((begin for begin in NOT_RUN if " ".join(words).startswith(begin)), None)
 
 
 def test_what_no_test_runs_is_known():
-  """Each command is in a marked block, or in the table; the table has none but such."""
+  """Each command is in a marked block or in the table, and the table has no others."""
   found = set()
   for path in PAGES:
     for line, language, marker, text in reader.blocks(path):
@@ -206,7 +206,7 @@ def test_what_no_test_runs_is_known():
 
 
 def small_files(folder):
-  """What the pages' commands read, small."""
+  """Writes small files that the pages' commands read."""
   for name in ("mine", "RAW/images"):
     (folder / name).mkdir(parents=True)
   for i in range(8):
@@ -247,7 +247,7 @@ def marked(path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """One folder for all pages, in which README's tiny run and its evaluation are done."""
+  """One folder for all pages, in which README's tiny run and its evaluation have been done."""
   folder = small_files(tmp_path_factory.mktemp("pages"))
   for name in ("configs", "docs", "launch"):
     (folder / name).symlink_to(ROOT / name)
@@ -261,7 +261,7 @@ def place(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path, found in RUNS.items() if found], ids=lambda p: p.stem)
 def test_marked_blocks_run(path, place):
-  """Each page finds what README's tiny run has left, and each block what those before it have."""
+  """Each page finds what README's tiny run has left, and each block what the blocks before it have left."""
   for words in marked(path):
     run(words, place)
 
@@ -375,7 +375,7 @@ def test_a_knob_without_words_of_its_own_is_seen(monkeypatch):
 
 
 def spoken():
-  """All texts of the package in one: f-strings without what is put into them."""
+  """All string literals of the package as one text; f-strings without their values."""
   found = []
   for path in (ROOT / "virl_jax").rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
@@ -387,7 +387,7 @@ def spoken():
 
 
 def test_messages_on_the_page_of_troubles_are_ours():
-  """Of headings in the first part, which is about our own messages."""
+  """The headings of the page's first part, which is about our own messages."""
   text = (ROOT / "docs" / "troubleshooting.md").read_text().partition("\n## Messages of others")[0]
   titles, ours = re.findall(r"^### `(.+)`$", text, re.MULTILINE), spoken()
   assert len(titles) > 15

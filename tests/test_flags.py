@@ -33,7 +33,7 @@ def test_the_commands_are_these():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_ctrl_c_is_heard_before_the_slow_imports(name):
-  """First of all, and not where another program imports the command."""
+  """Signals are installed first of all, but not where another program imports the command."""
   first, *_ = [node for node in ast.parse((ROOT / "virl_jax" / f"{name}.py").read_text()).body
                if not isinstance(node, ast.Expr) and ast.unparse(node) != "from __future__ import annotations"]
   assert ast.unparse(first) == "\n    ".join((
@@ -54,7 +54,7 @@ def test_each_takes_its_flags(name, monkeypatch):
   monkeypatch.chdir(ROOT)
   values = flags.FlagValues()
   importlib.import_module(f"virl_jax.{name}").define_flags(values)
-  monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name]])  # where `config_flags` looks for what is overridden
+  monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name]])  # where `config_flags` looks for overrides
   values(sys.argv)
   assert name in ("ask", "plan", "curate", "evaluate") or values.workdir == "w"
   if name == "train":

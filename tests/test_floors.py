@@ -1,4 +1,4 @@
-"""The house stands on its floors: a file imports only from lower ones."""
+"""A file imports only from lower floors of the package."""
 
 import ast
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "virl_jax"
-# The first entry that begins a module's path gives its floor.
+# A module's floor is that of the first entry that its path begins with.
 FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "checks config shapes types data.exact data.official data.tables "
     "data.order eval.outcome learner.pooled model.hf "

@@ -1,4 +1,4 @@
-"""The launch script, with a stand-in for Python that says how it was called."""
+"""launch/local.sh, with a stand-in for Python that prints how it was called."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""The bugs of benchmarks/mutants.py can be planted: their lines are still there, and so are the tests that mirror."""
+"""The bugs of benchmarks/mutants.py can be planted: their lines and the tests that should find them are there."""
 
 import pathlib
 import runpy
@@ -26,7 +26,7 @@ def test_every_bug_can_be_planted(mutants, tmp_path):
     whole = (ROOT / "virl_jax" / mutant.file).read_text()
     file.write_text(whole)
     mutants["plant"](mutant, tmp_path)
-    compile(file.read_text(), mutant.file, "exec")  # a bug, not a slip of the pen
+    compile(file.read_text(), mutant.file, "exec")  # a bug, not a syntax error
     assert file.read_text() != whole
     assert all((ROOT / test).is_file() for test in mutant.tests), mutant.tests
   with pytest.raises(ValueError, match="rl/loss.py must hold 'no such line' once. Received: 0 times"):

@@ -1,6 +1,6 @@
 """The notebooks: what each begins with, and that it runs from top to bottom on a CPU and shows what it promises.
 
-A run takes the notebook as it is but for the cell tagged `parameters`, behind which another sets the sizes of `RUNS`.
+A run takes the notebook as it is, but adds a cell after the one tagged `parameters`, which sets the sizes of `RUNS`.
 """
 
 import ast
@@ -30,7 +30,7 @@ FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MOST_LINES = 18  # of a cell, without imports
 
-# Of each: smaller sizes, and how many pictures and pages it shows at least.
+# For each notebook: smaller sizes, and the fewest pictures and pages that it shows.
 _TINY = {"PROMPTS": 4, "GROUP": 2, "STEPS": 1}
 RUNS = {
     "curate": (_TINY | {"GOOD": 20, "WITH_ZOOM": 4, "WITHOUT": 2}, 4),
@@ -55,7 +55,7 @@ def read(path):
 
 
 def plain(source):
-  """A cell's Python, without what only IPython understands, which stands where a statement could."""
+  """A cell's Python, without the lines that only IPython understands, each of which is in place of a statement."""
   if source.startswith("%%bash"):
     return ""
   return re.sub(r"(?m)^(\s*)[!%].*$", r"\1pass", source)
@@ -107,7 +107,7 @@ def test_sizes_of_a_run_are_parameters(path):
 
 
 def missing(sources):
-  """What cells take of this package's modules that these don't have."""
+  """Names that cells use of this package's modules and that these don't have."""
   trees = [ast.parse(plain(source)) for source in sources]
   modules = {alias.asname or alias.name: importlib.import_module(f"{node.module}.{alias.name}")
              for tree in trees for node in ast.walk(tree)
@@ -150,7 +150,7 @@ def test_badges_take_the_address_from_one_place(badges):
 @pytest.mark.parametrize("backend, trained, frozen", [
     ("cpu", 198_656, 1_738_752), ("gpu", 29_933_568, 3_754_622_976), ("tpu", 29_933_568, 3_754_622_976)])
 def test_the_device_chooses_a_configuration_that_holds(backend, trained, frozen, monkeypatch):
-  """The cells of `lora` up to the count, as they run on each device, but for the download and the weights."""
+  """The cells of `lora` up to the count, as they run on each device, without the download and the weights."""
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: f"weights/{name.split('/')[1]}")
@@ -170,7 +170,7 @@ def test_the_device_chooses_a_configuration_that_holds(backend, trained, frozen,
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, monkeypatch, tmp_path):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  # Of the kernel, and of the commands that it starts.
+  # The environment of the kernel, and of the commands that it starts.
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
   sizes, pictures = RUNS[path.stem]

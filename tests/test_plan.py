@@ -1,4 +1,4 @@
-"""Compiling for a machine: what is said of each program, that nothing is gathered whole, and what is proposed."""
+"""Compiling for a machine: the figures of each program, that nothing is gathered whole, and what is proposed."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def test_what_is_said(rows):
 
 @pytest.mark.slow
 def test_what_waits_on_the_host_is_not_the_device_s(of_small, rows):
-  """Moments and reference, in the programs and among what there is."""
+  """Moments and reference, in the programs' figures and in `kinds`."""
   devices = topologies.devices(CPU)
   c = made(learner__offload=("optimizer", "reference"), loss__kl_coef=0.1)
   row = plan.compiled(c, CPU, devices, "update")
@@ -92,18 +92,18 @@ def test_every_recipe_compiles_for_a_mesh(of_small, changes):
 
 
 def test_nothing_is_gathered_whole(rows, small):
-  """No more at once than a parameter: neither the batch, nor images, nor the cache, nor logits."""
+  """No collective is larger than a parameter: neither the batch, nor images, the cache or logits are gathered."""
   biggest = max(a.size * a.dtype.itemsize for a in jax.tree.leaves(family.abstract_params(small.cfg)))
   for name, row in rows["programs"].items():
     assert row["largest_gib"] * plan.GIB <= biggest, name
-  for name in ("prefill", "append", "decode", "restart"):  # each device has what it wants
+  for name in ("prefill", "append", "decode", "restart"):  # each device has all that it needs
     kept = {k: v for k, v in rows["programs"][name]["collectives"].items() if k != "all-reduce"}
     assert sum(kept.values()) * plan.GIB < 4096, (name, kept)
 
 
 @pytest.mark.slow
 def test_the_tower_comes_once_for_all_parts_of_the_pictures(of_small, rows):
-  """And so does its gradient go."""
+  """And its gradient is reduced once."""
   c = made(model__patches_together=16, model__gather_vision=True)
   row = plan.compiled(c, CPU, topologies.devices(CPU), "update")
   assert row.ok, row.error
@@ -139,7 +139,7 @@ def test_what_does_not_divide_is_said(of_small, changes, said):
 
 
 def stand_in(monkeypatch, fits):
-  """Compilers that know by the configuration what fits."""
+  """A stand-in for the compiler, which decides by the configuration what fits."""
   asked = []
 
   def compiled(c, topology, devices, name):
@@ -182,7 +182,7 @@ def test_what_waits_beside_a_program_counts(rows, of_small):
   state = kinds["parameters"] + kinds["optimizer"]
   assert of["update"]["waiting_gib"] < 0.2 * kinds["batch"]  # there is one minibatch and no reference
   assert of["append"]["waiting_gib"] == pytest.approx(state, rel=0.05)
-  assert state < of["decode"]["waiting_gib"] < state + kinds["rollout weights"]  # it has no use for the tower
+  assert state < of["decode"]["waiting_gib"] < state + kinds["rollout weights"]  # decoding does not need the tower
   assert of["score"]["waiting_gib"] > kinds["optimizer"]  # a single update computes log-probabilities itself
   assert of["restart"]["waiting_gib"] == pytest.approx(state + kinds["rollout weights"], rel=0.05)
   small_chip = lambda gib: dataclasses.replace(CPU, chip=dataclasses.replace(CPU.chip, memory_gib=gib))
@@ -192,7 +192,7 @@ def test_what_waits_beside_a_program_counts(rows, of_small):
 
 
 def test_all_minibatches_wait_for_an_update(of_small):
-  """They lie on the device together: scoring goes over all of them before the first update."""
+  """All are on the device at the same time: they are scored before the first update."""
   found = []
   for minibatches in (1, 2):
     c = made(ppo__minibatches=minibatches, rollout__prompts=8 * minibatches)  # of the same size
@@ -203,7 +203,7 @@ def test_all_minibatches_wait_for_an_update(of_small):
 
 
 def test_training_is_refused_where_it_does_not_fit_before_weights_are_loaded(small, of_small, monkeypatch, tmp_path):
-  """With what fits, compiled; and not at all where the backend does not say what it has, as here."""
+  """The refusal proposes what was compiled and fits; nothing is refused if the backend reports no memory, as here."""
   c = made()
   p = setup.assemble(c, small.cfg, None, "")
   plan.check(c, p)

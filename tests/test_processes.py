@@ -22,7 +22,7 @@ SMALL = ("--config.rollout.prompts=4", "--config.rollout.group_size=4", "--confi
          "--config.rollout.max_rounds=2", "--config.engine.slots=8", "--config.eval.tasks=6",
          "--config.log.tensorboard=False", "--config.ppo.minibatches=2", "--config.log.gallery_every=1",
          "--config.mesh.fsdp=2", "--config.checkpoint.every=2")
-# What a process sees of how rows lie on devices, and not of what is computed.
+# Metrics that depend on how rows are split over devices, but not on what is computed.
 OF_THE_LAYOUT = (*log_lib.MEASURED, "tokens/padding_share", "rollout/slot_use", "rollout/weights_gib")
 
 
@@ -33,7 +33,7 @@ def env(tmp_path_factory):
 
 
 class Run:
-  """The processes of a run, and what they have said, each by itself."""
+  """The processes of a run, and the output of each."""
 
   def __init__(self, env, workdir, processes, devices, *more, port=None, only=None, each=None,
                command="train"):
@@ -189,7 +189,7 @@ def test_when_one_is_killed_none_hangs(env, tmp_path):
 
 
 def test_what_they_were_given_must_be_alike(env, tmp_path):
-  """And the one that knows says it; none waits for the others for ever."""
+  """The process that knows reports it, and none waits for the others for ever."""
   workdir = tmp_path / "odd"
   run = Run(env, workdir, 2, 1, each=lambda i: [f"--config.seed={i}"])
   assert run.wait(120) == [1, 1]
@@ -217,7 +217,7 @@ def test_prompts_must_be_shared_out_evenly(env, tmp_path):
 
 @pytest.mark.parametrize("only", [[1], [0]])
 def test_who_waits_in_vain_says_for_whom(env, tmp_path, only):
-  """The coordinator that does not answer, or the process that never comes."""
+  """For a coordinator that does not answer, or for a process that never comes."""
   run = Run(env, tmp_path / "missing", 2, 1, "--join_timeout_s=3", port=1 if only == [1] else None, only=only)
   (code,) = run.wait(120)
   said = run.said(only[0])
@@ -237,7 +237,7 @@ def test_flags_that_make_no_sense(env, tmp_path, more, said):
 
 @pytest.mark.slow
 def test_examples_are_shared_out_and_teach_the_same(env, tmp_path):
-  """One of them can't be used, which only one of two processes sees; the others last for three steps."""
+  """One demonstration can't be used, which only one of two processes sees; the others last for three steps."""
   data = pathlib.Path(recorded.write(tmp_path / "data", 25))
   lines = [json.loads(text) for text in data.read_text().splitlines()]
   recorded.save(data, [recorded.line(i, f"{i}.png", (90, 90, 95, 95)) if i == 5 else line

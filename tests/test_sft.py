@@ -87,7 +87,7 @@ def test_it_belongs_to_its_demonstrations(whole, tmp_path):
 
 
 def test_reward_goes_on_from_what_comes_out(whole, tmp_path):
-  """As docs/sft.md has it: export, and train from there."""
+  """As in docs/sft.md: export, and train from there."""
   assert export.export(str(whole[1]), str(tmp_path / "hf"), None, "float32") == 4
   c = config(whole[0])
   c.model.path = str(tmp_path / "hf")
@@ -106,7 +106,7 @@ def test_adapters_learn_by_example(tmp_path):
 
 
 def test_a_configuration_of_rollouts_will_do(tmp_path):
-  """What it says of rewards, groups and references has no say, and what nobody is asked need not be there."""
+  """Its rewards, groups and references play no part, and without an evaluation its records need not exist."""
   c = config(recorded.write(tmp_path / "data", 3))
   c.advantage.kind, c.loss.kl_coef, c.loss.kl_in_reward, c.loss.kl_estimator = "gae", 0.1, True, "k1"
   c.learner.offload, c.ppo.epochs, c.data.source = ("reference",), 2, "jsonl"

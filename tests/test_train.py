@@ -160,7 +160,7 @@ app.run(train.main)
 
 @pytest.mark.slow
 def test_a_judge_is_asked_once_and_a_run_that_goes_on_is_told_the_same(places):
-  """Whatever it says later: what a killed run was told stands in its workdir."""
+  """Whatever the judge says later: the verdicts that a killed run was given are in its workdir."""
   def speak(yes):
     return lambda body: yes(hashlib.blake2b(body["messages"][0]["content"].encode()).digest()[0])
 
@@ -183,7 +183,7 @@ def test_a_judge_is_asked_once_and_a_run_that_goes_on_is_told_the_same(places):
   lines = [line for file in kept for line in file.read_text().splitlines()]
   keys = {json.loads(line)["key"] for line in lines}
   assert len(keys) == len(lines) > 10
-  server = judging.Server(speak(lambda byte: "no"))  # another mind, at another address
+  server = judging.Server(speak(lambda byte: "no"))  # another judge, at another address
   try:
     run = _start(places, workdirs[1], *options, f"--config.judge.url={server.url}")
     out, _ = run.communicate(timeout=600)
@@ -200,7 +200,7 @@ def test_a_judge_is_asked_once_and_a_run_that_goes_on_is_told_the_same(places):
 
 @pytest.mark.slow
 def test_whatever_ends_it_the_finished_steps_are_saved(places, six_steps):
-  """An error in the loop, then SIGTERM, with no checkpoint due: the run ends as if nothing had been."""
+  """An error in the loop, then SIGTERM, with no checkpoint due: the run ends as if neither had happened."""
   workdir = places[0] / "ended"
   options = [*(o for o in SMALL if "checkpoint" not in o), "--config.checkpoint.every=0", "--config.steps=6"]
   run = subprocess.run([sys.executable, "-c", FAULTY, "--config=configs/tiny.py", f"--workdir={workdir}", *options],
@@ -229,7 +229,7 @@ def test_an_alarm_can_end_a_run_and_the_run_can_go_on(places):
   alarming = ("--config.steps=3", "--config.eval.tasks=0", "--config.checkpoint.every=50", "--config.monitor.window=1",
               "--config.monitor.entropy_nats=9.0")
   small = [option for option in SMALL if "eval.tasks" not in option and "checkpoint" not in option]
-  for attempt in range(2):  # the second finds that the run has ended
+  for attempt in range(2):  # the second finds that the alarm has ended the run
     run = _start(places, workdir, *small, *alarming, "--config.monitor.stop=('entropy_collapse',)")
     out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, out
@@ -272,7 +272,7 @@ app.run(train.main)
 
 @pytest.mark.slow
 def test_a_bad_batch_passes_by_and_the_run_can_be_resumed(places):
-  """Resumed after it, or before it: the same lines to the last bit."""
+  """Resumed after the bad batch or before it: the same lines to the last bit."""
   small = [option for option in SMALL if "eval.tasks" not in option]
   options = (*small, "--config.eval.tasks=0", "--config.ppo.minibatches=2", "--config.optim.skip_above=50.0",
              "--config.optim.skip_window=2")
@@ -317,7 +317,7 @@ def test_a_run_goes_on_with_changes_on_purpose(places):
 
 @pytest.mark.slow
 def test_the_rivals_train_and_go_on(places):
-  """A critic, CISPO, and an adaptive KL in the reward: what they carry from step to step is in the checkpoint."""
+  """A critic, CISPO, and an adaptive KL in the reward: their state is in the checkpoint."""
   rivals = ("--config.advantage.kind=gae", "--config.credit.scope=call", "--config.loss.kind=cispo",
             "--config.loss.kl_coef=0.05", "--config.loss.kl_in_reward=True", "--config.loss.kl_estimator=k1",
             "--config.loss.kl_target=0.001",
@@ -332,13 +332,13 @@ def test_the_rivals_train_and_go_on(places):
   first, second = _steps(places[0] / "rivals")
   assert first["critic/loss"] > 0 and first["critic/explained"] == pytest.approx(0, abs=0.3), "it knew nothing"
   assert first["loss/kl_coef"] == pytest.approx(0.05)
-  # All below the target: 4 * 4 trajectories of a horizon of 100, a fifth at most.
+  # All below the target: the coefficient falls by at most a fifth of 4 * 4 trajectories over a horizon of 100.
   assert first["loss/kl"] < 0.0008 and second["loss/kl_coef"] == pytest.approx(0.05 * (1 - 0.2 * 16 / 100))
 
 
 @pytest.mark.slow
 def test_adapters_train_go_on_and_come_out(places, tmp_path):
-  """What is saved is theirs alone; what goes on is the run that was; both ways out hold the policy."""
+  """Only adapters are saved; a resumed run is the same run; both forms of export hold the policy."""
   lora = (*SMALL, "--config.lora.rank=4", "--config.optim.learning_rate=2e-3", "--config.loss.kl_coef=0.01")
   whole, halves = places[0] / "lora", places[0] / "lora_in_two"
   for workdir, steps in ((whole, 3), (halves, 2), (halves, 3)):
@@ -366,7 +366,7 @@ def test_adapters_train_go_on_and_come_out(places, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(places, six_steps, bucket, tmp_path):
-  """Stopped and started again, with real clients of a bucket that can neither append nor rename; and exported."""
+  """Stopped, started again and exported, with real clients of a bucket that can neither append nor rename."""
   workdir, places = "gs://my-bucket/runs/tiny", (places[0], dict(os.environ, **{
       name: places[1][name] for name in ("JAX_PLATFORMS", "VIRL_JAX_CACHE", "PYTHONUNBUFFERED")}))
   lines = lambda: [json.loads(line) for line in bucket.files("runs/tiny").get("metrics.jsonl", b"").splitlines()]
@@ -458,7 +458,7 @@ def test_an_empty_data_set_is_named(tmp_path):
 
 
 def _photos(folder, long=()):
-  """Twelve records of a grey picture each, of which some ask at length."""
+  """Twelve records with a grey picture each, some with long questions."""
   lines = []
   for i in range(12):
     PIL.Image.new("RGB", (120, 90), (20 * i, 90, 90)).save(folder / f"{i}.png")
@@ -489,7 +489,7 @@ def test_what_does_not_fit_is_asked_neither_in_training_nor_before(tmp_path, mon
   said = capsys.readouterr().out
   for uid in long:
     assert f"skipped {uid}: its prompt must leave room for a turn: at most 224 tokens" in said
-  # A process that goes on counts on.
+  # A process that goes on continues the count.
   feeds, feed = [], train.batches.Feed
   monkeypatch.setattr(train.batches, "Feed", lambda *args: feeds.append(feed(*args)) or feeds[-1])
   monkeypatch.setattr(checkpoint.Checkpoints, "resume", lambda self, state: (1, state))

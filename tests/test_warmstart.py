@@ -76,7 +76,7 @@ def test_going_on_from_a_base(tmp_path):
   recipe = json.loads((out / "RECIPE.json").read_text())
   assert recipe["warmstart"]["base"] == "@tiny" and "--out=HF_DIR" in recipe["command"]
   assert 0.2 < recipe["final_nll_nats"] < 2.0  # a base that knows nothing has about 6
-  # The folder beside it belongs to this recipe.
+  # Its work folder belongs to this recipe.
   other = run(out, "--config.warmstart.steps=3", "--config.warmstart.p_direct=0.5")
   assert other.returncode == 1 and "warmstart.steps: 2 there, 3 now" in other.stderr, other.stderr
   assert "Traceback" not in other.stderr
@@ -100,7 +100,8 @@ def test_what_cannot_be_is_said(tmp_path, key, value, said):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_saves_what_is_learned(tmp_path, number, status):
-  """To the whole group, as a terminal's Ctrl-C: the workers, which have the pipe too, end with it and say nothing."""
+  """A signal to the whole group, as a terminal's Ctrl-C: the workers, which share the pipe, end too, and print nothing.
+  """
   options = ("--config.warmstart.steps=60", "--config.warmstart.save_every=0")
   process = subprocess.Popen(command(tmp_path / "base", *options), cwd=ROOT, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True, start_new_session=True)

@@ -1,4 +1,4 @@
-"""What train.py hands to whom: the pieces are stand-ins that write down what they get."""
+"""What train.py passes to which piece: the pieces are stand-ins that note their arguments."""
 
 import types as std_types
 
@@ -37,7 +37,7 @@ def finished(task, index=0):
 
 
 def stage(monkeypatch, failing=()):
-  """A run of four steps in which no model is used: its configuration, and what each piece is given, in order.
+  """A run of four steps without a model: its configuration, and what each piece is given, in order.
 
   Args:
     failing: the updates, counted from 0 over the run, that are not finite.
@@ -122,13 +122,13 @@ def test_everything_gets_what_it_should(played):
            for split in ("train", "test")}
   assert not names["train"] & names["test"]
 
-  # The base before, what training made of it after, on the same tasks with the same luck; of the test split.
+  # The base before and the trained policy after, on the same tasks of the test split with the same key.
   assert played.judges == [("", "run")] * (2 + STEPS), "evaluations and steps have the same judge"
   (before, asked, key), (after, again, key_again) = played.evaluated
   assert before == 100.5 and after == 100.5 + STEPS * EPOCHS * MINIBATCHES  # in the layout of rollouts
   assert asked == again and key == key_again and len(asked) == 8 and set(asked) <= names["test"]
 
-  # Each step rolls out with the policy as it is, on training tasks of its own, with a key of its own.
+  # Each step rolls out with the policy as it then is, on its own training tasks, with its own key.
   assert [p for p, *_ in played.rolled] == [100.5 + s * EPOCHS * MINIBATCHES for s in range(STEPS)]
   assert all(set(tasks) <= names["train"] and len(tasks) == PROMPTS for _, tasks, *_ in played.rolled)
   assert len({tasks for _, tasks, *_ in played.rolled}) == STEPS
@@ -137,7 +137,7 @@ def test_everything_gets_what_it_should(played):
   assert key not in {k for *_, k, _, _ in played.rolled}
   assert {(g, tries) for *_, g, tries in played.rolled} == {(G, 2)}
 
-  # Further tries are other tasks, and others in each step.
+  # Resampling draws other tasks, and others in each step.
   drawn = [tasks for tries in played.further.values() for tasks in tries] + [tasks for _, tasks, *_ in played.rolled]
   assert len(set(drawn)) == 3 * STEPS and all(set(tasks) <= names["train"] for tasks in drawn)
 
@@ -153,7 +153,7 @@ def test_everything_gets_what_it_should(played):
     assert sorted(rows) == sorted((uid, i * G + g) for i, uid in enumerate(played.rolled[step][1]) for g in range(G))
     each = EPOCHS * MINIBATCHES
     assert played.updates[step * each:(step + 1) * each] == EPOCHS * list(batches), "every minibatch, every epoch"
-    # The limit to gradients follows from the steps before, and is the step's.
+    # The limit of gradients follows from the steps before, and is the same in a step's updates.
     assert [(type(v), v) for v in played.limits[step * each:(step + 1) * each]] == each * [
         (np.float32, 6.0 if step else np.inf)]
 
@@ -179,7 +179,7 @@ def test_a_run_that_is_stuck_ends_saved_and_the_same_command_goes_on(tmp_path, m
 
 
 def test_what_it_took(played, tmp_path):
-  """Of each step the pace, and where all time went, in the order that it went in."""
+  """The pace of each step, and what all time was spent on, in order."""
   for line in log.read(str(tmp_path / "run" / "metrics.jsonl")):
     assert line["tokens/total"] == PROMPTS * G * 6 and line["tokens/context"] == 3.5 and line["patches/total"] == 0
     seconds = sum(line[f"time/{phase}_s"] for phase in pace.PHASES)

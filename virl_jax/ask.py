@@ -5,7 +5,7 @@
     python -m virl_jax.ask --model=runs/v7b --serve --port=7860
 
 The reasoning is printed while it is sampled; each zoom says which region it is about, in pixels of the original, and
-what came back.  --out is a page with the picture, its boxes, the crops and all words, which needs nothing beside it.
+what came back.  --out is a page with the picture, its boxes, the crops and all text, in one file.
 
 --model and --config are those of `evaluate`: a run's folder, whose own configuration says how it is asked, or an HF
 folder.  --serve is for this machine alone unless --host says otherwise; docs/ask.md has what it refuses.
@@ -41,7 +41,7 @@ from virl_jax.run import files
 from virl_jax.run import setup
 
 _PAGE_ROOM = 32_000_000  # characters of a page: more than one trajectory can have
-_SEGMENT_TOKENS = 8  # that are sampled between two looks at what there is to tell
+_SEGMENT_TOKENS = 8  # sampled before the host looks again, and prints them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Asked:
 
   Attributes:
     policy: everything but the parameters.
-    params: as rollouts want them.
+    params: as `sample.weights` gives them.
     temperature: 0 is greedy.
     seed: of the sampling.
   """
@@ -64,7 +64,7 @@ class Asked:
     """Asks a question.
 
     Args:
-      task: its picture as bytes or decoded.
+      task: the question, with its picture as bytes or decoded.
       tell: called with what happens; see `told`.
 
     Raises:
@@ -96,7 +96,7 @@ def ask(asked: Callable, task: types.Task, out: str | None = None, stream=None) 
 
   Args:
     asked: such as `load` gives.
-    task: its picture decoded.
+    task: the question, with its picture decoded.
     out: path of a page, or None.
     stream: where to print; None is standard output.
 
@@ -110,7 +110,7 @@ def ask(asked: Callable, task: types.Task, out: str | None = None, stream=None) 
 
 
 def page(traj: types.Trajectory) -> str:
-  """One trajectory as a page that needs nothing beside it, in the report's style; its task's picture is decoded."""
+  """One trajectory as a page in one file, in the report's style; its task's picture must be decoded."""
   shown = page_lib.Shown(_PAGE_ROOM)
   shown.add(gallery.entry(traj, traj.task.image, None, None, None, None, None, None), "")
   looks = len(traj.regions)
@@ -176,7 +176,7 @@ def serve(asked: Asked, model: str, cfg: site.Config, waiting: int = 16) -> None
     asked: the policy.
     model: what it is called on the page.
     cfg: address and limits.
-    waiting: questions at a time, the one that is answered included.
+    waiting: most questions in the queue, with the one that is being answered.
 
   Raises:
     ValueError: the address cannot be used.
@@ -229,7 +229,7 @@ def main(argv):
                         args.upload_megapixels * 10 ** 6)
       serve(load(args.model, args.config, args.temperature, args.seed), args.model, cfg, args.waiting)
       return
-    picture = images.decode(args.image)  # before what takes long
+    picture = images.decode(args.image)  # a bad picture is refused before the weights are loaded
     task = types.Task(args.image, picture, args.question, options=tuple(args.options) or None, kind="asked")
     ask(load(args.model, args.config, args.temperature, args.seed), task, args.out)
 

@@ -22,8 +22,8 @@ def real(low: float = -math.inf, high: float = math.inf, *, above: float | None 
 
   Args:
     low, high: the least and the most.
-    above, below: bounds that are themselves out of range.
-    wanted: in words, where the bounds by themselves say too little.
+    above, below: exclusive bounds.
+    wanted: in words, where the bounds alone say too little.
   """
   def test(v) -> bool:
     return (isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v) and low <= v <= high
@@ -56,13 +56,13 @@ def need(ok: bool, key: str, wanted: str, got) -> None:
   """Raises the error about a value.
 
   Args:
-    ok: whether it will do.
+    ok: whether the value is valid.
     key: of the configuration, dotted.
     wanted: in words.
     got: the value.
 
   Raises:
-    ValueError: unless it will do.
+    ValueError: it is not valid.
   """
   if not ok:
     raise ValueError(f"config.{key} must be {wanted}. Received: {got!r}")
@@ -73,7 +73,7 @@ def section(values: Mapping[str, object], name: str, **rules: Rule) -> None:
 
   Args:
     values: by key; `vars(self)` of a frozen configuration, or a section of the whole.
-    name: of the section; "" for what stands in none.
+    name: of the section; "" for knobs outside sections.
     **rules: by key.
 
   Raises:

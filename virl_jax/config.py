@@ -31,7 +31,7 @@ RENAMED = {
     **{f"curate.endpoint.{name}": (f"endpoint.{name}",)
        for name in ("model", "timeout_s", "wait_s", "patience_s", "in_flight")},
 }
-# Knobs that were taken out, each with the one value that today's code stands for.
+# Knobs that were taken out, each with the only value that today's code still supports.
 REMOVED: dict[str, object] = {}
 
 
@@ -268,7 +268,7 @@ def _knobs() -> ConfigDict:
 
   c.judge = j = ConfigDict()       # a language model that is asked, in a run's steps and evaluations, whether answers
                                    #   that no rule takes for right mean what a reference says; see docs/data.md
-  j.model = ""                     # as its endpoint names it; "" for none, which is how it stands [ours]
+  j.model = ""                     # as its endpoint names it; "" for no judge [ours]
   j.url = free("")                 # of an OpenAI-compatible endpoint, http://HOST:PORT/v1 [ours]
   j.rules = ("exact",)             # tasks without options whose answers it is asked about: their rules [ours]
   j.timeout_s = free(60.0)         # for a verdict [ours]
@@ -381,10 +381,10 @@ def from_json(text: str, where: str = "config.json") -> ConfigDict:
 
   Args:
     text: what a workdir's config.json holds.
-    where: named in errors.
+    where: the name of the text in errors.
 
   Raises:
-    ValueError: if it is no JSON, or has keys, types or a way of training that no configuration has.
+    ValueError: if it is not JSON, or has keys, types or values that this version does not know.
   """
   try:
     found = translate(_tuples(json.loads(text)))
@@ -402,10 +402,10 @@ def translate(tree: dict) -> dict:
   """A configuration of an older version, under today's names.
 
   Args:
-    tree: nested; what stands there under today's name wins over what is translated to it.
+    tree: nested; a value under today's name wins over one that is translated to it.
 
   Returns:
-    Nested.  A knob that was taken out is left out, unless it held another value than today's code stands for.
+    Nested.  Knobs of `REMOVED` are left out, unless they hold a value that is not supported any more.
   """
   new = {}
   for key, value in flat(tree).items():

@@ -1,4 +1,4 @@
-"""Makes sets of tasks of raw downloads, and smaller ones of those whose tasks need looking.
+"""Makes sets of tasks from raw downloads, and from those smaller sets of the tasks that need a zoom.
 
     python -m virl_jax.curate build --source=gqa --data=RAW --out=SETS
     python -m virl_jax.curate build --source=gqa,textvqa --data=RAW/gqa,RAW/textvqa --boxes_from=RAW/visual_cot \\
@@ -18,7 +18,7 @@ Then
 
 drops what needs no zoom, is hopeless, already solved, a near-duplicate or on a benchmark's picture: by rules, and by
 what a policy says, with zooms and without.  It leaves sets for training, lists of what was kept and of what was dropped
-and why, and report.html; see docs/curation.md.  It, too, goes on where it was.
+and why, and report.html; see docs/curation.md.  It can be interrupted and started again as well.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from virl_jax.run import load
 from virl_jax.run import setup
 from virl_jax.run import signals
 
-_FACTOR = 28  # what Qwen2.5-VL's shown pictures are multiples of, where no model is read
+_FACTOR = 28  # pixels; sides of pictures that Qwen2.5-VL is shown are multiples of it.  For when no model is read
 
 
 def build(args: flags.FlagValues) -> None:
   """The sub-command `build`: each source after the other.
 
   Raises:
-    ValueError: a flag is missing or wrong, or a source failed; names all that did, when the others are done.
+    ValueError: a flag is missing or wrong, or sources failed; names all of these when the others are done.
   """
   for name in ("source", "data", "out"):
     if not getattr(args, name):
@@ -97,15 +97,15 @@ def curate(c: config_lib.ConfigDict, data: str, out: str, url: str = "", threads
   Args:
     c: thresholds, and the policy that is asked, with how prompts are worded and images shown.
     data: a set, or a folder of sets.
-    out: folder for what comes of it.
+    out: folder for the results.
     url: of an endpoint that is asked in place of the engine; "" for none.
-    threads: that read pictures; 0 for one a core.
+    threads: how many threads read pictures; 0 for one a core.
 
   Returns:
     What counts.json holds.
 
   Raises:
-    ValueError: something that is named is not there, or no task stays.
+    ValueError: a folder or file that is named does not exist, or no task is left.
     endpoint.Unreachable: the endpoint is gone.
   """
   s = setup.sections(c)

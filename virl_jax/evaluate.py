@@ -1,4 +1,4 @@
-"""Evaluates a policy on public benchmarks, or scores the predictions of any, by the rules that these are known by.
+"""Evaluates a policy on public benchmarks, or scores anyone's predictions, by each benchmark's official rule.
 
     python -m virl_jax.evaluate --model=runs/v7b --benchmark=vstar,hrbench4k --data=VSTAR,HR/hr_bench_4k.tsv --out=DIR
     python -m virl_jax.evaluate --endpoint=http://HOST:PORT/v1 --model=HF_DIR --benchmark=vstar --data=VSTAR --out=DIR
@@ -6,16 +6,17 @@
     python -m virl_jax.evaluate --score=result_direct_attributes.jsonl --benchmark=vstar
     python -m virl_jax.evaluate --compare A/vstar B/vstar [--out=DIR]
 
-Which benchmarks, layouts and files of predictions there are, and what rule each is scored by, is in docs/evaluation.md.
+docs/evaluation.md lists the benchmarks, their layouts, the files of predictions that can be read, and each rule.
 --data is each benchmark's own file or folder, in the order of --benchmark.
 
 --model is a run's folder, whose own configuration says how it is asked, or an HF folder, with --config=FILE for that.
 DIR/NAME/ then has meta.json, predictions.jsonl (raw text, boxes, seed), results.json, rows.jsonl and report.html.  Stop
 it at any time and give the same command again: it goes on, and ends as if it had not been stopped.
 
---endpoint has a server write the turns (vLLM, SGLang, ...); the loop, crops and rules stay ours.  Of --model, or else
-of --config's model.path, only the configuration, the shapes and the tokenizer are read then.  What the server gives no
-reply to is not evaluated and no wrong answer: it is counted and named, and the same command asks for it again.
+--endpoint has a server write the turns (vLLM, SGLang, ...); the loop, crops and rules stay ours.  Only the
+configuration, shapes and tokenizer of --model, or else of --config's model.path, are read then.  A question that the
+server gives no reply to counts as not evaluated, not as wrong: it is counted and named, and the same command asks it
+again.
 
 --score needs no model and looks at no picture; --data may be left out where the predictions hold their questions and
 references themselves.  With either, --judge=http://HOST:PORT/v1 --judge_model=NAME has a language model judge answers
@@ -62,7 +63,7 @@ from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
 _ZOOMS = {"on": (True,), "off": (False,), "both": (True, False)}
-# Those whose own rule is none that a judge could stand in for.
+# Benchmarks whose own rule leaves nothing to a judge.
 _WITHOUT_JUDGE = ("pope", "textvqa", "docvqa", "infographicsvqa")
 
 
@@ -74,7 +75,7 @@ def score(path: str, benchmark: str, data: str | None = None, judge: judge_model
     path: of the file; see `eval.predictions` for its layouts.
     benchmark: a key of `table.BENCHMARKS`.
     data: the benchmark's own file or folder; None where the predictions hold questions and references.
-    judge: whom to ask about answers that the rule does not take; None for nobody.
+    judge: whom to ask about answers that the rule does not accept; None for nobody.
 
   Returns:
     What the benchmark's `score` gives, under the name that was asked for; and what was read.
@@ -96,28 +97,28 @@ def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str
   """Asks a policy, and scores what it says.
 
   Args:
-    model: a run's folder, an HF folder, or "@tiny"; with an endpoint, of which only shapes and tokenizer are read, also
-      None for the `model.path` of `c`.
+    model: a run's folder, an HF folder, or "@tiny".  With an endpoint only its configuration, shapes and tokenizer are
+      read, and None is the `model.path` of `c`.
     benchmarks: keys of `table.BENCHMARKS`.
     data: the file or folder of each.
     out: folder for results; a folder for each benchmark in it.
     cfg: how it is asked.
     c: how prompts are worded and images shown, for an HF folder; None for the defaults.  A run has its own.
     how: how benchmarks are read.
-    limit: of each benchmark only so many tasks, the first; 0 for all.
+    limit: only the first so many tasks of each benchmark; 0 for all.
     zooms: "on", "off", or "both", one after the other.
-    options: "shuffled" by `how.seed`, "native", or "both", where a benchmark has the right one in a place of its own.
-    tables: which of `predictions.TABLES` to write, too.
-    judge: as for `score`; the summary is by the rules of the tasks all the same.
+    options: "shuffled" by `how.seed`, "native", or "both"; "native" may have the right one always in the same place.
+    tables: which of `predictions.TABLES` to write as well.
+    judge: as for `score`; "summary" goes by the tasks' rules even so.
     url: of an endpoint that is asked in place of the engine; "" for none.
     served: what the endpoint calls the model; "" for what `endpoint.model` of the configuration says.
 
   Returns:
     What each benchmark's `score` gives, for each way it was asked, with "summary" (`outcome.summary`) of the same
-    predictions and, where it was asked without zooms too, "zooming_gap" (`outcome.difference`), with less without.
+    predictions and, where it was asked without zooms too, "zooming_gap" (`outcome.difference`), with minus without.
 
   Raises:
-    ValueError: there is no such benchmark or model, or a folder has other predictions.
+    ValueError: there is no such benchmark or model, or a folder holds predictions made in another way.
     judge_model.Unreachable: the judge gives no reply; what the policy said is kept.
     endpoint.Unreachable: the endpoint gave no reply to some tasks, which are named; all else is written.
   """
@@ -174,7 +175,7 @@ def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str
         _tell(result, read)
         results.append(result)
         pages.append((folder, result, read, entries))
-      gap = {key: value for key, value in results[-1].items() if key == "zooming_gap"}  # which the first shows, too
+      gap = {key: value for key, value in results[-1].items() if key == "zooming_gap"}  # the page with zooms shows it
       hosts.first(lambda pages=pages, gap=gap: [
           _page(folder, result | gap, read, said) for folder, result, read, said in pages])
   _lost(url, lost)
@@ -185,7 +186,7 @@ def _lost(url: str, lost: Sequence[str]) -> None:
   """Ends an evaluation that is not whole.
 
   Raises:
-    endpoint.Unreachable: some are lost; names them.
+    endpoint.Unreachable: some questions are lost; names them.
   """
   if lost:
     raise endpoint_lib.Unreachable(
@@ -198,7 +199,7 @@ def compared(a: str, b: str, out: str | None) -> list[dict]:
 
   Args:
     a, b: folders that `evaluate` has written, of a benchmark or of several.
-    out: folder for comparison.json and comparison.html, in folders as `a` has them; None for none.
+    out: folder for comparison.json and comparison.html, in subfolders like those of `a`; None for none.
 
   Returns:
     What `compare.compare` gives for each.
@@ -247,7 +248,7 @@ def _usable(path: str, benchmark: str, how: rows_lib.How) -> rows_lib.Loaded:
 
 
 def _scored(benchmark: str, read: predictions.Read, judge: judge_model.Judge | None) -> dict:
-  """What predictions are worth, by the benchmark's rule or, where that does not take them, by a judge."""
+  """What predictions are worth, by the benchmark's rule or, where it does not accept them, by a judge."""
   if judge is None:
     return _figures(benchmark, read.loaded, read.predictions)
   _judgeable(benchmark)
@@ -259,7 +260,7 @@ def _scored(benchmark: str, read: predictions.Read, judge: judge_model.Judge | N
 
 
 def _figures(benchmark: str, loaded: rows_lib.Loaded, found: rows_lib.Predictions) -> dict:
-  """The benchmark's figures: over all samples (Avg@k), and where tasks have several, of what most of them say."""
+  """The benchmark's figures: over all samples (Avg@k) and, where tasks have several samples, of their majority."""
   it = named(benchmark)
   result = it.score(loaded, found) | {"benchmark": benchmark}
   sizes = [len(samples) for samples in found.values()]

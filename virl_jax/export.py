@@ -7,7 +7,7 @@
 Only the parameters are read.  Of a run that trained adapters, --out has them merged into the weights and rounded with
 them, and --adapters has them alone, as they are, in PEFT's format.  The tokenizer and chat template come from the base.
 preprocessor_config.json has the run's pixel limits, and generation_config.json what ends a turn and how the run's
-evaluation samples: a server shows the policy what it was trained on.
+evaluation samples, so that a server shows the policy pictures as in training and samples as the evaluation did.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
 
 Neither the machine nor the weights are needed: the model's shapes come from its folder, or from its name where there is
 no folder yet.  TPU topologies need the package libtpu, GPU ones the CUDA plugin (pip install 'virl-jax[plan]'); cpu:8
-needs nothing.  A compilation takes from seconds to many minutes, and one at a time is enough for a machine's memory.
+needs nothing.  A compilation takes from seconds to many minutes, and much memory: run one at a time.
 
-Where something does not fit, what would is looked for among a few overrides, each compiled before it is proposed.
+Where something does not fit, a few overrides are tried, and those are proposed that were compiled and fit.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class Row:
 
   Attributes:
     ok: whether it compiles and fits beside what waits.
-    peak_gib, arguments_gib, temporaries_gib: of the device's own memory, as the compiler has them.
+    peak_gib, arguments_gib, temporaries_gib: of the device's own memory, as the compiler reports them.
     waiting_gib: what else lies on the device meanwhile, such as the optimizer's state during a rollout.
     host_gib: of the host's pinned memory, for one device: what is offloaded.
-    collective_gib: received from other devices; loops whose length is not known beforehand count once: of `update` and
-      `score` a microbatch, of `decode` a token.
+    collective_gib: received from other devices.  A loop whose length the compiler does not know counts once, so that
+      `update` and `score` show one microbatch, and `decode` one token.
     largest_gib: of any one collective's result.
     collectives: `collective_gib` by kind.
     attention: which kernels it calls; empty for XLA's own products.
-    flops, bytes_read: of a turn of such a loop, on all devices and of a device's memory.
+    flops, bytes_read: of one pass of such a loop: operations of all devices, bytes of one device's memory.
     seconds, tokens_s, mfu: by the slowest of products, memory and links; None where speeds are not known.
     compile_s: how long it took.
     error: why it is not ok, or "".
@@ -112,19 +112,19 @@ def compiled(c: config_lib.ConfigDict, topology: topologies.Topology, devices: l
   Args:
     c: the configuration.
     topology: what it is compiled for.
-    devices: its stand-ins.
-    name: of `programs.NAMES`.
+    devices: of `topologies.devices`.
+    name: one of `programs.NAMES`.
 
   Raises:
     ValueError: the configuration does not fit the model or the devices.
   """
   p = setup.assemble(c, model_of(c), None, "", devices)
   began = time.perf_counter()
-  # Triton searches tiles by running them.
+  # To choose tiles Triton runs them, and the GPU is not here.
   options = {"xla_gpu_enable_triton_gemm": False} if topology.chip.platform == "gpu" and topology.shape else {}
   try:
     done = programs.lowered(c, p, name, programs.work(c))().compile(compiler_options=options)
-  except Exception as e:  # the compiler's verdict: a TPU's refuses what does not fit
+  except Exception as e:  # a TPU's compiler raises if the program does not fit
     return Row(False, compile_s=time.perf_counter() - began, error=_reason(e))
   held, text = done.memory_analysis(), done.as_text()
   traffic = hlo.traffic(text)
@@ -157,9 +157,9 @@ def peak_gib(held, platform: str) -> float:
     platform: what it is compiled for.
   """
   given = held.argument_size_in_bytes + held.temp_size_in_bytes
-  if platform == "cpu":  # which tells of less than there is
+  if platform == "cpu":  # its compiler reports too low a peak
     return given / GIB
-  # The compiler's peak is of all memories together.  What the program is given in the host's is there all the time.
+  # The compiler's peak is of all memories together, and arguments in the host's memory are there all the time.
   return min(held.peak_memory_in_bytes - held.host_argument_size_in_bytes,
              given + held.output_size_in_bytes - held.alias_size_in_bytes) / GIB
 
@@ -201,15 +201,15 @@ def plan(c: config_lib.ConfigDict, topology: topologies.Topology, names: tuple[s
 def check(c: config_lib.ConfigDict, p: setup.Pieces) -> None:
   """Refuses a configuration that does not fit the devices that are here, before any weights are loaded.
 
-  What lies on a device for certain is counted first, at no cost.  Then the update is compiled, as training would do
+  What is certain to lie on a device is counted first, at no cost.  Then the update is compiled, as training would do
   later.  Nothing is checked where the backend does not say how much memory there is, as a CPU's does not.
 
   Args:
     c: the configuration.
-    p: made of it.
+    p: its pieces.
 
   Raises:
-    ValueError: it does not fit; with what does, compiled.
+    ValueError: it does not fit; proposes overrides that were compiled and fit.
   """
   limit = memory.limit_gib(p.mesh.local_devices)
   if limit is None:
@@ -229,7 +229,7 @@ def _told(c, topology, devices, name: str, why: str) -> str:
   """A refusal, with what was compiled and fits."""
   print(f"{name} does not fit: {why}; looking for what does", flush=True)
   helps = " ".join(_helps(c, topology, devices, [name], _TRIES[name]))
-  # JAX takes three quarters of a GPU, if it is not told otherwise.
+  # JAX takes three quarters of a GPU's memory unless it is told otherwise.
   share = " (what XLA_PYTHON_CLIENT_MEM_FRACTION leaves)" if topology.chip.platform == "gpu" else ""
   room = f"{topology.name} of {topology.chip.memory_gib:.1f} GiB{share} each"
   return f"config must fit {room}; {name}: {why}. Try {helps}"
@@ -240,7 +240,7 @@ def _helps(c, topology, devices, failing: list[str], tries) -> list[str]:
   found, trial = {}, copy.deepcopy(c)
   for key, value in tries:
     section, _, knob = key.partition(".")
-    if isinstance(value, float):  # a share of what there is
+    if isinstance(value, float):  # a share of the knob's value
       value = int(trial[section][knob] * value)
     value = value(trial) if callable(value) else value
     if value == c[section][knob] or isinstance(value, int) and value < 1:
@@ -249,7 +249,7 @@ def _helps(c, topology, devices, failing: list[str], tries) -> list[str]:
     try:
       if all(compiled(trial, topology, devices, name).ok for name in failing):
         return [f"--config.{k}={v}" for k, v in found.items()]
-    except ValueError:  # the model's heads do not divide, say
+    except ValueError:  # such as heads that the devices do not divide
       trial[section][knob] = c[section][knob]
       found.pop(key)
   tried = ", ".join(f"{k}={v}" for k, v in found.items())

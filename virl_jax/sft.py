@@ -3,10 +3,10 @@
     python -m virl_jax.sft --config=configs/v7b.py --data=Mini-o3-Coldstart.json --workdir=runs/sft
     python -m virl_jax.sft --config=configs/tiny.py --data=runs/tiny --config.sft.least_reward=2.0
 
-A demonstration is a conversation out of a file (Mini-o3's, ShareGPT's) or a rollout of a run.  It is said again in our
-protocol and answered by our own zoom (`rollout.replay`), packed as rollouts are, and learned token by token where the
-assistant speaks.  The workdir is as `train` leaves one; it stops, goes on and joins processes as that does.
-docs/sft.md has the formats, what is left out, and how RL goes on from what comes out.
+A demonstration is a conversation out of a file (Mini-o3's, ShareGPT's) or a rollout of a run.  `rollout.replay` writes
+it again in our protocol, with crops that our own zoom cuts; it is packed as rollouts are, and the assistant's tokens
+are learned.  The workdir is as `train` leaves one, and the command stops, goes on and joins processes as `train` does.
+docs/sft.md has the formats, what is left out, and how RL goes on from the result.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from virl_jax.run import placement
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
-# What a workdir is compared by: as training compares it, and by which demonstrations there are, and how many a step.
+# A workdir is refused for other values of the knobs that training compares, and of these, which decide what is learned.
 _FREE = config_lib.free_keys() - {f"sft.{name}" for name in (
     "batch", "frame", "only_right", "least_reward", "best_of", "most_left_out")}
 
 
 def sft(c, workdir: str, resume_with_changes: bool = False) -> dict:
-  """Runs the whole of it: evaluation, training, evaluation, report.
+  """Runs all of it: evaluation, training, evaluation, report.
 
   Args:
     c: the configuration; `c.sft.data` says what is learned from.
@@ -92,7 +92,7 @@ def by_example(c: config_lib.ConfigDict) -> config_lib.ConfigDict:
   """The configuration of steps that learn by example: a batch of single trajectories, one update each, no reference.
 
   Args:
-    c: any configuration; what it says of rewards and advantages has no say here.
+    c: any configuration; its rewards and advantages play no part.
 
   Raises:
     ValueError: the batch can't be split over the devices.
@@ -101,7 +101,7 @@ def by_example(c: config_lib.ConfigDict) -> config_lib.ConfigDict:
   checks.section(c.sft, "sft", batch=checks.whole(1))
   checks.need(c.sft.batch % shards == 0, "sft.batch", f"a multiple of the mesh's data x fsdp = {shards}", c.sft.batch)
   taught = copy.deepcopy(c).unlock()
-  taught.engine.slots = c.engine.slots or c.rollout.prompts * c.rollout.group_size  # of evaluations
+  taught.engine.slots = c.engine.slots or c.rollout.prompts * c.rollout.group_size  # for evaluations
   taught.rollout.prompts, taught.rollout.group_size = c.sft.batch, 1
   taught.ppo.minibatches = taught.ppo.epochs = 1
   taught.advantage.kind, taught.advantage.drop_equal = "batch", False

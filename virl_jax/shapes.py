@@ -19,7 +19,7 @@ def least(n: int, sizes: tuple[int, ...]) -> int:
 
 
 def row_sizes(largest: int, ratio: float) -> tuple[int, ...]:
-  """Buckets of rows: all of them, and ever fewer by the ratio, down to a sixteenth or, if it is below 4, to one."""
+  """Buckets of rows: `largest`, divided by the ratio until a sixteenth is left or, if the ratio is below 4, one row."""
   low = largest / 16 if ratio >= 4 else 1
   sizes, n = {largest, math.ceil(low)}, float(largest)
   while n / ratio >= low:
@@ -29,7 +29,7 @@ def row_sizes(largest: int, ratio: float) -> tuple[int, ...]:
 
 
 def counts(largest: int) -> tuple[int, ...]:
-  """Buckets of how often something is done: every number up to 8, then each octave in four steps, then all of them."""
+  """Buckets of a count: every number up to 8, then each octave in four steps, and `largest` itself."""
   sizes = {*range(1, 9), *((1 << octave) * (4 + i) // 4 for octave in range(3, 24) for i in range(4))}
   return tuple(sorted({n for n in sizes if n < largest} | {largest}))
 

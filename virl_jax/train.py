@@ -7,8 +7,8 @@ A workdir, which may be gs://BUCKET/DIR, holds config.json, data.json, metrics.j
 rollouts/, eval_before.json, eval_after.json, report.html, bad_batches/ if updates were skipped (docs/monitors.md), and
 verdicts/ if a model judges answers (docs/data.md).
 Stop it at any time and give the same command again: it goes on from the last checkpoint, and ends as if it had not
-been stopped.  Ctrl-C and SIGTERM save the last finished step first, and end it with status 130 and 0.  With
---resume-with-changes it goes on with another learning rate, say.
+been stopped.  Ctrl-C and SIGTERM save the last finished step first; the exit status is 130 or 0, respectively.  With
+--resume-with-changes it goes on with changes, such as another learning rate.
 
 Several processes, each with devices of its own, train together as one: start each with the same command, and
 --coordinator=HOST:PORT --num_processes=N --process_id=I, or VIRL_JAX_DISTRIBUTED=auto where JAX knows the cluster.
@@ -49,7 +49,7 @@ from virl_jax.run import workdir as workdir_lib
 
 
 def train(c, workdir: str, resume_with_changes: bool = False) -> dict:
-  """Runs the whole of it: evaluation, training, evaluation, report.
+  """Runs all of it: evaluation, training, evaluation, report.
 
   Args:
     c: the configuration, as `config.default` has it.
@@ -80,7 +80,7 @@ def _train(c, p: setup.Pieces, source, run: loop.Run) -> dict:
                               memory.free_bytes()))
   feed = batches.Feed(source, c.seed, c.rollout.prompts, c.image.decode_max_pixels, run.fits,
                       c.engine.threads)
-  feed.skipped = record.last.get("data/skipped", 0)  # what an earlier process passed over
+  feed.skipped = record.last.get("data/skipped", 0)  # tasks that earlier starts of the run skipped
   run.clock.lap("startup", resumed=run.start)
 
   with contextlib.closing(feed), run.kept() as kept:
@@ -88,20 +88,20 @@ def _train(c, p: setup.Pieces, source, run: loop.Run) -> dict:
       key = jax.random.fold_in(run.root_key, step)  # so that resuming needs no RNG state
       tasks = feed.batch(step)                  # pure in (seed, step)
       record.lap("data")
-      weights = sample.weights(run.policy(state), p.policy.model, p.policy.mesh)  # as rollouts want them
+      weights = sample.weights(run.policy(state), p.policy.model, p.policy.mesh)  # laid out for rollouts
       record.lap("weights", weights)
       trajectories, rolled_out = dynamic.run(   # G of each task, and which answers are right
           p.policy, weights, tasks, functools.partial(feed.further, step), key, c.rollout.group_size,
           c.rollout.resample, functools.partial(_informative, p, step), run.judge)
       gib = memory.device_gib(weights)
-      del weights                               # an update wants the room
+      del weights                               # an update needs the memory
       record.lap("rollout")
       parts = pack.split(trajectories, c.rollout.group_size, c.ppo.minibatches)
       minibatches, scores = zip(*step_lib.score(
           state, ref_params, [placement.place_batch(pack.pack(part, p.pack), p.mesh) for part in parts], p.step,
           _threshold(p, step), run.base.frozen))
       record.lap("score", minibatches)
-      with kept.changing():  # until the step is finished, there is no state that could be saved
+      with kept.changing():  # until the step is finished, no state can be saved: updates donate it
         updates, limit = [], record.limit
         for minibatch in c.ppo.epochs * minibatches:
           state, metrics = step_lib.update_step(state, minibatch, p.step, run.base.frozen, limit)

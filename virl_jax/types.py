@@ -97,14 +97,14 @@ class StopReason(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-  """What a visual action came to.
+  """The result of a visual action.
 
   Attributes:
     image: the picture that comes back, or None.
     text: what comes back in words; "" for nothing.
     region: the region of the original that the action was about, which is what it is judged by; None: not judged.
-    written: the region's numbers as the policy wrote them, in the frame of the image that they are of, or None.
-    of_image: which of the trajectory's images that is.
+    written: the region's numbers as the policy wrote them, in pixels of image `of_image` as it was shown, or None.
+    of_image: index of that image among the trajectory's.
     chars: where in the turn's text credit goes, half-open, by scope: "call" the tool call, "box" what in it names the
       region.
   """
@@ -129,8 +129,8 @@ class Turn:
     action: name of the visual action that this turn took and that was carried out, or None.
     region, written, of_image: of that action; see `Observation`.
     spans: which of the ids credit goes to, half-open, by scope; see `Observation.chars`.
-    called: whether it called a tool, well or badly.
-    error: what was wrong with the turn, which the policy is told if it called; or None.
+    called: whether it called a tool, well-formed or not.
+    error: what was wrong with the turn, or None; the policy is told if the turn was a call.
     image_index: which of the trajectory's images this (tool) turn carries, or None.
   """
 
@@ -186,7 +186,7 @@ class Trajectory:
 
   @property
   def refused(self) -> int:
-    """How many of its calls came to nothing, for what was wrong with them."""
+    """How many of its calls were not carried out because something was wrong with them."""
     return sum(turn.called and turn.error is not None for turn in self.turns)
 
   @property
@@ -220,12 +220,13 @@ class Rows:
   """A batch as the model takes it: microbatches of rows, each of which holds one trajectory or several end to end.
 
   Under a mesh the rows of a microbatch, and its images, are split over shards as the batch's trajectories are, and
-  indices count within a shard.  Microbatches without a token only fill up.
+  indices count within a shard.  Microbatches without tokens are padding.
 
   Attributes:
-    index_MUT: int32, which token of the shard's part of the batch's [B, T], put flat, stands there; -1 on padding.
+    index_MUT: int32, which token is here, as an index into the shard's part of the batch's [B, T], flattened; -1 on
+      padding.
     lengths_MUS: int32, tokens of the trajectories of each row, the longest first; 0 for none.
-    images: image buckets, each array with the microbatch in front.
+    images: one `ImageBatch` a bucket, whose arrays have M as their first axis.
   """
 
   index_MUT: jax.Array
@@ -235,7 +236,7 @@ class Rows:
 
 @flax.struct.dataclass
 class Batch:
-  """Trajectories as the learner sees them: those of one group are neighbours, but where `order_B` says otherwise.
+  """Trajectories as the learner sees them: those of one group are neighbours, unless `order_B` says otherwise.
 
   Attributes:
     tokens_BT: int32, right-padded.
@@ -253,10 +254,10 @@ class Batch:
     answer_B: float32 in [0, 1], how right the answer is: 1 or 0 by most rules; see `data.answers`.
     format_B: float32, 1 if every turn was well formed and the last is an answer.
     answerable_B: bool, True if the task has accepted answers.
-    row_mask_B: bool, False on rows that only fill the batch or are masked from the loss.
+    row_mask_B: bool, False on rows that are padding or are left out of the loss.
     rows: how the model takes them.
-    order_B: int32, where the trajectories stand that would be 0, 1, 2 ... if groups were together: shards have equal
-      work only if they are dealt to them by length.  None: they are together.
+    order_B: int32, the rows of the trajectories in the order that puts groups together, for batches whose trajectories
+      are dealt to shards by length, so that shards have equal work.  None: groups are together.
   """
 
   tokens_BT: jax.Array
@@ -285,17 +286,17 @@ class Batch:
 
 @flax.struct.dataclass
 class ScoredBatch:
-  """A batch with what the policy before the update made of it.
+  """A batch, scored with the policy as it is before the update.
 
   Attributes:
     batch: the trajectories.
-    logp_old_BT: float32 nats, the trainer's own log-probabilities before the update; None where it is the only one,
-      whose forward pass computes them.
+    logp_old_BT: float32 nats, the trainer's own log-probabilities before the update; None if the batch serves one
+      update only, whose forward pass computes them.
     logp_ref_BT: float32 nats under the frozen reference; equal to logp_old_BT if there is none.
     advantage_BT: float32, per token, after credit assignment; 0 off sampled tokens.
     iou_BR: float32, best IoU of each action with a ground-truth box.
     class_BR: int32, class of each action (`rl.credit`).
-    modulator_BR: float32, what the action's tokens' advantage was multiplied by.
+    modulator_BR: float32, what the advantage of the action's tokens was multiplied by.
     advantage_B: float32, per trajectory.
     reward_B: float32, total reward.
     value_old_BT: float32, what the critic expected before each token; None if there is no critic.

@@ -57,7 +57,7 @@ from virl_jax.run import workdir as workdir_lib
 from virl_jax.tiny import curriculum
 from virl_jax.tiny import tokenizer as tiny_tokenizer
 
-# Which knobs may change between its starts: those that it does not read, and these two.
+# Which knobs may change between starts of a warm start: those that it does not read, and these two.
 _READS = ("warmstart.", "prompt.", "image.", "data.needle.objects", "data.needle.side_px", "seed")
 _FREE = frozenset(k for k in config_lib.flat(config_lib.default().to_dict()) if not k.startswith(_READS)) | {
     "warmstart.workers", "warmstart.save_every"}
@@ -71,10 +71,10 @@ def optim_config(c, turn: int, clumsy: bool) -> optim.OptimConfig:
 
 
 def begin(c, folder: str | None, workdir: epath.Path):
-  """What training goes on from, a base's folder or nothing: (folder with the tokenizer, model, parameters)."""
+  """What training starts from, a base's folder or nothing: (folder with the tokenizer, model, parameters)."""
   if folder:
     return folder, *weights.load_hf(folder)
-  # Its files are read by name, which a bucket can't have.  They are the same each time.
+  # Other libraries read the tokenizer from a folder on disk, which a bucket is not; its files are the same each time.
   kept = pathlib.Path(workdir if files.is_local(workdir) else tempfile.mkdtemp()) / "tokenizer"
   tokenizer = tiny_tokenizer.build(kept, c.prompt.system)
   cfg = qwen.tiny(-(-len(tokenizer) // 64) * 64, tiny_tokenizer.token_ids(tokenizer))
@@ -88,7 +88,7 @@ def warm_start(c, out: str, workdir: str, command: str) -> None:
     c: the configuration.
     out: HF folder to write; see `outdir.check`.
     workdir: where checkpoints and the log go.
-    command: how this was asked for, for RECIPE.json.
+    command: the command line, for RECIPE.json.
 
   Raises:
     ValueError: if the configuration, the base, the workdir or `out` cannot be used.
@@ -168,7 +168,7 @@ def main(argv):
   if not out:
     raise app.UsageError("--out=HF_DIR is missing")
   setup.begin()
-  given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # the place is no part of the recipe
+  given = {out: "HF_DIR", f"--out={out}": "--out=HF_DIR"}  # the folder is not part of the recipe
   command = shlex.join(["python", "-m", "virl_jax.warmstart", *(given.get(arg, arg) for arg in sys.argv[1:])])
   with setup.told():
     setup.config_file(args)

@@ -3,11 +3,11 @@
     python launch/gke/jobset.py --config=configs/v7b.py --topology=v5e:8x8 --image=IMAGE --bucket=gs://BUCKET --name=v7b
     python launch/gke/jobset.py --config=configs/v7b.py --topology=h100:8x4 ...       (4 nodes of 8 GPUs)
 
-With --dry-run it prints the YAML and starts nothing.  What it does not know, --config.KEY=VALUE say, goes to train;
-every gs:// address among it must lie in the bucket, which pods see under /mnt/gcs.  The run lives in BUCKET/runs/NAME,
-and is written there without the mount.
+With --dry-run it prints the YAML and starts nothing.  Options that it does not know, such as --config.KEY=VALUE, go to
+train; every gs:// address among them must be in the bucket, which pods see under /mnt/gcs.  The run's workdir is
+BUCKET/runs/NAME, and is written there without the mount.
 
-A pod is a process, and a host has one.  SIGTERM, by which a node is drained, has train save the last finished step;
+Each host has one pod, which is one process.  When a node is drained, SIGTERM makes train save the last finished step;
 launch/until_done.sh then ends with 75, and the JobSet starts all pods again without counting it.  Crashes count.  The
 image is launch/Dockerfile's.  The cluster needs JobSet 0.8 and the Cloud Storage FUSE driver; docs/launch.md says more.
 """
@@ -29,7 +29,7 @@ PORT = 8476        # where JAX's coordinator listens
 MOUNT = "/mnt/gcs"
 JOB = "worker"     # the JobSet's only job; part of its pods' names
 
-# What GKE calls them, and the slices that it has; of 3D ones any whose hosts are whole.
+# GKE's names of chips, and the slices that it has; None: any 3D slice of whole hosts.
 _FLAT = {"1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"}
 TPUS = {"v5e": ("tpu-v5-lite-podslice", _FLAT), "v5p": ("tpu-v5p-slice", None), "v6e": ("tpu-v6e-slice", _FLAT)}
 GPUS = {"a100-40": "nvidia-tesla-a100", "a100-80": "nvidia-a100-80gb", "h100": "nvidia-h100-80gb",
@@ -68,7 +68,7 @@ def machine(topology: str) -> Machine:
     if not known:
       wanted = f"one of {', '.join(sorted(slices, key=_size))}" if slices else "AxBxC, four chips a host, such as 2x2x4"
       raise ValueError(f"--topology={kind}: must be followed by a slice that GKE has, {wanted}. Received: {topology!r}")
-    chips = count if count <= 8 and slices else 4  # up to eight chips lie in one host, or else four do
+    chips = count if count <= 8 and slices else 4  # slices of up to eight chips are one host; else hosts have four
     return Machine(count // chips, "google.com/tpu", chips,
                    {"cloud.google.com/gke-tpu-accelerator": label, "cloud.google.com/gke-tpu-topology": shape})
   if kind in GPUS and len(sides) in (1, 2) and sides[0] <= 16:
@@ -96,10 +96,10 @@ def jobset(name: str, image: str, config: str, topology: str, bucket: str, resta
     grace_s: seconds from SIGTERM to SIGKILL.
     spot: whether the nodes are spot ones.
     service_account: of Kubernetes, which may write to the bucket.
-    train: what else train is given.
+    train: further arguments of train.
 
   Raises:
-    ValueError: one of them won't do.
+    ValueError: an argument is not valid.
   """
   if not re.fullmatch(r"[a-z]([a-z0-9-]{,38}[a-z0-9])?", name):
     raise ValueError("--name must be at most 40 lower-case letters, digits and hyphens, a letter first. Received: "
@@ -113,15 +113,16 @@ def jobset(name: str, image: str, config: str, topology: str, bucket: str, resta
   env = {"JAX_PLATFORMS": "cuda,cpu" if gpu else "tpu,cpu"}
   if gpu:
     env["LD_LIBRARY_PATH"] = "/usr/local/nvidia/lib64"  # where GKE puts the driver's libraries
-    env["XLA_FLAGS"] = "--xla_gpu_enable_latency_hiding_scheduler=true"  # lets collectives run beside compute
-  if gpu and several:  # Kubernetes puts JOB_COMPLETION_INDEX in; names of pods are resolved before these are ready
+    env["XLA_FLAGS"] = "--xla_gpu_enable_latency_hiding_scheduler=true"  # lets collectives overlap with computation
+  if gpu and several:  # Kubernetes sets JOB_COMPLETION_INDEX; names of pods can be resolved before the pods are ready
     command += [f"--coordinator={name}-{JOB}-0-0.{name}:{PORT}", f"--num_processes={m.hosts}",
                 "--process_id=$(JOB_COMPLETION_INDEX)"]
   elif several:
     env["VIRL_JAX_DISTRIBUTED"] = "auto"  # GKE tells JAX who the others are
 
   volumes = {
-      # For data and weights; train writes its workdir to the bucket as it is.  No caches: what is put there is seen.
+      # For data and weights; train writes its workdir to the bucket directly.  No caches: pods see at once what is put
+      # there.
       "bucket": (MOUNT, {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {
           "bucketName": found[1],
           "mountOptions": f"implicit-dirs,uid={UID},gid={UID},file-system:rename-dir-limit:200000,"
@@ -129,7 +130,7 @@ def jobset(name: str, image: str, config: str, topology: str, bucket: str, resta
       # NCCL and the workers that decode images share memory, of which a container has 64 MiB by default.
       "shm": ("/dev/shm", {"emptyDir": {"medium": "Memory"}})}
   pod = {
-      "restartPolicy": "Never",  # another try is for all pods at once
+      "restartPolicy": "Never",  # only all pods together can be started again
       "terminationGracePeriodSeconds": grace_s,
       "serviceAccountName": service_account,
       "securityContext": {"runAsUser": UID, "runAsGroup": UID, "runAsNonRoot": True},
@@ -145,7 +146,7 @@ def jobset(name: str, image: str, config: str, topology: str, bucket: str, resta
       "volumes": [{"name": k} | what for k, (_, what) in volumes.items()]}
   job = {
       "completionMode": "Indexed", "completions": m.hosts, "parallelism": m.hosts,
-      "backoffLimit": 0,  # a process cannot come back to the others by itself
+      "backoffLimit": 0,  # a single process cannot rejoin the others
       "podFailurePolicy": {"rules": [
           {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [STOPPED]}},
           {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]},
@@ -164,7 +165,7 @@ def jobset(name: str, image: str, config: str, topology: str, bucket: str, resta
 
 
 def _inside(word: str, bucket: str) -> str:
-  """An argument as a container wants it: a place in the bucket is one under the mount, and $( is no variable."""
+  """An argument as a container needs it: addresses in the bucket become paths of the mount, and $( is escaped."""
   place, address, rest = word.partition("gs://")
   if address:
     owner, _, path = rest.partition("/")

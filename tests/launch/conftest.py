@@ -1,4 +1,4 @@
-"""Commands that stand in for others."""
+"""Stand-ins for commands."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def stand_in(tmp_path):
-  """Makes a folder of commands out of what bash should do in their place, and returns its path for PATH."""
+  """Makes a folder of commands, each a bash script, and returns its path, to be put on PATH."""
   def make(**scripts: str) -> str:
     folder = tmp_path / "stand_in"
     folder.mkdir(exist_ok=True)
@@ -23,7 +23,7 @@ def stand_in(tmp_path):
 
 @pytest.fixture
 def bare_path(tmp_path):
-  """Makes a PATH on which there is what a shell script needs, and no tool of any cloud."""
+  """Makes a PATH with what a shell script needs, but without the tools of any cloud."""
   def make() -> str:
     folder = tmp_path / "bare"
     folder.mkdir()

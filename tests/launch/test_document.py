@@ -35,7 +35,7 @@ def test_each_launcher_is_there_with_all_its_commands():
 
 
 def test_printed_commands_are_whole_for_a_shell():
-  """What a line prints, a shell reads: bash finds nothing wrong with it."""
+  """Bash accepts every line that is printed."""
   for command, output in BLOCKS:
     if "jobset.py" not in command:
       assert output

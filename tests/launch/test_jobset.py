@@ -112,7 +112,7 @@ def test_a_slice_has_a_pod_a_host(topology, hosts, chips, label):
   assert container(result)["resources"] == {"limits": {"google.com/tpu": chips}}
   assert pod(result)["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": label,
                                          "cloud.google.com/gke-tpu-topology": topology.partition(":")[2]}
-  # All pods of a job in one slice, and not in several that happen to be free.
+  # All pods of a job are in one slice, not in several that happen to be free.
   assert result["metadata"]["annotations"] == {
       "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
   assert environment(result) == {"JAX_PLATFORMS": "tpu,cpu"} | (

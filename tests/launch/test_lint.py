@@ -1,4 +1,4 @@
-"""The linters' opinion of what no other test runs whole, and rules of our own."""
+"""Linters, for scripts and files that no other test runs as a whole, and rules of our own."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
 def tool(name: str) -> str:
-  """A linter beside this Python, or on the path; the extra `test` brings both."""
+  """A linter beside this Python, or on the path; the extra `test` installs both linters."""
   found = shutil.which(name, path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
   if not found:
     pytest.skip(f"needs {name}")
@@ -53,7 +53,7 @@ def test_hadolint():
 
 
 def dockerfile() -> list[tuple[str, str]]:
-  """Its instructions, comments gone and continued lines joined."""
+  """The Dockerfile's instructions, without comments, continued lines joined."""
   text = "\n".join(line for line in (LAUNCH / "Dockerfile").read_text().splitlines() if not line.startswith("#"))
   return [tuple(line.split(maxsplit=1)) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
 

@@ -50,7 +50,7 @@ def test_what_sbatch_reads_of_it():
 
 @pytest.fixture
 def job(tmp_path, stand_in):
-  """Starts the script within a job.  `srun` runs its step here, `scancel` signals it, `scontrol` makes a note."""
+  """Starts the script within a job.  `srun` runs its step here, `scancel` signals it, `scontrol` notes its call."""
   path = stand_in(
       srun='while [[ $1 == --* ]]; do shift; done; echo $$ > step; exec "$@"',
       scancel='echo "scancel $*" >> notes; kill -s TERM "$(cat step)"', scontrol='echo "scontrol $*" >> notes',
@@ -112,7 +112,7 @@ def test_near_the_time_limit_it_is_saved_and_queued_again(job, tmp_path, code):
 
 
 def test_near_the_time_limit_a_step_that_breaks_is_queued_again(job, tmp_path):
-  # Where another process has gone first, one may be ended by its coordinator: the step's code is neither 0 nor 75.
+  # If one process ends first, JAX's coordinator may end another: the step's code is then neither 0 nor 75.
   process = job('trap "kill -s KILL $PPID; exit 1" TERM; echo up >> up; while true; do sleep 0.05; done', RESTARTS="0")
   until_it_runs(tmp_path)
   process.send_signal(signal.SIGUSR1)

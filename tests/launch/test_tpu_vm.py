@@ -1,4 +1,4 @@
-"""The launcher for Cloud TPU VMs: what it would run, and what that does on a host that stand-ins make up."""
+"""The launcher for Cloud TPU VMs: what it would run, and what that does on a host made of stand-ins."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ def dry(*args) -> list[str]:
 
 
 def remote(line: str) -> str:
-  """The shell command line that a gcloud line has the hosts run."""
+  """The shell command line that a gcloud command runs on the hosts."""
   return next(w for w in shlex.split(line) if w.startswith("--command=")).removeprefix("--command=")
 
 
@@ -159,7 +159,7 @@ def test_without_gcloud_it_says_where_it_comes_from(bare_path):
 
 @pytest.fixture
 def host(tmp_path, stand_in):
-  """A TPU VM on which `python` is a stand-in; gcloud runs there what it is told to.  Gives (home, environment)."""
+  """A TPU VM with a stand-in for `python`; the stand-in for gcloud runs commands there.  Gives (home, environment)."""
   home = tmp_path / "home"
   (home / "virl_jax" / ".venv" / "bin").mkdir(parents=True)
   shutil.copytree(ROOT / "launch", home / "virl_jax" / "launch")

@@ -1,4 +1,4 @@
-"""What runs a command until it is done."""
+"""The script that runs a command until it is done."""
 
 import pathlib
 import signal

@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, only when due, the newest few, and a clear word about damaged ones."""
+"""Checkpoints: bit for bit, only when due, the newest few, and a clear error for damaged ones."""
 
 import dataclasses
 import gc
@@ -23,7 +23,7 @@ OPTIM = optim.OptimConfig()
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-  """Orbax logs at length, and drops its half-done reads when one fails, for which Python scolds it."""
+  """Orbax logs much, and abandons its other reads when one fails, of which Python warns."""
   logging.getLogger("absl").setLevel(logging.ERROR)
   monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
   yield
@@ -46,7 +46,7 @@ def same(a, b):
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path):
-  """Whoever asks for it later, and though a worse one is newer."""
+  """Also for a process that opens the folder later, and if a worse one is newer."""
   saves = checkpoint.Checkpoints(tmp_path, 1, 2, best=True)
   for step, score in enumerate((0.1, 0.9, None, 0.3, 0.2), start=1):
     assert saves.maybe_save(step, make_state(step), score=score)
@@ -89,7 +89,7 @@ def test_a_sharded_state_comes_back_sharded(tmp_path):
   saves = checkpoint.Checkpoints(tmp_path, 1, 1)
   saves.maybe_save(1, state)
   same(saves.restore(1, make_state(seed=1, sharding=sharding.rows(mesh))), state)
-  # Or placed otherwise, on however many devices there are now.
+  # Or with another sharding, on the devices that there are now.
   other = sharding.make(devices=jax.devices()[:2])
   placed = saves.restore(1, make_state(seed=1, sharding=sharding.replicated(other)))
   jax.tree.map(np.testing.assert_array_equal, placed, state)
@@ -119,7 +119,7 @@ def test_every_recipe_comes_back_where_it_was(tmp_path, kind, offload):
   saves = checkpoint.Checkpoints(tmp_path, 1, 1)
   saves.maybe_save(1, state)
   same(saves.restore(1, recipe_state(1, kind, offload)), state)
-  # Offloading is no part of what was saved: a run may go on without, or with.
+  # Offloading is not part of what is saved: a run may go on with it or without.
   other = recipe_state(1, kind, () if offload else ("optimizer",))
   found = saves.restore(1, other)
   jax.tree.map(np.testing.assert_array_equal, found, state)
@@ -174,7 +174,7 @@ def damage(kind, folder):
 
 
 def two(folder, **kwargs):
-  """A folder with two checkpoints, and of each the state."""
+  """A folder with two checkpoints, and their states."""
   saves, states = checkpoint.Checkpoints(folder, 1, 2), {step: make_state(seed=step) for step in (1, 2)}
   for step, state in states.items():
     saves.maybe_save(step, state)
@@ -242,7 +242,7 @@ def test_a_checkpoint_of_before_the_checksums_is_taken_at_its_word(tmp_path, cap
   step, state = saves.resume(make_state())
   assert step == 2 and "without checksums: whether it is whole is not known" in capsys.readouterr().out
   same(state, states[2])
-  damage("cut", tmp_path / "2")  # Orbax sees that
+  damage("cut", tmp_path / "2")  # Orbax notices this
   step, state = saves.resume(make_state())
   assert step == 1 and "does not fit this model and optimizer, or is damaged" in capsys.readouterr().out
   saves.close()
@@ -283,7 +283,7 @@ def test_what_a_killed_save_leaves_behind_does_not_count(tmp_path):
 
 
 def test_in_a_bucket_checkpoints_are_kept_verified_and_put_aside(bucket, capsys):
-  """The same as on a disk, with Orbax and TensorStore as they are."""
+  """The same as on a disk, with the real Orbax and TensorStore."""
   folder, states = "gs://my-bucket/run/checkpoints", two("gs://my-bucket/run/checkpoints")
   kept = bucket.files("run/checkpoints")
   sums = json.loads(kept["2/checksums.json"])
@@ -314,7 +314,7 @@ def test_in_a_bucket_checkpoints_are_kept_verified_and_put_aside(bucket, capsys)
 
 @pytest.mark.parametrize("gone", [pytest.param("commit_success.txt", marks=pytest.mark.slow), "checksums.json"])
 def test_in_a_bucket_what_a_killed_save_leaves_behind_does_not_count(bucket, gone):
-  """Nothing can be renamed there: what is being written has its name already, but is not said to be whole."""
+  """Nothing can be renamed there: what is being written has its name already, but lacks the mark of a whole one."""
   folder, _ = "gs://my-bucket/run/checkpoints", two("gs://my-bucket/run/checkpoints")
   del bucket.objects["run/checkpoints/2/commit_success.txt"]
   bucket.objects.pop(f"run/checkpoints/2/{gone}", None)

@@ -1,4 +1,4 @@
-"""Optimizers: what each is defined by, how much it keeps, and where that lies."""
+"""Optimizers: their definitions, how large their states are, and where these lie."""
 
 import dataclasses
 import inspect
@@ -35,7 +35,7 @@ def drawn(params, seed=0):
 
 
 def updates_of(cfg, params, grads, specs=None):
-  """What a few steps make of parameters: the updates of each, and the last state."""
+  """A few steps: the updates of each, and the last state."""
   opt = optim.optimizer(cfg, specs)
   update = jax.jit(opt.update)
   state, found = jax.jit(opt.init)(params), []
@@ -102,7 +102,7 @@ def test_adafactor_is_optax_s_with_steps_of_an_absolute_size():
 
 
 def test_adafactor_keeps_rows_and_columns():
-  """Of a released model's layers: a thousandth and less of a moment."""
+  """For a released model's layers: a thousandth of the size of a moment, or less."""
   specs = {k: v for k, v in qwen.specs(qwen.SIZES["7b"])["text"].items() if k in ("blocks", "embed")}
   params = params_lib.abstract(specs, jnp.float32)
   size = lambda tree: sum(math.prod(a.shape) for a in jax.tree.leaves(tree))
@@ -122,7 +122,7 @@ def matrix(a, axes):
 
 
 def test_muon_sees_the_matrices_of_hf_files(small):
-  """Each layer's, in the layout that the table says HF has."""
+  """Each layer's matrices, in HF's layout according to the table."""
   specs, axes = qwen.specs(small.cfg), optim.matrices(qwen.specs(small.cfg))
   table = dict(params_lib.leaves(specs))
   assert {path for path, spec in table.items() if "blocks" in path and path[-1].endswith("_w")} == set(axes)
@@ -135,7 +135,7 @@ def test_muon_sees_the_matrices_of_hf_files(small):
 
 
 def test_muon_s_updates_are_orthogonal(small):
-  """Singular values near equal, whatever the gradient's are, and updates of the size that AdamW's have."""
+  """Nearly equal singular values, whatever the gradient's are, and updates about as large as AdamW's."""
   cfg, specs = of("muon", clip_norm=0.0), qwen.specs(small.cfg)
   grads = drawn(small.params)
   (updates, *_), state = updates_of(cfg, small.params, [grads], specs)
@@ -147,7 +147,7 @@ def test_muon_s_updates_are_orthogonal(small):
     before = np.linalg.svd(matrix(grads[path], which), compute_uv=False)
     unit = 0.2 * cfg.learning_rate * math.sqrt(max(matrix(updates[path], which).shape[1:]))
     assert 0.5 * unit < values.min() and values.max() < 1.3 * unit, path
-    # Against the gradient, in the same directions: all of it, or the update were another matrix's.
+    # The whole update is against the gradient, in the same directions.
     assert (np.einsum("lij,lij->l", matrix(updates[path], which), matrix(grads[path], which))
             < -0.8 * unit * before.sum(1)).all(), path
   # All else is AdamW's.
@@ -158,7 +158,7 @@ def test_muon_s_updates_are_orthogonal(small):
 
 
 def test_muon_s_steps_by_hand():
-  """Momentum as its author has it, five steps of Newton and Schulz of one layer after the other."""
+  """Momentum as in its author's code, and five Newton-Schulz steps for one layer after the other."""
   specs = {"q_w": params_lib.ParamSpec((2, 6, 2, 5), ("layers", "embed", "heads", None), "normal", "q.{layer}", (10, 6),
                                        (2, 0, 1))}
   params = {"q_w": jnp.ones((2, 6, 2, 5))}
@@ -181,7 +181,7 @@ def test_muon_s_steps_by_hand():
 @pytest.mark.skipif("consistent_rms" not in inspect.signature(getattr(contrib, "muon", len)).parameters,
                     reason="this optax has no Muon, or one that is scaled otherwise")
 def test_muon_begins_as_optax_s(small):
-  """Later, optax corrects momentum for its start."""
+  """Only the first steps: optax corrects momentum for its start."""
   cfg, specs = of("muon", clip_norm=0.0), qwen.specs(small.cfg)
   axes, grads = optim.matrices(specs), drawn(small.params)
   numbers = jax.tree_util.tree_map_with_path(
@@ -264,7 +264,7 @@ WIDE = qwen.Config(
 
 
 def after_two_steps(kind, mesh=None, offload=()):
-  """The states before and after two steps on the same gradients, and how many programs the second wanted."""
+  """The states before and after two steps on the same gradients, and how many programs the second compiled."""
   specs = qwen.specs(WIDE)
   rng = np.random.default_rng(0)
   values = params_lib.map_specs(lambda s: rng.standard_normal(s.shape, np.float32), specs)
@@ -287,7 +287,7 @@ def after_two_steps(kind, mesh=None, offload=()):
 
 @pytest.fixture(scope="module")
 def alone():
-  """What each does on one device."""
+  """Each optimizer's results on one device."""
   found = {}
   return lambda kind: found.setdefault(kind, after_two_steps(kind)[1])
 
@@ -295,7 +295,7 @@ def alone():
 @KINDS
 @pytest.mark.parametrize("offload", [pytest.param((), marks=pytest.mark.slow), ("optimizer",)])
 def test_a_state_stays_where_it_is(alone, kind, offload):
-  """On a mesh, in the host's memory or not: the second step finds its program, and numbers are one device's."""
+  """On a mesh, in the host's memory or not: the second step compiles nothing, and numbers are those of one device."""
   states, found, compiled = after_two_steps(kind, sharding.make(2, 2, 2), offload)
   leaves = jax.tree.leaves(states[0].opt_state)
   for later in states[1:]:

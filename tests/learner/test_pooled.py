@@ -1,4 +1,4 @@
-"""How metrics of minibatches become one: by hand, and a whole batch's as if it had not been split."""
+"""How metrics of minibatches become one: by hand, and equal to those of a batch that was not split."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def test_each_kind_by_hand():
 
 
 def test_nothing_counted_is_nothing():
-  """A minibatch without zooms does not pull the share of right zooms down."""
+  """A minibatch without zooms does not lower the share of right zooms."""
   none, some = {"r": pooled.Ratio(0.0, 0.0)}, {"r": pooled.Ratio(2.0, 4.0)}
   assert pooled.merge([none]) == {"r": 0.0} and pooled.merge([none, some]) == {"r": 0.5}
   one = {"r": pooled.Ratio(1.0, 1.0)}  # the only zoom of three minibatches

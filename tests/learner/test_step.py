@@ -56,7 +56,7 @@ def make_config(model, group_size=4, **kwargs):
 
 
 def trajectories(cfg):
-  """Two groups of four: what each row does is in its name; tokens and pictures are random."""
+  """Two groups of four, whose boxes and answers are below; tokens and pictures are random."""
   rng = np.random.default_rng(0)
   grid = cfg.vision.grid
 
@@ -101,9 +101,9 @@ def scored(small, batch):
 REWARD = np.array([
     1 + 0.2 + np.mean([1 + 0.5 * 0.5, 1 + 0.5 * 0.5]),  # 0.5, then refined by 0.5
     0 + 0.2 - 1,
-    1 + 0.2 - 1,                                        # never looked where it should have
-    0 + 0.0 + np.mean([1 + 0.5 * 1.0, 1 - 0.5]),        # the second look is redundant
-    1.2, 0.2, 0.2, 0.2])                                # nothing to look for: no fidelity
+    1 + 0.2 - 1,                                        # never zoomed on a task with boxes
+    0 + 0.0 + np.mean([1 + 0.5 * 1.0, 1 - 0.5]),        # the second zoom is redundant
+    1.2, 0.2, 0.2, 0.2])                                # the task has no boxes: no fidelity
 
 
 def test_rewards_classes_and_advantages_by_hand(batch, scored):
@@ -183,18 +183,18 @@ def test_a_reference_has_log_probabilities_of_its_own(small, batch, scored):
 
 
 def fresh(small):
-  """A state of its own: updates donate it."""
+  """A new state: updates donate it."""
   return state_lib.init(jax.tree.map(jnp.copy, small.params), OPTIM)
 
 
 def poisoned(s, value=np.nan):
-  """One token's advantage is not finite."""
+  """The batch with one advantage that is not finite."""
   b, t = np.argwhere(np.asarray(s.batch.sampled_BT))[-1]
   return s.replace(advantage_BT=s.advantage_BT.at[b, t].set(value))
 
 
 def assert_skipped(state, s, cfg, frozen=None):
-  """An update that leaves the whole state as it was, to the last bit, and where it was."""
+  """Checks that an update leaves the whole state the same, to the last bit, and on the same devices."""
   before, where = jax.device_get(state), [a.sharding for a in jax.tree.leaves(state)]
   state, metrics = update_step(state, s, cfg, frozen)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
@@ -205,7 +205,7 @@ def assert_skipped(state, s, cfg, frozen=None):
 
 @pytest.fixture(scope="module")
 def updated(small, scored):
-  """The update that every other way of computing it must give."""
+  """The update that all other ways of computing it must give."""
   state, metrics = update_step(fresh(small), scored[0], make_config(small))
   return jax.device_get(state), metrics
 
@@ -231,7 +231,7 @@ def test_the_loss_is_minus_the_mean_advantage(batch, scored, updated):
 
 
 def test_masked_rows_count_for_nothing(small, batch, scored):
-  """Whatever stands in them: the gradient, and so the update, stays the same to the last bit."""
+  """Whatever they hold: the gradient, and so the update, stays the same to the last bit."""
   s, cfg = scored[0], make_config(small)
   mask = np.array([True] * 4 + [False] * 4)
   s = s.replace(batch=s.batch.replace(row_mask_B=mask))
@@ -260,7 +260,7 @@ def test_masked_rows_leave_the_others_advantages_alone(small, batch):
     pytest.param((8, 1, 1), 1, 0, marks=pytest.mark.slow), pytest.param((1, 8, 1), 1, 0, marks=pytest.mark.slow),
     pytest.param((2, 2, 2), 1, 0, marks=pytest.mark.slow), ((1, 2, 4), 2, 0), ((1, 2, 1), 4, 16)])
 def test_several_devices_compute_what_one_does(small, batch, scored, updated, sizes, micro, together):
-  """Each sees the images of its own rows alone, some at a time or all; any number of microbatches."""
+  """Each device sees only the images of its own rows, some at a time or all; any number of microbatches."""
   mesh = sharding.make(*sizes, devices=jax.devices()[:np.prod(sizes)])
   # Through numpy copies: what is donated must not share memory with the fixture.
   params = jax.device_put(jax.tree.map(np.array, small.params), sharding.param_shardings(qwen.specs(small.cfg), mesh))
@@ -269,11 +269,11 @@ def test_several_devices_compute_what_one_does(small, batch, scored, updated, si
   there = packed(small, shards=shards, microbatch_tokens=batch.tokens_BT.size // shards // micro)
   assert len(there.rows.index_MUT) == micro
   order = np.arange(8) if there.order_B is None else there.order_B
-  dealt = np.argsort(order)  # shards have rows of their own, chosen by length
+  dealt = np.argsort(order)  # rows are dealt to shards by length
   there = placement.place_batch(there, mesh)
   got = jax.tree.map(lambda a: np.asarray(a)[dealt], scored[0].replace(batch=None))
   got = placement.place(got, mesh).replace(batch=there)
-  if sizes in ((2, 2, 2), (1, 2, 4)):  # the others would compile for nothing new
+  if sizes in ((2, 2, 2), (1, 2, 4)):  # the others would show nothing new
     got, _ = score_step(held(params), None, there, cfg)
     np.testing.assert_allclose(np.asarray(got.reward_B)[order], REWARD, atol=1e-5)
     for name in ("logp_old_BT", "advantage_BT"):
@@ -297,13 +297,13 @@ LORA = tuning.Config(rank=4, alpha=8.0, freeze_vision=True)
 
 
 def tuned(small, how):
-  """The same model, of which less is trained."""
+  """The same model with fewer trained parameters."""
   return dataclasses.replace(small, cfg=dataclasses.replace(small.cfg, tuning=how))
 
 
 @pytest.fixture(scope="module")
 def adapters(small):
-  """Some that do something."""
+  """Adapters that are not zero."""
   rng = np.random.default_rng(7)
   table = family.tables(tuned(small, LORA).cfg)[0]
   return params_lib.map_specs(lambda s: jnp.asarray(0.1 * rng.standard_normal(s.shape), jnp.float32), table)
@@ -323,7 +323,7 @@ def test_adapters_alone_are_trained(small, scored, adapters, adapted):
   s, state, metrics = adapted
   assert np.abs(np.asarray(s.logp_old_BT - scored[0].logp_old_BT)).max() > 0.1
   assert jax.tree.structure(state.params) == jax.tree.structure(adapters)
-  # A bias's gradient is none of theirs, nor a head's.
+  # Neither a bias nor the head has an adapter's gradient.
   assert all(np.abs(a - b).max() > 1e-6 for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(adapters)))
   assert sum(a.size for a in jax.tree.leaves(state.opt_state)) < 2.1 * sum(a.size for a in jax.tree.leaves(adapters))
   assert metrics["ppo/ratio_max"] == pytest.approx(1, abs=1e-5)
@@ -332,7 +332,7 @@ def test_adapters_alone_are_trained(small, scored, adapters, adapted):
 
 
 def test_fresh_adapters_are_the_base(small, batch, scored):
-  """All that is said of a batch, to the last bit."""
+  """In all scores of a batch, to the last bit."""
   low = tuned(small, LORA)
   fresh_ones = params_lib.init(family.tables(low.cfg)[0], jax.random.key(0), jnp.float32)
   s, metrics = score_step(held(fresh_ones), None, batch, make_config(low), frozen=small.params)
@@ -341,7 +341,7 @@ def test_fresh_adapters_are_the_base(small, batch, scored):
 
 
 def test_an_adapters_gradient_is_the_matrixs(small, scored):
-  """Where b is 0, that of b is scale a' g, of a is 0, for each matrix's gradient g; the head's is not asked for."""
+  """With b = 0 and a matrix's gradient g, the gradient of b is scale a' g, and that of a is 0; the head gets none."""
   low, cfg = tuned(small, LORA), make_config(small)
   fresh_ones = params_lib.init(family.tables(low.cfg)[0], jax.random.key(0), jnp.float32)
   nll = lambda found, here_BT, whole_BT: -jnp.where(here_BT, found[0] + 0.3 * found[1], 0.0).sum()
@@ -363,7 +363,7 @@ def test_an_adapters_gradient_is_the_matrixs(small, scored):
     pytest.param((8, 1, 1), 1, marks=pytest.mark.slow), pytest.param((1, 8, 1), 1, marks=pytest.mark.slow),
     pytest.param((2, 2, 2), 2, marks=pytest.mark.slow), ((1, 2, 4), 4)])
 def test_adapters_on_several_devices(small, adapters, adapted, sizes, micro):
-  """The update and the log-probabilities of one, however they are placed and in whatever microbatches."""
+  """The update and the log-probabilities are those of one device, with any sharding and any microbatches."""
   s, want, want_metrics = adapted
   mesh = sharding.make(*sizes)
   low, shards = tuned(small, LORA), sharding.row_shards(mesh)
@@ -382,8 +382,8 @@ def test_adapters_on_several_devices(small, adapters, adapted, sizes, micro):
 
 
 def test_what_is_frozen_stays_and_the_rest_learns_as_ever(small, batch, scored):
-  """A frozen tower: the same gradients for the decoder; kept in the compute dtype."""
-  unclipped = dataclasses.replace(OPTIM, clip_norm=0.0)  # a norm is of all that is trained
+  """A frozen tower: the same gradients for the decoder; the tower is kept in the compute dtype."""
+  unclipped = dataclasses.replace(OPTIM, clip_norm=0.0)  # the norm depends on what is trained
   frozen_tower = tuning.Config(freeze_vision=True)
   trained, frozen = tuning.cut(jax.tree.map(jnp.copy, small.params), frozen_tower)
   found = []
@@ -430,7 +430,7 @@ def test_any_number_of_microbatches_gives_the_same_update(small, loss_cfg, criti
 
 
 def test_microbatches_without_a_token_cost_nothing(small, batch, scored, updated):
-  """They only fill up, so that few programs serve all batches."""
+  """They are padding, so that few programs serve all batches."""
   rows = jax.tree.map(lambda a: np.concatenate([a, np.full_like(a, 0)]), batch.rows)
   rows = rows.replace(index_MUT=np.concatenate([batch.rows.index_MUT, np.full_like(batch.rows.index_MUT, -1)]))
   s = scored[0].replace(batch=batch.replace(rows=rows))
@@ -475,7 +475,7 @@ def test_a_critic_values_tokens_of_joined_rows_as_of_their_own(small, batch):
 
 @pytest.mark.parametrize("reference", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_single_update_computes_the_old_log_probabilities_itself(small, batch, scored, reference):
-  """Scoring leaves them out, and what comes of the update, metrics among it, is the same."""
+  """Scoring leaves them out, and the results of the update, metrics included, are the same."""
   ref = jax.tree.map(lambda a: a * 0.9, small.params) if reference else None
   o = loss.Config(kl_coef=0.1 * reference, sampler_cap=2.0)
   found = []
@@ -514,7 +514,7 @@ def test_imitation_lowers_the_loss(small, batch):
 
 
 def cross_entropy(params, model, batch):
-  """By hand: nats a token, of all that an assistant said; rows are one trajectory each."""
+  """By hand: nats a token, over the assistant's tokens; each row is one trajectory."""
   images = jax.tree.map(lambda a: a[0], batch.rows.images)
   h = qwen.hidden(params, model.cfg, batch.tokens_BT, batch.pos_BXT, batch.valid_BT, batch.vision_BT, images)
   logp_BTV = jax.nn.log_softmax(head.policy_logits(params, model.cfg, h, 1.0))[:, :-1]
@@ -525,7 +525,7 @@ def cross_entropy(params, model, batch):
 
 
 def test_imitation_follows_the_gradient_of_the_cross_entropy(small, batch):
-  """And so does PPO's update where every advantage is 1; where nobody says anything there is none."""
+  """And so does PPO's update where every advantage is 1; without assistant's tokens there is no gradient."""
   plain = optim.OptimConfig(learning_rate=1e-2, eps=1e-3, clip_norm=0.0)
   cfg = dataclasses.replace(make_config(small, single_update=True), optim=plain)
   (nll, right), wanted = jax.jit(jax.value_and_grad(lambda p: cross_entropy(p, small, batch), has_aux=True))(
@@ -548,7 +548,7 @@ def test_imitation_follows_the_gradient_of_the_cross_entropy(small, batch):
       np.any(g) for g in jax.tree.leaves(gradient(state)))
 
 
-# --- the rivals: what the kernels are put together to; the kernels have tests of their own --------------------
+# --- other algorithms: how the kernels are put together; the kernels have tests of their own ------------------
 
 
 @pytest.fixture
@@ -578,7 +578,7 @@ def test_rloo_and_additive_credit(batch, score):
   groups = REWARD.reshape(2, 4)
   want = ((groups - groups.mean(1, keepdims=True)) * 4 / 3).ravel()
   np.testing.assert_allclose(s.advantage_B, want, atol=1e-5)
-  # The first group's actions earned these; the second's can't be judged.
+  # Rewards of the first group's actions; the second group's actions can't be judged.
   earned = np.array([1.25, 1.25, -1.0, 1.5, 0.5])
   z = 0.5 * (earned - earned.mean()) / earned.std()
   for b, k, i in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (3, 0, 3), (3, 1, 4)):
@@ -649,7 +649,7 @@ def test_rewards_that_are_equal_throughout_give_exactly_no_advantage(small, batc
 def test_additive_credit_compares_with_rows_that_count(batch, score):
   rows = np.array([True, True, True, False] + [True] * 4)
   s, _ = score(mask=rows, credit=credit.Config(kind="additive", step_weight=0.5))
-  earned = np.array([1.25, 1.25, -1.0])  # and not the fourth row's 1.5 and 0.5
+  earned = np.array([1.25, 1.25, -1.0])  # without the fourth row's 1.5 and 0.5
   z = 0.5 * (earned - earned.mean()) / earned.std()
   for b, k, i in ((0, 0, 0), (0, 1, 1), (1, 0, 2)):
     at = batch.sampled_BT[b] & (batch.action_BT[b] == k)
@@ -658,7 +658,7 @@ def test_additive_credit_compares_with_rows_that_count(batch, score):
 
 
 def test_a_small_spread_is_not_blown_up(batch, score):
-  """All answers right and all boxes good: what differs is noise of the IoU."""
+  """All answers right and all boxes good: only noise of the IoU differs."""
   near = np.array([40, 39.8, 39.6, 39.9, 40, 39.7, 39.9, 39.8], np.float32)
   boxes = np.zeros((8, 2, 4), np.float32)
   boxes[:, 0, 2], boxes[:, 0, 3] = 40, near
@@ -678,7 +678,7 @@ def test_a_small_spread_is_not_blown_up(batch, score):
 
 
 def test_equal_groups_are_equal_whatever_the_kl(small, batch, score):
-  """The KL in the reward is another for each trajectory: a group that earned the same is left out all the same."""
+  """The KL in the reward differs between trajectories; a group with equal rewards before it is left out even so."""
   o = loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1")
   rows = np.array([True] * 4 + [False, True, True, True])
   s, m = score(mask=rows, loss=o, advantage=advantage.Config(drop_equal=True))
@@ -695,7 +695,7 @@ def test_tasks_without_answers_are_neither_right_nor_wrong(batch, score):
 
 
 def test_equal_groups_are_left_out_of_the_means(batch, score):
-  rows = np.array([True] * 4 + [False, True, True, True])  # what is left of the second group earned the same
+  rows = np.array([True] * 4 + [False, True, True, True])  # the rest of the second group has equal rewards
   s, m = score(mask=rows, advantage=advantage.Config(drop_equal=True))
   assert np.asarray(s.batch.row_mask_B).tolist() == [True] * 4 + [False] * 4
   assert m["advantage/informative_share"] == 0.5
@@ -707,7 +707,7 @@ def test_kl_in_the_reward(batch, score):
   s, m = score(loss=loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1"))
   np.testing.assert_allclose(s.reward_B, REWARD - 0.1 * 0.5 * batch.sampled_BT.sum(1), atol=1e-5)
   np.testing.assert_allclose(m["reward/total"], REWARD.mean(), rtol=1e-5)  # what the task gave
-  # With a critic each token pays for itself: with lambda 1, what is still to be paid after it is the later tokens'.
+  # With a critic each token's KL is in its own reward: with lambda 1, the KL still to come is that of later tokens.
   o = loss.Config(kl_coef=0.1, kl_in_reward=True, kl_estimator="k1")
   plain, _ = score(advantage=advantage.Config(kind="gae"))
   s, _ = score(advantage=advantage.Config(kind="gae"), loss=o)
@@ -776,7 +776,7 @@ def test_the_coefficient_that_adapts_is_the_state_s(small, batch, score, monkeyp
 
 
 def test_a_value_s_step_is_clipped_about_what_it_was(small, batch):
-  """Against the values that scored the batch, not against themselves."""
+  """About the values that scored the batch, not about the present ones."""
   cfg = make_config(small, advantage=advantage.Config(kind="gae"), loss=loss.Config(value_clip=0.01))
   cfg = dataclasses.replace(cfg, optim=dataclasses.replace(OPTIM, learning_rate=0.0, critic_learning_rate=0.05))
   state = state_lib.init(jax.tree.map(jnp.copy, small.params), cfg.optim, 0.0, small.cfg.text.hidden)
@@ -809,7 +809,7 @@ def test_a_critic_learns_what_to_expect(small, batch):
 
 @pytest.mark.slow
 def test_what_waits_in_the_host_s_memory_changes_no_number(small, batch, scored, updated):
-  """Moments, and the reference for the KL term; the state is where it was, and the reference, too."""
+  """Moments, and the reference for the KL term; both are in the same memory after the update."""
   mesh = sharding.make(1, 2, 1, devices=jax.devices()[:2])
   params = jax.device_put(jax.tree.map(np.array, small.params), sharding.param_shardings(qwen.specs(small.cfg), mesh))
   there = placement.place_batch(packed(small, shards=2), mesh)
@@ -828,7 +828,7 @@ def test_what_waits_in_the_host_s_memory_changes_no_number(small, batch, scored,
     found[offload] = jax.device_get((s.logp_ref_BT, state, metrics))
     assert_skipped(state, poisoned(s), cfg)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found.values())
-  # And what comes of it is no copy of the policy.
+  # And its log-probabilities are not the policy's.
   assert np.abs(found[()][0] - np.asarray(s.logp_old_BT)).max() > 0.1
 
 
@@ -836,7 +836,7 @@ def test_what_waits_in_the_host_s_memory_changes_no_number(small, batch, scored,
 
 
 def test_an_update_that_is_not_finite_leaves_everything_as_it_was(small):
-  """In one microbatch of several, with a critic and a KL weight that adapts; and so does one that is too long."""
+  """In one microbatch of several, with a critic and an adaptive KL weight; likewise for a gradient above the limit."""
   cfg = make_config(small, loss=loss.Config(kl_coef=0.1, kl_target=1e-6, kl_horizon=8.0),
                     advantage=advantage.Config(kind="gae"))
   cfg = dataclasses.replace(cfg, optim=dataclasses.replace(OPTIM, warmup_steps=5))
@@ -857,7 +857,7 @@ def test_an_update_that_is_not_finite_leaves_everything_as_it_was(small):
     state, m = update_step(state, bad, cfg, None, np.float32(limit))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)  # counters, too
     assert (m["optim/skipped"], m["optim/spikes"]) == (1, name == "spike"), name
-    assert np.isfinite(m["loss/total"]) == (name in ("spike", "gradient alone")), name  # what came is said
+    assert np.isfinite(m["loss/total"]) == (name in ("spike", "gradient alone")), name  # reported as it is
     assert np.isfinite(m["optim/grad_norm"]) == (name == "spike"), name
   _, m = update_step(state, s, cfg, None, np.float32(1e3 * norm))
   assert m["optim/skipped"] == 0 and m["optim/learning_rate"] == pytest.approx(OPTIM.learning_rate * 2 / 6)
@@ -865,7 +865,7 @@ def test_an_update_that_is_not_finite_leaves_everything_as_it_was(small):
 
 @pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_what_is_finite_is_updated_as_if_nothing_were_skipped(small, optimized, monkeypatch, kind):
-  """To the last bit, in programs as users have them: against one that has no choice."""
+  """To the last bit, in optimised programs as in a run: against an update without the choice."""
   cfg = make_config(small)
   cfg = dataclasses.replace(cfg, optim=optim.OptimConfig(1e-2, kind=kind, weight_decay=0.1))
   rng = np.random.default_rng(0)

@@ -4,8 +4,8 @@ The model computes in float32, the reference in float64: what is measured is our
 
     python -m tests.model.agreement --first=1000 --count=200
 
-prints each seed's figures, then the worst of each kind and the seed that gave it.  With
-JAX_DISABLE_MOST_OPTIMIZATIONS=1, as the tests have it, it compiles two to three times as fast.
+prints each seed's figures, then the worst of each kind and its seed.  With JAX_DISABLE_MOST_OPTIMIZATIONS=1, as in the
+tests, it compiles two to three times as fast.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def draw_config(rng: np.random.Generator) -> qwen.Config:
 
 
 def draw_params(cfg: qwen.Config, rng: np.random.Generator) -> dict:
-  """Parameters wide enough that every part of the model matters to the logits."""
+  """Parameters with a variance so large that every part of the model affects the logits."""
   def one(spec):
     x = rng.standard_normal(spec.shape, np.float32)
     fan_in = float(np.prod(spec.hf_shape[1:]))
@@ -81,7 +81,7 @@ class Part:
 
 
 def draw_part(cfg: qwen.Config, rng: np.random.Generator, n_images: int, largest: int = 14) -> Part:
-  """Words and images in turn; words on both ends."""
+  """Words and images alternately, words at both ends."""
   words = lambda: rng.integers(10, cfg.text.vocab, int(rng.integers(1, 8))).tolist()
   ids, grids, pixels = words(), [], []
   for _ in range(n_images):
@@ -93,7 +93,7 @@ def draw_part(cfg: qwen.Config, rng: np.random.Generator, n_images: int, largest
 
 
 def batch_of(rows: list[Part], rng: np.random.Generator | None = None) -> tuple:
-  """ids and mask [B, T], pixels and grids of rows, each padded on a side of its own (right without `rng`)."""
+  """ids and mask [B, T], pixels and grids of rows; `rng` draws the side that each is padded on, right without it."""
   T = max(len(r.ids) for r in rows) + (3 if rng is not None else 0)
   ids, mask = np.zeros((len(rows), T), np.int64), np.zeros((len(rows), T), np.int64)
   for b, row in enumerate(rows):
@@ -109,7 +109,7 @@ def batch_of(rows: list[Part], rng: np.random.Generator | None = None) -> tuple:
 
 
 def _nll(logits_BTV, tokens_BT, valid_BT, image_token):
-  """Mean NLL of every token that follows another and is no placeholder."""
+  """Mean NLL of every token that follows another and is not a placeholder."""
   logp = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV[:, :-1]), tokens_BT[:, 1:, None], -1)[..., 0]
   mask = valid_BT[:, 1:] & valid_BT[:, :-1] & (tokens_BT[:, 1:] != image_token)
   return -jnp.sum(logp * mask) / jnp.sum(mask)
@@ -167,7 +167,7 @@ def compare_forward(cfg, params, model, rows, rng) -> dict:
     for i, name in enumerate(spec.hf_names()):
       ours = params_lib.to_hf(spec, leaf[i] if spec.stacked else leaf)
       theirs = np.zeros_like(ours) if want[name] is None else want[name].numpy()
-      # Of the tensor's largest; a tensor whose gradient is all but nothing is measured by the model's.
+      # Relative to the tensor's largest gradient, or to the model's if the tensor's are nearly 0.
       scale = max(np.abs(theirs).max(), 0.01 * largest)
       found["gradients"] = max(found["gradients"], float(np.abs(ours - theirs).max() / scale))
   return {k: float(v) for k, v in found.items()}
@@ -216,13 +216,13 @@ def _chunk(cfg, parts: list[Part | None], starts: list[int], T: int, n_images: i
 
 
 def compare_turns(cfg, params, model, turns: list[list[Part]]) -> dict:
-  """Greedy tokens over several turns: the sampler's cache goes on, the reference starts over each time.
+  """Greedy tokens over several turns: the sampler keeps its cache, the reference starts over each time.
 
   Args:
-    turns: for each turn, what each row is given before it answers.
+    turns: for each turn, the part that each row is given before it answers.
 
   Returns:
-    "tokens": how many differ where the reference's margin is above `MARGIN`; "sampled": how many agreed.
+    "tokens": how many differ where the reference's margin is above `MARGIN`; "sampled": how many agree.
   """
   B = len(turns[0])
   T = 1 + max(len(p.ids) for row in turns for p in row)
@@ -253,7 +253,7 @@ def compare_turns(cfg, params, model, turns: list[list[Part]]) -> dict:
       first = len(want) if got == want else same.index(False) if False in same else min(len(got), len(want))
       compared += first
       if got != want:
-        alive[b] = False  # from here on the conversations are different ones
+        alive[b] = False  # from here on the two conversations differ
         differ += margins[min(first, len(margins) - 1)] > MARGIN
         continue
       rows[b] = dataclasses.replace(rows[b], ids=np.concatenate([rows[b].ids, want]).astype(np.int64))
@@ -262,14 +262,14 @@ def compare_turns(cfg, params, model, turns: list[list[Part]]) -> dict:
 
 
 def compare(seed: int, folder: str) -> dict:
-  """Everything, on what `seed` draws.
+  """All comparisons, on what `seed` draws.
 
   Args:
     seed: draws the configuration, the parameters, how they are stored, and the conversations.
-    folder: to keep the checkpoint in that both sides load.
+    folder: for the checkpoint that both sides load.
 
   Returns:
-    Differences by name; `LIMITS` has what they may be.  "scale" is the largest logit.
+    Differences by name, whose limits are `LIMITS`; "scale" is the largest logit.
   """
   import torch
   import transformers

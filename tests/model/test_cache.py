@@ -67,7 +67,7 @@ def test_padding_is_written_nowhere():
 # --- kernels, interpreted ---------------------------------------------------------------------------------------
 
 KERNELS = ("triton", "mosaic")
-BIG = dict(layers=3, rows=5, kv_heads=2, slots=640, head_size=128)  # ten blocks of slots for one, five for the other
+BIG = dict(layers=3, rows=5, kv_heads=2, slots=640, head_size=128)  # ten blocks of slots for triton, five for mosaic
 attend = jax.jit(cache_lib.attend, static_argnames=("platform", "kind"))
 
 
@@ -93,8 +93,8 @@ def same(got, want, real_AT, dtype):
         ("float32", 2, 1, False), ("float32", 7, 100, True), ("bfloat16", 1, 1, True), ("bfloat16", 2, 20, True),
         ("bfloat16", 7, 1, True)))])
 def test_a_kernel_and_the_loop_give_the_same(kind, dtype, group, length, picked):
-  """Rows without a past, of all lengths, and full; chunk rows that are whole, in part or not at all real, and one whose
-  row does not exist."""
+  """Cache rows that are empty, of all lengths, and full; chunk rows of real tokens, with padding, and of padding only;
+  and one whose row does not exist."""
   q, cache = drawn(group, length, dtype, [0, BIG["slots"] - length, 127, 63, 300])
   row_A = jnp.array([1, BIG["rows"] + 4, 0, 4, 2], jnp.int32) if picked else None
   n_new = np.array([length, 0, length, -(-length // 2), 0])
@@ -107,7 +107,7 @@ def test_a_kernel_and_the_loop_give_the_same(kind, dtype, group, length, picked)
 @pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("length", [1, 20])
 def test_a_kernel_reads_only_what_is_seen(kind, length):
-  """Neither other layers and rows, nor blocks of slots behind what a row has filled; nothing at all for a chunk row
+  """Neither other layers and rows, nor blocks of slots after the filled ones of a row; nothing at all for a chunk row
   without tokens, or one whose row does not exist."""
   q, cache = drawn(2, length, "float32", [0, 100, 383, 500, 620 - length])
   row_A = jnp.array([3, BIG["rows"] + 4, 0, 1], jnp.int32)
@@ -162,6 +162,6 @@ def test_a_jax_without_triton_takes_the_loop(monkeypatch):
 
 
 def test_few_rows_are_split_until_they_fill_a_gpu():
-  """64 rows of 8 heads do by themselves; 8 of 4 take 16 parts each; a short cache has too few slots for that."""
+  """64 rows of 8 heads need no parts; 8 rows of 4 heads take 16 parts; a short cache has too few slots for that."""
   assert [cache_kernels.splits(*it) for it in ((512, 16384), (32, 16384), (1, 16384), (1, 640), (1, 64))] == [
       1, 16, 64, 2, 1]

@@ -1,4 +1,4 @@
-"""Which module a model is for, and what it is compiled for."""
+"""Which module a model belongs to, and what it is compiled for."""
 
 import dataclasses
 import types as python_types
@@ -26,7 +26,7 @@ def test_a_model_knows_its_family(small):
 
 
 def test_a_family_is_its_module_and_a_line_in_the_table(small, tmp_path, monkeypatch):
-  """Another family, of which only the table is told: read, written, and its own forward pass is the one that runs."""
+  """Another family that only the table knows is read and written, and its own forward pass runs."""
   @dataclasses.dataclass(frozen=True)
   class Config(qwen.Config):
     model_type = "other"

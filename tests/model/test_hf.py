@@ -1,4 +1,4 @@
-"""Values out of JSON: what is taken, what is refused, and that each refusal names file and key."""
+"""Values from JSON: which are accepted, which refused, and that each refusal names file and key."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What an HF folder may be written over: nothing that anybody else has put there."""
+"""What an HF folder may replace: nothing that anybody else has put there."""
 
 import pathlib
 
@@ -30,7 +30,7 @@ def test_absent_empty_and_earlier_ones_are_replaced(small, tmp_path, earlier):
 
 @pytest.fixture
 def places(tmp_path, earlier, monkeypatch):
-  """Folders that must stay, by what is wrong with them."""
+  """Folders that must not be replaced, by the reason."""
   (tmp_path / "thesis").mkdir()
   (tmp_path / "thesis" / "chapter_1.tex").write_text("years of work")
   (tmp_path / "link").symlink_to(tmp_path / "thesis")

@@ -1,4 +1,4 @@
-"""The one table: counts of the released models, HF layouts there and back, initial values."""
+"""The parameter table: counts of the released models, HF layouts there and back, initial values."""
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ def test_hf_layout_there_and_back(small):
 
 
 def test_matrices_mean_what_hf_s_mean(small):
-  """y = x W^T in HF is x times our tensor, over all of its input axes and none else."""
+  """y = x W^T in HF is x times our tensor, over all of its input axes and no others."""
   rng = np.random.default_rng(0)
   specs = qwen.specs(small.cfg)
   D, heads, size = small.cfg.text.hidden, small.cfg.text.heads, small.cfg.text.head_size

@@ -35,7 +35,7 @@ def test_the_model_agrees(seed, tmp_path):
 
 
 def test_half_precision_rounds_as_the_reference_s_does(tmp_path):
-  """bfloat16 compute is about as far from float32 here as it is there, and nearer to it than to float32."""
+  """Our bfloat16 results are about as far from float32 as the reference's, and nearer to the reference's."""
   rng = np.random.default_rng(3)
   cfg = agreement.draw_config(np.random.default_rng(0))
   folder = tmp_path / "hf"
@@ -95,7 +95,7 @@ def _logits(folder, ids):
 
 @pytest.mark.parametrize("stored", ["another head", "the same head", "the head alone", "the embedding alone"])
 def test_a_head_is_tied_where_the_reference_ties_it(stored, tmp_path):
-  """The config says tied; what is stored decides, as there."""
+  """The config says tied; what is stored decides, as in the reference."""
   folder = tmp_path / "hf"
   params = agreement.draw_params(UNTIED, np.random.default_rng(5))
   weights.save_hf(folder, UNTIED, params, "float32")

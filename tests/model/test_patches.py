@@ -10,7 +10,7 @@ GRID = patches.Grid()
 
 
 def test_patches_come_cell_by_cell():
-  """Each pixel knows where it is; each value of a patch must say so."""
+  """Each pixel's value is its own place; the values of patches must be those of the right places."""
   y, x = np.mgrid[:56, :84]
   pixels = np.stack([y, x, np.full_like(y, 7)], -1).astype(np.uint8)
   cut = patches.patchify(pixels, GRID)
@@ -56,7 +56,7 @@ def test_every_token_is_made_of_its_own_patches(grid, sizes):
       r, c = divmod(m, cols)
       want = [(r * grid.merge + a, c * grid.merge + b) for a in range(grid.merge) for b in range(grid.merge)]
       np.testing.assert_array_equal(place[slot], want)
-      # Its window is the one of its row and column, and a place of its own if the picture is cut.
+      # Its window is that of its row and column; if the picture is cut, the slot is in that window.
       window = r // grid.window * -(-cols // grid.window) + c // grid.window
       assert (windows[slot] == window).all()
       assert slot // (Q // per) == i * W + (window if W > 1 else 0)

@@ -76,7 +76,7 @@ def run(model, b, cfg=None):
 
 @pytest.mark.parametrize("together", [0, 1])
 def test_pixels_may_come_as_bytes(small, together):
-  """And be encoded one image after the other."""
+  """Also if images are encoded one after the other."""
   rng, cfg = np.random.default_rng(0), small.cfg
   grid = cfg.vision.grid
   cut = [patches.patchify(rng.integers(0, 256, (h * grid.factor, w * grid.factor, 3), dtype=np.uint8), grid)
@@ -145,7 +145,7 @@ def test_images_in_other_buckets_or_windows_of_another_size_change_nothing(small
   grid = small.cfg.vision.grid
   rng = np.random.default_rng(0)
   pictures = [picture(rng, 2, 3, small.cfg), picture(rng, 5, 2, small.cfg), picture(rng, 1, 2, small.cfg)]
-  big = picture(np.random.default_rng(9), 9, 9, small.cfg)  # so that all are cut by window, which they are not in `b`
+  big = picture(np.random.default_rng(9), 9, 9, small.cfg)  # so that all images are cut by window; in `b` none is
   batches, index, base = [], [], 0
   for p in pictures:
     batch, where = patches.layout([big, p], grid, 3)
@@ -183,7 +183,7 @@ def test_remat_changes_nothing_and_every_parameter_has_a_gradient(small, case):
   for (path, g), g_r in zip(jax.tree_util.tree_flatten_with_path(grads)[0], jax.tree.leaves(grads_r)):
     name, size = jax.tree_util.keystr(path), float(jnp.abs(g).max())
     np.testing.assert_allclose(g, g_r, atol=1e-5 * max(size, 1.0), err_msg=name)
-    if "k_b" not in name:  # softmax undoes what is added to all keys alike, as far as rotary leaves it alike
+    if "k_b" not in name:  # softmax cancels what is equal for all keys, which a bias is but for its rotation
       assert size > 1e-6, name
       if g.ndim > 1 and "blocks" in name:
         assert (jnp.abs(g).reshape(g.shape[0], -1).max(-1) > 1e-6).all(), name
@@ -214,12 +214,12 @@ def test_decoding_over_a_cache_is_the_full_forward_pass(small, case, plan):
   np.testing.assert_allclose(got, run(small, b)[0, :T], atol=ATOL)
   assert cache.len_B.tolist() == [T, 0]
   assert not np.asarray(cache.k_LBKSH[:, 1]).any() and not np.asarray(cache.v_LBKSH[:, 1]).any()
-  assert not np.asarray(cache.k_LBKSH[:, 0, :, T:]).any()  # nor does padding leave anything behind
+  assert not np.asarray(cache.k_LBKSH[:, 0, :, T:]).any()  # padding is not written
 
 
 @pytest.mark.parametrize("together", [64, 128, 192])
 def test_rows_of_a_cache_have_lengths_of_their_own(small, together, monkeypatch):
-  """Row 1 starts late, pauses, and crosses the border of a block of slots; row 0 is elsewhere meanwhile."""
+  """Row 1 starts late, pauses, and crosses the border of a block of slots; row 0 has another length all the time."""
   # 128 does not divide the cache's 192.
   monkeypatch.setattr(cache_lib, "_slots_together", lambda T, S, platform: together)
   extend = jax.jit(lambda *a: text.extend(*a), static_argnums=1)  # traced anew
@@ -274,7 +274,7 @@ def states(small):
 
 
 def naive(model, h, temperature):
-  """float64[B, T, V]: log-probabilities with the placeholders out."""
+  """float64[B, T, V]: log-probabilities without the placeholders."""
   x = h.astype(np.float64) @ np.asarray(model.params["text"]["head"], np.float64) / temperature
   x[..., list(model.cfg.banned)] = -np.inf
   x -= x.max(-1, keepdims=True)
@@ -295,7 +295,7 @@ def test_token_logp_is_a_log_softmax_however_it_is_cut(small, states, chunk):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_heads_gradient_in_half_precision(small, states, tied, optimized):
-  """As it is optimised where programs run for long, which a CPU has no kernel for if it is not asked rightly."""
+  """Optimised, as programs of a run are: then a CPU lacks a kernel for some products in half precision."""
   cfg = dataclasses.replace(small.cfg, compute_dtype="bfloat16")
   text_ = {k: v for k, v in small.params["text"].items() if not (tied and k == "head")}
   h, y = states[0].repeat(4, 0), states[1].repeat(4, 0)

@@ -1,4 +1,4 @@
-"""What layers keep for the backward pass: the names do something, and no gradient is another."""
+"""What layers keep for the backward pass: each name has an effect, and gradients stay the same."""
 
 import collections
 import dataclasses
@@ -22,7 +22,7 @@ B, T = 2, 12
 
 
 def saved(fn, capsys, *args) -> collections.Counter:
-  """How many arrays of each kind, such as "float32[2, 3]" and "host float32[2, 3]", wait for the backward pass."""
+  """How many arrays of each kind, such as "float32[2, 3]" and "host float32[2, 3]", are kept for the backward pass."""
   capsys.readouterr()
   jax.ad_checkpoint.print_saved_residuals(fn, *args)
   found = collections.Counter()
@@ -47,7 +47,7 @@ def decoder(small, kept, platform="cpu", length=T):
 
 
 def tower(small, kept):
-  """The same of the vision tower, for two images of 4 x 4 patches."""
+  """A loss of the vision tower's, for two images of 4 x 4 patches, and its arguments."""
   cfg = small.cfg.vision
   rng = np.random.default_rng(0)
   image = lambda: qwen.types.ImageInput(rng.standard_normal((16, cfg.grid.values), np.float32), (4, 4),
@@ -97,7 +97,7 @@ def test_the_vision_tower_keeps_the_same(small, capsys):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_kernel_keeps_what_its_backward_pass_wants(small, capsys, devices):
-  """Its output and a number a token and head: or all of it would run again."""
+  """Its output, and a number for each token and head: without them the whole kernel would run again."""
   with sharding.context(sharding.make(1, 2, 2, devices=jax.devices()[:4]) if devices > 1 else None):
     count = {}
     for names in ((), ("attention",)):
@@ -110,7 +110,7 @@ def test_a_kernel_keeps_what_its_backward_pass_wants(small, capsys, devices):
 
 
 def test_cudnn_s_output_is_told_by_its_primitive():
-  """It names nothing itself; its compiler need not be there to see what the policy says."""
+  """It names nothing itself; what the policy decides can be seen without its compiler."""
   primitive = jax.extend.core.Primitive("dot_product_attention_fwd_wrapper")
   primitive.multiple_results = True
   primitive.def_abstract_eval(lambda x: [x, x])

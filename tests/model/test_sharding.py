@@ -1,4 +1,4 @@
-"""Meshes over the devices there are, and what is split over which axis."""
+"""Meshes over the present devices, and what is split over which axis."""
 
 import types
 
@@ -66,7 +66,7 @@ def test_sharded_parameters_hold_what_they_held(small):
 
 
 class Device(types.SimpleNamespace):
-  """Of a platform, with some memories."""
+  """A device of a platform, with some memories."""
 
   def addressable_memories(self):
     return [types.SimpleNamespace(kind=kind) for kind in self.kinds]
@@ -74,7 +74,7 @@ class Device(types.SimpleNamespace):
 
 @pytest.mark.parametrize("platform, kinds, has", [
     ("cpu", ("device", "pinned_host", "unpinned_host"), True), ("cpu", ("unpinned_host",), False), ("cpu", (), False),
-    ("gpu", (), True),  # a stand-in, for compiling ahead of time
+    ("gpu", (), True),  # a device that is only compiled for
     ("gpu", ("device",), False), ("tpu", ("device", "pinned_host"), True), ("tpu", (), False)])
 def test_where_arrays_can_wait_on_the_host(platform, kinds, has):
   devices = np.array([Device(platform=platform, kinds=("nothing",), process_index=1),

@@ -60,7 +60,7 @@ def test_adapters_of_the_released_size():
   assert block["o_w"]["b"].axes == ("layers", None, "embed")
   assert block["q_w"]["b"].hf_name == "model.layers.{layer}.self_attn.q_proj.lora_B.weight"
   assert {spec.init for path, spec in params_lib.leaves(trained) if path[-1] == "b"} == {"zeros"}
-  # As the matrices that they stand on are split.
+  # They are split as their matrices are.
   where = sharding.param_shardings(trained, sharding.make(1, 4, 2))["text"]["blocks"]
   assert where["q_w"]["a"].spec[1] == "fsdp" and where["q_w"]["b"].spec[2] == "tensor"
 
@@ -101,7 +101,7 @@ def inputs(cfg):
 
 
 def test_fresh_adapters_add_nothing(small):
-  """The very bits: what is 0 is added to what was there."""
+  """To the last bit: only zeros are added."""
   cfg = tuned(small.cfg, LORA)
   adapters = params_lib.init(family.tables(cfg)[0], jax.random.key(0), jnp.float32)
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(adapters)[::2])  # each a
@@ -150,7 +150,7 @@ def test_no_adapters_no_file(small, tmp_path):
 
 
 def test_the_reference_outlives_the_policy(small):
-  """Of what is trained it is a copy, for updates take the arrays; what is frozen it shares."""
+  """It has a copy of what is trained, because updates are donated the arrays, and shares what is frozen."""
   how = tuning.Config(freeze_vision=True)
   trained, frozen = tuning.cut(small.params, how)
   kept = tuning.reference(trained, frozen, how)

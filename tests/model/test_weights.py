@@ -96,7 +96,7 @@ def test_nested_flat_and_sparse_configs(small, saved):
   bare = {k: v for k, v in flat.items() if k != "head_dim"} | {"rope_scaling": {"mrope_section": [1, 1, 1]}}
   assert weights.config_from_hf(bare).text.head_size == 24 // 4
   assert weights.config_from_hf(bare | {"head_dim": None, "num_key_value_heads": None}).text.kv_heads == 4
-  # What a released file leaves out, the reference's class defaults fill in.
+  # Keys that a released file lacks have the defaults of the reference's classes.
   sparse = {k: v for k, v in flat.items() if not k.endswith("_token_id") and k != "rms_norm_eps"}
   sparse["vision_config"] = {"out_hidden_size": 24}
   cfg = weights.config_from_hf(sparse)
@@ -119,7 +119,7 @@ def test_shards(small, saved, tmp_path, monkeypatch):
       a.nbytes > 40_000 for a in whole.values())
   jax.tree.map(SAME, weights.load_hf(folder)[1], small.params)
 
-  # A whole file goes before an index, as transformers has it: it was saved later, over a folder of shards.
+  # A whole file takes precedence over an index, as in transformers: it was saved later, over a folder of shards.
   (folder / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
   (folder / files[1]).rename(folder / "elsewhere")
   jax.tree.map(SAME, weights.load_hf(folder)[1], small.params)
@@ -143,7 +143,7 @@ def test_a_tied_model_has_no_head(small, tmp_path):
   assert found.text.tied
   jax.tree.map(SAME, again, params)
   SAME(text.head(again["text"]), np.asarray(params["text"]["embed"]).T)
-  # Some files carry a copy all the same, and some carry only that.
+  # Some files have a copy as a head nevertheless, and some only that copy.
   rewrite(tmp_path / "hf", lambda ts: ts | {"lm_head.weight": ts["model.embed_tokens.weight"]})
   jax.tree.map(SAME, weights.load_hf(tmp_path / "hf")[1], params)
   rewrite(tmp_path / "hf", lambda ts: {k: v for k, v in ts.items() if k != "model.embed_tokens.weight"})
@@ -152,7 +152,7 @@ def test_a_tied_model_has_no_head(small, tmp_path):
 
 @pytest.mark.parametrize("strip", [200, 2 ** 20])
 def test_a_head_of_its_own_is_not_tied(small, saved, strip, monkeypatch):
-  """What a merged adapter leaves behind: the config says tied, and the stored head differs in one number, the last."""
+  """As after an adapter is merged: the config says tied, and the stored head differs in one number, the last."""
   monkeypatch.setattr(weights, "STRIP_BYTES", strip)
   edit_config(saved, lambda c: c | {"tie_word_embeddings": True})
   assert weights.read_config(saved) == small.cfg
@@ -403,7 +403,7 @@ def test_an_interrupted_save_leaves_the_old_folder_whole(small, saved, monkeypat
     with pytest.raises(OSError, match="no space left"):
       weights.save_hf(saved, small.cfg, jax.tree.map(lambda a: a + 1, small.params), "float32")
   assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
-  # And the next save goes through, what the interrupted one left behind or not.
+  # And the next save succeeds, whatever the interrupted one has left.
   weights.save_hf(saved, small.cfg, jax.tree.map(lambda a: a + 1, small.params), "float32")
   jax.tree.map(lambda a, b: SAME(a, b + 1), weights.load_hf(saved)[1], small.params)
   assert [p.name for p in saved.parent.iterdir()] == [saved.name]
@@ -415,7 +415,7 @@ def test_saving_replaces_all_and_brings_the_tokenizer_along(tiny, small, saved):
   names = {p.name for p in saved.iterdir()}
   assert names == {"config.json", "model.safetensors", "virl_jax.json", *os.listdir(tiny.folder)}
   assert (saved / "tokenizer.json").read_bytes() == (tiny.folder / "tokenizer.json").read_bytes()
-  # A folder may be saved over itself: its own files are what comes along.
+  # A folder may be saved over itself: its own files are copied.
   weights.save_hf(saved, small.cfg, small.params, "float32", like=saved)
   assert {p.name for p in saved.iterdir()} == names
   shutil.rmtree(saved)

@@ -1,7 +1,7 @@
 """The kernels of virl_jax.rl again, as slow loops in float64: what tests compare them with.
 
 Written from the formulas of the docstrings, one action, one token, one group after another.  Everything is
-lists and numbers; nothing here is shared with the kernels but their configurations.
+lists and numbers; only the configurations are shared with the kernels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def overlap(a, b, mode: str) -> float:
 
 
 def pool(rewards, cfg) -> float:
-  """Of the rewards of a trajectory's actions, one number."""
+  """`reward.pool`."""
   if not len(rewards):
     return 0.0
   return {"mean": sum(rewards) / len(rewards), "sum": sum(rewards), "best": max(rewards),
@@ -42,7 +42,7 @@ def fidelity(boxes, box_mask, targets, gt_mask, cfg, h0=None) -> dict:
   """`reward.fidelity` by the formulas of the module docstring; keys as the fields of `reward.Fidelity`."""
   h0 = cfg.h0 if h0 is None else h0
   live = [j for j in range(len(targets)) if gt_mask[j]]
-  rows, best = [], {}  # of each target that was scored with, the best so far
+  rows, best = [], {}  # best: the best score so far of each target that has one
   for box, is_action in zip(boxes, box_mask):
     if not is_action or not live:
       rows.append((0.0, 0.0, 0.0, -1, False, False))

@@ -1,4 +1,4 @@
-"""Group statistics by hand, against a slow loop, and on groups that have none."""
+"""Group statistics by hand, against a slow loop, and on groups without rows that count."""
 
 import functools
 
@@ -163,7 +163,7 @@ def test_moments_of_parts_are_those_of_the_whole():
 
 
 def test_the_default_reaches_back_to_the_first_token():
-  """With a critic that expects nothing, the first of 500 tokens is credited with all that comes at the end."""
+  """With a critic that expects 0, the first of 500 tokens is credited with the whole reward at the end."""
   reward_T = np.zeros(500, np.float32)
   reward_T[-1] = 1.0
   got, _ = advantage.gae(reward_T, np.zeros(500, np.float32), np.ones(500, bool), advantage.Config(kind="gae"))
@@ -204,7 +204,7 @@ def test_gae_at_its_ends():
   cfg = advantage.Config(kind="gae", gamma=1.0, lam=1.0)
   reward_T, value_T = jnp.array([0.0, 5.0, 0.0, 2.0]), jnp.array([1.0, jnp.nan, 0.5, 0.5])
   got, returns = advantage.gae(reward_T, value_T, jnp.array([True, False, True, True]), cfg)
-  # Monte Carlo: what is left to come is 2 throughout, and what stands off the mask never matters.
+  # Monte Carlo: the reward still to come is 2 throughout, and values off the mask never matter.
   np.testing.assert_allclose(got, [1.0, 0.0, 1.5, 1.5])
   np.testing.assert_allclose(returns, [2.0, 0.0, 2.0, 2.0])
   grad = jax.grad(lambda v: advantage.gae(reward_T, v, jnp.zeros(4, bool), cfg)[0].sum())(value_T)

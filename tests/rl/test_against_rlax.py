@@ -1,4 +1,4 @@
-"""The pieces that rlax has, too, against it."""
+"""Kernels that rlax has as well, against it."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def test_gae(gamma, lam):
   mask_T = rng.random(40) < 0.7
   ours, returns = jax.jit(advantage.gae, static_argnames="cfg")(
       reward_T, value_T, mask_T, cfg=advantage.Config(kind="gae", gamma=gamma, lam=lam))
-  # rlax has no mask: what the policy did not write is left out, and after the last token nothing comes.
+  # rlax has no mask: what the policy did not write is left out, and the value after the last token is 0.
   r, v = reward_T[mask_T], np.append(value_T[mask_T], np.float32(0))
   theirs = rlax.truncated_generalized_advantage_estimation(jnp.asarray(r), jnp.full(len(r), gamma), lam, jnp.asarray(v))
   np.testing.assert_allclose(ours[mask_T], theirs, atol=1e-5)

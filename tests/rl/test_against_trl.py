@@ -29,7 +29,7 @@ CASES = {
 
 
 def trl_loss(d, advantage, options):
-  """trl's loss and its gradient, of the method alone: a trainer would want a model and a data set."""
+  """trl's loss and its gradient, by the method alone: a whole trainer would need a model and a data set."""
   args = types.SimpleNamespace(delta=options.pop("delta", None), use_bias_correction_kl=False, steps_per_generation=1)
   same = lambda x, **_: x
   logp_BT, coef = torch.tensor(d["logp"], requires_grad=True), options.pop("entropy_coef", 0.0)

@@ -1,7 +1,7 @@
-"""What holds of every kernel of virl_jax.rl: it agrees with a slow loop, plain, compiled and mapped, and has gradients.
+"""Every kernel of virl_jax.rl agrees with a slow loop, plain, compiled and mapped, and has finite gradients.
 
-Each is tried on trajectories with plenty in them and on those where something is missing: nothing under any mask,
-no actions, no rounds to hold any, no ground truth, groups whose members all earned the same.
+Each is tried on trajectories that have everything, and on those that lack something: nothing under any mask, no
+actions, no rounds (R = 0), no ground truth, groups with equal rewards.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ DRAWS = 3  # mapped over; and each by itself
 
 
 def draw(seed: int, regime: str) -> dict[str, np.ndarray]:
-  """Everything that a kernel may ask for, in float32, about B trajectories; `row` is one of them."""
+  """All arguments that a kernel may need, in float32, of B trajectories."""
   rng = np.random.default_rng(seed)
   R = 0 if regime == "no rounds" else 4
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -37,10 +37,10 @@ def draw(seed: int, regime: str) -> dict[str, np.ndarray]:
 
   gt, box = boxes(J), boxes(R)
   for b in range(B):
-    if rng.random() < 0.5:  # two targets that one look can hit
+    if rng.random() < 0.5:  # two targets that one zoom can hit
       gt[b, 1] = gt[b, 0] + normal(4)
   for b, k in np.ndindex(B, R):
-    if rng.random() < 0.6:  # near a target; at times just where one looked before
+    if rng.random() < 0.6:  # near a target; sometimes exactly the zoom before
       box[b, k] = gt[b, rng.integers(J)] + normal(4)
     if k and rng.random() < 0.3:
       box[b, k] = box[b, k - 1]
@@ -56,7 +56,7 @@ def draw(seed: int, regime: str) -> dict[str, np.ndarray]:
       "logp": -np.abs(normal(B, T)), "kl_coef": np.float32(rng.uniform(0.1, 1)), "kl": np.float32(rng.uniform(0, 0.3))}
   d |= {name: (d["logp"] + 0.3 * normal(B, T)).astype(np.float32) for name in ("old", "ref", "sampler")}
   if rng.random() < 0.5:
-    d["reward"][:G] = d["reward"][0]  # a group that teaches nothing
+    d["reward"][:G] = d["reward"][0]  # a group that is not informative
   d["redundant"] = d["correct"] & (rng.random((B, R)) < 0.3)
   if regime == "empty masks":
     for name in ("box_mask", "gt_mask", "row_mask", "sampled"):
@@ -76,9 +76,9 @@ class Case:
   """A kernel in one of its settings.
 
   Attributes:
-    kernel: under test; what of its results means nothing is to be made 0.
-    oracle: slow, with the same arguments and results.
-    takes: names of what `draw` gives; one trajectory's, if they stand behind "row.".
+    kernel: under test; results that mean nothing must be made 0, see `shown`.
+    oracle: the slow loop, with the same arguments and results.
+    takes: names of its arguments in what `draw` returns; after "row." that of one trajectory.
     of: the function that the case is about.
   """
 
@@ -92,13 +92,13 @@ class Case:
 
 
 def with_cfg(kernel, oracle, takes, cfg):
-  """A case whose kernel and oracle end with a configuration, or whatever settings they share."""
+  """A case whose kernel and oracle have a configuration, or a tuple of settings, as last arguments."""
   more = cfg if isinstance(cfg, tuple) else (cfg,)
   return Case(lambda *a: kernel(*a, *more), lambda *a: oracle(*a, *more), takes, kernel)
 
 
 def shown(kernel, mask_at):
-  """The kernel, with 0 off its mask: what stands there means nothing."""
+  """The kernel, with 0 off its mask, where its results mean nothing."""
   @functools.wraps(kernel)
   def run(*args):
     return jax.tree.map(lambda x: jnp.where(args[mask_at], x, 0), kernel(*args))
@@ -215,7 +215,7 @@ CASES = {
 
 
 def leaves(result) -> dict[str, np.ndarray]:
-  """Results by name: fields of a dataclass, keys of a dict, places in a tuple."""
+  """Results by name: fields of a dataclass, keys of a dict, indices of a tuple."""
   result = vars(result) if dataclasses.is_dataclass(result) else result
   found, _ = jax.tree_util.tree_flatten_with_path(result)
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in found}
@@ -231,7 +231,7 @@ def assert_same(got: dict, want: dict, what: str):
 
 @functools.cache
 def compiled(name: str):
-  """The case's kernel by itself, mapped, and its gradient: compiled once for all regimes of the same shapes."""
+  """The case's kernel, the kernel under vmap, and its gradient: compiled once for all regimes of the same shapes."""
   kernel = CASES[name].kernel
 
   def scalar(*args):
@@ -274,7 +274,7 @@ def test_there_is_a_case_for_every_kernel():
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_can_fail(name):
-  """Where there is plenty, a kernel's results are neither constant nor all the same for other inputs."""
+  """Where nothing is missing, a kernel's results are not constant, and change with its inputs."""
   case = CASES[name]
   first, *others = (leaves(case.oracle(*case.arguments(draw(seed, "plenty")))) for seed in range(4))
   changes = any(not np.allclose(first[k], o[k]) for o in others for k in first)

@@ -1,4 +1,4 @@
-"""The loss by hand, against a slow loop, and where its inputs are extreme or masked."""
+"""The loss by hand, against a slow loop, and with extreme or masked inputs."""
 
 import dataclasses
 import functools
@@ -43,10 +43,10 @@ def test_masked_mean():
 @pytest.mark.parametrize("ratio, advantage, expected, clipped, slope", [
     (1.0, 2.0, -2.0, False, -2.0),   # on policy: plain policy gradient
     (1.2, 2.0, -2.4, False, -2.4),   # inside
-    (1.5, 2.0, -2.6, True, 0.0),     # praised enough: held at 1.3
-    (0.5, 2.0, -1.0, False, -1.0),   # praise for what has become rarer is never held
-    (0.5, -2.0, 1.6, True, 0.0),     # blamed enough: held at 0.8
-    (1.5, -2.0, 3.0, False, 3.0),    # blame for what has become likelier is never held
+    (1.5, 2.0, -2.6, True, 0.0),     # praised enough: clipped at 1.3
+    (0.5, 2.0, -1.0, False, -1.0),   # praise for what has become rarer is never clipped
+    (0.5, -2.0, 1.6, True, 0.0),     # blamed enough: clipped at 0.8
+    (1.5, -2.0, 3.0, False, 3.0),    # blame for what has become likelier is never clipped
     (0.75, -1.0, 0.8, True, 0.0),    # the low side has its own limit
     (1.25, 1.0, -1.25, False, -1.25),
     (9.0, 0.0, 0.0, False, 0.0)])
@@ -163,7 +163,7 @@ def test_wrong_shapes_are_named():
     loss.policy_loss(*inputs[:3], inputs[3][0], inputs[4], mask, CFG)
 
 
-# --- rivals of the token-mean clip, against one slow loop -----------------------------------------------
+# --- other surrogates and aggregates, against one slow loop ---------------------------------------------
 
 
 RIVALS = {
@@ -254,7 +254,7 @@ def softmax_policy(theta):
 
 
 def score_gradient(theta, q, estimator):
-  """What REINFORCE follows on average if the estimate is (part of) the reward: sum of p * estimate * grad log p."""
+  """REINFORCE's expected gradient if the estimate is (part of) the reward: sum of p * estimate * grad log p."""
   p = softmax_policy(theta)
   each = np.asarray(kl(jnp.log(p), jnp.log(q), estimator), np.float64)
   return p * (each - (p * each).sum())
@@ -268,7 +268,7 @@ def divergence(theta, q):
 @pytest.mark.parametrize("ratio, advantage, slope", [
     (1.0, 2.0, -2.0), (1.2, 2.0, -2.4), (9.0, 2.0, -2.6), (0.1, 2.0, -1.6), (9.0, -2.0, 2.6), (0.1, -2.0, 1.6)])
 def test_cispo_weighs_each_token_by_a_ratio_that_is_no_variable(ratio, advantage, slope):
-  """The gradient is -clip(ratio) * A: with one through the ratio it would be larger inside, and nothing outside."""
+  """The gradient is -clip(ratio) * A: through the ratio it would be larger inside the clip, and 0 outside."""
   cfg = loss.Config(kind="cispo", clip_low=0.2, clip_high=0.3)
   logp, old, advantage = (np.full((1, 1), x, np.float32) for x in (math.log(ratio) - 1.0, -1.0, advantage))
   grad = surrogate_grad(logp, old, advantage, np.ones((1, 1), bool), cfg=cfg)
@@ -285,7 +285,7 @@ def test_in_the_reward_only_k1_has_the_gradient_of_the_divergence():
     got = score_gradient(theta, q, estimator)
     assert got @ true / np.linalg.norm(got) / np.linalg.norm(true) < 0.9, "it points elsewhere"
   start = {e: theta for e in loss.ESTIMATORS}
-  for _ in range(200):  # exact steps down what each of them says
+  for _ in range(200):  # exact steps down each one's gradient
     start = {e: t - 0.1 * score_gradient(t, q, e) for e, t in start.items()}
   assert divergence(start["k1"], q) < 0.01 * divergence(theta, q) < divergence(start["k3"], q)
 
@@ -326,7 +326,7 @@ def test_value_loss_by_hand():
   cfg = loss.Config(value_clip=0.2)
   value, old, target = (jnp.array([x]) for x in ([1.0, 0.5, 9.0, 0.0], [0.0, 0.5, 0.0, 0.1], [1.0, 1.0, 0.0, 0.0]))
   mask = jnp.array([[True, True, False, True]])
-  # Held at 0.2 the first misses by 0.8 and not by 0; the others may move that far.
+  # Clipped at 0.2, the first misses by 0.8 and not by 0; the others may move that far.
   got, m = jax.jit(loss.value_loss, static_argnames="cfg")(value, old, target, mask, cfg)
   assert got == pytest.approx(0.5 * (0.64 + 0.25 + 0.0) / 3) and m["critic/loss"] == got
   assert m["critic/clip_frac"] == pytest.approx(1 / 3)

@@ -1,4 +1,4 @@
-"""Goldens worked by hand, a slow numpy oracle, and what must not break: empty, reversed, missing."""
+"""Goldens worked by hand, a slow numpy oracle, and inputs that are empty, reversed or missing."""
 
 import functools
 
@@ -24,7 +24,7 @@ FIDELITIES = jax.jit(jax.vmap(functools.partial(reward.fidelity, cfg=CFG)))
 
 
 def score(boxes, targets, cfg=CFG, box_mask=None, gt_mask=None, pad=(5, 3)):
-  """Scores lists of any length; padded, as in a batch, to one shape and so to one compilation."""
+  """Scores lists of any length, padded as in a batch to one shape, so that they share one compilation."""
   box_R4, gt_J4 = (np.array(x, np.float32).reshape(-1, 4) for x in (boxes, targets))
   box_mask_R = np.ones(len(box_R4), bool) if box_mask is None else np.array(box_mask, bool)
   gt_mask_J = np.ones(len(gt_J4), bool) if gt_mask is None else np.array(gt_mask, bool)
@@ -42,7 +42,7 @@ def random_batch(seed=0, n=64, rounds=6, targets=3):
   box_BR4[:, :, 2:] += rng.integers(0, 3, (n, rounds, 1))
   gt_BJ4 = rng.integers(0, 4, (n, targets, 4)).astype(np.float32)
   gt_BJ4[:, :, 2:] += 3
-  repeat = rng.random((n, rounds)) < 0.5  # look at a target straight away, often the same twice
+  repeat = rng.random((n, rounds)) < 0.5  # zooms that are exactly a target, often the same twice
   looked_at = gt_BJ4[np.arange(n)[:, None], rng.integers(0, targets, (n, rounds))]
   box_BR4 = np.where(repeat[..., None], looked_at, box_BR4)
   return box_BR4, rng.random((n, rounds)) < 0.8, gt_BJ4, rng.random((n, targets)) < 0.7
@@ -119,7 +119,7 @@ def test_fidelity_golden_two_targets():
 
 
 def overlapping_batch(seed, n=300, targets=3, jitter=4):
-  """Targets that lie on each other, and looks at them and between them."""
+  """Targets that overlap, and zooms to them and between them."""
   rng = np.random.default_rng(seed)
   middle = np.array([20.0, 20.0, 60.0, 60.0])
   gt_BJ4 = middle + rng.normal(0, jitter, (n, targets, 4))
@@ -131,7 +131,7 @@ def overlapping_batch(seed, n=300, targets=3, jitter=4):
 def test_a_look_counts_for_every_target_that_it_hits():
   outer, inner = (0, 0, 10, 10), (0, 0, 10, 8)
   f = score([outer, inner, inner], [outer, inner])
-  # The first look is the outer box, and at IoU 0.8 the inner one, too: the second adds 0.2 to that, the third nothing.
+  # The first zoom is the outer box, and hits the inner one at IoU 0.8: the second adds 0.2 to that, the third nothing.
   np.testing.assert_array_equal(f.target_R, [0, 1, 1])
   np.testing.assert_array_equal(f.redundant_R, [False, False, True])
   np.testing.assert_allclose(f.reward_R, [1.5, 1 + 0.5 * 0.2, 0.5], atol=1e-6)
@@ -162,7 +162,7 @@ def test_overlapping_targets_agree_with_the_slow_loop():
     for row in range(len(batch[0])):
       for name, value in oracles.fidelity(*(x[row] for x in batch), cfg).items():
         np.testing.assert_allclose(np.asarray(getattr(f, name)[row], np.float64), value, atol=1e-5, err_msg=name)
-    # A look hits several at once, which is what this is about.
+    # A zoom hits several at once, which this test is about.
     assert f.covered.mean() > 0.9 and f.redundant_R.mean() > 0.2
 
 

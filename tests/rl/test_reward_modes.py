@@ -1,4 +1,4 @@
-"""Scores beside the IoU, averages beside the mean, coverage, the schedule, and rewards on tokens."""
+"""Scores other than the IoU, averages other than the mean, coverage, the schedule, and rewards on tokens."""
 
 import functools
 import math
@@ -64,7 +64,7 @@ def test_another_score_decides_what_is_correct_and_the_iou_is_told_all_the_same(
   assert f.correct_R.tolist() == [True, False]
   # 1 + .5 * 1;  -1
   np.testing.assert_allclose(f.reward_R, [1.5, -1.0])
-  # Far away the generalised IoU is below 0: no bonus, and the target is found nevertheless.
+  # Far away the generalised IoU is below 0: no bonus, but the action still has a target.
   g = fidelity(box_R4, np.ones(2, bool), *ONE_TARGET, reward.Config(h0=0.2, mode="giou"))
   assert g.target_R.tolist() == [0, 0] and g.correct_R.tolist() == [True, False]
   np.testing.assert_allclose(g.reward_R, [1.125, -1.0], atol=1e-6)
@@ -74,7 +74,7 @@ def test_the_best_iou_need_not_be_with_the_target():
   targets = np.array([(0, 0, 2, 2), SQUARE], np.float32)
   f = fidelity(np.array([(0, 0, 10, 9)], np.float32), np.ones(1, bool), targets, np.ones(2, bool),
                reward.Config(mode="coverage"))
-  assert f.target_R.tolist() == [0]  # all of the small one is seen
+  assert f.target_R.tolist() == [0]  # all of the small one is shown
   np.testing.assert_allclose(f.iou_R, [0.9], atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Updates that were skipped: what the line says, the limit, which batches are kept, and when a run should end."""
+"""Skipped updates: what a line of the log says, the limit, which batches are kept, and when a run should end."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_the_limit_is_so_many_medians_of_steps_that_have_a_norm():
   assert of([1] * 20, above=0.0) == np.inf and bad.limit([], 3.0, 8) == np.inf
   assert bad.limit([{"step": i} for i in range(9)], 3.0, 8) == np.inf, "as older logs are"
   assert np.isfinite(of([3e38] * 8))
-  # A larger scale that stays is followed in the end, and not before.
+  # A larger scale that lasts is followed after half a window, and not before.
   assert of([1] * 5 + [50] * 3) == 3 and of([1] * 3 + [50] * 5) == 150
 
 
@@ -96,9 +96,9 @@ def test_what_is_said_of_a_step():
 
 
 def test_a_folder_holds_what_a_person_needs(tmp_path):
-  """Of the minibatches with a skipped update, and of those alone; the trajectories that are odd come first."""
+  """Only minibatches with a skipped update are kept; trajectories with values that are not finite come first."""
   advantage = np.zeros((4, 6), np.float32)
-  advantage[0, 5], advantage[3, 1] = NAN, NAN  # the first is padding, which says nothing
+  advantage[0, 5], advantage[3, 1] = NAN, NAN  # the first is on padding, which does not count
   parts = [scored(), scored(order=[1, 0, 3, 2], advantage_BT=advantage)]
   asked = []
 

@@ -24,7 +24,7 @@ def counted(fn, *args):
 
 @pytest.fixture(scope="module")
 def wide(small):
-  """A model of one layer and three vision blocks of one run each, wide enough that products are nearly all of it."""
+  """A model of one layer and three vision blocks (window, full, window), so wide that products are nearly all of it."""
   text = dataclasses.replace(small.cfg.text, layers=1, hidden=256, heads=4, kv_heads=2, head_size=64, intermediate=512,
                              mrope_section=(8, 12, 12), vocab=512)
   vision = dataclasses.replace(small.cfg.vision, depth=3, hidden=256, heads=4, intermediate=512, out=256,
@@ -42,7 +42,7 @@ def test_the_decoder_and_its_head(wide):
     h = qwen.hidden(params, cfg, tokens, pos, tokens == 0, tokens - 1, ())
     return layers.logits(h, qwen.head(params))
 
-  # Without a kernel that leaves out what a token does not see, all of a row's products are made.
+  # No kernel here leaves out what a token does not see, so that all of a row's products are computed.
   work = costs.Work(tokens=B * T, context=T, head_tokens=B * T)
   assert counted(run, params) == pytest.approx(costs.flops(cfg, work), rel=0.1)
   assert costs.flops(cfg, dataclasses.replace(work, passes=3)) == 3 * costs.flops(cfg, work)
@@ -79,7 +79,7 @@ def test_what_an_update_is_worth(tuned, passes):
 
 
 def test_the_released_7b():
-  """Two operations a parameter and token, where no token sees another; a decoder's embedding multiplies nothing."""
+  """Two operations a parameter and token, if no token sees another; the embedding is no product."""
   cfg = qwen.SIZES["7b"]
   multiplied = 7.6e9 - 152064 * 3584
   assert costs.flops(cfg, costs.Work(tokens=1, head_tokens=1)) == pytest.approx(2 * multiplied, rel=0.01)

@@ -1,4 +1,4 @@
-"""However a loop ends: the last finished step is saved, nothing that is no whole step is, and all is closed."""
+"""However a loop ends, the last finished step is saved, no half step is, and everything is closed."""
 
 import pathlib
 import signal

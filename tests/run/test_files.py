@@ -1,4 +1,4 @@
-"""The files of a workdir, on a disk and in a bucket: the same calls, the same promises."""
+"""The files of a workdir, on a disk and in a bucket: the same calls, the same guarantees."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def quick(monkeypatch):
-  """A lease is renewed, and runs out, in no time."""
+  """Makes leases renew and expire in fractions of a second."""
   monkeypatch.setattr(files, "RENEW_S", 0.05)
   monkeypatch.setattr(files, "LEASE_S", 0.6)
 
@@ -181,7 +181,7 @@ def test_a_lock_is_one_process_s(place, quick):
 
 
 def killed(lease):
-  """As if the process of a lease was gone, or slept."""
+  """As if the process of a lease had ended, or slept."""
   lease._done.set()
   lease._thread.join()
 
@@ -194,7 +194,7 @@ def test_a_lease_that_is_not_renewed_is_taken_over(bucket, quick, capsys):
   new = files.lock(file, pytest.fail)
   assert time.monotonic() - began >= files.LEASE_S
   assert "gs://my-bucket/run is locked by process" in capsys.readouterr().out
-  # The old one wakes up: it is told, once, and does no harm.
+  # The old one wakes up: it is told, once, and does not write.
   old._done = threading.Event()
   old._renew()
   holder = files.read_text(file).strip()
@@ -249,13 +249,13 @@ def test_a_lease_that_is_deleted_by_hand_is_made_again(bucket, quick):
 def test_a_renewal_whose_answer_is_lost_is_no_loss(bucket, quick):
   lease = files.lock(files.path("gs://my-bucket/run/.lock"), pytest.fail)
   killed(lease)
-  bucket.put("run/.lock", lease._who.encode())  # it got there; the library tries again
+  bucket.put("run/.lock", lease._who.encode())  # the upload succeeded; the library tries again
   assert lease._write() and lease._generation == bucket.objects["run/.lock"][1]
   bucket.put("run/.lock", b"another")
   assert not lease._write()
 
 
-# --- what a run makes of it --------------------------------------------------------------------------------------
+# --- a run's use of them -----------------------------------------------------------------------------------------
 
 
 def claim(place, c=None, changes=None):
@@ -366,7 +366,7 @@ def test_a_bucket_that_does_not_answer_keeps_nobody_from_ending(bucket, monkeypa
 
 
 def test_tensorboard_s_files_go_there_too(place):
-  # The library writes once more when this process ends, when there is no bucket any more.
+  # The library writes again when this process ends, and then there is no bucket any more.
   importlib.import_module("tensorboardX.record_writer").GCSRecordWriter.__del__ = lambda self: None
   writer = log.tensorboard_writer(f"{place}/tensorboard", True)
   writer.write(0, {"loss": 1.5})

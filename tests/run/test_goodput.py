@@ -1,4 +1,4 @@
-"""Where a run's time went, worked out by hand for a run with a kill, steps done again and a pause."""
+"""Where a run's time went, worked out by hand for a run with a kill, steps that are done again, and a pause."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from virl_jax.run import goodput
 
-# (at, spent, what else is said): two starts, between which steps 2 and 3 are lost and a minute passes.
+# (at, spent, further keys): two starts, between which steps 2 and 3 are lost and a minute passes.
 HISTORY = [
     (0, "stopped", {}), (10, "startup", {}), (14, "evaluation", {}), (15, "startup", {"resumed": 0}),
     (25, "step", {"step": 0, "compile_s": 6.0, "checkpoint_s": 0.0}),   # 4 useful
@@ -32,7 +32,7 @@ def test_by_hand():
 def test_before_the_second_start_nothing_is_lost():
   found = goodput.split(EVENTS[:8])
   assert found["useful"] == 11.0 and found["redone"] == found["stopped"] == 0.0
-  began = goodput.split(EVENTS[:9])  # it is not yet known where it goes on
+  began = goodput.split(EVENTS[:9])  # before the second start knows its first step
   assert began["useful"] == 11.0 and began["stopped"] == 66.0
   assert goodput.split(EVENTS[:12])["redone"] == 5.0, "lost, though not yet done again"
 
@@ -50,14 +50,14 @@ def test_nothing_and_little():
 
 
 def test_more_compiling_than_time_passed():
-  """Threads compile side by side; a clock that is set back takes no time away."""
+  """Threads compile at the same time; a clock that is set back subtracts no time."""
   found = goodput.split([EVENTS[0], {"at": 9.0, "spent": "step", "step": 0, "compile_s": 20.0, "checkpoint_s": 2.0},
                          {"at": 8.0, "spent": "evaluation"}])
   assert found["compile"] == 7.0 and found["checkpoint"] == 2.0 and sum(found.values()) == 9.0
 
 
 def write(path, history):
-  """A clock's file of a history, start by start; the last clock."""
+  """Writes a history to a file by clocks, one for each start; returns the last clock."""
   times = iter([at for at, spent, _ in history if spent != "stopped"])
   for at, spent, more in history:
     if spent == "stopped":

@@ -1,4 +1,4 @@
-"""Collectives and kernels, read off the text of compiled programs: written by hand, and of real ones."""
+"""Collectives and kernels in the text of compiled programs: texts written by hand, and a real one."""
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,13 @@ ENTRY %main (a: bf16[1,16]) -> bf16[8,16] {
   ROOT %r = bf16[8,16] custom-call(%w), custom_call_target="__cudnn$fmhaSoftmax"
 }
 """
-GATHERED = 8 * 16 * 2 * 7 / 8  # of what comes out, an eighth was there
+GATHERED = 8 * 16 * 2 * 7 / 8  # an eighth of the result was on the device before
 
 
 def test_bytes_that_a_device_receives():
   found = hlo.traffic(GPU)
   assert found.kinds == {"all-gather": 29 * GATHERED, "all-reduce": 2 * 40 / 2, "reduce-scatter": 7 * 32}
-  assert found.open_kinds == {"all-gather": GATHERED}  # of a loop of unknown length, one turn
+  assert found.open_kinds == {"all-gather": GATHERED}  # one pass of a loop of unknown length
   assert found.largest == 8 * 16 * 2 and found.total == sum(found.kinds.values())
   assert hlo.kernels(GPU) == ["cudnn"] and hlo.kernels("") == []
 
@@ -120,7 +120,8 @@ body=%wide.windowed_dot_general_body_ag.1
 
 def test_a_product_whose_parts_arrive_in_a_loop_of_its_own():
   found = hlo.traffic(WINDOWED)
-  # Eight steps in four turns, of two permutes each; what is under way beside it began before the loop, and comes once.
+  # Eight steps in four passes of two permutes each; the collective under way meanwhile began before the loop: it counts
+  # once.
   assert found.kinds == {"collective-permute": 8 * 4 * 16 * 2, "all-gather": 64 * 56 * 2 * 7 / 8}
   assert not found.open_kinds  # the loop's length is known
 
@@ -138,7 +139,7 @@ def test_a_real_program(turns):
 
   x = jax.device_put(np.ones((64, 32), np.float32), split)
   compiled = jax.jit(gathers, out_shardings=split).lower(x).compile()
-  if "all-gather" in compiled.as_text():  # the partitioner may see that it is in vain
+  if "all-gather" in compiled.as_text():  # the partitioner may see that it is not needed
     assert hlo.traffic(compiled.as_text()).kinds["all-gather"] == turns * 64 * 32 * 4 * 7 / 8
   y = jax.jit(lambda x: jnp.broadcast_to(x.sum(), (8,)), out_shardings=whole).lower(x).compile()
   assert hlo.traffic(y.as_text()).kinds["all-reduce"] == 2 * 4 * 7 / 8 == hlo.traffic(y.as_text()).total

@@ -1,4 +1,4 @@
-"""Demonstrations as what training walks through: what is left out is named, and a step's batch is always the same."""
+"""Demonstrations as a source of training: what is left out is named, and a step's batch is always the same."""
 
 import json
 import pathlib
@@ -72,7 +72,7 @@ def test_what_is_left_out_is_counted_and_named(policy, tmp_path, capsys, monkeyp
   told = json.loads((tmp_path / "w" / "left_out.json").read_text())
   assert (told["records"], told["used"], told["not_chosen"]) == (8, 4, {"its answer is wrong": 1})
   assert [where for where, *_ in told["each"]] == ["demos.jsonl:2", "demos.jsonl:3", "demos.jsonl:5"]
-  # Another start knows them without looking; under other budgets it looks again.
+  # Another start knows them without checking again; under other budgets it checks.
   monkeypatch.setattr(replay, "replay", lambda *_: pytest.fail("it looks again"))
   again = load(policy, tmp_path / "w", path)
   assert again.describe() == found.describe() and again.fingerprint() == found.fingerprint()
@@ -94,7 +94,7 @@ def test_what_is_left_out_is_counted_and_named(policy, tmp_path, capsys, monkeyp
 
 
 def test_rollouts_of_large_pictures_find_them_in_their_run_s_data(policy, tmp_path):
-  """What a workdir keeps of a photograph is too small to be learned from: the run's data has it."""
+  """The copy of a photograph in a workdir is too small to learn from: it is taken from the run's data."""
   lines = []
   for i in range(4):
     Image.new("RGB", (700, 500), (60 * i, 90, 90)).save(tmp_path / f"{i}.jpg")

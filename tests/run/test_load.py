@@ -1,4 +1,4 @@
-"""A policy out of an HF folder, or out of a run."""
+"""A policy from an HF folder, or from a run."""
 
 import dataclasses
 import pathlib
@@ -64,7 +64,7 @@ def test_the_best_policy_of_a_run_may_be_asked_for(run, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"lora.rank": 2}, {"model.freeze_vision": True}], ids=["adapters", "frozen tower"])
 def test_of_the_base_only_what_is_frozen_is_read_again(tmp_path, changes):
-  """What is trained comes out of the checkpoint."""
+  """Trained parameters come from the checkpoint."""
   c = config_lib.default()
   c.model.path = "@tiny"
   c.update_from_flattened_dict(changes)

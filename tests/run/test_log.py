@@ -20,7 +20,7 @@ from virl_jax.run import log
 
 
 class _Lazy:
-  """Stands for a device array: reading it is remembered."""
+  """A stand-in for a device array, which notes that it was read."""
 
   shape = ()
 
@@ -115,7 +115,7 @@ def test_a_resumed_run_has_one_header(tmp_path):
   before = _lines(path)
   inode = os.stat(path).st_ino
   _begin(path, 4, [])
-  assert os.stat(path).st_ino == inode  # nothing to change, nothing changed
+  assert os.stat(path).st_ino == inode  # the same header: the file is not rewritten
   _begin(path, 2, range(2, 4))
   assert _lines(path) == before
   log.MetricsLog(path, 4)
@@ -129,12 +129,12 @@ def test_an_earlier_header_that_said_otherwise_is_kept(tmp_path):
   _begin(path, 0, range(4))
   _begin(path, 3, [3, 4, 5], versions={"jax": "2"})
   assert log.header(path) == {**KEPT, "versions": {"jax": "2"}, "earlier": [{"until": 3, **KEPT}]}
-  _begin(path, 3, [3, 4, 5], versions={"jax": "3"}, device="gpu")  # of "2" no step is left
+  _begin(path, 3, [3, 4, 5], versions={"jax": "3"}, device="gpu")  # no step of version "2" is left
   assert log.header(path)["earlier"] == [{"until": 3, **KEPT}]
   _begin(path, 5, [5], versions={"jax": "3"}, device="cpu")
   assert log.header(path)["earlier"] == [{"until": 3, **KEPT},
                                          {"until": 5, **KEPT, "versions": {"jax": "3"}, "device": "gpu"}]
-  _begin(path, 2, [2])  # set back further
+  _begin(path, 2, [2])  # from an earlier step
   assert log.header(path)["earlier"] == [{"until": 2, **KEPT}]
   _begin(path, 0, [0, 1])
   assert log.header(path) == KEPT and _steps(path) == [0, 1]
@@ -198,7 +198,7 @@ def test_bad_writes_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"metrics\['loss'\] must be a scalar.*\(2,\)"):
     metrics_log.write(5, {"loss": np.zeros(2)})
   assert _steps(path) == [4]
-  metrics_log.write(5, {"loss": 1.0})  # what was refused can be put right
+  metrics_log.write(5, {"loss": 1.0})  # after a refusal the step can still be written
   assert _steps(path) == [4, 5]
 
 
@@ -250,7 +250,7 @@ def _events(folder):
 
 
 def _scalars(folder):
-  """What TensorBoard shows: (tag, step) -> value, without what a later start does again."""
+  """What TensorBoard shows: (tag, step) -> value, without steps that a later start does again."""
   shown = {}
   for event in _events(folder):
     if event.session_log.status == event_pb2.SessionLog.START:
@@ -273,7 +273,7 @@ def test_tensorboard_gets_the_numbers_and_forgets_what_a_resume_repeats(tmp_path
   writer.close()
   writer.close()  # again: nothing happens
   assert _scalars(folder) == {("loss/policy", 0): 0.5, ("count", 0): 3.0, ("loss/policy", 1): 0.125}
-  assert len(os.listdir(folder)) == 2  # within one second, and neither took the other's place
+  assert len(os.listdir(folder)) == 2  # begun within one second, and neither replaced the other
 
 
 def test_tensorboard_has_what_is_not_finite_without_a_warning_each_step(tmp_path, caplog):
@@ -312,7 +312,7 @@ def test_wandb_is_only_there_if_asked_for(tmp_path, monkeypatch):
 
 
 class FakeWandB:
-  """What of the library is called."""
+  """The parts of the library that are called."""
 
   class Error(Exception):
     pass
@@ -381,7 +381,7 @@ def _wandb_records(path):
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the extra wandb")
 def test_wandb_offline(tmp_path, monkeypatch):
-  """The library itself, without a network: two starts of one run, the same names and steps as in TensorBoard."""
+  """The real library, without a network: two starts of one run, the same names and steps as in TensorBoard."""
   monkeypatch.setenv("WANDB_MODE", "offline")
   monkeypatch.delenv("WANDB_DIR", raising=False)
   board = log.tensorboard_writer(str(tmp_path / "tensorboard"), True)

@@ -10,7 +10,7 @@ from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import model as qwen
 from virl_jax.run import memory
 
-# Twice takes, touches and gives back 64 MiB; prints the page faults of the second time.
+# Allocates, touches and frees 64 MiB twice; prints the page faults of the second time.
 FAULTS = """
 import ctypes, resource, sys
 from virl_jax.run import memory
@@ -42,7 +42,7 @@ def test_accelerators_are_left_alone(platforms, monkeypatch):
 
 
 def test_the_cache_of_7b():
-  """57,344 bytes a token (28 layers x 2 x 4 heads x 128 x 2 bytes), as FACTS has it."""
+  """57,344 bytes a token: 28 layers x 2 (keys, values) x 4 heads x 128 x 2 bytes."""
   mesh = sharding.make(data=4, fsdp=1, tensor=2)
   cfg = dataclasses.replace(qwen.SIZES["7b"], compute_dtype="bfloat16")
   p = memory.cache_size(cfg, 16384, 64, 2048, mesh, free_bytes=20 * 2 ** 30)
@@ -57,7 +57,7 @@ def test_the_cache_of_7b():
 
 
 class Device:
-  """Says of its memory what it is given."""
+  """A device that reports the memory statistics that it is given."""
 
   def __init__(self, **stats):
     self.memory_stats = lambda: stats or None

@@ -1,4 +1,4 @@
-"""Tokens a second and the share of the devices' operations put to use, against counts by hand."""
+"""Tokens a second and model FLOPs utilisation, against counts by hand."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def trajectory(prompt, turns=(), images=()):
 
 
 def test_what_a_step_holds():
-  """Of 3 tokens the average one sees 2; patches are pictures', each once a minibatch."""
+  """Of 3 tokens, a token sees 2 on average; each picture's patches count once a minibatch."""
   shown, crop, other = image(4, 6), image(2, 2), image(2, 4)
   mine = [[trajectory(1, (2,), [shown, crop]), trajectory(2, (1, 1, 1), [shown])], [trajectory(1, (), [shown])]]
   theirs = [[trajectory(4, (), [other])], []]
@@ -41,14 +41,15 @@ def test_what_a_step_holds():
 
 
 def line():
-  """A step of one trajectory of two tokens, one of which stands for a picture of four patches."""
+  """A step of one trajectory of two tokens, one of which is a picture of four patches."""
   return LAPS | OTHER | pooled.merge([pace.work([[trajectory(2, (), [image(2, 2)])]])])
 
 
-# `small`, multiplications.  Decoder, a token: queries and outputs 24 x 32, keys and values 24 x 16, three 24 x 40 in
-# each of two layers; the head 24 x 64.  A token that is seen: 32 for its key, 32 for its value, in each layer; the two
-# tokens see three.  Tower, a patch: 1176 x 16 in; four 16 x 16 and three 16 x 24 in each of two blocks; in each, all
-# four patches are seen, 16 for a key and 16 for a value.  The four are merged by 64 x 64 and 64 x 24.
+# Multiplications of the model `small`.  Decoder, for a token: queries and outputs 24 x 32 each, keys and values 24 x 16
+# each, and three times 24 x 40, in each of two layers; the head 24 x 64.  For a token that is seen: 32 for its key and
+# 32 for its value, in each layer; the two tokens see three.  Tower, for a patch: the patch embedding 1176 x 16; four
+# times 16 x 16 and three times 16 x 24 in each of two blocks; in each, all four patches are seen, 16 for a key and 16
+# for a value.  The four are merged by 64 x 64 and 64 x 24.
 TEXT = 2 * (2 * (2 * 24 * 32 + 2 * 24 * 16 + 3 * 24 * 40) + 24 * 64) + 3 * 2 * 64
 VISION = 4 * (1176 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 24 + 4 * 32)) + 64 * 64 + 64 * 24
 
@@ -72,12 +73,12 @@ def test_a_step_s_pace(small):
 @pytest.mark.parametrize("knobs, tuned, passes", [
     ({}, {}, (3, 3)),                                                    # the only update's pass also scores
     ({"loss.kl_coef": 0.1}, {}, (4, 4)),                                 # and the reference's
-    ({"ppo.minibatches": 2}, {}, (4, 4)),                                # each minibatch is updated on once
+    ({"ppo.minibatches": 2}, {}, (4, 4)),                                # one update for each minibatch
     ({"ppo.epochs": 2}, {}, (7, 7)),
     ({"advantage.kind": "gae"}, {}, (4, 4)),
     ({"loss.kl_in_reward": True, "loss.kl_coef": 0.1}, {}, (5, 5)),
     ({"ppo.epochs": 2, "loss.kl_coef": 0.1}, {"rank": 4, "freeze_vision": True}, (6, 4)),
-    ({"model.remat": True}, {"rank": 4}, (2, 2))])                       # what is computed again is of no use
+    ({"model.remat": True}, {"rank": 4}, (2, 2))])                       # recomputation does not count
 def test_passes(small, knobs, tuned, passes):
   c = config_lib.default()
   for key, value in ({"ppo.epochs": 1, "ppo.minibatches": 1, "loss.kl_coef": 0.0} | knobs).items():
@@ -88,7 +89,7 @@ def test_passes(small, knobs, tuned, passes):
 
 
 class Device:
-  """One whose name is in the table."""
+  """A device whose name is in the table."""
 
   device_kind = "TPU v5 lite"
 

@@ -1,4 +1,4 @@
-"""Bars in a terminal, and nothing of them elsewhere."""
+"""Bars in a terminal, and none elsewhere."""
 
 import os
 import pty
@@ -24,7 +24,7 @@ with progress.bar(None, "reading", "record", {shown}) as it:
 
 
 def in_a_terminal(shown=True):
-  """What a terminal is sent."""
+  """What is sent to a terminal."""
   ours, theirs = pty.openpty()
   termios.tcsetwinsize(theirs, (24, 100))
   process = subprocess.Popen([sys.executable, "-c", SCRIPT.format(shown=shown)], stdout=theirs, stderr=theirs)

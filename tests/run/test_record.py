@@ -1,4 +1,4 @@
-"""What a run keeps of its steps: the stop for what is not finite can be followed, and skipped updates are no stop."""
+"""What a run keeps of its steps: metrics that are not finite end it with advice, and skipped updates don't end it."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def test_what_is_not_finite_is_named_with_a_way_on(tmp_path):
 
 
 def part(group, size=2):
-  """A minibatch's trajectories, and what scoring made of them."""
+  """A minibatch's trajectories, and their scores."""
   task = types.Task(f"task {group}", Image.new("RGB", (60, 40)), "?", ("x",))
   ids = np.arange(5, dtype=np.int32)
   found = [types.Trajectory(task, i, ids[:2], [types.Turn("assistant", ids, np.zeros(5, np.float32), "<answer>")],
@@ -54,7 +54,7 @@ FAILED = update(np.nan, np.nan, 1)
 
 @pytest.fixture
 def run(tmp_path):
-  """Records steps of two minibatches, each given as its updates; a new process for each list of them."""
+  """Records steps of two minibatches, each given as its updates; each call is a new process."""
   c = config_lib.default()
   c.log.tensorboard, c.log.gallery_every, c.log.bad_batches = False, 0, 2
   c.optim.skip_above, c.optim.skip_window, c.optim.learning_rate = 4.0, 4, 2e-4
@@ -74,7 +74,7 @@ def run(tmp_path):
 
 
 def test_what_training_made_of_each_token():
-  """Advantage, modulator and gap of tokens come from the batch's rows, whatever order those stand in."""
+  """Advantage, modulator and gap of tokens come from the batch's rows, in whatever order these are."""
   found, scored = part(0)
   T = scored.advantage_BT.shape[1]
   action_BT = np.full((2, T), -1)
@@ -119,7 +119,7 @@ def test_steps_in_a_row_end_a_run_in_whatever_process(run, capsys):
   assert capsys.readouterr().out.count("skipped: ") == 3
   recorder, _ = steps(4, [update(), update()])
   assert recorder.stuck is None
-  recorder, _ = steps(2, [update(), update()])  # set back
+  recorder, _ = steps(2, [update(), update()])  # from an earlier step
   assert recorder.stuck is None
   c.optim.stop_after = 1
   assert steps(3, [update(), FAILED])[0].stuck
@@ -134,7 +134,7 @@ def test_what_no_update_was_skipped_for_ends_a_run_at_once(run):
 
 
 def test_the_limit_follows_from_the_log(run, capsys):
-  """A process that goes on has the same; a spike is kept, and in the median."""
+  """A process that goes on has the same limit; a spike's batch is kept, and the median includes its norm."""
   steps, folder, _ = run
   spike = update(norm=100.0, skipped=1, spikes=1)
   history = [[update(norm=n)] * 2 for n in (1.0, 1.5, 2.5, 3.0, 4.0)] + [[update(norm=2.0), spike], [update()] * 2]
@@ -148,7 +148,7 @@ def test_the_limit_follows_from_the_log(run, capsys):
 
 
 def test_boards_get_the_numbers_and_the_kept_trajectories(run, monkeypatch):
-  """What is kept for the report, as pictures, at the same step; and what an earlier process has logged is known."""
+  """Pictures of the trajectories kept for the report, at the same step; and what an earlier process logged is known."""
   steps, folder, c = run
   told, opened = [], []
 

@@ -1,4 +1,4 @@
-"""What an exported folder tells a server is what the policy was trained and evaluated with."""
+"""An exported folder makes a server do what the policy was trained and evaluated with."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def test_an_image_is_shown_as_in_training(base, low, high, tmp_path):
     assert theirs["image_grid_thw"].tolist() == [[1, *ours.grid_hw]], (w, h)
     ours_PC = patches.normalised(ours.patches_PC, model.vision.grid)
     np.testing.assert_allclose(theirs["pixel_values"], ours_PC, atol=1e-5)
-  alone = found["preprocessor_config.json"]  # readers differ in which of these they go by
+  alone = found["preprocessor_config.json"]  # readers differ in which of the two files they use
   assert alone["size"] == {"shortest_edge": low, "longest_edge": high}
   assert (alone["min_pixels"], alone["max_pixels"]) == (low, high)
   whole = found.get("processor_config.json")

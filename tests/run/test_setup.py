@@ -1,4 +1,4 @@
-"""How a command ends on an error, a line or all of it; what is said at its start, and what is refused there."""
+"""How a command ends on an error, with a line or a traceback; its warnings at the start, and what it refuses there."""
 
 import logging
 import os
@@ -48,7 +48,7 @@ def test_parameters_too_coarse_to_move_are_said(dtype, rate, said):
 
 
 def test_such_parameters_do_not_move():
-  """What the warning says, of weights as large as a model's are, at AdamW's first step."""
+  """The warning is true of weights as large as a model's, at AdamW's first step."""
   weights = 0.02 * np.random.default_rng(0).standard_normal((256, 256))
   for rate, least, most in ((1e-6, 0.0, 0.02), (1e-5, 0.05, 0.3), (1e-3, 0.99, 1.0)):
     opt = optim.optimizer(optim.OptimConfig(learning_rate=rate))

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-# A shell's `&` has its children ignore Ctrl-C, and so might these.
+# A shell makes what it starts with `&` ignore Ctrl-C, and these processes would inherit that.
 BEGIN = """
 import os, signal, sys, time
 from virl_jax.run import signals
@@ -39,7 +39,7 @@ child.start()
 
 
 def start(text):
-  # Unbuffered: what a buffer holds after a `readline`, `communicate` does not see.
+  # Unbuffered: `communicate` does not return what a buffer holds after a `readline`.
   process = subprocess.Popen([sys.executable, "-c", text], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              bufsize=0)
   while b"ready" not in (line := process.stdout.readline()):
@@ -107,7 +107,7 @@ def test_what_can_not_be_closed_is_an_error():
 
 def test_children_end_with_it():
   process = start(BEGIN + CHILD + "print('ready', flush=True)\ntime.sleep(60)")
-  assert end(process, signal.SIGTERM) == (0, ["stopped by SIGTERM"])  # the child has the pipe too: both have ended
+  assert end(process, signal.SIGTERM) == (0, ["stopped by SIGTERM"])  # the child has the pipe as well: both have ended
 
 
 def test_what_a_child_hears_is_not_for_its_parent():
@@ -123,7 +123,7 @@ def test_what_it_was_told_to_ignore_is_ignored():
 
 
 def test_without_install_ctrl_c_is_python_s():
-  """A notebook's "interrupt the kernel" is a KeyboardInterrupt, and `closing` closes nothing by itself."""
+  """A notebook's "interrupt the kernel" is a KeyboardInterrupt, and `closing` calls nothing."""
   text = BEGIN.replace("signals.install()", "") + DO.format(close="", body="time.sleep(60)")
   code, lines = end(start(text), signal.SIGINT)
   assert code in (1, 130, -signal.SIGINT) and "closing" not in lines
@@ -132,7 +132,7 @@ def test_without_install_ctrl_c_is_python_s():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_command_that_has_ended_has_ended(number):
-  """Python takes its handlers down before it takes modules apart: a signal then once killed a run that was finished."""
+  """Python drops its handlers before it clears modules: a signal then has killed a run that was finished."""
   process = start(BEGIN + f"""
 class Late:
   def __del__(self, kill=os.kill, me=os.getpid(), number={int(number)}, sleep=time.sleep, write=os.write):

@@ -31,5 +31,5 @@ def test_a_missing_package_is_named(monkeypatch):
     ("TPU v5", 459e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12), ("TPU v6e", 918e12),
     ("cpu", None), ("NVIDIA H100 PCIe", None), ("", None)])
 def test_what_a_device_can_do_by_its_name(kind, flops):
-  """What the table does not have is not known: an H100 for PCIe is slower than one on a board."""
+  """A device that is not in the table has no known speed: an H100 for PCIe is slower than an H100 SXM."""
   assert topologies.peak_flops(kind) == flops

@@ -1,4 +1,4 @@
-"""A judge within a run: what it is asked, that it is asked once, and what becomes of an endpoint that dies."""
+"""A judge within a run: what it is asked, that it is asked once, and what a run does if its endpoint dies."""
 
 import re
 import threading
@@ -98,7 +98,7 @@ def test_patience_ends_and_nothing_is_wrong(server, tmp_path, monkeypatch):
 
 
 def test_one_process_asks_for_all(server, tmp_path, monkeypatch):
-  """Each has trajectories of its own, one of them none; an answer that several gave is asked about once."""
+  """Each process has its own trajectories, one has none; an answer that occurs several times is asked about once."""
   parts, asking = [told("crimson", "blue"), [], told("blue", "red", "scarlet")], set()
   chat = judge_model.endpoint.chat
   monkeypatch.setattr(judge_model.endpoint, "chat", lambda *a: asking.add(threading.get_ident()) or chat(*a))

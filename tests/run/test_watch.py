@@ -31,7 +31,7 @@ def test_a_slow_step_is_named_with_its_phase():
 @pytest.mark.parametrize("last, like", [
     (line(7, 40.0, 11.0), 6),               # not three times as long
     (line(7, 400.0, compiled=4), 6),        # it compiled something
-    (line(3, 400.0), 2)])                   # too few to compare it with
+    (line(3, 400.0), 2)])                   # too few steps to compare it with
 def test_what_is_not_out_of_the_way_is_not_named(last, like):
   assert watch.slow(history(last, like=like), [("here", {})], CFG) is None
 
@@ -46,7 +46,7 @@ def test_short_steps_may_vary():
 def test_the_host_that_kept_others_waiting_is_named():
   laps = [("a", {"rollout": 66.0}), ("b", {"rollout": 1.0}), ("c", {"rollout": 64.0})]
   assert watch.slow(history(line(7, 90.0)), laps, CFG).endswith("; the others waited for process 1 on b")
-  even = [("a", {"rollout": 3.0}), ("b", {"rollout": 1.0})]  # all were slow
+  even = [("a", {"rollout": 3.0}), ("b", {"rollout": 1.0})]  # all hosts were slow
   assert "waited" not in watch.slow(history(line(7, 90.0)), even, CFG)
 
 

@@ -1,4 +1,4 @@
-"""Whose a workdir is: it outlives upgrades, and is never another run's, about other data, or used twice at once."""
+"""A workdir belongs to one run, even after upgrades: never to another run, other data, or two processes at once."""
 
 import io
 import json
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Data:
-  """Stands for a source."""
+  """A stand-in for a source."""
 
   def __init__(self, print_="a"):
     self.print_ = print_
@@ -42,7 +42,7 @@ def made(**changes):
 
 
 def claim(path, c, *args, **kwargs):
-  """Claims and lets go at once."""
+  """Claims a workdir and releases it at once."""
   with workdir.claim(str(path), c, *args, **kwargs) as claimed:
     return claimed.changed
 

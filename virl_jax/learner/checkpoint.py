@@ -22,13 +22,13 @@ from virl_jax.run import hosts
 
 _SUMS = "checksums.json"  # in a checkpoint's folder: file in the folders below it -> BLAKE2b of its bytes
 _SCORE = "score"
-_THREADS = 8  # that read files to sum them up
+_THREADS = 8  # that read files for their checksums
 
 T = TypeVar("T")
 
 
 def _score(metrics: dict) -> float:
-  """Of what Orbax keeps beside a checkpoint."""
+  """The score, from what Orbax keeps beside a checkpoint."""
   return metrics[_SCORE]
 
 
@@ -43,7 +43,7 @@ class Checkpoints:
     folder: where; created if absent.
     every: steps between saves; 0 for none but the last.
     keep: how many of the newest to keep.
-    best: whether to keep the best as well, by the scores that they are saved with; without it none is known.
+    best: whether to keep the best as well, by the scores that checkpoints are saved with; if not, `best()` is None.
   """
 
   def __init__(self, folder: str | os.PathLike, every: int, keep: int, best: bool = False):
@@ -80,12 +80,12 @@ class Checkpoints:
 
     Args:
       step: how many steps are done.
-      state: after these.
-      last: whether to save though it is not due.
-      score: how good it is, the higher the better; None if that is not known.
+      state: the state after them.
+      last: whether to save even if no save is due.
+      score: how good the state is, the higher the better; None if that is not known.
 
     Returns:
-      Whether a save was started; it goes on in the background.
+      Whether a save was started; it continues in the background.
     """
     if not (last or self.due(step)) or self._manager.latest_step() == step:
       return False
@@ -97,7 +97,7 @@ class Checkpoints:
   def resume(self, state) -> tuple[int, object]:
     """Where a run goes on: the newest step whose checkpoint is whole, and its state; 0 and `state` if nothing is saved.
 
-    Damaged checkpoints after that step are said to be so, and put aside, into a folder beside this one.
+    Damaged checkpoints after that step are reported, and moved to a folder beside this one.
 
     Args:
       state: see `restore`.
@@ -117,15 +117,15 @@ class Checkpoints:
     for later in self.steps():
       if later > step:
         aside = self.folder.with_name(f"{self.folder.name}_damaged") / str(later)
-        files.move(self.folder / str(later), aside)  # over one of the same step, damaged before
+        files.move(self.folder / str(later), aside)  # replaces an earlier damaged one of the same step
         moved.append(aside)
     return moved
 
   def newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
-    """The newest step whose checkpoint is whole, and what `read` makes of it; None if nothing is saved.
+    """The newest step whose checkpoint is whole, and what `read` returns for it; None if nothing is saved.
 
     Args:
-      read: of a step, such as `restore` or `restore_params`.
+      read: a function of a step, such as `restore` or `restore_params` with their other argument bound.
 
     Raises:
       ValueError: no checkpoint can be used.
@@ -184,8 +184,8 @@ class Checkpoints:
     found = told = cause = None
     try:
       found = self._manager.restore(step, args=args)
-    except Exception as e:  # Orbax raises that, and nearly everything else
-      cause, told = e, str(e).partition("\n")[0][:200]  # of pages
+    except Exception as e:  # Orbax raises nearly every type
+      cause, told = e, str(e).partition("\n")[0][:200]  # its messages can be pages long
     told = next((said for said in hosts.everyone(told) if said is not None), None)
     if told is not None:
       if sealed:
@@ -194,8 +194,11 @@ class Checkpoints:
     return found
 
   def _seal(self) -> None:
-    """Writes the checksums.  Orbax calls this in its thread when all files are written, before their folder gets its
-    name, so that no checkpoint is without them."""
+    """Writes the checksums.
+
+    Orbax calls this in its own thread when all files are written and before their folder gets its name, so that no
+    checkpoint lacks them.
+    """
     if not hosts.leads():
       return
     for name in files.names(self.folder):
@@ -204,10 +207,10 @@ class Checkpoints:
         files.write_text(folder / _SUMS, json.dumps(_sums(folder), indent=1) + "\n")
 
   def _verify(self, step: int, name: str) -> bool:
-    """Whether a checkpoint has checksums, as all have but those of older versions.
+    """Whether a checkpoint has checksums, as all but those of older versions have.
 
     Raises:
-      Damaged: it is not what they are of.
+      Damaged: its files don't match them.
     """
     folder = self.folder / str(step)
     if not files.exists(folder / _SUMS):
@@ -242,9 +245,10 @@ class Checkpoints:
 
 
 def _sums(folder: epath.Path, names=None) -> dict[str, str]:
-  """The checksum of each file in the folders below a folder, by its path there, or of these files.
+  """The checksum of each file in the folders below a folder, by its path there, or only of those in `names`.
 
-  What lies in the folder itself says when it was written, and is written last of all."""
+  Files in the folder itself are left out: Orbax writes them last of all.
+  """
   names = files.below(folder) if names is None else names
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     return dict(zip(names, pool.map(lambda name: _sum(folder / name), names)))

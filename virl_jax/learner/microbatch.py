@@ -1,7 +1,7 @@
-"""A minibatch, a microbatch at a time: what the model makes of it, and the gradients of a loss of that.
+"""A minibatch, a microbatch at a time: the model's outputs, and the gradients of a loss of them.
 
-How a minibatch is cut is the host's choice (`rollout.pack`), and changes no number but for rounding: one program runs
-over as many microbatches as hold a token, and adds up in float32.
+How a minibatch is cut is the host's choice (`rollout.pack`), and changes numbers only by rounding: one program runs
+over the microbatches that hold a token, and adds up in float32.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from virl_jax.model import sharding
 
 def outputs(params: dict, cfg: state_lib.Config, batch: types.Batch, critic: dict | None = None
             ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """What a policy and a critic make of every token given what precedes it, a microbatch at a time.
+  """A policy's log-probabilities and entropies, and a critic's values, of every token given those before it.
 
   Args:
-    params: any policy's parameters, all of them.
+    params: all parameters of the policy.
     cfg: model and temperature.
     batch: trajectories.
     critic: the value head, on the policy's last hidden state; None for none.
 
   Returns:
-    Log-probability of each token and entropy where it was written (nats), and what the critic expected before
-    it (None without one); float32[B, T] each.  Position t is about token t, position 0 holds 0.
+    Of each token its log-probability (nats), the entropy of the distribution that it is from (nats), and what the
+    critic expected before it (None without a critic); float32[B, T] each.  Position t is about token t; position 0
+    holds 0, and values on padding are meaningless.
   """
   zeros = jnp.zeros(batch.tokens_BT.shape, jnp.float32)
 
@@ -40,7 +41,7 @@ def outputs(params: dict, cfg: state_lib.Config, batch: types.Batch, critic: dic
 
 
 def _each_microbatch(fn, rows: types.Rows, start):
-  """fn(... fn(start, first microbatch) ..., last microbatch); those without a token cost nothing."""
+  """fn(... fn(start, first microbatch) ..., last microbatch); microbatches without a token are skipped."""
   take = lambda i: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
   if len(rows.index_MUT) == 1:
     return fn(start, take(0))
@@ -50,11 +51,11 @@ def _each_microbatch(fn, rows: types.Rows, start):
 
 def _outputs(params, cfg: state_lib.Config, batch: types.Batch, micro: types.Rows, critic, best: bool = False
              ) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], jax.Array]:
-  """`outputs` of a microbatch, 0 elsewhere, and bool[B] which trajectories are of it.
+  """`outputs` of a microbatch, 0 elsewhere, and bool[B] which trajectories are in it.
 
   Args:
-    micro: without the leading axis.
-    best: whether the log-probability of the likeliest token takes the place of what a critic expected.
+    micro: the microbatch's rows, without the axis M.
+    best: whether the third output is the log-probability of the likeliest token; there is no critic then.
   """
   valid = micro.index_MUT >= 0
   tokens, targets, vision, *pos = _taken(batch, micro.index_MUT)
@@ -68,7 +69,7 @@ def _outputs(params, cfg: state_lib.Config, batch: types.Batch, micro: types.Row
     B, T = tokens_BT.shape
     at_UT = jnp.where(index_UT >= 0, index_UT, B * T)
     flat = lambda a: jnp.zeros(B * T, a.dtype).at[at_UT].set(a, mode="drop").reshape(B, T)
-    # What is said at a token is about the next.
+    # The model's output at a token is about the next one.
     return [jnp.pad(flat(a)[:, :-1], ((0, 0), (1, 0))) for a in found] + [flat(index_UT >= 0).any(-1)]
 
   *found, here_B = sharding.locally(put_back, [("rows",)] * (2 + len(found)), [("rows",)] * (len(found) + 1),
@@ -78,7 +79,7 @@ def _outputs(params, cfg: state_lib.Config, batch: types.Batch, micro: types.Row
 
 
 def _taken(batch: types.Batch, index_UT: jax.Array) -> list[jax.Array]:
-  """What stands in rows, int32[U, T] each: tokens, the tokens that follow, vision indices, and three positions."""
+  """What rows hold, int32[U, T] each: tokens, the tokens that follow, vision indices, and three positions."""
   def take(index_UT, *arrays):
     at = jnp.maximum(index_UT, 0)
     return [a.reshape(-1)[at] for a in arrays]
@@ -90,18 +91,18 @@ def _taken(batch: types.Batch, index_UT: jax.Array) -> list[jax.Array]:
 
 def gradients(state: state_lib.TrainState, frozen: dict | None, batch: types.Batch, cfg: state_lib.Config, loss_fn,
               best: bool = False) -> tuple:
-  """Gradients of a minibatch's loss, added up over its microbatches, and what there was to differentiate.
+  """Gradients of a minibatch's loss, added up over its microbatches, and the outputs that the loss is of.
 
   Args:
     state: the policy and the critic.
-    frozen: what of the policy gets no gradient.
+    frozen: the policy's parameters that get no gradient; None if all get one.
     batch: the minibatch.
     cfg: static.
     loss_fn: (outputs, mask of the microbatch's trained tokens, mask of all) -> the microbatch's part of the loss.
     best: see `_outputs`; there is no critic then.
 
   Returns:
-    Gradients for what is trained of the policy and for the critic, float32, and the `outputs` of the whole minibatch.
+    Gradients of the trained parameters and of the critic, float32, and the `outputs` of the whole minibatch.
   """
   trained = batch.trained_BT
 

@@ -1,15 +1,15 @@
 """Optimizers of the policy and of the critic, and where their states lie.
 
-Three for the policy, all behind clipping by global norm, all with the same schedule and with decay of matrices alone:
+Three for the policy, all after clipping by global norm, all with the same schedule, and with decay of matrices only:
 
     adamw      two moments a parameter (AdamW, arXiv 1711.05101)
-    adafactor  of a matrix's second moment rows and columns, no first moment (Adafactor, arXiv 1804.04235)
+    adafactor  a second moment for each row and column of a matrix, no first moment (Adafactor, arXiv 1804.04235)
     muon       one moment a parameter in the layers' matrices, whose update is made orthogonal (Muon, K. Jordan 2024);
                AdamW for all else
 
-Moments as large as the parameters are as they were where an update is not made (`update`).  AdamW's and Muon's first
-steps are written here for that: optax's compute an update from new moments, and chosen afterwards, old and new ones lie
-side by side, a second copy of the state.  Here the update is computed from the moments that were chosen.
+An update that is not made leaves the moments unchanged (`update`).  If optax computed the new moments and the choice
+between old and new came afterwards, both would be in memory: a second copy of the state.  So AdamW's moments and Muon's
+momentum are written here, and choose first: the update is computed from the moments that were chosen.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from virl_jax.model import sharding
 KINDS = ("adamw", "adafactor", "muon")
 FIRST_MOMENTS = ("param", "float32", "bfloat16")
 _MUON_BETA = 0.95  # of its momentum [Muon]
-_MUON_STEPS, _MUON_COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of Newton and Schulz [Muon]
+_MUON_STEPS, _MUON_COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration [Muon]
 _MUON_RMS = 0.2    # root mean square of its updates, as AdamW's tend to have it [arXiv 2502.16982, section 2.2]
 
 
@@ -78,8 +78,8 @@ def optimizer(cfg: OptimConfig, specs: dict | None = None) -> optax.GradientTran
   """The policy's optimizer behind global-norm clipping, if there is any; vectors (norms, biases) are not decayed.
 
   Args:
-    cfg: which, and its numbers.  Adafactor takes of them the schedule, `weight_decay` and `clip_norm`, none of AdamW's.
-    specs: the parameters' table, which says to Muon which axes of a parameter are a matrix; the others don't look.
+    cfg: which, and its numbers.  Adafactor uses only the schedule, `weight_decay` and `clip_norm`.
+    specs: the parameters' table, which tells Muon which axes of a parameter are a matrix; the others ignore it.
 
   Raises:
     ValueError: Muon without a table.
@@ -105,8 +105,8 @@ def update(of: optax.GradientTransformationExtraArgs, grads: dict, state: optax.
     made: bool scalar, whether the update is made.
 
   Returns:
-    What to add to the parameters, which means nothing if the update is not made, and the next state, which then is the
-    state that came, to the last bit.
+    What to add to the parameters, and the next state.  If the update is not made, the first means nothing, and the
+    state is unchanged to the last bit.
   """
   updates, after = of.update(grads, state, params, made=made)
   chose = lambda node: isinstance(node, (optax.ScaleByAdamState, optax.TraceState))
@@ -115,7 +115,7 @@ def update(of: optax.GradientTransformationExtraArgs, grads: dict, state: optax.
 
 
 def critic_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
-  """Adam behind clipping of its own, for the value head, whatever the policy has."""
+  """The value head's Adam, with clipping of its own, whichever optimizer the policy has."""
   return optax.chain(_clip(cfg), optax.chain(
       _adam_moments(cfg, None), optax.scale_by_learning_rate(schedule(cfg, cfg.critic_learning_rate))))
 
@@ -126,7 +126,7 @@ def _clip(cfg: OptimConfig) -> optax.GradientTransformation:
 
 
 def _decayed(params: dict) -> dict:
-  """Which parameters are decayed: not norms and biases."""
+  """Which parameters are decayed: all but norms and biases."""
   # By name, not by rank: layers are stacked, and a stacked bias has as many axes as a matrix.
   decayed = lambda path, _: not (path[-1].key.startswith("norm") or path[-1].key.endswith("_b"))
   return jax.tree_util.tree_map_with_path(decayed, params)
@@ -142,7 +142,7 @@ def _adamw(cfg: OptimConfig) -> optax.GradientTransformation:
 
 
 def _adam_moments(cfg: OptimConfig, mu_dtype: str | None) -> optax.GradientTransformationExtraArgs:
-  """`optax.scale_by_adam`, number for number; see above for why it is not that."""
+  """`optax.scale_by_adam`, number for number, but for the choice of moments; see the module docstring."""
   def step(grads, state, params=None, *, made=True, **_):
     del params
     mu = _kept(made, optax.tree.update_moment(grads, state.mu, cfg.b1, 1), state.mu)
@@ -157,7 +157,7 @@ def _adam_moments(cfg: OptimConfig, mu_dtype: str | None) -> optax.GradientTrans
 
 
 def _momentum(cfg: OptimConfig) -> optax.GradientTransformationExtraArgs:
-  """`optax.trace` with Nesterov's correction, number for number; see above for why it is not that."""
+  """`optax.trace` with Nesterov's correction, number for number, but for the choice of moments; see above."""
   add = lambda g, t: g + _MUON_BETA * t
 
   def step(grads, state, params=None, *, made=True, **_):
@@ -170,7 +170,7 @@ def _momentum(cfg: OptimConfig) -> optax.GradientTransformationExtraArgs:
 
 
 def _kept(made, new: dict, old: dict) -> dict:
-  """The new moments, or the old ones, in the dtype in which the new ones are computed: nothing is lost either way."""
+  """The new moments or the old ones, in the dtype that the new ones are computed in: neither loses precision."""
   return jax.tree.map(lambda a, b: jnp.where(made, a, b.astype(a.dtype)), new, old)
 
 
@@ -183,8 +183,8 @@ def _adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
 
   Used of the paper: the factored second moment, decayed by 1 - t^-0.8 (sections 3 and 7.2), of arrays that have two
   axes of 128 or more; and updates clipped to a root mean square of 1, layers of a stack together (section 6).
-  Not used: steps relative to a parameter's size (section 8), so that the learning rate means what it means to AdamW;
-  and optax's decay, which knows nothing of the learning rate, so that decay means that, too.
+  Not used: steps relative to a parameter's size (section 8), and optax's decay, which is not multiplied by the learning
+  rate: learning rate and decay mean here what they mean in AdamW.
   """
   return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0),
                      optax.add_decayed_weights(cfg.weight_decay, mask=_decayed),
@@ -194,9 +194,9 @@ def _adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
 def _muon(cfg: OptimConfig, specs: dict | None) -> optax.GradientTransformation:
   """Muon for the matrices of the layers' stacks, each layer's by itself; AdamW for all else.
 
-  Nesterov's momentum, made orthogonal, and scaled as arXiv 2502.16982, equation 4 has it, so that AdamW's learning
-  rates and decay serve.  optax's own (`contrib.muon`) takes all layers of a stack at once: of v7b on eight devices, 14
-  GiB more at the peak than AdamW has.
+  Nesterov's momentum, made orthogonal, and scaled by equation 4 of arXiv 2502.16982, so that AdamW's learning rates and
+  decay can be used.  optax's own (`contrib.muon`) takes all layers of a stack at once, and its peak for v7b on eight
+  devices is 14 GiB above AdamW's.
   """
   if specs is None:
     raise ValueError("optim.kind = 'muon' needs the parameters' table, which says what is a matrix. Received: None")
@@ -218,7 +218,7 @@ def _muon(cfg: OptimConfig, specs: dict | None) -> optax.GradientTransformation:
 def _orthogonal(u: jax.Array, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> jax.Array:
   """Each layer's matrix with singular values near 1, times 0.2 and the root of its longer side.
 
-  Source: Muon, whose five steps of Newton and Schulz leave singular values between 0.7 and 1.2 or so.
+  Source: Muon, whose five Newton-Schulz steps leave singular values between about 0.7 and 1.2.
   """
   size = lambda some: math.prod(u.shape[i] for i in some)
   short, long = sorted((inputs, outputs), key=size)
@@ -233,16 +233,17 @@ def _orthogonal(u: jax.Array, inputs: tuple[int, ...], outputs: tuple[int, ...])
       x = a * x + (b * xx + c * xx @ xx) @ x
     return _MUON_RMS * math.sqrt(size(long)) * x
 
-  # A layer at a time: whole matrices of all of them, some of each a step, want several times the parameters' memory.
+  # A layer at a time: the iteration holds several whole matrices, which for all layers at once is several times the
+  # parameters' memory.
   moved = u.transpose(order)
   found = jax.lax.map(one, moved).reshape(moved.shape).astype(u.dtype)
   return found.transpose([order.index(i) for i in range(u.ndim)])
 
 
 def matrices(specs: dict) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
-  """Which parameters of the layers' stacks are matrices, and how: by path, the axes of inputs and those of outputs.
+  """Which parameters of the layers' stacks are matrices: by path, the axes of inputs and those of outputs.
 
-  A matrix is what it is in HF files, outputs x inputs, however many axes it has here.
+  A matrix is what is one in HF files, outputs x inputs, however many axes it has here.
 
   Args:
     specs: the parameters' table.
@@ -263,8 +264,8 @@ def shardings(state: optax.OptState, params: dict, whole: jax.sharding.Sharding,
   Args:
     state: of any optimizer of this file, arrays or their shapes.
     params: the parameters, or their shapes, each with its sharding.
-    whole: whole on every device.
-    host: whether what lies like parameters lies in pinned memory of the host.
+    whole: the sharding of what is whole on every device.
+    host: whether what has a parameter's shape lies in pinned memory of the host.
 
   Returns:
     The state with a sharding in place of each array.
@@ -274,7 +275,7 @@ def shardings(state: optax.OptState, params: dict, whole: jax.sharding.Sharding,
   def one(path, a):
     # A moment's path ends in its parameter's.
     p = next((table[name] for i in range(len(path)) if (name := jax.tree_util.keystr(path[i:])) in table), None)
-    if p is None or p.shape != a.shape:  # rows and columns of a factored one, counters
+    if p is None or p.shape != a.shape:  # rows and columns of a factored moment, counters
       return whole
     return sharding.in_host(p.sharding) if host else p.sharding
 

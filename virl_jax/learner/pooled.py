@@ -1,4 +1,4 @@
-"""Metrics, each of which knows how to be merged over minibatches.
+"""Kinds of metrics, which say how the values of several minibatches become one.
 
 A step's metrics are a dict of these.  The device fills them in; `merge` reads them on the host, once a step.
 Source: ours.
@@ -18,7 +18,7 @@ class Ratio:
   """A share or a mean over things that minibatches have different numbers of: sums are pooled, then divided.
 
   Attributes:
-    top, bottom: float32 scalars; a bottom of 0 makes it 0.
+    top, bottom: float32 scalars; the ratio is 0 if the bottom is.
   """
 
   top: jax.Array
@@ -27,11 +27,11 @@ class Ratio:
 
 @flax.struct.dataclass
 class Weighted:
-  """The same, where the mean is what is known.
+  """A `Ratio` that is given as a mean and the number of things that it is over.
 
   Attributes:
     mean: float32 scalar.
-    count: how many things it is over; the mean counts for nothing if this is 0.
+    count: scalar, of things or of their weight; 0 leaves the mean out.
   """
 
   mean: jax.Array
@@ -40,21 +40,21 @@ class Weighted:
 
 @flax.struct.dataclass
 class Mean:
-  """Of which each minibatch has one, such as its loss: the mean of them."""
+  """A number of each minibatch, such as its loss: the mean over minibatches."""
 
   value: jax.Array
 
 
 @flax.struct.dataclass
 class Sum:
-  """A count: added up."""
+  """A count: the sum over minibatches."""
 
   value: jax.Array
 
 
 @flax.struct.dataclass
 class Max:
-  """The largest of all."""
+  """The largest over minibatches."""
 
   value: jax.Array
 
@@ -78,7 +78,7 @@ def merge(parts: Sequence[Metrics]) -> dict[str, float]:
 
 
 def _merge(found: list) -> float:
-  values = np.array([jax.tree.leaves(one) for one in found], np.float64)  # a row each: its one or two numbers
+  values = np.array([jax.tree.leaves(one) for one in found], np.float64)  # a row of one or two numbers a minibatch
   match found[0]:
     case Ratio():
       top, bottom = values.sum(0)

@@ -1,6 +1,6 @@
 """What the steps begin with: their configuration, and the state that training carries from step to step.
 
-Both say where things lie, on a mesh and in which memory: what is trained, its moments, the reference for the KL term.
+Also where these lie, on a mesh and in which memory: trained parameters, their moments, the reference for the KL term.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ OFFLOAD = ("optimizer", "reference")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Everything the steps need that is no array; hashable, so that it can be a static argument.
+  """What the steps need besides arrays; hashable, so that it can be a static argument.
 
   With a mesh, updated parameters and moments stay where `sharding.param_shardings` puts them.  Left alone, the
-  partitioner moves some about, and the next step is compiled again.
+  partitioner moves some of them, and the next step is compiled again.
 
-  With `single_update`, a batch serves one update, made with the policy that scores it: where scoring has no use for
+  With `single_update`, a batch serves one update, of the policy that scores it: where scoring itself needs no
   log-probabilities, it leaves them to the update's own forward pass.
 
-  What `offload` names out of `OFFLOAD` lies in pinned memory of the host between steps: the optimizer's moments, the
+  What `offload` names, out of `OFFLOAD`, lies in pinned memory of the host between steps: the optimizer's moments, the
   reference for the KL term.  A step moves it to the device and back.
   """
 
@@ -63,8 +63,8 @@ class TrainState:
   """All that training carries from step to step; no RNG, no iterator, no clock, and nothing that is frozen.
 
   Attributes:
-    update: int32 scalar, optimizer updates so far; one that was skipped is none.
-    params: what of the policy is trained; with what is frozen it is all of it, see `family.whole`.
+    update: int32 scalar, optimizer updates so far; skipped ones don't count.
+    params: the policy's trained parameters; `family.whole` joins them with the frozen ones.
     opt_state: the optimizer's moments and counters.
     kl_coef: float32 scalar, weight of the KL term; moves if it is adaptive.
     critic: the value head, "w" float32[D] and "b" float32[1]; None if there is none.
@@ -81,7 +81,7 @@ class TrainState:
 
 def abstract(params: dict, cfg: optim.OptimConfig, critic_width: int = 0, offload: Sequence[str] = (),
              specs: dict | None = None) -> TrainState:
-  """Shapes of a state, and where it lies: moments as the parameters do, all else whole on every device.
+  """Shapes of a state, and where it lies: moments like their parameters, all else whole on every device.
 
   Args:
     params: the policy, or its `jax.ShapeDtypeStruct`s with shardings.
@@ -94,7 +94,7 @@ def abstract(params: dict, cfg: optim.OptimConfig, critic_width: int = 0, offloa
     A state of `jax.ShapeDtypeStruct`s; without shardings if the parameters are not on a mesh.
 
   Raises:
-    ValueError: if moments are to be in the host's memory, and there is no mesh or no such memory.
+    ValueError: moments are to lie in the host's memory, and there is no mesh or no such memory.
   """
   first = jax.tree.leaves(params)[0].sharding
   whole = sharding.replicated(first.mesh) if isinstance(first, jax.sharding.NamedSharding) else None
@@ -118,12 +118,12 @@ def abstract(params: dict, cfg: optim.OptimConfig, critic_width: int = 0, offloa
 
 def init(params: dict, cfg: optim.OptimConfig, kl_coef: float = 0.0, critic_width: int = 0,
                offload: Sequence[str] = (), specs: dict | None = None) -> TrainState:
-  """A fresh state around parameters, laid out as `abstract` has it.
+  """A fresh state around parameters, laid out as `abstract` says.
 
   Args:
-    params: what is trained of the policy.
+    params: the policy's trained parameters.
     cfg: the optimizers.
-    kl_coef: what the KL term's weight begins with.
+    kl_coef: the first weight of the KL term.
     critic_width: D, for a value head that expects nothing (0) at first; 0 for none.
     offload, specs: see `abstract`.
   """
@@ -137,24 +137,25 @@ def init(params: dict, cfg: optim.OptimConfig, kl_coef: float = 0.0, critic_widt
   if like.update.sharding is None:
     return rest.replace(params=params, opt_state=jax.jit(moments)(params))
   rest = jax.device_put(rest, like.update.sharding)
-  # Zeros depend on no input, so that jit by itself would put them whole on every device.  First to the devices: older
-  # compilers have no constants in two memories.
+  # Zeros depend on no input, so that jit by itself would put them whole on every device.  They are made on the devices
+  # and moved after: older compilers cannot make constants in the host's memory.
   before = optim.shardings(like.opt_state, params, like.update.sharding)
   opt_state = jax.jit(moments, out_shardings=before)(params)
   return rest.replace(params=params, opt_state=jax.device_put(opt_state, where(like.opt_state)))
 
 
 def reference(trained: dict, frozen: dict, cfg: Config) -> dict:
-  """The policy as it is now, for the KL term, whatever updates make of it.
+  """The policy as it is now, kept for the KL term.
 
-  Updates are given the arrays of what is trained: those are copied, or all are, into pinned memory of the host.
+  Trained parameters are copied, because updates are donated their arrays; if the reference is offloaded, all
+  parameters are, into pinned memory of the host.
 
   Args:
     trained, frozen: arrays, or `jax.ShapeDtypeStruct`s.
     cfg: what is trained, and whether the reference is offloaded.
 
   Raises:
-    ValueError: it is to be offloaded, and the platform has no such memory.
+    ValueError: the reference is to be offloaded, and the platform has no such memory.
   """
   params = tuning.reference(trained, frozen, cfg.model.tuning)
   put = lambda a, where: (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
@@ -165,17 +166,17 @@ def reference(trained: dict, frozen: dict, cfg: Config) -> dict:
 
 
 def places(cfg: Config) -> dict:
-  """Where what is trained lies on the mesh."""
+  """Shardings of the trained parameters on the mesh."""
   return sharding.param_shardings(family.tables(cfg.model)[0], cfg.mesh)
 
 
 def pinned(params: dict, cfg: Config) -> dict:
-  """What is trained, or what has its shapes, kept where it lies."""
+  """Trained parameters, or anything of their shapes, constrained to their shardings; within a program."""
   if cfg.mesh is None:
     return params
   return jax.tree.map(jax.lax.with_sharding_constraint, params, places(cfg))
 
 
 def on_device(tree):
-  """Arrays that lie in the host's memory, on the device, divided as they are; within a program."""
+  """Arrays that lie in the host's memory, moved to the device with the same sharding; within a program."""
   return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), tree)

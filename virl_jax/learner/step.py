@@ -1,12 +1,12 @@
 """What the device does with a batch: score it, update on it, imitate it.
 
-`score` reads the policy before the update: its log-probabilities, and what `rl.judge` makes of the batch, minibatch by
-minibatch, with statistics of all of them.  `update_step` is one PPO update.  `imitate_step` is one step of maximum
-likelihood, for supervised fine-tuning and warm starts; `shown` says what demonstrations are like, as `score` does.
-All are pure; the state they update is donated.
+`score` uses the policy before the update: it computes log-probabilities and, by `rl.judge`, rewards and advantages,
+minibatch by minibatch, with statistics of all of them.  `update_step` is one PPO update.  `imitate_step` is one step of
+maximum likelihood, for supervised fine-tuning and warm starts; `shown` puts demonstrations in the form of `score`.
+All are pure; the state that they update is donated.
 
-An update whose loss or gradient is not finite is skipped: else that one number would spread to all parameters,
-moments and later steps.  The device decides, leaf by leaf, and counts: "optim/skipped".
+An update whose loss or gradient is not finite is skipped, or that one number would spread to all parameters, moments
+and later steps.  The device decides, and counts such updates in "optim/skipped".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from virl_jax.rl import credit
 from virl_jax.rl import judge
 from virl_jax.rl import loss
 
-NO_LIMIT = np.float32(np.inf)  # to the gradient's norm
+NO_LIMIT = np.float32(np.inf)  # of the gradient's norm
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -54,10 +54,10 @@ def score(state: state_lib.TrainState, ref_params: dict | None, batches: Sequenc
     batches: the minibatches that together are the batch; each of whole groups.
     cfg: static.
     h0: the threshold of this step; None for `cfg.reward.h0`, which the metrics always use.
-    frozen: what of the policy is not trained; None for nothing.
+    frozen: the policy's parameters that are not trained; None if all are.
 
   Returns:
-    Each minibatch scored, and its metrics.  What is standardised or scaled over the batch is so over all of them.
+    Each minibatch scored, and its metrics.  Statistics of the batch are over all minibatches.
 
   Source: ViRL (arXiv 2511.23031); see `rl.judge`.
   """
@@ -86,7 +86,7 @@ def score_step(state: state_lib.TrainState, ref_params: dict | None, batch: type
 
 @flax.struct.dataclass
 class _Read:
-  """What the policy makes of a minibatch, and what it earned; fields as in `types.ScoredBatch`."""
+  """What the policy says of a minibatch's tokens, and what its trajectories earned; see `types.ScoredBatch`."""
 
   logp_BT: jax.Array | None
   logp_ref_BT: jax.Array | None
@@ -98,7 +98,7 @@ class _Read:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _read(state, ref_params, batch, cfg, h0, frozen) -> tuple[_Read, pooled.Metrics]:
-  """All of scoring that one minibatch settles by itself."""
+  """The part of scoring that needs one minibatch alone."""
   logp = value = kl_BT = None
   if not cfg.single_update or state.critic is not None or cfg.loss.kl_in_reward:
     logp, _, value = microbatch.outputs(family.whole(state.params, frozen or {}, cfg.model), cfg, batch, state.critic)
@@ -107,7 +107,7 @@ def _read(state, ref_params, batch, cfg, h0, frozen) -> tuple[_Read, pooled.Metr
   logp_ref = logp if ref_params is None else microbatch.outputs(ref_params, cfg, batch)[0]
   looks = judge.looks(boxes(batch), cfg.reward, h0)
   total_B = judge.rewards(looks, batch.answer_B, batch.format_B, cfg.reward)
-  # Not of what the KL leaves: that is noise, different for each of a group's equal trajectories.
+  # By the reward without the KL, which is noise that differs between a group's equal trajectories.
   informative_B = judge.informative(looks, boxes(batch), batch.answer_B, batch.format_B, batch.answerable_B,
                                     batch.row_mask_B, cfg.judge, batch.order_B)
   metrics = _score_metrics(batch, looks, total_B, cfg) | {
@@ -124,7 +124,7 @@ def _read(state, ref_params, batch, cfg, h0, frozen) -> tuple[_Read, pooled.Metr
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _share(read, batch, cfg, h0, whole) -> tuple[judge.Credits, pooled.Metrics]:
-  """The rest of it, which may want statistics of the whole batch."""
+  """The rest of scoring, which may need statistics of the whole batch."""
   credits = judge.credits(read.looks, read.returns, batch.action_BT, batch.trained_BT, read.row_mask_B, cfg.judge, h0,
                           whole, batch.order_B)
   return credits, {"advantage/abs_mean": _each_row(jnp.abs(credits.advantage_B))}
@@ -136,7 +136,7 @@ def boxes(batch: types.Batch) -> judge.Boxes:
 
 
 def _padding(rows: types.Rows) -> pooled.Ratio:
-  """The share of what the model computes, in microbatches with any token, that is no token."""
+  """The share of padding in the slots that the model computes: those of microbatches with any token."""
   used_M = (rows.lengths_MUS > 0).any((1, 2))
   slots = used_M.sum() * rows.index_MUT[0].size
   return pooled.Ratio((slots - rows.lengths_MUS.sum()).astype(jnp.float32), slots.astype(jnp.float32))
@@ -154,7 +154,7 @@ def _sampler_gap(logp_BT: jax.Array, batch: types.Batch) -> pooled.Metrics:
 
 
 def _score_metrics(batch: types.Batch, looks: judge.Looks, total_B: jax.Array, cfg: state_lib.Config) -> pooled.Metrics:
-  """What the trajectories are like; in terms of IoU and `cfg.reward.h0`, whatever is rewarded."""
+  """Metrics of the trajectories; zooms count by IoU and `cfg.reward.h0`, whatever is rewarded."""
   fid, judged_BR, has_gt_B = looks.fidelity, looks.judged_BR, batch.gt_mask_BJ.any(-1)
   hit_BR = judged_BR & (fid.iou_R >= cfg.reward.h0)
   return {
@@ -186,14 +186,14 @@ def _apply(state: state_lib.TrainState, grads: dict, critic_grads: dict | None, 
   """One step of both optimizers, or none of either.
 
   Args:
-    state: what it begins with.
-    grads, critic_grads: of the policy and of the critic, None without one.
-    loss_total: float32 scalar, what they are gradients of.
+    state: the state before.
+    grads, critic_grads: of the policy and of the critic, None without a critic.
+    loss_total: float32 scalar, the loss that they are gradients of.
     limit: float32 scalar; the policy's gradient may have at most this norm.
     cfg: static.
 
   Returns:
-    The state, metrics, and bool scalar: whether the update was made.  If not, all of the state is as it was.
+    The state after, metrics, and bool scalar: whether the update was made.  If not, the state is unchanged.
   """
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)  # as the moments are
   opt_state, specs = state.opt_state, family.tables(cfg.model)[0]
@@ -201,13 +201,13 @@ def _apply(state: state_lib.TrainState, grads: dict, critic_grads: dict | None, 
     like = jax.tree.map(lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where), state.params,
                         state_lib.places(cfg))
     lies = functools.partial(optim.shardings, opt_state, like, sharding.replicated(cfg.mesh))
-  if "optimizer" in cfg.offload:  # once the gradients are there: before, activations have the room
+  if "optimizer" in cfg.offload:  # only once the gradients are there: before, activations need the memory
     grads, opt_state = jax.lax.optimization_barrier((grads, opt_state))
     opt_state = jax.tree.map(lambda a, where: state_lib.on_device(a) if where.memory_kind == "pinned_host" else a,
                              opt_state, lies(host=True))
   made, metrics = _judged(loss_total, optax.tree.norm(grads),
                           None if critic_grads is None else optax.tree.norm(critic_grads), limit)
-  # Leaf by leaf, so that it is part of the loop that writes the leaf: a branch would hold a second state.
+  # Chosen leaf by leaf, within the loop that writes the leaf: a branch would hold a second state.
   kept = functools.partial(jax.tree.map, functools.partial(jnp.where, made))
   updates, opt_state = optim.update(optim.optimizer(cfg.optim, specs), grads, opt_state, state.params, made)
   params = state_lib.pinned(kept(optax.apply_updates(state.params, updates), state.params), cfg)
@@ -228,7 +228,7 @@ def _apply(state: state_lib.TrainState, grads: dict, critic_grads: dict | None, 
 
 def _judged(loss_total: jax.Array, norm: jax.Array, critic_norm: jax.Array | None, limit: jax.Array | float
             ) -> tuple[jax.Array, pooled.Metrics]:
-  """Whether an update is made, bool scalar, and metrics that say why not; arguments as `_apply` has them."""
+  """Whether an update is made, bool scalar, and metrics that say why not; arguments as in `_apply`."""
   finite = jnp.isfinite(loss_total) & jnp.isfinite(norm)
   metrics = {"optim/grad_norm": pooled.Mean(norm)}
   if critic_norm is not None:  # its gradient may overflow by itself
@@ -244,26 +244,26 @@ def _judged(loss_total: jax.Array, norm: jax.Array, critic_norm: jax.Array | Non
 def update_step(state: state_lib.TrainState, scored: types.ScoredBatch, cfg: state_lib.Config,
                 frozen: dict | None = None, limit: jax.Array | float = NO_LIMIT
                 ) -> tuple[state_lib.TrainState, pooled.Metrics]:
-  """One PPO update, of any number of microbatches: it is about the minibatch, however that is cut.
+  """One PPO update on a minibatch, the same into however many microbatches that is cut.
 
-  It is skipped, and leaves the state as it was to the last bit, counters too, if its loss or a gradient is not finite
-  or the policy's gradient, before it is clipped, is longer than the limit.
+  The update is skipped, and the state stays the same to the last bit, counters too, if the loss or a gradient is not
+  finite or the norm of the policy's gradient, before it is clipped, is above the limit.
 
   Args:
     state: donated.
     scored: a scored minibatch.
     cfg: static.
-    frozen: what of the policy is not trained; None for nothing.
-    limit: float32 scalar, the longest gradient that is followed; `NO_LIMIT` for none.
+    frozen: the policy's parameters that are not trained; None if all are.
+    limit: float32 scalar, largest norm of the policy's gradient; `NO_LIMIT` for none.
 
   Returns:
-    The next state, and metrics: "optim/skipped" is 1 for an update that was skipped, "optim/spikes" if it was for its
-    length.  Its losses are as they came, finite or not.
+    The next state, and metrics: "optim/skipped" is 1 if the update was skipped, "optim/spikes" if the limit was why.
+    The losses of a skipped update are reported as they are, finite or not.
 
   Source: PPO (arXiv 1707.06347), equations 7 and 9, with the token advantages of `rl.credit`.
   """
   trained = scored.batch.trained_BT
-  first = scored.logp_old_BT is None  # then this is the policy that scored the batch
+  first = scored.logp_old_BT is None  # then the state is the policy that scored the batch
 
   def losses(found, here_BT, whole_BT=None):
     logp, entropy, value = found
@@ -289,26 +289,26 @@ def update_step(state: state_lib.TrainState, scored: types.ScoredBatch, cfg: sta
 
 
 def _update_metrics(found: dict, trained_BT: jax.Array) -> pooled.Metrics:
-  """What the losses say of an update: means over trained tokens are pooled, a loss is the update's own."""
+  """An update's losses as metrics: means over trained tokens are pooled by tokens, losses are one per update."""
   tokens = trained_BT.sum()
   token_means = ("loss/kl", "loss/entropy", "ppo/clip_frac", "ppo/kl_old", "critic/loss", "critic/clip_frac",
                  "critic/return_var")
   pools = {name: pooled.Weighted(value, tokens) if name in token_means else
            pooled.Max(value) if name == "ppo/ratio_max" else pooled.Mean(value) for name, value in found.items()}
-  if "critic/explained" in found:  # a share of the variance there is
+  if "critic/explained" in found:  # a share of the variance: weighted by that
     pools["critic/explained"] = pooled.Weighted(found["critic/explained"], tokens * found["critic/return_var"])
   return pools
 
 
 def shown(batch: types.Batch, cfg: state_lib.Config) -> tuple[types.ScoredBatch, pooled.Metrics]:
-  """Demonstrations as the report and the log want them: visual actions judged, every advantage 1.
+  """Demonstrations in the form that the report and the log take: visual actions judged, every advantage 1.
 
   Args:
     batch: demonstrations.
     cfg: static; what actions and trajectories are judged by.
 
   Returns:
-    What an update would be made with that took them for rollouts, and metrics of padding and tokens.
+    The batch, scored as if it were of rollouts, without log-probabilities; and metrics of padding and tokens.
   """
   *found, metrics = _shown(batch, cfg)  # without the batch, which would be copied
   return types.ScoredBatch(batch, None, None, *found), metrics
@@ -330,8 +330,8 @@ def imitate_step(state: state_lib.TrainState, batch: types.Batch, cfg: state_lib
                  ) -> tuple[state_lib.TrainState, pooled.Metrics]:
   """One step of maximum likelihood on the batch's assistant tokens: `update_step` with another loss.
 
-  What a token counts for is `loss.aggregate`'s to say.  With every advantage 1 and the only update of a batch, the
-  gradient of PPO's loss is this one.
+  `loss.aggregate` says how much each token weighs.  The gradient is that of PPO's loss where every advantage is 1 and
+  the batch serves one update.
 
   Args:
     state: donated; without a critic.

@@ -6,7 +6,7 @@ Four ways to the same numbers:
     cudnn    cuDNN's flash attention                      half precision on NVIDIA GPUs
     splash   the Pallas TPU kernel that comes with JAX    TPU
 
-Under a mesh (`sharding.context`) each device attends for its own rows and heads, whichever it is: a kernel is opaque
+Under a mesh (`sharding.context`) each device attends for its own rows and heads, in all four: a kernel is opaque
 to the partitioner, and a loop over rows would gather them.  Attention over a key/value cache is `cache.attend`: it
 reads only what is filled.
 """
@@ -24,10 +24,10 @@ from virl_jax.model import sharding
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 KINDS = ("plain", "blocks", "cudnn", "splash")
-QUERY_BLOCK = 512    # queries whose scores exist at a time in "blocks"
-SCORES = 2 ** 27     # of the XLA ways: most scores of a device that exist at a time, but for a single row's
-_TILE = 128          # splash's tiles are multiples of it, and lengths that cuDNN is given
-_WIDE_TILE = 512     # what splash is best at
+QUERY_BLOCK = 512    # queries at a time in "blocks"
+SCORES = 2 ** 27     # most scores on a device at a time in "plain" and "blocks", unless a single row has more
+_TILE = 128          # splash's tiles are multiples of it, and so are the lengths that cuDNN is given
+_WIDE_TILE = 512     # splash's fastest tile
 
 
 def choose(platform: str, dtype, length: int, head_size: int, end_to_end: bool) -> str:
@@ -38,7 +38,7 @@ def choose(platform: str, dtype, length: int, head_size: int, end_to_end: bool) 
     dtype: of queries, keys and values.
     length: T, tokens of a row.
     head_size: H.
-    end_to_end: whether a row's segments stand one after another, padding behind them, and their lengths are known.
+    end_to_end: whether a row's segments are end to end, padding after them, and their lengths are known.
   """
   if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and end_to_end and (
       head_size % 8 == 0 and head_size <= 128):
@@ -49,7 +49,7 @@ def choose(platform: str, dtype, length: int, head_size: int, end_to_end: bool) 
 
 
 def segments(lengths_BS: jax.Array, length: int) -> jax.Array:
-  """int32[B, T]: 0 on the first segment of each row, 1 on the one behind it ..., -1 on what is behind all of them.
+  """int32[B, T]: 0 on the first segment of each row, 1 on the second ..., -1 after the last.
 
   Args:
     lengths_BS: int32, tokens of the segments of each row; 0 for none.
@@ -61,7 +61,7 @@ def segments(lengths_BS: jax.Array, length: int) -> jax.Array:
 
 
 def rows_together(platform: str, length: int, rows: int) -> int:
-  """How many neighbouring rows to attend for as one row of several segments: splash wants long rows."""
+  """How many neighbouring rows to attend for as one row of several segments: splash is faster on long rows."""
   if platform != "tpu":
     return 1
   return max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= max(_WIDE_TILE, length)
@@ -76,14 +76,14 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: 
     q_BTNH: queries.
     k_BTKH: keys; K divides N.
     v_BTKH: values.
-    segment_BT: int32; a token sees those of its row that have its own number.  Negative on padding.
+    segment_BT: int32; a token sees the tokens of its row with the same number.  Negative on padding.
     causal: whether a token sees only itself and what precedes it.
-    lengths_BS: promise that `segment_BT` is `segments` of these, and that the longest come first; some kernels need it.
+    lengths_BS: int32, if given `segment_BT` must be `segments` of these, the longest first; "cudnn" needs them.
     kind: one of `KINDS`; None to `choose`.
-    platform: what this is compiled for, one of `PLATFORMS`.  Elsewhere than at home, kernels are interpreted.
+    platform: what this is compiled for, one of `PLATFORMS`.  A kernel of another platform is interpreted.
 
   Returns:
-    [B, T, N, H]; finite nonsense on padding.
+    [B, T, N, H]; finite but meaningless on padding.
 
   Source: GQA, arXiv 2305.13245; FlashAttention, arXiv 2205.14135, for what the kernels do.
   """
@@ -98,7 +98,7 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: 
     run = functools.partial(_xla, causal=causal, block=min(T, QUERY_BLOCK) if kind == "blocks" else T)
   heads = ("rows", None, "tensor", None)
   out = sharding.locally(run, (heads, heads, heads, ("rows", None)), heads, q_BTNH, k_BTKH, v_BTKH, known)
-  # Of a kernel, what its own backward pass wants is kept, its output among it.
+  # A kernel names what its backward pass needs itself, its output included.
   return out if kind in ("cudnn", "splash") else remat.named(out, "attention")
 
 
@@ -135,9 +135,9 @@ def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT, causal, block):
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, lengths_BS, causal, interpret):
-  """cuDNN's, which takes lengths but no segments: so the segments of a row are separated.
+  """cuDNN's kernel, which takes lengths but no segments: the segments of a row are cut apart.
 
-  The j-th longest of a row is no longer than T / j, so that all cuts together are about log S times the row.
+  The j-th longest of a row has at most T / j tokens, so that all cuts together have about T * log S.
   """
   attend = functools.partial(jax.nn.dot_product_attention, is_causal=causal,
                              implementation="xla" if interpret else "cudnn")
@@ -162,8 +162,10 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, lengths_BS, causal, interpret):
 
 
 def _cut(a_BTNH, start_B, length_B, width):
-  """[B, width, N, H]: each row from its start on (None: 0), and 0 past its length; no gradient comes back from there,
-  where kernels leave what was there before."""
+  """[B, width, N, H]: each row from its start on (None: 0), and 0 past its length.
+
+  No gradient comes back from there, where kernels leave memory as it was.
+  """
   slot_1W = jnp.arange(width)[None]
   if start_B is not None:
     at_BW = jnp.minimum(start_B[:, None] + slot_1W, a_BTNH.shape[1] - 1)
@@ -172,7 +174,7 @@ def _cut(a_BTNH, start_B, length_B, width):
 
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT, causal, interpret):
-  """Pallas's; padding is a segment of its own."""
+  """Pallas's kernel; padding is a segment of its own."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
   T, N, H = q_BTNH.shape[1:]

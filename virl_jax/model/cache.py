@@ -1,13 +1,13 @@
-"""The key/value cache: what each row has seen, as a visible value, and attention over what is filled of it.
+"""The key/value cache: keys and values of what each row has seen, and attention over the filled slots.
 
 Three ways to attend, to the same numbers:
     loop     XLA, an online softmax over blocks of slots     CPU, float32 on GPUs, small heads
     triton   a Pallas kernel, `cache_kernels.triton`         half precision on GPUs
     mosaic   a Pallas kernel, `cache_kernels.mosaic`         TPU
 
-Keys and values of all layers lie in one stack each, [L, B, K, S, H].  A decoder's scan over its layers carries the
+Keys and values of all layers are one stack each, [L, B, K, S, H].  A decoder's scan over its layers carries the
 two stacks whole, and each layer writes and reads its own part: nothing is copied.  Under a mesh (`sharding.context`)
-rows and heads are split over devices, and no device reads what another holds.
+rows and heads are split over devices, and no device reads another's.  A is rows of a chunk: some of the B, or all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from virl_jax.model import sharding
 KINDS = ("loop", "triton", "mosaic")
 BLOCK = 64           # cache lengths are multiples of it
 _ROWS_TOGETHER = 16  # rows that a CPU attends for at a time
-_STACK = (None, "rows", "tensor")  # where the dimensions of a stack of keys or values lie
+_STACK = (None, "rows", "tensor")  # how the dimensions of a stack of keys or values are split
 
 
 @flax.struct.dataclass
@@ -34,7 +34,7 @@ class Cache:
   Attributes:
     k_LBKSH: keys, rotated.
     v_LBKSH: values.
-    len_B: int32, slots filled; row b's token t stands in slot t.
+    len_B: int32, slots filled; token t of a row is in slot t.
   """
 
   k_LBKSH: jax.Array
@@ -44,12 +44,12 @@ class Cache:
 
 @flax.struct.dataclass
 class Places:
-  """Where the tokens of a chunk stand in a cache.
+  """Where the tokens of a chunk go in a cache.
 
   Attributes:
-    slot_AT: int32, the slot of each token; a row's tokens stand one after another.
-    write_AT: int32, the same, but past the last slot where a token only pads the chunk.
-    filled: int32 scalar, slots that hold anything that a token may see.
+    slot_AT: int32, the slot of each token; a row's tokens are in consecutive slots.
+    write_AT: int32, `slot_AT`, but past the last slot where a token is padding.
+    filled: int32 scalar, slots of the chunk's longest row, the chunk included: no token sees beyond.
     row_A: int32, the cache row of each chunk row, within its shard; None for all rows in order.
   """
 
@@ -72,14 +72,14 @@ def new(layers: int, rows: int, kv_heads: int, slots: int, head_size: int, dtype
 
 
 def places(cache: Cache, n_new_A: jax.Array, length: int, row_A: jax.Array | None = None) -> Places:
-  """Where a right-padded chunk goes: behind what its rows hold.
+  """Where a right-padded chunk goes: after what its rows hold.
 
   Args:
-    cache: what came before.
-    n_new_A: int32, how many of the chunk's tokens are real; 0 leaves a row as it is.
+    cache: the cache before the chunk.
+    n_new_A: int32, how many of each row's T tokens are real; 0 leaves a row as it is.
     length: T, tokens of the chunk.
-    row_A: int32, the cache row of each chunk row, no row twice; None for all rows in order.  Within its shard, under a
-      mesh; a number past the last row is a chunk row that does nothing.
+    row_A: int32, the cache row of each chunk row, no row twice; None for all rows in order.  Under a mesh, rows are
+      numbered within their shard.  A chunk row whose number is past the last row does nothing.
   """
   len_A = cache.len_B if row_A is None else cache.len_B[global_rows(row_A, len(cache.len_B))]
   token_1T = jnp.arange(length)[None]
@@ -96,7 +96,7 @@ def lengthened(len_B: jax.Array, n_new_A: jax.Array, at: Places) -> jax.Array:
 
 
 def global_rows(row_A: jax.Array, rows: int) -> jax.Array:
-  """Numbers among all `rows` rows of numbers within a shard; one past its shard's last row becomes `rows`."""
+  """Turns row numbers within a shard into numbers among all `rows`; any past the shard's last row becomes `rows`."""
   shards = sharding.shards("rows")
   each = rows // shards
   base_A = jnp.arange(shards).repeat(len(row_A) // shards, total_repeat_length=len(row_A)) * each
@@ -104,10 +104,10 @@ def global_rows(row_A: jax.Array, rows: int) -> jax.Array:
 
 
 def write(stack_LBKSH: jax.Array, layer: jax.Array, new_ATKH: jax.Array, at: Places) -> jax.Array:
-  """Puts a chunk's keys or values into their slots; what lies past the last slot or row is dropped.
+  """Puts a chunk's keys or values into their slots; what is past the last slot or row is dropped.
 
-  Heads are named one by one: were they a window between rows and slots, a TPU's scatter would want slots outside of
-  heads, and the compiler would copy the whole cache into that layout and back.
+  Heads are indexed one by one.  With heads as a slice between rows and slots, a TPU's scatter needs another layout,
+  slots before heads, and the compiler copies the whole cache into that layout and back.
   """
   def local(stack, layer, new, slots, rows=None):
     rows = jnp.arange(stack.shape[1]) if rows is None else rows
@@ -120,15 +120,21 @@ def write(stack_LBKSH: jax.Array, layer: jax.Array, new_ATKH: jax.Array, at: Pla
 
 
 def copy(stack_LBKSH: jax.Array, to_A: jax.Array, from_A: jax.Array, width: int) -> jax.Array:
-  """Copies the first `width` slots of rows, all layers, to other rows of the same shard; past the last: to nowhere.
+  """Copies the first `width` slots of rows, in all layers, to other rows of the same shard.
 
-  One row after the other, in the order given: no more than a row is ever held twice.
+  A target past the last row copies nothing.  Rows are copied one by one, in order, so that no more than one row is held
+  twice.
+
+  Args:
+    stack_LBKSH: keys or values.
+    to_A, from_A: int32, rows within their shard.
+    width: slots.
   """
   def local(stack, to, source):
     L, B, K, _, H = stack.shape
 
     def one(i, stack):
-      # What goes nowhere is copied to where it is: a branch would copy the whole stack on a GPU.
+      # Instead of copying nothing, the last row is copied to itself: a branch would copy the whole stack on a GPU.
       at = jnp.minimum(to[i], B - 1)
       row = jax.lax.dynamic_slice(stack, (0, jnp.where(to[i] < B, source[i], at), 0, 0, 0), (L, 1, K, width, H))
       return jax.lax.dynamic_update_slice(stack, row, (0, at, 0, 0, 0))
@@ -139,7 +145,7 @@ def copy(stack_LBKSH: jax.Array, to_A: jax.Array, from_A: jax.Array, width: int)
 
 
 def _rows(at: Places) -> tuple[tuple, tuple]:
-  """`row_A`, if there is one, and where it lies, as arguments for `sharding.locally`."""
+  """`row_A`, if there is one, and how it is split, as arguments for `sharding.locally`."""
   return ((), ()) if at.row_A is None else ((at.row_A,), (("rows",),))
 
 
@@ -170,22 +176,22 @@ def choose(platform: str, dtype, head_size: int) -> str:
 
 def attend(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax.Array, at: Places,
            platform: str = "cpu", kind: str | None = None) -> jax.Array:
-  """Attention of a chunk's tokens over what is filled of the cache: a token in slot s sees slots 0..s.
+  """Attention of a chunk's tokens over the filled slots of the cache: a token in slot s sees slots 0..s.
 
-  The cost follows what is filled and not what is allocated.  Products take the cache's own precision and add up in
-  float32; the softmax is float32.
+  The cost depends on the slots that are filled, not on those that are allocated.  Products are in the cache's own
+  precision and add up in float32; the softmax is float32.
 
   Args:
     q_ATNH: rotated queries.
     k_LBKSH: already holds the chunk's keys.
     v_LBKSH: already holds its values.
     layer: int32 scalar.
-    at: where the chunk stands.
-    platform: what this is compiled for, "cpu", "gpu" or "tpu".  Elsewhere than at home, kernels are interpreted.
+    at: where the chunk is.
+    platform: what this is compiled for, "cpu", "gpu" or "tpu".  A kernel of another platform is interpreted.
     kind: one of `KINDS`; None to `choose`.
 
   Returns:
-    [A, T, N, H]; finite nonsense where a token only pads the chunk.
+    [A, T, N, H]; finite but meaningless where a token is padding.
   """
   kind = kind or choose(platform, k_LBKSH.dtype, k_LBKSH.shape[4])
 
@@ -195,7 +201,7 @@ def attend(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax
       kernel, home = {"triton": (cache_kernels.triton, "gpu"), "mosaic": (cache_kernels.mosaic, "tpu")}[kind]
       end_A = jnp.where(write_AT < k.shape[3], slot_AT + 1, 0).max(1)  # padding is not written, and reads nothing
       rows = jnp.arange(A, dtype=jnp.int32) if row_A is None else row_A
-      with jax.named_scope("cache_attend"):  # by which `run.hlo` knows it
+      with jax.named_scope("cache_attend"):  # the name that `run.hlo` finds the kernel by
         return kernel(q, k, v, layer, rows, slot_AT[:, 0], end_A, interpret=platform != home)
     here = Places(slot_AT, write_AT, filled, row_A)
     if platform == "cpu" and T == 1 and A > _ROWS_TOGETHER:
@@ -208,17 +214,17 @@ def attend(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax
 
 
 def _slots_together(T: int, S: int, platform: str) -> int:
-  """Cache slots that attention of T new tokens reads at a time: few and large steps, but where caches are small."""
+  """Cache slots that attention of T new tokens reads in a step."""
   if platform == "cpu":
     return BLOCK
-  # No more scores at a time than 2^18 a head and row; an accelerator's loop pays for each of its steps.
+  # Few large steps, because each costs an accelerator time, but at most 2^18 scores of a head and row in a step.
   return min(S, max(BLOCK, min(1024, 2 ** 18 // T // BLOCK * BLOCK)))
 
 
 def _attend_by_length(q_A1NH, k_LBKSH, v_LBKSH, layer, at: Places) -> jax.Array:
-  """`attend` for one token a row, a few rows of like length at a time: short rows don't wait for long ones.
+  """`attend` for one token a row, a few rows of similar length at a time.
 
-  A CPU works through the rows one after the other, so that each part costs what its own longest row has filled.
+  A CPU does one part after the other, and a part costs as much as its longest row: short rows cost less this way.
   """
   order_A = jnp.argsort(at.slot_AT[:, 0])
   row_A = order_A if at.row_A is None else at.row_A[order_A]
@@ -237,15 +243,15 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _attend(q_ATNH, k_LBKSH, v_LBKSH, layer, at: Places, width: int) -> jax.Array:
-  """`attend` by online softmax, `width` slots at a time, as far as any row is filled."""
+  """`attend` by online softmax, `width` slots at a time, up to the end of the longest row."""
   A, T, N, H = q_ATNH.shape
   K, S = k_LBKSH.shape[2:4]
-  G = N // K  # query heads that share a key head; each of them is one more query Q = T * G of it
+  G = N // K  # query heads that share a key head, which therefore has Q = T * G queries
   q_AKQH = (q_ATNH.astype(jnp.float32) * (H ** -0.5)).reshape(A, T, K, G, H).swapaxes(1, 2).reshape(A, K, T * G, H)
   q_AKQH, slot_AQ1 = q_AKQH.astype(k_LBKSH.dtype), jnp.repeat(at.slot_AT, G, axis=1)[..., None]
 
   def step(i, carry):
-    first = jnp.minimum(i * width, S - width)  # the last step may begin earlier, and then skips what was seen
+    first = jnp.minimum(i * width, S - width)  # the last step may begin earlier, and masks slots that were seen before
     slot_11S = (first + jnp.arange(width))[None, None]
     seen_AQS = (slot_11S <= slot_AQ1) & (slot_11S >= i * width)
     logits = _product("akqh,aksh->akqs", q_AKQH, _read(k_LBKSH, layer, first, width, at))
@@ -261,7 +267,7 @@ def _attend(q_ATNH, k_LBKSH, v_LBKSH, layer, at: Places, width: int) -> jax.Arra
 
 
 def _online(carry, logits_AKQS, v_AKSH):
-  """One step of an online softmax: the largest logit so far, and relative to it the sum of weights and of values."""
+  """One step of an online softmax: the largest logit so far, and the sums of weights and of values relative to it."""
   top, total, acc = carry
   new_top = jnp.maximum(top, logits_AKQS.max(-1))
   weight = jnp.exp(logits_AKQS - new_top[..., None])

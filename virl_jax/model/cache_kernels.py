@@ -1,11 +1,11 @@
 """Pallas kernels for attention over a key/value cache: one for GPUs (Triton), one for TPUs (Mosaic).
 
-Both take the stacks of all layers [L, B, K, S, H] as they lie in memory, and the numbers of the layer and of the rows
-as values: nothing is sliced out or copied.  Both read a row only as far as a block of its queries sees.
+Both take the whole stacks of all layers [L, B, K, S, H], and the indices of the layer and of the rows as values:
+nothing is sliced out or copied.  Both read a row only as far as a block of its queries sees.
 
-Query heads that share a key head are more queries of it: [A, T, N, H] becomes [A, K, Q, H], where a token's G = N / K
-heads are padded to a power of two, so that a query's token is its number shifted to the right, and all are padded to
-whole blocks.
+Query heads that share a key head count as further queries of that head: [A, T, N, H] becomes [A, K, Q, H].  A token's
+G = N / K heads are padded to a power of two, so that a query's token is its index shifted to the right, and all
+queries to whole blocks.  A is rows of the chunk, Q queries of a key head.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-_FEWEST = 16             # queries of a block: what a tile of bfloat16 has on a TPU, and a product of Triton's
+_FEWEST = 16             # queries of a block, at least: rows of a TPU's tile of bfloat16, and of Triton's products
 _FLOOR = -1e30           # below any logit, and finite: a query that sees nothing is no NaN
 _TINY = 1e-30
 _TRITON_QUERIES = 64     # most queries of a program
-_TRITON_BLOCK = 64 * 128  # most values of keys that it holds at a time: slots that divide every cache, of a head
-_TRITON_PROGRAMS = 512   # that keep a large GPU busy: about four for each multiprocessor
+_TRITON_BLOCK = 64 * 128  # most values of keys that a program holds: 64 slots, which divide every cache, of width 128
+_TRITON_PROGRAMS = 512   # programs that keep a large GPU busy: about four for each multiprocessor
 _TRITON_PART = 256       # a cache is split into parts of at least so many slots
-_MOSAIC_QUERIES = (512, 256, 128, 64, 32, 16)  # of a step: the most whose values, all heads' in float32, and
-_MOSAIC_SLOTS = (1024, 512, 256, 128, 64)      # of a step: the most that divide the cache and whose keys
-_MOSAIC_BYTES = 2 ** 20                        # are so many bytes; all that a step holds is about eight times that
-_MOSAIC_SCORES = 2 ** 18                       # and most scores of a head at a time
+_MOSAIC_QUERIES = (512, 256, 128, 64, 32, 16)  # of a step: the most whose values, of all heads in float32, fit in
+_MOSAIC_SLOTS = (1024, 512, 256, 128, 64)      # of a step: the most that divide the cache and whose keys fit in
+_MOSAIC_BYTES = 2 ** 20                        # so many bytes; all that a step holds is about eight times that
+_MOSAIC_SCORES = 2 ** 18                       # most scores of a head at a time
 
 
 def triton(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax.Array, row_A: jax.Array,
@@ -39,16 +39,16 @@ def triton(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax
     k_LBKSH, v_LBKSH: the stacks, the chunk's own keys and values included; half precision.  S is a multiple of 64, H
       a power of two.
     layer: int32 scalar.
-    row_A: int32, the cache row of each chunk row; one past the last row reads nothing.
-    first_A: int32, the slot of each row's first token; its others follow.
-    end_A: int32, slots that its tokens may see at most; 0 reads nothing.
+    row_A: int32, the cache row of each chunk row; a number past the last row reads nothing.
+    first_A: int32, the slot of each row's first token; its other tokens follow.
+    end_A: int32, most slots that the row's tokens may see; 0 reads nothing.
     interpret: whether to run without a GPU.
 
   Returns:
     [A, T, N, H]: what a token in slot s sees in slots 0..s.  Zeros where a block of queries sees nothing.
 
-  Source: FlashAttention-2, arXiv 2307.08691; the parts of a cache are Flash-Decoding's, whose maxima, sums and values
-  XLA puts together.
+  Source: FlashAttention-2, arXiv 2307.08691; the parts of a cache are from Flash-Decoding, and XLA combines their
+  maxima, sums and values.
   """
   from jax.experimental.pallas import triton as backend
   A, (K, S, H) = len(q_ATNH), k_LBKSH.shape[2:]
@@ -81,12 +81,12 @@ def triton(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax
 
 
 def has_triton() -> bool:
-  """Whether this JAX has Pallas's Triton backend: 0.12 says that a later one will not."""
+  """Whether this JAX has Pallas's Triton backend, which JAX 0.12 announces to be removed."""
   return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def splits(programs: int, slots: int) -> int:
-  """Into how many parts a cache of so many slots is split, where there would be so many programs: a power of two."""
+  """Into how many parts a cache of `slots` is split if there are `programs` for each part: a power of two."""
   parts = 1
   while programs * parts < _TRITON_PROGRAMS and slots >= 2 * parts * _TRITON_PART:
     parts *= 2
@@ -124,8 +124,8 @@ def mosaic(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax
            first_A: jax.Array, end_A: jax.Array, interpret: bool) -> jax.Array:
   """The TPU's: a step for a row, a block of queries and a block of slots of all heads.
 
-  Blocks of slots behind what a block of queries sees stand for the last one that it sees, which is not fetched again;
-  behind what any row sees there are no steps.
+  Steps past the slots that a block of queries sees name the last block that it sees, which is not fetched again; there
+  are no steps past what any row sees.
 
   Args:
     q_ATNH: rotated queries.
@@ -168,7 +168,7 @@ def mosaic(q_ATNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax
 
 def _cache_attend_mosaic(layer_ref, row_ref, first_ref, end_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref,
                          acc_ref, *, block, group, width, heads):
-  del layer_ref, row_ref  # the blocks are theirs already
+  del layer_ref, row_ref  # the blocks are of this layer and row already
   a, i, j = (pl.program_id(axis) for axis in range(3))
   tokens = block // group
 
@@ -195,7 +195,7 @@ def _cache_attend_mosaic(layer_ref, row_ref, first_ref, end_ref, q_ref, k_ref, v
 
 
 def _online(carry, q_QH, k_SH, v_SH, seen_QS):
-  """One step of an online softmax: the largest logit so far, and relative to it the sum of weights and of values."""
+  """One step of an online softmax: the largest logit so far, and the sums of weights and of values relative to it."""
   top_Q1, total_Q1, acc_QH = carry
   product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
   logits_QS = product(q_QH, k_SH, (((1,), (1,)), ((), ())))
@@ -217,18 +217,18 @@ def _token(query, group: int):
 
 
 def _seen(first, end, i, tokens: int):
-  """Slots that the i-th block of so many tokens sees, at most."""
+  """Most slots that the i-th block of `tokens` tokens sees."""
   return jnp.minimum(end, first + (i + 1) * tokens)
 
 
 def _within(stack_LBKSH, row_A, end_A):
-  """Rows that exist, and how far to read them; nothing of one that does not."""
+  """Row numbers that exist, and how far to read each row: 0 where `row_A` names a row that does not exist."""
   B, S = stack_LBKSH.shape[1], stack_LBKSH.shape[3]
   return jnp.minimum(row_A, B - 1), jnp.where(row_A < B, jnp.clip(end_A, 0, S), 0)
 
 
 def _queries(q_ATNH, stack_LBKSH, most: int):
-  """[A, K, Q, H] queries, scaled and in the cache's dtype; how many are a block, and how many a token."""
+  """[A, K, Q, H] queries, scaled and in the cache's dtype; the queries of a block, and those of a token."""
   A, T, N, H = q_ATNH.shape
   K = stack_LBKSH.shape[2]
   group = _power(N // K)
@@ -245,7 +245,7 @@ def _power(n: int) -> int:
 
 
 def _heads(out_AKQH, q_ATNH, group: int):
-  """[A, T, N, H]: back from `_queries`."""
+  """[A, T, N, H]: the inverse of `_queries`."""
   A, T, N, H = q_ATNH.shape
   K = out_AKQH.shape[1]
   out_AKTGH = out_AKQH[:, :, :T * group].reshape(A, K, T, group, H)[:, :, :, :N // K]

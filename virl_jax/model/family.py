@@ -8,7 +8,7 @@ A family is a folder, and its `model` module is what the rest of the code calls.
     released_name, transformers_name                    names of tensors, in files and in memory
     specs                   the table of the released parameters, with "vision" for the tower's
     embed, hidden, head     the forward pass
-    new_cache, extend       the same, a chunk at a time over a `cache.Cache`
+    new_cache, extend       the forward pass a chunk at a time, over a `cache.Cache`
 
 as `qwen2_5.model` documents them.
 """
@@ -38,10 +38,10 @@ def config_from_hf(config: dict, where: str = "config.json") -> Config:
 
   Args:
     config: the parsed file.
-    where: named in errors.
+    where: the file's name in errors.
 
   Raises:
-    ValueError: if its family is unknown, or a key is missing.
+    ValueError: its family is unknown, or the family refuses it (a missing key, a value that is not implemented).
   """
   model_type = config.get("model_type")
   if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -56,7 +56,7 @@ def tables(cfg: Config) -> tuple[dict, dict]:
 
 
 def whole(trained: dict, frozen: dict, cfg: Config) -> dict:
-  """All parameters, as the model takes them, of trees like `tables`."""
+  """All parameters, as the model takes them, from two trees like those of `tables`."""
   return tuning.join(trained, frozen, cfg.tuning)
 
 
@@ -66,7 +66,7 @@ def specs(cfg: Config) -> dict:
 
 
 def shardings(cfg: Config, mesh: jax.sharding.Mesh) -> dict:
-  """Where each of all parameters lies on a mesh."""
+  """The sharding of every parameter on a mesh."""
   return sharding.param_shardings(specs(cfg), mesh)
 
 
@@ -76,13 +76,13 @@ def abstract_params(cfg: Config, dtype: str = "float32") -> dict:
 
 
 def abstract(cfg: Config, dtype: str, mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
-  """Shapes, dtypes and places of what is trained, and of what is frozen, nothing allocated.
+  """Shapes, dtypes and shardings of the trained parameters, and of the frozen ones, nothing allocated.
 
   Args:
     cfg: the model.
-    dtype: of what is trained.  What is frozen has the compute dtype: it is cast to that wherever it is used, so that
-      no number is another for it.
-    mesh: where they lie.
+    dtype: of the trained parameters.  Frozen ones have the compute dtype: they are cast to it wherever they are used,
+      so that no result changes.
+    mesh: the mesh that they lie on.
   """
   place = lambda table, dtype: jax.tree.map(
       lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params_lib.abstract(table, jnp.dtype(dtype)),

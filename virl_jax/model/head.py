@@ -13,14 +13,14 @@ from virl_jax.model import family
 from virl_jax.model import layers
 from virl_jax.model import sharding
 
-LOGITS = 2 ** 26  # most logits of a device that exist at a time
+LOGITS = 2 ** 26  # most logits on a device at a time
 
 
 def policy_logits(params: dict, cfg: family.Config, hidden_BTD: jax.Array, temperature: float) -> jax.Array:
-  """float32[B, T, V]: what is sampled from, and what the loss is about: placeholders out, temperature in."""
+  """float32[B, T, V]: the logits of sampling and of the loss: banned ids removed, divided by the temperature."""
   x = layers.logits(hidden_BTD, family.of(cfg).head(params)) / temperature
   banned_V = np.isin(np.arange(cfg.text.vocab), cfg.banned)
-  # Finite, so that entropy and its gradient stay finite; exp(-1e30) is 0 all the same.
+  # Finite, so that entropy and its gradient stay finite; exp(-1e30) is still 0.
   return jnp.where(banned_V[None, None], -1e30, x)
 
 
@@ -28,9 +28,9 @@ def token_logp(params: dict, cfg: family.Config, hidden_BTD: jax.Array, targets_
                chunk: int | None = None, best: bool = False) -> tuple[jax.Array, ...]:
   """Log-probability of each target and entropy of the distribution that it came from.
 
-  The logits of only some positions exist at a time, forward and backward; nothing is kept but the normaliser.  Under
-  a mesh the head is gathered once, in the compute dtype, its gradient is added up in float32 and reduced once; over
-  "tensor" the vocabulary stays split.
+  Logits are computed for some positions at a time, forward and backward, and only the entropy and the normaliser are
+  kept.  Under a mesh the head is gathered once, in the compute dtype, and its gradient is added up in float32 and
+  reduced once; over "tensor" the vocabulary stays split.
 
   Args:
     params: the model's parameters.
@@ -38,11 +38,12 @@ def token_logp(params: dict, cfg: family.Config, hidden_BTD: jax.Array, targets_
     hidden_BTD: hidden states at the positions that predict the targets.
     targets_BT: int32 ids; a banned id gets -1e30.
     temperature: of sampling.
-    chunk: positions a row at a time; None for as many as `LOGITS` allows.
-    best: whether the likeliest id's log-probability is wanted too, to the last bit the target's where that is the one.
+    chunk: positions of a row at a time; None for as many as `LOGITS` allows.
+    best: whether to return the likeliest id's log-probability too; where the target is the likeliest, the two are equal
+      to the last bit.
 
   Returns:
-    logp_BT, entropy_BT, and if it is wanted best_BT, which has no gradient: float32, nats.
+    logp_BT, entropy_BT, and with `best` best_BT, which has no gradient: float32, nats.
   """
   w_DV = family.of(cfg).head(params)
   spec = _Spec(w_DV.shape[1], w_DV.shape[0], float(temperature), cfg.banned, chunk, cfg.tuning.rank > 0,
@@ -52,13 +53,13 @@ def token_logp(params: dict, cfg: family.Config, hidden_BTD: jax.Array, targets_
 
 
 class _Spec(NamedTuple):
-  """What of `token_logp` is static.
+  """The static arguments of `token_logp`.
 
   Attributes:
     vocab, width: V and D of the whole head, of which a device may hold a part.
     temperature, banned, chunk: see `token_logp`.
     frozen: whether the head gets no gradient.
-    cast: whether half precision is cast before products that add up in float32: not all of them run on a CPU.
+    cast: whether half precision is cast to float32 before products that add up in float32: a CPU lacks some of them.
     best: see `token_logp`.
   """
 
@@ -98,7 +99,7 @@ def _forward(spec, w_DV, hidden_BTD, targets_BT):
 def _backward(spec, kept, cotangents):
   w_DV, hidden_BTD, targets_BT, entropy_BT, norm_BT = kept
   w = _gathered(spec, w_DV, hidden_BTD.dtype)
-  # `shard_map` divides the cotangent of what all parts of the vocabulary agree on among them.
+  # The outputs are the same on all parts of the vocabulary, and `shard_map` divides their cotangents among the parts.
   by_logp_BT, by_entropy_BT = (_over_vocabulary(spec, w, jax.lax.psum, c) for c in cotangents[:2])
 
   def one(by_w_DV, args):
@@ -133,7 +134,7 @@ def _gathered(spec, w_DV, dtype):
 
 
 def _ids(spec, w_DV):
-  """int32[V]: the ids that this device's columns of the head are of."""
+  """int32[V]: the ids of this device's columns of the head."""
   here = w_DV.shape[1]
   return jnp.arange(here) + (jax.lax.axis_index("tensor") * here if here < spec.vocab else 0)
 
@@ -143,7 +144,7 @@ def _banned(spec, w_DV):
 
 
 def _logits(spec, w_DV, h_BCD, y_BC):
-  """This device's part of the logits, and which of them is the target's."""
+  """float32[B, C, V] this device's part of the logits, and bool[B, C, V] which of them is the target's."""
   x = jnp.where(_banned(spec, w_DV)[None, None], -1e30, layers.logits(h_BCD, w_DV) / spec.temperature)
   return x, y_BC[..., None] == _ids(spec, w_DV)[None, None]
 

@@ -1,6 +1,6 @@
-"""Values out of the JSON files of an HF folder, each error with its file and key.
+"""Values from the JSON files of an HF folder; errors name the file and the key.
 
-A key that is absent or null has its default.  `where` is what errors call the object that the key is in.
+A key that is absent or null has its default.  `where` names the object that the key is in, for errors.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def wholes(config: dict, key: str, where: str, default: tuple[int, ...] | None =
 
 
 def ids(config: dict, key: str, where: str, default: tuple[int, ...]) -> tuple[int, ...]:
-  """Token ids, written as one or as a list; each once, in their order."""
+  """Token ids, given as one or as a list; without repeats, in order."""
   value = _value(config, key, where, list(default))
   found = value if isinstance(value, list) else [value]
   _need(found != [] and all(_is_whole(v, 0) for v in found), where, key, "a token id or a list of them", value)

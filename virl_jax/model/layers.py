@@ -49,10 +49,10 @@ def logits(x: jax.Array, w_DV: jax.Array) -> jax.Array:
 
 
 def lookup(w_VD: jax.Array, ids_BT: jax.Array, dtype) -> jax.Array:
-  """[B, T, D]: the embedding's rows, cast; gradients add up in the embedding's own dtype.
+  """[B, T, D]: the embedding's rows, cast to `dtype`; gradients add up in the embedding's own dtype.
 
-  Under a mesh each device looks up its own part of every row's width, and then widths are exchanged for rows: the
-  embedding itself never moves, nor does its gradient.
+  Under a mesh each device looks up its own part of the width for all rows, and an all-to-all exchanges widths for rows:
+  neither the embedding nor its gradient is moved.
   """
   V, D = w_VD.shape
   fsdp = sharding.shards("fsdp")

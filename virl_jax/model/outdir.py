@@ -14,14 +14,14 @@ _MARKER = "virl_jax.json"  # in each HF folder that is written here
 
 
 def check(out: str | pathlib.Path, keep: tuple[str | pathlib.Path, ...] = ()) -> None:
-  """Whether a folder may be replaced; before anything slow, and again when it is written.
+  """Checks that a folder may be replaced; called before anything slow, and again when it is written.
 
   Args:
     out: the folder that is asked for.
-    keep: paths that must not be replaced with it, such as the run that it is made from.
+    keep: paths that must not be inside it, such as the run that it is made from.
 
   Raises:
-    ValueError: it is neither absent, nor empty, nor an earlier one of ours, or something lies in it that is to stay.
+    ValueError: it is neither absent, nor empty, nor one that this program wrote, or a path of `keep` is inside it.
   """
   folder = pathlib.Path(out)
   need = lambda ok, why: _need(ok, folder, why)
@@ -51,7 +51,7 @@ def writing(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
   """
   check(out)
   folder = pathlib.Path(out)
-  # Names that nobody else gives: what lies there is of a save that was cut off.
+  # Names that nobody else uses: if they exist, they are left from a save that was cut off.
   tmp, old = (folder.with_name(f".{folder.name}.virl_jax_{state}") for state in ("new", "old"))
   shutil.rmtree(tmp, ignore_errors=True)
   tmp.mkdir(parents=True)
@@ -69,10 +69,10 @@ def writing(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _mark(folder: pathlib.Path) -> None:
-  """Says that a folder may be replaced."""
+  """Marks a folder as one that may be replaced."""
   try:
     version = importlib.metadata.version("virl_jax")
-  except importlib.metadata.PackageNotFoundError:  # run from its folder
+  except importlib.metadata.PackageNotFoundError:  # run from a checkout
     version = "not installed"
   (folder / _MARKER).write_text(json.dumps({"written_by": "virl_jax", "version": version}) + "\n")
 

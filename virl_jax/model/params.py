@@ -1,7 +1,7 @@
 """One declaration a parameter: shape, logical axes, initialiser, and its name and layout in HF files.
 
 A model's parameters are a nested dict of `ParamSpec`.  Initial values, shapes for `eval_shape`,
-shardings, HF import and HF export are all read off that one table.  Layers are stacked: a spec whose
+shardings, HF import and HF export all follow from that one table.  Layers are stacked: a spec whose
 first axis is "layers" stands for one HF tensor a layer, and its `hf_name` contains "{layer}".
 """
 
@@ -27,11 +27,11 @@ class ParamSpec:
   Attributes:
     shape: our shape, the "layers" axis included.
     axes: one logical axis name (or None) for each dimension; `sharding.RULES` maps them to mesh axes.
-    init: "normal" (variance 1 / fan-in, read off `hf_shape`), "ones" or "zeros".
+    init: "normal" (variance 1 / fan-in, from `hf_shape`), "ones" or "zeros".
     hf_name: tensor name in the released layout, with "{layer}" where stacked.
     hf_shape: shape of one HF tensor.
-    perm: our (unstacked) dimension i is dimension perm[i] of the HF tensor once that is split; None if
-      the HF tensor only needs a reshape.
+    perm: our (unstacked) dimension i is dimension perm[i] of the HF tensor after its dimensions are split
+      (`hf_split`); None if the HF tensor only needs a reshape.
   """
 
   shape: tuple[int, ...]
@@ -69,13 +69,13 @@ class ParamSpec:
 
 @flax.struct.dataclass
 class LowRank:
-  """A matrix with an adapter: base + scale * a b, which is never put together while it is used.
+  """A matrix with an adapter: base + scale * a b, a sum that is never computed while the model runs.
 
   Attributes:
     base: [..., in, out], as `layers.dense` takes it, with or without a leading axis of layers.
     a: [..., in, r].
     b: [..., r, out].
-    scale: of their product.
+    scale: what the product a b is multiplied by.
 
   Source: LoRA (arXiv 2106.09685), section 4.1.
   """
@@ -142,7 +142,7 @@ def init(specs: dict, key: jax.Array, dtype) -> Params:
 
 
 def hf_split(spec: ParamSpec) -> tuple[int, ...]:
-  """The shape of one HF tensor, its dimensions split as `perm` has them."""
+  """The shape of one HF tensor with its dimensions split, so that each is one of ours; see `ParamSpec.perm`."""
   if spec.perm is None:
     return spec.hf_shape
   return tuple(spec.item_shape[spec.perm.index(i)] for i in range(len(spec.perm)))
@@ -165,16 +165,16 @@ def strips(split: tuple[int, ...], rows: int, most: int) -> Iterator[tuple[tuple
   """Cuts a tensor into strips of whole rows.
 
   Args:
-    split: its shape with its dimensions split; the first few make up the rows.
+    split: the tensor's shape after its dimensions are split; the first few make up the rows.
     rows: how many rows the unsplit tensor has.
-    most: numbers that a strip should hold at most; a strip has one row at least.
+    most: most numbers in a strip, which has at least one row even if that has more.
 
   Yields:
     The strip's index into the split tensor, and its rows of the unsplit one.
   """
   def cut(shape, rows, start, prefix):
     inner = math.prod(shape[1:])
-    if inner > most and rows > shape[0]:  # one entry is too much, and has rows to cut between
+    if inner > most and rows > shape[0]:  # one entry is too large, and holds several rows
       for i in range(shape[0]):
         yield from cut(shape[1:], rows // shape[0], start + i * (rows // shape[0]), (*prefix, i))
       return

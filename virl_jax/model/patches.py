@@ -1,4 +1,4 @@
-"""Patch geometry on the host: how a picture becomes patches, and where they stand in the vision tower's input."""
+"""Patch geometry on the host: how a picture becomes patches, and where they go in the vision tower's input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ONE_PIECE_CELLS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """Patch geometry, read off the vision tower's configuration.
+  """Patch geometry, as in the vision tower's configuration.
 
   Attributes:
     patch: side of a patch, pixels.
@@ -39,7 +39,7 @@ class Grid:
 
   @property
   def bytes(self) -> int:
-    """The same of a still image, whose frames are equal: what `patchify` makes."""
+    """C of a still image's patches as `patchify` makes them: of one frame, because all are equal."""
     return 3 * self.patch ** 2
 
   @property
@@ -49,7 +49,7 @@ class Grid:
 
 
 def patchify(pixels_HW3: np.ndarray, grid: Grid) -> np.ndarray:
-  """Patches in merge-block order, as bytes: an eighth of what the vision tower sees of them, until it does.
+  """Patches in merge-block order, as bytes of one frame: an eighth of the float32 values that the vision tower takes.
 
   Args:
     pixels_HW3: uint8[height, width, 3], sides multiples of `grid.factor`.
@@ -67,9 +67,9 @@ def patchify(pixels_HW3: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def levels() -> np.ndarray:
-  """float32[256, 3]: what each byte of each colour is to the vision tower.
+  """float32[256, 3]: the normalised value of each byte in each colour.
 
-  Source: Qwen2.5-VL's image processor, its order of rounding: float64, rounded to float32 before the mean goes off.
+  Source: Qwen2.5-VL's image processor, and its rounding: float64, to float32 before the mean is subtracted.
   """
   return ((np.arange(256) * (1.0 / 255.0)).astype(np.float32)[:, None] - MEAN) / STD
 
@@ -118,15 +118,15 @@ def layout(images: list[types.ImageInput | None], grid: Grid, count: int | None 
   """Lays images out for the vision tower, padded to a bucket.
 
   Args:
-    images: of any sizes; may be none.  None keeps a place empty.
+    images: of any sizes; the list may be empty.  None keeps a place empty.
     grid: patch geometry.
     count: pad with empty images up to this many; None for as many as there are, at least one.
-    least: an `extent` that the bucket is to hold, beside the images.
-    like: what kind of patches they are (see `types.ImageInput`) where there may be no image to tell; None: bytes.
+    least: an `extent` that the bucket has to hold as well.
+    like: an image whose kind of patches (see `types.ImageInput`) an empty batch has; None for bytes.
 
   Returns:
-    The batch (numpy leaves), and for each image int32[M]: where its merged tokens, row by row, stand in
-    the vision tower's output put flat.  `bucket` says how large the batch is.
+    The batch (numpy leaves), and for each image int32[M]: the indices of its merged tokens, row by row, in the vision
+    tower's flattened output.  `bucket` says how large the batch is.
 
   Raises:
     ValueError: if there are more images than `count`.
@@ -171,12 +171,12 @@ def extent(images: list[types.ImageInput | None], grid: Grid) -> tuple[int, int]
 
 
 def bucket(most: tuple[int, int], grid: Grid) -> tuple[int, int]:
-  """What images are padded to: windows, and merged cells in each.
+  """The size that images are padded to: windows, and merged cells in each.
 
-  Small images lie in one piece (windows = 1), rounded up to n^2 or n(n + 1) cells, at least 4, whatever their
+  Small images are in one piece (windows = 1), rounded up to n^2 or n(n + 1) cells, at least 4, whatever their
   aspect; a mask keeps their windows apart.  Large ones, and small ones that fill their windows, are cut by
-  window, so that attention costs only what is in a window: a power of two of whole windows, or from 32 on, where
-  empty ones cost most, a quarter of the way to the next.
+  window, so that attention costs only what is in a window.  The number of windows is a power of two; above 32, where
+  empty windows cost most, also a quarter, half or three quarters of the way to the next.
 
   Args:
     most: windows and cells, as `extent` gives them.

@@ -1,4 +1,4 @@
-"""Where Qwen2.5-VL used to be, for scripts that import it from here; see `model.qwen2_5.model`."""
+"""The old place of `model.qwen2_5.model`, for scripts that import it from here."""
 
 from virl_jax.model.qwen2_5 import model
 

@@ -1,7 +1,7 @@
 """What a layer keeps for the backward pass instead of computing it again, by name.
 
-    attention  its output, before the output projection, and what a kernel's backward pass wants; N x H numbers a token
-    mlp        the gate's and the up projection's outputs, of which the backward pass wants both; 2 x F
+    attention  its output, before the output projection, and what a kernel's backward pass needs; N x H numbers a token
+    mlp        the outputs of the gate and of the up projection, both of which the backward pass needs; 2 x F
     qkv        queries and keys, rotated, and values; (N + 2 K) x H
 """
 
@@ -14,19 +14,19 @@ import jax
 from jax import ad_checkpoint
 
 NAMES = ("attention", "mlp", "qkv")
-_CUDNN = "dot_product_attention_fwd"  # in the name of the primitive of cuDNN's forward pass, which names nothing itself
+_CUDNN = "dot_product_attention_fwd"  # in the name of cuDNN's primitive, whose outputs have no checkpoint names
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-  """What is kept of a layer that is computed again, beside its input.
+  """What is kept of a layer that is computed again, besides its input.
 
   Attributes:
-    device: names of values that are kept where they are.
-    host: names of values that wait in the host's pinned memory.
+    device: names of values that are kept on the device.
+    host: names of values that are kept in the host's pinned memory.
 
   Raises:
-    ValueError: there is no such name, or one is in both.
+    ValueError: a name is unknown, or is in both.
   """
 
   device: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class Kept:
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
-  """x, which `Kept` can name."""
+  """x, with a name by which `Kept` can keep it."""
   return ad_checkpoint.checkpoint_name(x, name)
 
 
@@ -62,7 +62,7 @@ def layer(fn: Callable, remat: bool, kept: Kept = Kept()) -> Callable:
 
 
 def _with_cudnn(policy: Callable) -> Callable:
-  """A policy that does with what cuDNN's attention gives as it does with what is named "attention"."""
+  """The policy, which also treats the outputs of cuDNN's attention as if they were named "attention"."""
   naming = jax.make_jaxpr(lambda x: named(x, "attention"))(0.0).eqns[0].primitive
 
   def decide(primitive, *avals, **params):

@@ -1,7 +1,7 @@
 """Rotary positions: which position a token has (numpy, host) and the rotation itself (jax).
 
 Qwen2.5-VL gives each token three positions (time, height, width).  Text advances all three together;
-an image's merged cells keep one time and spread over rows and columns; what follows goes on one past
+an image's merged cells share one time and spread over rows and columns; what follows continues one past
 the largest position so far.  Source: Qwen2-VL (arXiv 2409.12191), section 2.1, "M-RoPE".
 """
 
@@ -20,13 +20,13 @@ def positions(ids_T: np.ndarray, image_token: int, grids_hw: list[tuple[int, int
     ids_T: int[T] token ids; every image is a run of `image_token`.
     image_token: id of the image placeholder.
     grids_hw: merged rows and columns of each image in the stretch, in order.
-    start: position of the first token: 0 for a prompt, what the last call returned for what follows it.
+    start: position of the first token: 0 for a prompt; for what follows, the position that the last call returned.
 
   Returns:
     int32[3, T] positions (time, height, width), and the position of the next token.
 
   Raises:
-    ValueError: if the placeholders don't add up to the images.
+    ValueError: the placeholders don't match the images.
   """
   ids_T = np.asarray(ids_T)
   pos_XT = np.empty((3, len(ids_T)), np.int32)
@@ -65,7 +65,7 @@ def mrope(pos_BXT: jax.Array, head_size: int, sections: tuple[int, ...], theta: 
   Args:
     pos_BXT: int32[B, 3, T].
     head_size: H; `sections` must add up to H / 2.
-    sections: how many frequencies, in order, belong to time, height, width (then round again).
+    sections: how many frequencies, in order, belong to time, height, width, time, ...
     theta: base.
 
   Returns:

@@ -25,11 +25,11 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
   """A (data, fsdp, tensor) mesh over all devices.
 
   Args:
-    data, fsdp, tensor: devices along each axis; one of them may be -1, "what is left".
+    data, fsdp, tensor: devices along each axis; one of them may be -1, for all that are left.
     devices: which; all of them by default, those of a process side by side.
 
   Raises:
-    ValueError: if the sizes don't multiply to the number of devices.
+    ValueError: the product of the sizes is not the number of devices.
   """
   if devices is None:
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
@@ -44,13 +44,12 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
 
 
 def replicas(mesh: Mesh, tensor: int) -> Mesh:
-  """The same devices in the same order, as whole models of so many devices each: for rollouts, where no weights are to
-  move between tokens."""
+  """The same devices in the same order, each `tensor` of them a whole model, so that rollouts move no weights."""
   return Mesh(mesh.devices.reshape(-1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def platform(device: jax.Device) -> str:
-  """What a model on this device is compiled for, in its configuration's words; "cpu" stands for what is not known."""
+  """The `Config.platform` of a model on this device; "cpu" for unknown devices."""
   return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}.get(device.platform, "cpu")
 
 
@@ -67,10 +66,10 @@ def param_shardings(specs: dict, mesh: Mesh) -> dict:
 
 
 def context(mesh: Mesh | None):
-  """A `with` block, within which `constrain` and `locally` know the mesh; none for None or one device.
+  """A `with` block in which `constrain` and `locally` know the mesh; without effect for None or one local device.
 
-  But of one that is not here and that is only compiled for, they do: newer versions of JAX learn from the mesh what a
-  kernel is for.
+  A single device that is not here, and is only compiled for, does get a mesh: newer versions of JAX take from it what a
+  kernel is compiled for.
   """
   if mesh is None or mesh.size == 1 and mesh.devices.flat[0] in jax.devices():
     return contextlib.nullcontext()
@@ -78,7 +77,7 @@ def context(mesh: Mesh | None):
 
 
 def _known():
-  """The abstract mesh of `context`; None outside, and within `locally`, where a device is on its own."""
+  """The abstract mesh of `context`; None outside of it, and within `locally`, where each device is on its own."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.are_all_axes_manual else mesh
 
@@ -90,7 +89,7 @@ def shards(name: str) -> int:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Says where an activation lies; left alone, the partitioner may put all of it on every device.
+  """Says how an activation is split; left alone, the partitioner may put all of it on every device.
 
   Args:
     x: any array.
@@ -98,7 +97,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
       dimension that does not divide stays whole.
 
   Returns:
-    x.  Outside `context`, or within `locally`, nothing is said.
+    x, which is unconstrained outside `context` and within `locally`.
   """
   mesh = _known()
   if mesh is None:
@@ -108,14 +107,14 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def locally(fn: Callable, names: Sequence[tuple], out_names: tuple | list[tuple], *arrays: jax.Array):
-  """fn(*arrays), on each device with its own part of them: what the partitioner can't look into, or should not.
+  """fn(*arrays), on each device with its own part of them: for what the partitioner can't or should not split.
 
   Args:
     fn: sees local shapes.
-    names: for each of the arrays, where its dimensions lie, as `constrain` takes it.  If one array's dimension of a
-      name does not divide, that name splits nothing.
-    out_names: the same for the result, or a list of such for several.
-    arrays: its arguments.
+    names: for each array, how its dimensions are split, as `constrain` takes it.  A name splits no array if one of the
+      dimensions that it is given for does not divide.
+    out_names: the same for the result, or a list of such for several results.
+    arrays: fn's arguments.
 
   Returns:
     What fn returns.  Outside `context`, or in another `locally`, fn(*arrays).
@@ -134,10 +133,10 @@ def _spec(names: Sequence[str | None]) -> PartitionSpec:
 
 
 class _StandInHost(NamedSharding):
-  """In pinned memory of the hosts of devices that are not there.
+  """A sharding in pinned host memory, for GPUs that are not here and are only compiled for.
 
-  A GPU's stand-in, for compiling ahead of time, knows of no memories, and JAX drops their names from shardings there.
-  Its compiler knows them, though: so this says the name all the same.  Nothing can be placed by it.
+  Such a device lists no memories, and JAX drops their names from its shardings, but its compiler knows them: this
+  class keeps the name.  No array can be placed with it.
   """
 
   memory_kind = property(lambda self: "pinned_host")
@@ -150,13 +149,13 @@ class _StandInHost(NamedSharding):
 
 
 def host_memory(mesh: Mesh) -> bool:
-  """Whether programs for these devices, or for their stand-ins, can leave arrays in pinned memory of the host."""
+  """Whether programs for these devices, here or only compiled for, can leave arrays in pinned memory of the host."""
   kinds = _memories(mesh)
   return "pinned_host" in kinds or not kinds and platform(mesh.devices.flat[0]) == "gpu"
 
 
 def in_host(where: NamedSharding) -> NamedSharding:
-  """The same parts of an array, in pinned memory of each device's host.
+  """The same sharding, in pinned memory of each device's host.
 
   Raises:
     ValueError: the platform has no such memory.
@@ -184,7 +183,7 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
-  """An axis split over data and fsdp, the leading one if not said otherwise."""
+  """An axis, the first by default, split over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
 

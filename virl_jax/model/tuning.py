@@ -1,8 +1,8 @@
 """Which parameters are trained: all, all but the vision tower, or low-rank adapters on top of frozen ones.
 
 All are transforms of the parameter table: a table is cut into what is trained and what is frozen, and two such trees
-joined make what the model takes.  Adapters are parameters like others, with initial values, axes, and names in files.
-Source: LoRA (arXiv 2106.09685); names of targets and files as PEFT has them.
+are joined into what the model takes.  Adapters are parameters like others, with initial values, axes, and names in
+files.  Source: LoRA (arXiv 2106.09685); names of targets and files as in PEFT.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Config:
 
   Attributes:
     rank: r of the adapters; 0 for none, and then the parameters themselves are trained.
-    alpha: what an adapter adds is multiplied by alpha / rank.
-    targets: names of the modules that get one, as the last part of their names in HF files.
-    freeze_vision: whether nothing of the vision tower is trained, adapters included.
+    alpha: an adapter's output is multiplied by alpha / rank.
+    targets: modules that get an adapter, by the last part of their names in HF files.
+    freeze_vision: whether nothing of the vision tower is trained; it gets no adapters either.
   """
 
   rank: int = 0
@@ -42,10 +42,10 @@ class Config:
 
 
 def tables(specs: dict, cfg: Config) -> tuple[dict, dict]:
-  """A parameter table cut in two: what is trained, and what is frozen.  Adapters stand where their matrix does.
+  """A parameter table cut in two: what is trained, and what is frozen.  An adapter has the path of its matrix.
 
   Args:
-    specs: of the whole model.
+    specs: the whole model's table.
     cfg: what is trained.
 
   Raises:
@@ -67,7 +67,7 @@ def tables(specs: dict, cfg: Config) -> tuple[dict, dict]:
 
 
 def cut(params: dict, cfg: Config) -> tuple[dict, dict]:
-  """A tree like the model's parameters, cut into what is trained and what is frozen; none of it is an adapter."""
+  """A tree like the released parameters, without adapters, cut into what is trained and what is frozen."""
   if cfg.rank:
     return {}, params
   if cfg.freeze_vision:
@@ -86,8 +86,7 @@ def join(trained: dict, frozen: dict, cfg: Config) -> dict:
 
 
 def reference(trained: dict, frozen: dict, cfg: Config) -> dict:
-  """The policy as it is before training, however `trained` changes: adapters begin at zero, and are left out.
-  """
+  """The policy as it is now, before training; `trained` is copied.  Adapters begin at zero, and are left out."""
   if cfg.rank:
     return frozen
   copy = lambda a: a if isinstance(a, jax.ShapeDtypeStruct) else a.copy()
@@ -95,7 +94,7 @@ def reference(trained: dict, frozen: dict, cfg: Config) -> dict:
 
 
 def merged(w, layer: int | None = None):
-  """A parameter, or a layer of it, without an adapter: in float32 and of one piece, if it has one."""
+  """A parameter, or one layer of it, with its adapter merged into it, in float32; without an adapter, as it is."""
   take = lambda a: a if layer is None else a[layer]
   if not isinstance(w, params_lib.LowRank):
     return take(w)
@@ -113,7 +112,7 @@ def _is_frozen(path: tuple[str, ...], cfg: Config) -> bool:
 
 
 def _module(spec: params_lib.ParamSpec) -> str | None:
-  """"q_proj" of "model.layers.{layer}.self_attn.q_proj.weight"; None if it is no matrix of the layers."""
+  """The module's name, "q_proj" of "model.layers.{layer}.self_attn.q_proj.weight"; None if not a layers' matrix."""
   return spec.hf_name.split(".")[-2] if spec.layer_matrix else None
 
 

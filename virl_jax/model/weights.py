@@ -1,7 +1,7 @@
 """HF folders <-> parameters, through the `ParamSpec` table.  No torch.
 
-Reads and writes safetensors, single and sharded.  What a family's tensors are called and what its config.json says
-is the family's to know.  Written is the released layout, which transformers and vLLM load.
+Reads and writes safetensors, single and sharded.  The family's module knows the names of its tensors and its
+config.json.  Folders are written in the released layout, which transformers and vLLM load.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from virl_jax.model import params as params_lib
 from virl_jax.model import tuning
 
 SHARD_BYTES = 5 * 1024 ** 3
-# Tensors are read this much at a time, and stacks no larger than this are put together on the host.
+# Tensors are read in strips of this size; stacks of at most this size are put together on the host.
 STRIP_BYTES = 32 * 1024 ** 2
 # Files that travel with a model beside its weights and config.
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -38,7 +38,7 @@ SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "generation_config.json")
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"  # in the released layout
 _FLOATS = ("BF16", "F16", "F32", "F64")
-_NO_PARAMETERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # old versions stored what config.json says
+_NO_PARAMETERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # old files store these, which config.json implies
 _QUANTISED = ("qweight", "qzeros", "g_idx", "weight_scale", "weight_scale_inv", "absmax", "quant_map", "weight_packed")
 _LOOKS_QUANTISED = (" It looks quantised, which can't be trained from. Take the checkpoint in bfloat16 or float32 "
                     "that it was made from")
@@ -60,12 +60,12 @@ def _listing(names) -> str:
 def read_config(hf_dir: str) -> family.Config:
   """The model configuration of an HF folder.
 
-  Two things that its config.json says are not the last word, there as in transformers: a turn ends with the ids of
-  generation_config.json, if that names any, and a stored head that differs from the embedding is not tied to it.
+  As in transformers, two things override its config.json: the end-of-turn ids of generation_config.json, if it names
+  any, and a stored head that differs from the embedding, which is then not tied to it.
 
   Raises:
-    ValueError: if the folder or its config.json is missing, unreadable or another architecture's, if an adapter waits
-      to be merged, or if a file of weights that must be looked into is damaged.
+    ValueError: the folder or its config.json is missing, unreadable or of another architecture, an adapter is yet to be
+      merged, or a file of weights that has to be read for this is damaged.
   """
   folder = pathlib.Path(hf_dir)
   path = folder / "config.json"
@@ -89,9 +89,9 @@ def read_config(hf_dir: str) -> family.Config:
 
 
 def _files(folder: pathlib.Path) -> list[str]:
-  """The files of weights in a folder, which transformers would read too; none if it has none that can be read here.
+  """The files of weights in a folder, the same that transformers reads; none if none can be read here.
 
-  A whole model.safetensors goes before an index, which may have been left behind when the model was saved again.
+  model.safetensors takes precedence over an index, which may be left from an earlier save.
   """
   index = folder / "model.safetensors.index.json"
   if (folder / "model.safetensors").is_file():
@@ -151,7 +151,8 @@ def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None =
     hf_dir: folder with config.json and safetensors, single or sharded.
     dtype: "float32" or "bfloat16", of all parameters, or a tree of these like the parameters.
     shardings: a tree of shardings like the parameters; None for the default device.
-    parts: which of the model's parts are read, such as "vision"; None for all.  Both trees are of these.
+    parts: which of the model's parts are read, such as "vision"; None for all.  The trees `dtype` and `shardings` have
+      only these.
     tell: called with how many numbers each tensor has, as it is read.
 
   Returns:
@@ -186,7 +187,7 @@ def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None =
                      + ("." + _LOOKS_QUANTISED if no_floats else ""))
 
   def put(array, sharding):
-    """Waits, and frees the host's array (JAX does when Python collects garbage) before the next is read."""
+    """Waits, and has the host's array freed before the next is read: JAX frees it when Python collects garbage."""
     array = jax.device_put(array, sharding).block_until_ready()
     gc.collect(0)
     return array
@@ -202,7 +203,7 @@ def load_hf(hf_dir: str, dtype: str | dict = "float32", shardings: dict | None =
       return put(read(spec, pieces[0], np_dtype), sharding)
     if math.prod(spec.shape) * np_dtype.itemsize <= STRIP_BYTES:
       return jax.device_put(np.stack([read(spec, piece, np_dtype) for piece in pieces]), sharding)
-    # Layer by layer into an array that is on its devices already: the host holds one layer at a time.
+    # Layer by layer into an array that is already on its devices: the host holds one layer at a time.
     stack = jnp.zeros(spec.shape, np_dtype, device=sharding)
     for i, piece in enumerate(pieces):
       stack = _set_layer(stack, put(read(spec, piece, np_dtype), _without_layers(sharding)), i)
@@ -219,7 +220,7 @@ _set_layer = jax.jit(lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim
 
 
 def _without_layers(sharding):
-  """The sharding of one layer of a stack that is sharded so."""
+  """The sharding of one layer of a stack with this sharding."""
   if not isinstance(sharding, jax.sharding.NamedSharding):
     return sharding
   return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
@@ -239,7 +240,7 @@ def _read(spec: params_lib.ParamSpec, file, key: str, dtype: np.dtype) -> np.nda
 
 
 def _files_of(specs: dict, itemsize: int) -> tuple[list[dict], int]:
-  """Files of at most `SHARD_BYTES`: HF name -> (path in the parameters, spec, layer or None); and all bytes."""
+  """Files of at most `SHARD_BYTES`, each HF name -> (path in the parameters, spec, layer or None); and total bytes."""
   shards, size, total = [{}], 0, 0
   for path, spec in params_lib.leaves(specs):
     for i, name in enumerate(spec.hf_names()):
@@ -259,9 +260,9 @@ def save_hf(hf_dir: str, cfg: family.Config, params: dict, dtype: str = "bfloat1
   Args:
     hf_dir: where; replaced whole if it is empty or was written by this function.
     cfg: the model.
-    params: its parameters; adapters are merged into what they stand on.
+    params: its parameters; adapters are merged into their base.
     dtype: of the stored tensors.
-    like: a folder whose tokenizer, chat template and processor files come along.
+    like: a folder whose tokenizer, chat template and processor files are copied; None for none.
     beside: JSON files, by name, that are written instead of those of `like`.
     tell: called with how many numbers each tensor has, as it is prepared.
 
@@ -295,7 +296,7 @@ def save_adapters(folder: str, cfg: family.Config, trained: dict, base: str) -> 
     folder: where; replaced whole if it is empty or was written by this module.
     cfg: the model.
     trained: the adapters.
-    base: the HF folder, or the name, of what they stand on.
+    base: the HF folder, or the name, of the adapters' base.
 
   Raises:
     ValueError: the model has no adapters, or something else is there; see `outdir.check`.
@@ -325,7 +326,7 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
 
 def _write_tensors(path: pathlib.Path, tensors: Iterable[tuple], dtype: np.dtype,
                    tell: Callable[[int], object] = lambda count: None) -> None:
-  """Writes one file, of (name, spec, array in our layout), each of which is there only until the next is asked for."""
+  """Writes one file of (name, spec, array in our layout); each array is needed only until the next is asked for."""
   arrays = {}
   for name, spec, array in tensors:
     arrays[name] = np.ascontiguousarray(params_lib.to_hf(spec, np.asarray(array).astype(dtype)))

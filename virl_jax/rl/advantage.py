@@ -1,17 +1,16 @@
-"""Advantages: how much better a trajectory, or a token, did than was to be expected.
+"""Advantages: how much better a trajectory, or a token, did than was expected.
 
-One number a trajectory (`relative`), by what it is compared with:
+One number a trajectory (`relative`), its reward minus
 
-    group  the mean of its G siblings, divided by their standard deviation (GRPO); without the division
-           it is Dr. GRPO's
-    rloo   the mean of the other G - 1 siblings
-    batch  the mean of the whole batch, divided by its standard deviation
+    group  the mean of its group of G, divided by the group's standard deviation (GRPO), or not divided (Dr. GRPO)
+    rloo   the mean of the other G - 1 of its group
+    batch  the mean of the whole batch, divided by the batch's standard deviation
 
 or one number a token: `gae`, from a critic's values, whitened over the whole batch.
 
-A deviation that is divided by is at least `std_floor`.  ViRL's reward is dense: where all answers are right and all
-boxes good, what is left of a group's spread is noise of the IoU, and dividing by it would blow that up to advantages
-as large as those between right and wrong.
+A standard deviation below `std_floor` counts as `std_floor`.  ViRL's reward is dense: where all answers are right and
+all boxes good, what is left of a group's spread is noise of the IoU, and dividing by that would make advantages as
+large as those between right and wrong.
 
 Our reading: the coarse advantage of ViRL is GRPO's; standard deviations are the population's; the floor is ours.
 """
@@ -38,12 +37,11 @@ class Config:
   Attributes:
     kind: one of `KINDS`.
     normalize_std: divide by the group's standard deviation, if kind is "group".
-    std_floor: least that is divided by, in units of the reward; 0 for none.
+    std_floor: least standard deviation that is divided by, in units of the reward; 0 for none.
     gamma: discount a token, if kind is "gae".
-    lam: of GAE, between one-step (0) and Monte Carlo (1).
+    lam: lambda of GAE, between one-step (0) and Monte Carlo (1).
     spread_of: what makes a group informative, one of `SPREADS`: its total rewards, answers or fidelities.
-    least_spread: a group is informative if the largest and the smallest differ by more than this, in units of what is
-      looked at.
+    least_spread: a group is informative if the largest and the smallest of these differ by more than this.
     drop_equal: groups that are not informative don't count in the loss, not even in its denominators.
   """
 
@@ -64,10 +62,10 @@ class Config:
 
 @flax.struct.dataclass
 class Moments:
-  """Of the entries that a mask shows.
+  """Count, mean and squared deviations of the entries that a mask shows.
 
   Attributes:
-    count: float32 scalar, how many.
+    count: float32 scalar, how many entries.
     mean: float32 scalar; 0 if there are none.
     square: float32 scalar, the sum of their squared distances from the mean.
   """
@@ -97,7 +95,10 @@ def moments(x: jax.Array, mask: jax.Array) -> Moments:
 
 
 def pooled(parts: list[Moments]) -> Moments:
-  """The moments of several parts as those of one; entries that are equal throughout have exactly their mean.
+  """The moments of several parts together; if all entries are equal, their mean is exact.
+
+  Args:
+    parts: one for each part; some may be empty.
 
   Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
   """
@@ -116,8 +117,8 @@ def standardize(x: jax.Array, mask: jax.Array, divide: bool, floor: float = 0.0,
     x: float32[...].
     mask: bool[...], False on entries that count for nothing, whatever they hold.
     divide: whether to divide.
-    floor: least that is divided by.
-    of: moments to take instead of those of these entries.
+    floor: least standard deviation that is divided by.
+    of: moments to use instead of those of these entries.
 
   Returns:
     float32[...], finite; exactly 0 off the mask, and throughout if all entries are equal.
@@ -140,15 +141,15 @@ def relative(reward_B: jax.Array, group_size: int, cfg: Config, mask_B: jax.Arra
     reward_B: float32[B]; rows of one group are neighbours.
     group_size: rows of a group, G; divides B.
     cfg: which kind.
-    mask_B: bool[B], False on rows that count for nothing, whatever their reward holds; None for none.
-    of: of the whole batch, if these rows are a part of it and the kind is "batch"; None if they are all.
+    mask_B: bool[B], False on rows that count for nothing, whatever their reward holds; None if all rows count.
+    of: moments of the whole batch, if these rows are a part of it and the kind is "batch"; None if they are all.
 
   Returns:
     float32[B], finite; exactly 0 on masked rows, throughout a group (batch) whose rewards are all equal, and
     for "rloo" on a row without siblings.
 
   Raises:
-    ValueError: the rows don't make whole groups, the mask doesn't fit, or the kind is not one a trajectory.
+    ValueError: the rows don't make whole groups, the mask doesn't fit, or the kind has no advantage a trajectory.
 
   Source: GRPO, arXiv 2402.03300, section 4.1.2; Dr. GRPO, arXiv 2503.20783; RLOO, arXiv 2402.14740, section 3.2;
   REINFORCE++, arXiv 2501.03262, for statistics of the batch.
@@ -201,9 +202,9 @@ def informative(reward_B: jax.Array, group_size: int, mask_B: jax.Array | None =
   """Which rows belong to an informative group, one whose rewards are not all about equal.
 
   Args:
-    reward_B: float32[B], what a group's spread is looked for in; rows of one group are neighbours.
+    reward_B: float32[B], the rewards whose spread counts; rows of one group are neighbours.
     group_size, mask_B: as in `relative`.
-    least: the largest and the smallest differ by more than this.
+    least: the largest and the smallest of an informative group differ by more than this.
 
   Returns:
     bool[B], the same for all rows of a group; masked rows don't make a group unequal.
@@ -223,10 +224,10 @@ def informative(reward_B: jax.Array, group_size: int, mask_B: jax.Array | None =
 def gae(reward_T: jax.Array, value_T: jax.Array, mask_T: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
   """Generalised advantage estimation over the tokens that the policy wrote.
 
-  What the policy did not write (tool results, padding) is no step: the token after it follows the one before.
+  What the policy did not write (tool results, padding) is skipped: the next sampled token follows the last one.
 
   Args:
-    reward_T: float32[T], what came in when the token was written.
+    reward_T: float32[T], the reward that each token earned.
     value_T: float32[T], the critic's expectation before the token was written.
     mask_T: bool[T], True on tokens that the policy wrote.
     cfg: gamma and lam.
@@ -237,7 +238,7 @@ def gae(reward_T: jax.Array, value_T: jax.Array, mask_T: jax.Array, cfg: Config)
   Raises:
     ValueError: shapes differ.
 
-  Source: GAE, arXiv 1506.02438, equations 11-16; after the last token nothing comes.
+  Source: GAE, arXiv 1506.02438, equations 11-16; the value after the last token is 0.
   """
   if not reward_T.shape == value_T.shape == mask_T.shape:
     raise ValueError("reward_T, value_T and mask_T must have the same shape. "

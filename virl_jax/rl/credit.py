@@ -68,10 +68,10 @@ class Config:
     h_good: amplifies (> 1).
     h_redundant: attenuates the redundant (in [0, 1]).
     h_bad: attenuates (in [0, 1]).
-    softness: in units of the score, if kind is "soft".
+    softness: width of the sigmoid around h0, in units of the score, if kind is "soft".
     mirror: whether blame mirrors praise.
     step_weight: of the actions' own advantages, if kind is "additive".
-    keep_scale: scale a batch's token advantages so that their mean absolute value is as without this level.
+    keep_scale: scale a batch's token advantages so that their mean absolute value is the same as without this level.
   """
 
   kind: str = "hard"
@@ -95,7 +95,7 @@ def classify(correct_R: jax.Array, redundant_R: jax.Array, mask_R: jax.Array) ->
 
   Args:
     correct_R: bool[R], the action hits a target.
-    redundant_R: bool[R], it hits one that was hit before, without refining it; outranks correct.
+    redundant_R: bool[R], all targets that it hits were hit before, and it refines none; outranks correct.
     mask_R: bool[R], True on actions that can be judged; pass `reward.Fidelity.target_R >= 0`, so
       that on a task without boxes no zoom is called erroneous.
 
@@ -154,7 +154,7 @@ def modulator(class_R: jax.Array, advantage: jax.Array, cfg: Config, margin_R: j
 
 
 def sizes(advantage_BT: jax.Array, plain_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-  """How much token advantages come to, after the fine level and before: what `keep_scale` compares.
+  """The size of a batch's token advantages, after the fine level and before: what `keep_scale` compares.
 
   Args:
     advantage_BT: float32[B, T], after the fine level.
@@ -162,7 +162,7 @@ def sizes(advantage_BT: jax.Array, plain_BT: jax.Array, mask_BT: jax.Array) -> j
     mask_BT: bool[B, T], the tokens that are trained on.
 
   Returns:
-    float32[2]: the sums of their absolute values.  Those of a batch's parts add up to the batch's.
+    float32[2]: the sums of their absolute values, so that those of a batch's parts add up to the batch's.
 
   Source: ours.
   """
@@ -170,14 +170,14 @@ def sizes(advantage_BT: jax.Array, plain_BT: jax.Array, mask_BT: jax.Array) -> j
 
 
 def keep_scale(advantage_BT: jax.Array, sizes_2: jax.Array) -> jax.Array:
-  """Scales token advantages so that their mean absolute value over the batch is as without the fine level.
+  """Scales token advantages so that their mean absolute value over the batch is the same as without the fine level.
 
   Args:
     advantage_BT: float32[B, T], after the fine level.
     sizes_2: float32[2], of the whole batch, from `sizes`.
 
   Returns:
-    float32[B, T]; as it came where there is nothing to scale.
+    float32[B, T]; unchanged if all advantages are 0.
 
   Source: ours.
   """

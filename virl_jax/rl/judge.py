@@ -3,11 +3,11 @@
     judge    looks -> rewards -> returns -> credits
              regions and targets   answers, format   the KL, a critic   groups, tokens
 
-`looks` judges visual actions, `rewards` trajectories, `credits` tokens; each takes what the one before gave.  Arrays
-in, arrays out; no model.  A new term of the reward is a kernel in `reward` and a line here.
+`looks` judges visual actions, `rewards` trajectories, `credits` tokens; each takes what the one before returned.
+Arrays in, arrays out; no model.  A new term of the reward is a kernel in `reward` and a line here.
 
-A batch that is scored in parts (minibatches) is credited as a whole: each part's `returns` say what statistics they
-bring (`Returns.moments`), and `credits` takes those of all parts.
+A batch that is scored in parts (minibatches) is credited as a whole: the `returns` of each part hold its statistics
+(`Returns.moments`), and `credits` takes those of all parts, pooled.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Boxes = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Everything that is judged by.
+  """What trajectories are judged by.
 
   Attributes:
     group_size: rollouts of one prompt, G; rows of one group are neighbours.
-    reward, credit, advantage: of the kernels.
+    reward, credit, advantage: the kernels' configurations.
   """
 
   group_size: int
@@ -47,7 +47,7 @@ class Looks:
   Attributes:
     fidelity: of each trajectory; leaves have a leading B.
     class_BR: int32, one of `credit.NAMES`.
-    judged_BR: bool, the actions that there is something to judge by.
+    judged_BR: bool, the actions that can be judged, because their task has boxes.
   """
 
   fidelity: reward.Fidelity
@@ -60,7 +60,7 @@ class Returns:
   """Total rewards of trajectories, as advantages are computed from them.
 
   Attributes:
-    total_B: float32, the reward, less the KL if that is in the reward.
+    total_B: float32, the reward, minus the KL if that is in the reward.
     raw_BT: float32, advantages token by token, before whitening; None without a critic.
     return_BT: float32, the critic's targets; None without a critic.
     moments: of what is standardised over the whole batch; None if nothing is.
@@ -80,7 +80,7 @@ class Credits:
     advantage_BT: float32, of each token, after credit assignment; 0 off trained tokens.
     advantage_B: float32, of each trajectory.
     modulator_BR: float32, what the advantage was multiplied by on each action's tokens.
-    sizes_2: float32, what `credit.keep_scale` wants to know of the whole batch; None unless that is asked for.
+    sizes_2: float32, these rows' part of what `credit.keep_scale` needs of the batch; None if that is off.
   """
 
   advantage_BT: jax.Array
@@ -124,7 +124,7 @@ def informative(looks: Looks, boxes: Boxes, answer_B: jax.Array, format_B: jax.A
                 row_mask_B: jax.Array, cfg: Config, order_B: jax.Array | None = None) -> jax.Array:
   """bool[B]: whether each trajectory's group is informative, by `cfg.advantage.spread_of` and `least_spread`.
 
-  Where a task has no accepted answers, or no boxes, there is no such spread to look at: the total's takes its place.
+  Where a task has no accepted answers, or no boxes, the total reward takes the place of "answer", or "fidelity".
 
   Args:
     looks: the visual actions.
@@ -132,8 +132,8 @@ def informative(looks: Looks, boxes: Boxes, answer_B: jax.Array, format_B: jax.A
     answer_B, format_B: as in `rewards`.
     answerable_B: bool, whether the task has accepted answers.
     row_mask_B: bool, False on rows that count for nothing.
-    cfg: of the kernels.
-    order_B: int32, where the rows stand that would be 0, 1, 2 ... if groups were together; None: they are.
+    cfg: the configurations of the kernels.
+    order_B: int32, the rows in the order that puts groups together; None: they are together.
 
   Source: see `advantage.informative`.
   """
@@ -157,12 +157,12 @@ def returns(looks: Looks, total_B: jax.Array, action_BT: jax.Array, trained_BT: 
     action_BT: int32, the visual action that a token belongs to; -1 outside actions.
     trained_BT: bool, the tokens that the loss is about.
     row_mask_B: bool, False on rows that count for nothing.
-    cfg: of the kernels.
+    cfg: the configurations of the kernels.
     value_BT: float32, what the critic expected before each token; needed if advantages are GAE's.
-    kl_BT: float32, weighted, what each token pays for being unlike the reference; 0 off sampled tokens; None for
-      nothing.
+    kl_BT: float32, kl_coef times each token's KL against the reference; 0 off sampled tokens; None if the KL is not
+      in the reward.
 
-  Source: GAE with the reward where it is earned, and the KL with the token that it is of: ours.
+  Source: GAE with rewards on the tokens that earn them, and each token's KL on that token: ours.
   """
   net_B = total_B if kl_BT is None else total_B - kl_BT.sum(-1)
   if cfg.advantage.kind != "gae":
@@ -183,13 +183,14 @@ def credits(looks: Looks, returns: Returns, action_BT: jax.Array, trained_BT: ja
     looks: the visual actions.
     returns: what they earned.
     action_BT, trained_BT, row_mask_B: as in `returns`.
-    cfg: of the kernels.
+    cfg: the configurations of the kernels.
     h0: the threshold of this step; None for `cfg.reward.h0`.
     of: `Returns.moments` of the whole batch, pooled; None if these rows are all of it.
     order_B: as in `informative`.
 
   Returns:
-    The advantages.  `credit.keep_scale`, if it is asked for, is still to be applied: it wants the whole batch's sizes.
+    The advantages.  If `cfg.credit.keep_scale`, the caller has to apply `credit.keep_scale`, which needs `sizes_2` of
+    the whole batch.
 
   Source: ViRL (arXiv 2511.23031), bi-level credit assignment; see `advantage` and `credit`.
   """
@@ -218,7 +219,7 @@ def credits(looks: Looks, returns: Returns, action_BT: jax.Array, trained_BT: ja
 
 
 def _by_group(fn, order_B, *arrays):
-  """fn of arrays whose rows of one group are neighbours, its result in the order that they came in."""
+  """Calls fn with the rows of each group together; its result is in the rows' own order again."""
   if order_B is None:
     return fn(*arrays)
   out = fn(*(a[order_B] for a in arrays))

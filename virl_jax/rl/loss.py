@@ -6,11 +6,11 @@ Surrogates (`KINDS`), with r the ratio of a token's probability under the policy
     gspo   the same with the sequence's ratio: r is e to the mean of the log-ratios of a trajectory's tokens
     cispo  -stop_gradient(clip(r)) * A * logp: no token loses its gradient
 
-What a batch's tokens become one number by (`AGGREGATES`):
+How a batch's tokens become one number (`AGGREGATES`):
 
     token     mean over all trained tokens, so that long trajectories weigh more than short ones
     sequence  mean over trajectories of the mean over their tokens
-    constant  sum over tokens / (trajectories * norm_tokens): no length has any say
+    constant  sum over tokens / (trajectories * norm_tokens): lengths play no part
 
 Our reading: the mean is over all sampled tokens of the batch (DAPO's token mean) unless another is asked for.
 """
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from virl_jax import checks
 
 _MAX_LOG_RATIO = 20.0  # nats; e^20 is far outside any clip range, and finite in float32
-_MAX_K3 = 10.0         # nats a token, as verl caps it: at a gap of 20 nats k3 is 4.9e8, and one token would be the loss
+_MAX_K3 = 10.0         # nats a token, as verl caps it: at a gap of 20 nats k3 is 4.9e8, and drowns all other tokens
 KINDS = ("ppo", "gspo", "cispo")
 AGGREGATES = ("token", "sequence", "constant")
 ESTIMATORS = ("k1", "k2", "k3")
@@ -36,22 +36,22 @@ class Config:
   """Weights of the loss.
 
   Attributes:
-    kind: of the surrogate, one of `KINDS`.
+    kind: the surrogate, one of `KINDS`.
     aggregate: one of `AGGREGATES`.
-    norm_tokens: tokens that a trajectory is divided by if aggregate is "constant".
+    norm_tokens: tokens that a trajectory's sum is divided by if aggregate is "constant".
     clip_low: the ratio is clipped at 1 - clip_low.
     clip_high: the ratio is clipped at 1 + clip_high.
-    dual_clip: most that a token's blame is multiplied by; 0 for no limit.
-    sampler_cap: most that a token weighs for being likelier to the trainer than to the sampler (truncated
-      importance sampling); 0 for no such weights.
+    dual_clip: largest ratio that counts where A < 0; 0 for no limit.
+    sampler_cap: largest importance weight of a token, trainer against sampler (truncated importance sampling); 0 for
+      no such weights.
     kl_coef: weight of KL(policy || reference).
-    kl_estimator: one of `ESTIMATORS`; "k1" if it is in the reward.
-    kl_in_reward: take it off the reward, token by token, instead of adding it to the loss.
+    kl_estimator: one of `ESTIMATORS`; "k1" if the KL is in the reward.
+    kl_in_reward: subtract the KL from the reward, token by token, instead of adding it to the loss.
     kl_target: nats a token that an adaptive kl_coef aims at; 0 for a constant one.
-    kl_horizon: trajectories that it takes the adaptive coefficient to move by its error.
+    kl_horizon: trajectories over which an adaptive kl_coef changes by the share by which the KL misses its target.
     entropy_coef: weight of the entropy bonus.
     value_coef: weight of the critic's loss.
-    value_clip: most that a value may move from what it was before the update, for the loss; 0 for no limit.
+    value_clip: largest change of a value in one update that the loss rewards; 0 for no limit.
   """
 
   kind: str = "ppo"
@@ -87,7 +87,8 @@ def masked_mean(x: jax.Array, mask: jax.Array, whole: jax.Array | None = None) -
   Args:
     x: float32[...].
     mask: bool[...], of the same shape.
-    whole: bool[...], what the mask shows a part of: then that part of the whole's mean.  The parts add up to it.
+    whole: bool[...], a mask of which `mask` is a part: the result is then that part's share of the whole's mean, so
+      that the shares of all parts add up to the mean.
 
   Returns:
     float32 scalar.
@@ -109,8 +110,8 @@ def aggregate(x_BT: jax.Array, mask_BT: jax.Array, cfg: Config, whole_BT: jax.Ar
     x_BT: float32[B, T].
     mask_BT: bool[B, T]; a trajectory without trained tokens does not count.
     cfg: which of `AGGREGATES`.
-    whole_BT: bool[B, T], the mask of the whole where `mask_BT` is of some of its trajectories: a microbatch's part of
-      the whole's number.  The parts add up to it.
+    whole_BT: bool[B, T], the minibatch's mask, where `mask_BT` shows a microbatch's trajectories: the result is then
+      the microbatch's share of the minibatch's number, so that the shares of all microbatches add up to it.
 
   Returns:
     float32 scalar.
@@ -134,7 +135,7 @@ def aggregate(x_BT: jax.Array, mask_BT: jax.Array, cfg: Config, whole_BT: jax.Ar
 
 
 def log_ratio(logp_BT: jax.Array, logp_old_BT: jax.Array, mask_BT: jax.Array, cfg: Config) -> jax.Array:
-  """The logarithm of what the surrogate takes for the ratio: each token's own, or its sequence's.
+  """The logarithm of the ratio that the surrogate uses: each token's own, or its sequence's.
 
   Args:
     logp_BT: float32[B, T] nats, under the policy.
@@ -158,7 +159,7 @@ def log_ratio(logp_BT: jax.Array, logp_old_BT: jax.Array, mask_BT: jax.Array, cf
 
 def surrogate(logp_BT: jax.Array, logp_old_BT: jax.Array, advantage_BT: jax.Array, mask_BT: jax.Array,
               cfg: Config) -> tuple[jax.Array, jax.Array]:
-  """What is minimised on each token, with a clip of its own on either side.
+  """What is minimised on each token; the ratio has one clip above 1 and another below.
 
   Args:
     logp_BT: float32[B, T] nats, under the policy that is being updated.
@@ -169,7 +170,7 @@ def surrogate(logp_BT: jax.Array, logp_old_BT: jax.Array, advantage_BT: jax.Arra
 
   Returns:
     loss_BT: float32[B, T].
-    clipped_BT: bool[B, T], True where a clip holds: for "cispo" the weight, else it stops the gradient.
+    clipped_BT: bool[B, T], True where a clip is active: in "cispo" it bounds the weight, else it stops the gradient.
 
   Raises:
     ValueError: there is no such kind.
@@ -203,7 +204,7 @@ def kl(logp_BT: jax.Array, logp_ref_BT: jax.Array, estimator: str = "k3") -> jax
   divergence the other way round, and k1's has nothing to do with it.  In the reward, where the estimate weighs the
   gradient of the token's log-probability, only k1 has the divergence's.
 
-  k3 counts as 10 nats where it is more, and has no gradient there: as in verl.
+  k3 is capped at 10 nats, and has no gradient above: as in verl.
 
   Args:
     logp_BT: float32[B, T] nats, under the policy.
@@ -238,7 +239,7 @@ def next_kl_coef(kl_coef: jax.Array, kl_mean: jax.Array, rows: int, cfg: Config)
     cfg: target and horizon.
 
   Returns:
-    float32 scalar; as it came if there is no target.
+    float32 scalar; unchanged if there is no target.
 
   Source: Ziegler et al., arXiv 1909.08593, section 2.2; the error is clipped to +-0.2 as there.
   """
@@ -253,7 +254,7 @@ def sampler_weight(logp_old_BT: jax.Array, logp_sampler_BT: jax.Array, cfg: Conf
   Args:
     logp_old_BT: float32[B, T] nats, the trainer's.
     logp_sampler_BT: float32[B, T] nats, as sampled.
-    cfg: the cap; 0 makes all weights 1.
+    cfg: the cap; with 0 all weights are 1.
 
   Returns:
     float32[B, T] in [0, cap], without a gradient.
@@ -283,7 +284,7 @@ def value_loss(value_BT: jax.Array, value_old_BT: jax.Array, return_BT: jax.Arra
     float32 scalar, mean over tokens, and metrics: `critic/loss`, `critic/clip_frac`, `critic/return_var` (the returns'
     variance), `critic/explained` (the share of it that the values explain; 0 if there is none).
 
-  Source: PPO's reference implementation; the share explained is the usual diagnostic.
+  Source: PPO's reference implementation; `critic/explained` is the usual diagnostic.
   """
   value_BT, value_old_BT, return_BT = (jnp.where(mask_BT, x, 0.0) for x in (value_BT, value_old_BT, return_BT))
   error_BT = jnp.square(value_BT - return_BT)
@@ -306,7 +307,7 @@ def policy_loss(logp_BT: jax.Array, logp_old_BT: jax.Array, logp_ref_BT: jax.Arr
                 whole_BT: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The loss of a minibatch, and what to watch.
 
-  What stands at masked tokens never matters, not even if it is not finite.
+  Values at masked tokens never matter, not even if they are not finite.
 
   Args:
     logp_BT: float32[B, T] nats, under the policy that is being updated.
@@ -318,8 +319,8 @@ def policy_loss(logp_BT: jax.Array, logp_old_BT: jax.Array, logp_ref_BT: jax.Arr
     cfg: kinds, clips and weights.
     logp_sampler_BT: float32[B, T] nats, as sampled; needed if `cfg.sampler_cap`.
     kl_coef: float32 scalar, the coefficient of this step; None for `cfg.kl_coef`.
-    whole_BT: bool[B, T], the minibatch's trained tokens where `mask_BT` shows those of a microbatch: then the loss is
-      its part of the minibatch's, and the metrics are the microbatch's own.
+    whole_BT: bool[B, T], the minibatch's trained tokens, where `mask_BT` shows those of a microbatch: the loss is then
+      the microbatch's share of the minibatch's; the metrics are the microbatch's own, except the losses.
 
   Returns:
     loss: float32 scalar, policy + kl_coef * kl - entropy_coef * entropy, without the kl if it is in the reward;
@@ -329,7 +330,7 @@ def policy_loss(logp_BT: jax.Array, logp_old_BT: jax.Array, logp_ref_BT: jax.Arr
       token, at most e^20; 0 if there is none); `ppo/kl_old` (nats, KL(old || policy)).
 
   Raises:
-    ValueError: shapes differ, or `cfg` names what there is not.
+    ValueError: shapes differ, or `cfg` has an unknown kind.
 
   Source: PPO (arXiv 1707.06347), eq. 9; see `surrogate`, `aggregate` and `kl` for the rest.
   """

@@ -2,8 +2,8 @@
 
 Each function takes one trajectory; the caller vmaps.  With `s_kj` the score of visual action k with ground-truth
 box j (its IoU, unless another of `MODES` is asked for), and `best_kj` the best score with that box of any action
-before k (0 if there is none, or one below 0, as a generalised IoU may be); with `s_k` the best of the s_kj, and
-`best_k` the best_kj of the box that s_k is reached on:
+before k (0 if there is no such action, or the score is below 0, as a generalised IoU may be); with `s_k` the best of
+the s_kj, and `best_k` the best_kj of the box that has it:
 
     sign_k   = +1 if s_k >= h0 else -1
     bonus_k  = max(0, s_k - best_k)
@@ -11,14 +11,14 @@ before k (0 if there is none, or one below 0, as a generalised IoU may be); with
     r_k      = w_sign * sign_k + lam * bonus_k - rho * again_k
     fidelity = average of r_k over the actions + w_cover * (targets hit / targets)
 
-An action counts for every target that it scores with, not only for the one that it fits best: boxes overlap in
-real data, and a look that holds two of them has hit both.
+An action counts for every target that it hits, not only for the one that it fits best: boxes overlap in real data,
+and a zoom that shows two of them has hit both.
 
-Our reading: refinement and redundancy are kept per target, so that a first look at a second target
+Our reading: refinement and redundancy are kept per target, so that a first zoom to a second target
 is neither compared with the first one nor called redundant; with one target this is the paper's
 running best.
-Our reading: a look that hits again what was hit before refines it only if it is better by more than a margin,
-`refine_margin`.  At 0 every other look of a policy that jitters by a pixel or two is a refinement.
+Our reading: a zoom that hits again what was hit before refines it only if it is better by more than a margin,
+`refine_margin`.  With a margin of 0, every other zoom of a policy that jitters by a pixel or two is a refinement.
 Our reading: a task without boxes has no fidelity (0), and a trajectory that never zooms on a task
 with boxes has a fidelity of its own, `no_action`.
 Our reading: coverage of all targets (w_cover), the other scores, the other averages and the schedule of h0
@@ -51,10 +51,10 @@ class Config:
     w_sign: weight of signed correctness.
     lam: weight of progressive refinement.
     rho: penalty of a redundant action.
-    refine_margin: score by which a look at what was hit before has to be better than the best so far, or more, not to
-      be redundant; in units of the score.
-    average: how r_k become one number, one of `AVERAGES`; see `pool`.
-    discount: of an action after the one before it, if average is "discounted".
+    refine_margin: an action that hits a target again refines it if its score is above the best so far by more than
+      this; in units of the score.
+    average: how the r_k become one number, one of `AVERAGES`; see `pool`.
+    discount: factor of each further action, if average is "discounted".
     w_cover: weight of the share of targets that were hit.
     w_answer: weight of a right answer.
     w_format: weight of a well-formed trajectory.
@@ -145,8 +145,8 @@ def overlap(box_N4: jax.Array, box_M4: jax.Array, mode: str) -> jax.Array:
 
       iou        intersection / union                                  in [0, 1]
       giou       iou - (hull - union) / hull                           in [-1, 1]
-      coverage   intersection / second box: is all of it seen?         in [0, 1]
-      tightness  intersection / first box: is nothing else seen?       in [0, 1]
+      coverage   intersection / second box: is all of it shown?        in [0, 1]
+      tightness  intersection / first box: is nothing else shown?      in [0, 1]
       centre     1 - (distance of the centres / hull's diagonal) ** 2  in [0, 1]
 
   The hull is the smallest box around both.
@@ -157,7 +157,7 @@ def overlap(box_N4: jax.Array, box_M4: jax.Array, mode: str) -> jax.Array:
     mode: which.
 
   Returns:
-    float32[N, M]; the least of the mode's range for boxes that are empty, reversed or not finite.
+    float32[N, M]; the lowest value of the mode's range for boxes that are empty, reversed or not finite.
 
   Raises:
     ValueError: an argument is not a list of boxes, or there is no such mode.
@@ -225,7 +225,7 @@ def fidelity(box_R4: jax.Array, box_mask_R: jax.Array, gt_J4: jax.Array, gt_mask
              cfg: Config, h0: jax.Array | None = None) -> Fidelity:
   """Scores the visual actions of one trajectory, in order.
 
-  Among targets of equal score the first is the action's own (`Fidelity.target_R`); all that it hits are hit.
+  Among targets of equal score the first is the action's own (`Fidelity.target_R`); every target that it hits counts.
 
   Args:
     box_R4: float32[R, 4], boxes of the actions, pixels of the original image; R may be 0.
@@ -240,7 +240,7 @@ def fidelity(box_R4: jax.Array, box_mask_R: jax.Array, gt_J4: jax.Array, gt_mask
     has no boxes.
 
   Raises:
-    ValueError: a shape does not fit, or `cfg` names what there is not.
+    ValueError: a shape does not fit, or `cfg` has an unknown mode or average.
 
   Source: ViRL (arXiv 2511.23031), step-level rationale fidelity; form and constants are our reading.
   """
@@ -248,13 +248,13 @@ def fidelity(box_R4: jax.Array, box_mask_R: jax.Array, gt_J4: jax.Array, gt_mask
   box_R4, gt_J4 = _boxes("box_R4", box_R4), _boxes("gt_J4", gt_J4)
   box_mask_R = _mask("box_mask_R", box_mask_R, box_R4)
   gt_mask_J = _mask("gt_mask_J", gt_mask_J, gt_J4)
-  if gt_J4.shape[0] == 0:  # argmax needs something to look at
+  if gt_J4.shape[0] == 0:  # argmax needs at least one entry
     gt_J4, gt_mask_J = jnp.zeros((1, 4), jnp.float32), jnp.zeros((1,), bool)
   targets = gt_mask_J.sum()
   judged_R = box_mask_R & (targets > 0)
   iou_RJ = iou(box_R4, gt_J4)
 
-  # What is masked is below any score, so that it is never best and never hit.
+  # Masked boxes score below all others, so that they are never best and never hit.
   score_RJ = jnp.where(gt_mask_J, iou_RJ if cfg.mode == "iou" else overlap(box_R4, gt_J4, cfg.mode), -2.0)
 
   def action(best_J, inputs):
@@ -304,15 +304,15 @@ def total(answer: jax.Array, format: jax.Array, fidelity_mean: jax.Array, cfg: C
 def place(total: jax.Array, fidelity: Fidelity, action_T: jax.Array, sampled_T: jax.Array, cfg: Config) -> jax.Array:
   """A trajectory's reward on the tokens that earned it, for advantages token by token.
 
-  What each visual action adds to a mean fidelity comes in with the action's last token; the rest, with the
-  last token of all.
+  What each visual action adds to a mean fidelity is on the action's last token; the rest is on the trajectory's last
+  token.
 
   Args:
     total: float32 scalar, from `total`.
     fidelity: of the trajectory.
     action_T: int32[T], the visual action a token belongs to; -1 outside actions.
     sampled_T: bool[T], True on tokens that the policy wrote.
-    cfg: weights; unless `cfg.average` is "mean" an action has no share of its own, and all comes last.
+    cfg: weights; unless `cfg.average` is "mean", actions have no share of their own, and all is on the last token.
 
   Returns:
     float32[T] that adds up to `total`; all 0 if nothing was sampled.
@@ -347,7 +347,7 @@ def _ratio(top, bottom):
 
 
 def _area(side_X2):
-  """Product of the sides; a negative side is no side."""
+  """Product of the sides; a negative side counts as 0."""
   side_X2 = jnp.maximum(side_X2, 0.0)
   return side_X2[..., 0] * side_X2[..., 1]  # jnp.prod has NaN gradients where two sides are 0
 

@@ -1,14 +1,15 @@
-"""Updates that were skipped: a step's metrics without them, what is kept of their batches, and when it is time to stop.
+"""Updates that were skipped: a step's metrics without them, what is kept of their batches, and when the run should end.
 
-The device skips an update that is not finite, or whose gradient is longer than a limit (`learner.step`).  What is
-decided here follows from the lines of metrics.jsonl alone: a run that was killed and resumed decides the same.
+The device skips an update that is not finite, or whose gradient norm is above a limit (`learner.step`).  Decisions here
+depend on the lines of metrics.jsonl only, so that a run that was killed and resumed decides the same.
 
-A folder of `bad_batches/` holds, of one step,
+A folder in `bad_batches/` is about one step, and holds
 
-    step.json           the step's line, and each update's own metrics, which the line has only means of
-    trajectories.jsonl  as in rollouts/, of minibatches with a skipped update: first those with what is not finite
-    minibatch_N.npz     the arrays of such a minibatch by their names in `types`, but for pictures; where several
-                        processes train, each has a file of its own rows, minibatch_N_process_I.npz
+    step.json           the step's line, and the metrics of each update, of which the line has only means
+    trajectories.jsonl  as in rollouts/, of minibatches with a skipped update: those with numbers that are not finite
+                        come first
+    minibatch_N.npz     the arrays of such a minibatch by their names in `types`, without pictures; where several
+                        processes train, each writes its own rows, minibatch_N_process_I.npz
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from virl_jax.run import hosts
 from virl_jax.run import log as log_lib
 from virl_jax.run import placement
 
-SKIPPED, SPIKES = "optim/skipped", "optim/spikes"  # updates of a step, and those of them that were finite but too long
+SKIPPED, SPIKES = "optim/skipped", "optim/spikes"  # skipped updates, and those of them that were finite but too large
 FOLDER = "bad_batches"
-_TRAJECTORIES = 16  # of a step that are kept
+_TRAJECTORIES = 16  # of a step, that are kept
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -47,10 +48,10 @@ def failures(line: dict) -> int:
 
 
 def merge(parts: Sequence[pooled.Metrics]) -> dict[str, float]:
-  """`pooled.merge`; updates that are not finite are counted, and left out of all else unless there is no other.
+  """`pooled.merge`; updates that are not finite are counted, and left out of all other metrics if any update is finite.
 
-  One of eight says nothing of the step's loss, and would make a hole in every curve.  If none was finite, what came
-  is what the line holds.
+  One such update of eight says nothing about the step's loss, and would make a hole in every curve.  If none is finite,
+  the metrics are reported as they are.
 
   Args:
     parts: the metrics of a step's calls of one kind; waits for the device.
@@ -66,12 +67,12 @@ def merge(parts: Sequence[pooled.Metrics]) -> dict[str, float]:
 def limit(history: Sequence[dict], above: float, window: int) -> np.float32:
   """The largest gradient norm that the next step accepts: a multiple of the median norm.
 
-  Spikes are in the median too: where all gradients become longer for good, the limit follows within half a window.
+  The median includes spikes: if all gradients become larger for good, the limit follows within half a window.
 
   Args:
-    history: lines of metrics.jsonl, oldest first; steps without a finite, positive norm say nothing.
-    above: medians; 0 for no limit.
-    window: steps that the median is taken over.  There is no limit before half as many have a norm.
+    history: lines of metrics.jsonl, oldest first; steps without a finite, positive norm don't count.
+    above: the limit in medians; 0 for no limit.
+    window: steps that the median is taken over.  There is no limit until half as many have a norm.
 
   Returns:
     The limit, infinite for none.
@@ -109,7 +110,7 @@ def advice(history: Sequence[dict], most: int, rate: float, workdir: os.PathLike
 
 
 def said(line: dict, updates: Sequence[pooled.Metrics], at: os.PathLike | None) -> str:
-  """A line for the terminal: how many updates of a step were skipped, why, and where the batch lies.
+  """A line for the terminal: how many updates of a step were skipped, why, and where the batch is kept.
 
   Args:
     line: the step's.
@@ -130,16 +131,16 @@ def save(workdir: os.PathLike, most: int, line: dict, updates: Sequence[pooled.M
          ) -> epath.Path | None:
   """Keeps the batch of a step with skipped updates, if there is room.
 
-  The first ones stay: what goes wrong later often comes of what went wrong first.  But where a spike has the last
-  place, what is not finite takes it.
+  The first batches stay, because later failures are often consequences of the first.  But a batch with an update that
+  is not finite may replace the last one of a spike.
 
   Args:
     workdir: the run's folder.
-    most: folders that there may be.
+    most: most folders in bad_batches/.
     line: the step's.
-    updates: of the step in order, going through the minibatches again and again.
+    updates: metrics of the step's updates, in order: all minibatches, once for each epoch.
     minibatches: all of the step.
-    entries: (number of a minibatch, numbers of its trajectories) -> what the report shows of them.
+    entries: (index of a minibatch, indices of its trajectories) -> what the report shows of them.
 
   Returns:
     The folder, or None if there was no room.
@@ -150,7 +151,7 @@ def save(workdir: os.PathLike, most: int, line: dict, updates: Sequence[pooled.M
   each = [pooled.merge([update]) for update in updates]
   chosen = sorted({i % len(minibatches) for i, one in enumerate(each) if one[SKIPPED]})
   found = {i: _arrays(minibatches[i]) for i in chosen}
-  shown = []  # by how soon each process would show it
+  shown = []  # numbered in the order in which this process would show them
   for i, arrays in found.items():
     shown += enumerate(entries(i, _telling(arrays)[:_TRAJECTORIES]), start=len(shown))
     of = f"_process_{hosts.number()}" if hosts.several() else ""
@@ -169,20 +170,20 @@ def save(workdir: os.PathLike, most: int, line: dict, updates: Sequence[pooled.M
 
 
 def kept(workdir: os.PathLike) -> list[tuple[int, epath.Path]]:
-  """The folders there are, with their steps, in order."""
+  """The folders in bad_batches/, with their steps, in order."""
   folder = files.path(workdir) / FOLDER
   return sorted((int(m[1]), folder / name) for name in files.names(folder) if (m := _NAME.fullmatch(name)))
 
 
 def _make_room(target: epath.Path, most: int, failed: bool) -> bool:
-  """Whether there is room for one more folder; makes some for what is not finite, and an empty one to write into."""
+  """Makes an empty folder to write into, and returns whether there was room; `failed` ones may replace a spike's."""
   others = [path for _, path in kept(target.parent.parent) if path != target]
   if len(others) >= most:
     spikes = [path for path in others if _is_spike(path)] if failed and most else []
     if not spikes:
       return False
     files.remove(spikes[-1])
-  files.remove(target)  # of this step, before the run was resumed
+  files.remove(target)  # left by this step before the run was resumed
   files.make(target)
   return True
 
@@ -190,12 +191,12 @@ def _make_room(target: epath.Path, most: int, failed: bool) -> bool:
 def _is_spike(path: epath.Path) -> bool:
   try:
     return not failures(json.loads(files.read_text(path / "step.json"))["line"])
-  except (OSError, ValueError, KeyError):  # somebody's, who may want it
+  except (OSError, ValueError, KeyError):  # not written by a run: somebody may need it
     return False
 
 
 def _arrays(scored: types.ScoredBatch) -> dict[str, np.ndarray]:
-  """The arrays of a minibatch by name, but for pictures; of several processes, this one's part."""
+  """The arrays of a minibatch by name, without pictures; with several processes, this one's rows."""
   batch, rows = scored.batch, scored.batch.rows
   fields = lambda of, but: {f.name: a for f in dataclasses.fields(of)
                             if f.name != but and (a := getattr(of, f.name)) is not None}
@@ -206,7 +207,7 @@ def _arrays(scored: types.ScoredBatch) -> dict[str, np.ndarray]:
 
 
 def _telling(arrays: dict[str, np.ndarray]) -> list[int]:
-  """Numbers of a minibatch's trajectories, first those whose numbers are not all finite."""
+  """Indices of a minibatch's trajectories, first those with values that are not finite."""
   valid_BT = arrays["valid_BT"]
   odd_B = np.zeros(len(valid_BT), bool)
   for a in arrays.values():

@@ -15,9 +15,9 @@ def folder(name: str = "") -> pathlib.Path:
 
 
 def keep_programs() -> None:
-  """What XLA compiles in this process is kept for later ones, unless $JAX_COMPILATION_CACHE_DIR says where.
+  """Keeps what XLA compiles in this process for later ones; $JAX_COMPILATION_CACHE_DIR, if set, says where.
 
-  JAX knows a program by its code, shapes, options, version and device, so that none is taken for another.
+  JAX identifies a program by its code, shapes, options, version and device, so that none is taken for another.
   """
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(folder("xla")))

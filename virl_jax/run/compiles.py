@@ -8,7 +8,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class Counter:
-  """Counts XLA compilations from when it is made.
+  """Counts XLA compilations from the moment it is made.
 
   Attributes:
     count: programs compiled, or fetched from the persistent cache.

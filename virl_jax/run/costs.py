@@ -1,4 +1,4 @@
-"""What programs cost, counted by hand: the compiler counts what is in a loop once."""
+"""What programs cost, counted by hand, because the compiler counts the body of a loop once."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ class Work:
   """What a program does on all devices together.
 
   Attributes:
-    tokens: that go through the decoder.
-    context: that each of them sees, on average.
-    head_tokens: that logits are computed for.
-    patches: that go through the vision tower, padding too.
-    of_image: patches of an image, which its full layers see; the others see a window, or all of it if that is less.
-    passes: forward passes' worth of it: 1, or 3 with gradients, or 4 with those and recomputation.
-    vision_passes: the same of the vision tower.
-    bytes_device: that a device reads of its own memory: weights and cache.
+    tokens: tokens that go through the decoder.
+    context: tokens that each of them sees, on average.
+    head_tokens: tokens that logits are computed for.
+    patches: patches that go through the vision tower, padding included.
+    of_image: patches of an image, which blocks with full attention see; the others see a window, or the image if that
+      is smaller.
+    passes: the cost in forward passes: 1, or 3 with gradients, or 4 with gradients and recomputation.
+    vision_passes: `passes` of the vision tower.
+    bytes_device: bytes that a device reads of its own memory: weights and cache.
   """
 
   tokens: float
@@ -60,10 +61,10 @@ def flops(model: family.Config, work: Work) -> float:
 
 
 def update_passes(tuned: tuning.Config) -> tuple[float, float]:
-  """Forward passes' worth of products that an update makes of a token, and of a patch, with nothing computed twice.
+  """Matrix products of an update for a token, and for a patch, in forward passes, with nothing computed twice.
 
-  Forward it is one.  Backward, it is one for what came in, and one for weights that are trained; adapters' own products
-  count for nothing, and a tower that is frozen has no backward pass.
+  One is the forward pass.  Backward, one is for the gradients of inputs, and one for those of trained weights.
+  Adapters' own products are not counted, and a frozen vision tower has no backward pass.
 
   Args:
     tuned: which parameters are trained.
@@ -73,15 +74,14 @@ def update_passes(tuned: tuning.Config) -> tuple[float, float]:
 
 
 def seconds(chip: topologies.Chip, count: int, operations: float, bytes_device: float, received: float) -> float:
-  """The least time that a program can take: products, its own memory, or what comes over the links, whichever is
-  slowest.
+  """The least time that a program can take: the slowest of its products, its memory and its links.
 
   Args:
     chip: of each device.
     count: devices.
-    operations: of all of them.
-    bytes_device: that each reads of its own memory.
-    received: bytes that each gets from others.
+    operations: floating-point operations of all devices together.
+    bytes_device: bytes that each device reads of its own memory.
+    received: bytes that each device receives from others.
 
   Returns:
     Seconds; NaN for chips whose speeds are not known.

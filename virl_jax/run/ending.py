@@ -14,7 +14,7 @@ from virl_jax.run import signals
 
 
 class Kept:
-  """The state after the last finished step.  Leaving the context saves it, unless it is saved, and closes.
+  """The state after the last finished step.  Leaving the context saves it, unless it is saved already, and closes.
 
       with ending.Kept(checkpoints, start, state) as kept:
         for step in range(start, steps):
@@ -23,15 +23,15 @@ class Kept:
             state = update(state)
             kept.finished(step + 1, state)
 
-  An update donates the state that it is given, so that between the first of a step and the last there is none to save.
-  With several processes the state is saved where all of them leave alike: at the end, or where they agreed to stop
-  (`hosts.agree`).  An exception is one's own, and then nothing is saved but what the loop has saved.
+  An update donates the state that it is given, so that there is none to save between the first and the last of a step.
+  With several processes the state is saved where all of them leave together: at the end, or where they agreed to stop
+  (`hosts.agree`).  An exception may be one process's alone: then nothing more is saved.
 
   Args:
-    checkpoints: where it is saved, if due or at the end; closed with this.
+    checkpoints: where the state is saved, if a save is due or at the end; closed with this.
     step: how many steps are finished.
-    state: after these.
-    close: what else to close at the end, last.
+    state: the state after them.
+    close: closes what else is open, last of all.
   """
 
   def __init__(self, checkpoints: checkpoint.Checkpoints, step: int, state, close: Callable[[], None] = lambda: None):
@@ -55,14 +55,14 @@ class Kept:
       if kind is None:
         raise
       signals.wait()
-      print(f"nothing more was saved: {type(e).__name__}: {e}", flush=True)  # what ended the loop matters more
+      print(f"nothing more was saved: {type(e).__name__}: {e}", flush=True)  # what ended the loop is raised instead
     finally:
       self._signals.__exit__(None, None, None)
 
   @contextlib.contextmanager
   def changing(self):
-    """Within it, the state is that of no step until `finished` says so."""
-    signals.wait()  # or this thread might get the lock back before the one that wants to close
+    """A `with` block around a step's updates, in which there is no state to save until `finished` is called."""
+    signals.wait()  # or this thread might get the lock back before the one that closes
     with self._changing:
       self._held = None
       yield
@@ -83,7 +83,7 @@ class Kept:
     self._also()
 
   def _stop(self) -> str:
-    """What a signal does; the lock is never given back, so that no other step begins."""
+    """What a signal does; the lock is never released, so that no other step begins."""
     self._changing.acquire()
     self._close()
     return self._said()

@@ -1,18 +1,19 @@
 """The files of a workdir, which is a folder or lies in a bucket (gs://BUCKET/DIR): only this module knows which.
 
 A disk can append, rename and lock; an object store can't, but it replaces an object whole or not at all, and only if
-nobody else did so first (Cloud Storage's if-generation-match).  What each does if the process is killed on the way:
+nobody else did so first (Cloud Storage's if-generation-match).  What is left if the process is killed meanwhile:
 
-| | on a disk | in a bucket |
-|---|---|---|
-| `write_bytes` | another file, renamed: the old content or the new | one upload: the old content or the new |
-| `append` | added and synced: the last line may be cut off | the whole is uploaded: with the line or without |
-| `move` | renamed: there or here | copied, then deleted, its own files first: here, or there and in part here, where it
-is no longer what it was (a checkpoint without Orbax's commit_success.txt is none) |
-| `lock` | the kernel lets go | a lease: free when it was not renewed for `LEASE_S` |
+                 on a disk                                     in a bucket
+    write_bytes  the old content or the new (a rename)         the old content or the new (one upload)
+    append       perhaps a last line that is cut off           all with the line or without it (the whole is uploaded)
+    move         the old folder or the new (a rename)          the old folder; or the new one and a part of the old
+    lock         no lock: the kernel releases it               a lease, which expires `LEASE_S` after its last renewal
 
-Paths are etils' `epath.Path`, which Orbax takes too; a `pathlib.Path` would make gs:/ of gs://.  Buckets are read and
-written through gcsfs, as epath does; the lease needs google-cloud-storage, which gcsfs brings.  TensorFlow is not
+In a bucket, `move` copies, and then deletes, files of the folder itself first: a checkpoint that is left in part lacks
+Orbax's commit_success.txt, without which it is none.
+
+Paths are etils' `epath.Path`, which Orbax takes too; a `pathlib.Path` would turn gs:// into gs:/.  Buckets are read and
+written through gcsfs, as epath does; the lease needs google-cloud-storage, which gcsfs depends on.  TensorFlow is not
 needed.
 """
 
@@ -39,15 +40,15 @@ import uuid
 from etils import epath
 
 _BUCKETS = "gs://"
-_OTHER = re.compile(r"(?!gs://[a-z0-9])([A-Za-z][\w+.-]*://|gs:/)")  # addresses of other kinds, or none at all
-RENEW_S = 10.0  # a lease is renewed so often
-LEASE_S = 60.0  # and is another's to take when it was not for so long
-_PATIENCE_S = 5.0  # for a renewal that has begun when the lock is released
-_BLOCK_BYTES = 1 << 24  # of a large object that is read bit by bit
+_OTHER = re.compile(r"(?!gs://[a-z0-9])([A-Za-z][\w+.-]*://|gs:/)")  # addresses of other kinds, or malformed ones
+RENEW_S = 10.0  # how often a lease is renewed
+LEASE_S = 60.0  # a lease that was not renewed for so long can be taken over
+_PATIENCE_S = 5.0  # how long the release of a lease waits for a renewal that has begun
+_BLOCK_BYTES = 1 << 24  # how much of a large object is read at a time
 
 
 class Lock(Protocol):
-  """What `lock` gives: held until this is closed, or the process ends."""
+  """What `lock` returns: held until it is closed, or the process ends."""
 
   def close(self) -> None: ...
 
@@ -72,7 +73,7 @@ def is_local(path: os.PathLike) -> bool:
 
 
 def absolute(path: epath.Path) -> epath.Path:
-  """The same from any folder."""
+  """The path in a form that means the same in any working directory."""
   return epath.Path(os.path.abspath(path)) if is_local(path) else path
 
 
@@ -159,7 +160,7 @@ def is_file(path: epath.Path) -> bool:
 
 
 def make(folder: epath.Path) -> None:
-  """Makes a folder and those that it is in, if missing; in a bucket there are none, only objects with long names."""
+  """Makes a folder and its parents, if missing; a bucket has no folders, only objects with long names."""
   if is_local(folder):
     os.makedirs(folder, exist_ok=True)
 
@@ -185,7 +186,7 @@ def names(folder: epath.Path) -> list[str]:
 
 
 def below(folder: epath.Path) -> list[str]:
-  """The files in the folders below a folder, as paths from there, sorted; not those that lie in it itself."""
+  """The files in the folders below a folder, as paths from there, sorted; without those in the folder itself."""
   if is_local(folder):
     here = pathlib.Path(folder)
     return sorted(p.relative_to(here).as_posix() for p in here.glob("*/**/*") if p.is_file())
@@ -210,7 +211,7 @@ def move(folder: epath.Path, to: epath.Path) -> None:
 
 
 def remove(folder: epath.Path) -> None:
-  """Removes a folder and all that is in it, if it exists; if it is killed, some of it stays."""
+  """Removes a folder and all that is in it, if it exists; if the process is killed meanwhile, some of it stays."""
   if is_local(folder):
     shutil.rmtree(folder, ignore_errors=True)
     return
@@ -231,19 +232,19 @@ def _objects(folder: epath.Path) -> list[str]:
 
 
 class Held(ValueError):
-  """Another process has the lock: says who."""
+  """Another process has the lock; the message names it."""
 
 
 def lock(path: epath.Path, lost: Callable[[str], None]) -> Lock:
-  """Locks a file, which then says who holds it: for as long as this process lives, or until the lock is closed.
+  """Locks a file, which then names its holder, until the lock is closed or this process ends.
 
-  In a bucket it is a lease.  Where there is one, this waits to see it renewed, for `LEASE_S` at most: a process that
-  was killed does not renew it, and the next one takes it over.
+  In a bucket the lock is a lease.  If there is one already, this waits for at most `LEASE_S` to see it renewed: a
+  process that was killed does not renew its lease, and this one takes it over.
 
   Args:
-    path: the file; nothing but a lock.
-    lost: called with a line, in a thread, if another process has taken it over nevertheless, as it may if this one
-      slept or had no network for so long: it must not write any more.
+    path: the file, which is used for nothing else.
+    lost: called with a line, in a thread, if another process has taken the lease over, as happens if this one slept or
+      had no network for `LEASE_S`: this process must not write any more.
 
   Raises:
     Held: another process holds it.
@@ -271,7 +272,7 @@ def lock(path: epath.Path, lost: Callable[[str], None]) -> Lock:
 
 
 class _Lease:
-  """An object that its holder writes again and again, each time as the successor of what it wrote last."""
+  """An object that its holder writes again and again, each time on condition that nobody else has written it."""
 
   def __init__(self, path: epath.Path, who: str, lost: Callable[[str], None]):
     from google.api_core import exceptions
@@ -279,19 +280,19 @@ class _Lease:
     bucket, _, name = os.fspath(path).removeprefix(_BUCKETS).partition("/")
     self._blob = storage.Client().bucket(bucket).blob(name)
     self._path, self._who, self._lost, self._errors = path, f"{who}\n", lost, exceptions
-    self._generation = 0  # what our next writing succeeds; 0 is nothing
+    self._generation = 0  # the generation that our next write replaces; 0 for none
     self._take()
     self._done = threading.Event()
     self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
     self._thread.start()
 
   def close(self) -> None:
-    """Deletes it, if it is still ours."""
+    """Deletes the lease, if it is still ours."""
     if self._done.is_set():
       return
     self._done.set()
     self._thread.join(_PATIENCE_S)
-    with contextlib.suppress(Exception):  # it runs out by itself
+    with contextlib.suppress(Exception):  # if this fails, the lease expires
       self._blob.delete(if_generation_match=self._generation)
 
   def _take(self) -> None:
@@ -309,14 +310,14 @@ class _Lease:
       then = now
     self._generation = then
     if not self._write():
-      raise Held(self._read()[0])  # who was faster
+      raise Held(self._read()[0])  # another process was faster
 
   def _write(self) -> bool:
-    """Whether nobody has written meanwhile, and it is ours now."""
+    """Writes the lease; whether it is ours now, because nobody else has written it meanwhile."""
     try:
       self._blob.upload_from_string(self._who, if_generation_match=self._generation)
     except self._errors.PreconditionFailed:
-      # Ours all the same if an earlier try of this upload got there, and only its answer did not come back.
+      # It is ours even so if an earlier try of this upload succeeded, and only its reply was lost.
       holder, generation = self._read()
       if holder != self._who.strip():
         return False
@@ -326,13 +327,13 @@ class _Lease:
     return True
 
   def _read(self) -> tuple[str, int]:
-    """Who holds it, and which generation that is: 0 for nobody."""
+    """The holder, and the lease's generation: 0 for nobody."""
     try:
       self._blob.reload()
       generation = self._blob.generation
       return self._blob.download_as_bytes(if_generation_match=generation).decode().strip(), generation
     except self._errors.PreconditionFailed:
-      return self._read()  # written between the two
+      return self._read()  # it was written between the two calls
     except self._errors.NotFound:
       return "nobody", 0
 
@@ -368,9 +369,9 @@ def _store():
     from google.cloud import storage  # noqa: F401  which Orbax needs
   except ImportError as e:
     raise ValueError(f"a workdir in a bucket needs packages that are missing ({e}): pip install 'virl-jax[gcs]'") from e
-  # It says at each call so if this account may not ask what kind of bucket it is, which does not matter here.
+  # gcsfs warns at each call if this account may not ask for the bucket's type, which does not matter here.
   logging.getLogger("gcsfs").setLevel(logging.ERROR)
-  # What a folder holds is never remembered, here and in epath: TensorStore and other processes write there as well.
+  # Listings are not cached, here or in epath: TensorStore and other processes write to the same folders.
   for name in ("gs", "gcs"):
     fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
   return fsspec.filesystem("gs")
@@ -378,7 +379,7 @@ def _store():
 
 @contextlib.contextmanager
 def _as_os_errors(path: os.PathLike):
-  """Within it, whatever the libraries raise is what a disk would: an `OSError`."""
+  """A `with` block in which the libraries' errors become what a disk raises: an `OSError`."""
   try:
     yield
   except (OSError, ValueError):

@@ -1,15 +1,15 @@
 """How much of a run's wall-clock time went into steps that count, over all of its starts.
 
-metrics.jsonl holds no clock, and forgets steps that are done again.  So a file of its own, wallclock.jsonl, is appended
-to and never rewritten: what a line says lasted from the line before it to its own moment.  A kill loses no line, and
-the time from the last one to the next start is known to be lost.  No training reads the file.
+metrics.jsonl has no times of day, and drops steps that are done again.  So there is another file, wallclock.jsonl,
+which is appended to and never rewritten: "spent" says what the time from the line before to this one went into.  A kill
+loses no line, and the time from the last line to the next start counts as lost.  Training does not depend on the file.
 
     {"at": 1764192569.12, "spent": "stopped"}                                          a start
     {"at": 1764192581.75, "spent": "startup", "resumed": 40}                           it goes on from step 40
     {"at": 1764192612.03, "spent": "step", "step": 40, "compile_s": 8.5, "checkpoint_s": 0.1}
 
-Source: ours.  The word is that of "ML Productivity Goodput" (arXiv 2502.06982), whose scheduling and runtime goodput
-this multiplies: time with no process counts as time lost.
+Source: ours.  The word is from "ML Productivity Goodput" (arXiv 2502.06982); ours is the product of its scheduling and
+runtime goodput, because time with no process counts as lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from virl_jax.run import files
 from virl_jax.run import log
 
-# What a line can say that the time before it went into.
+# Values of "spent".
 SPENT = ("stopped", "startup", "evaluation", "checkpoint", "step")
 # The parts of the time, in the order in which they are shown, and their names for people.
 PARTS = {"useful": "steps that count", "redone": "steps done again", "compile": "compiling in steps",
@@ -36,21 +36,21 @@ def split(events: Sequence[dict]) -> dict[str, float]:
     events: lines as `read` gives them, in order.
 
   Returns:
-    Seconds by the keys of `PARTS`; together they are all of the time.
+    Seconds by the keys of `PARTS`; they add up to all of the time.
     useful: steps whose result the run's state still holds; without their compiling and saving.
-    redone: steps after which no checkpoint was left when the run started again.
-    compile, checkpoint: of all steps, and the wait for the last checkpoint.
-    evaluation, startup: what compiles there is part of it.
+    redone: steps that were done again, because no later checkpoint was left when the run started again.
+    compile, checkpoint: of all steps; checkpoint includes the wait for the last one.
+    evaluation, startup: with their own compiling.
     stopped: from a start's last line to the next start: a step that was cut off, and all time with no process.
   """
   found, kept = dict.fromkeys(PARTS, 0.0), math.inf
   for before, event in reversed(list(zip(events, events[1:]))):
     seconds = max(0.0, event["at"] - before["at"])
-    kept = min(kept, event.get("resumed", math.inf))  # a later start went on from there
+    kept = min(kept, event.get("resumed", math.inf))  # a later start goes on from this step
     if event["spent"] != "step":
       found[event["spent"]] += seconds
       continue
-    for part in ("checkpoint", "compile"):  # threads may compile side by side, for more seconds than passed
+    for part in ("checkpoint", "compile"):  # threads that compile at the same time may add up to more than has passed
       took = min(event.get(f"{part}_s", 0.0), seconds)
       found[part] += took
       seconds -= took
@@ -83,8 +83,8 @@ def said(parts: dict[str, float]) -> str:
 def read(path: str) -> list[dict]:
   """The lines of a file that `Clock` writes; none if there is no such file.
 
-  What is no such line is left out, and its time is the next one's: a power cut may leave anything, and a run is not
-  to fail for it.
+  Anything else in it is left out, and its time counts to the next line: a power cut may leave anything, and no run
+  should fail because of that.
   """
   return [event for raw in _content(path).split(b"\n") if (event := _event(raw))]
 
@@ -95,7 +95,7 @@ class Clock:
   Args:
     path: the file; None writes none.
     began: when this start of the run began, seconds since 1970.
-    now: the clock, the same.
+    now: gives the time, in the same unit.
   """
 
   def __init__(self, path: str | None, began: float, now: Callable[[], float] = time.time):
@@ -107,26 +107,26 @@ class Clock:
     self._add({"at": began, "spent": "stopped"})
 
   def lap(self, spent: str, **more: float) -> None:
-    """What has passed since the last call went into this.
+    """Notes what the time since the last call was spent on.
 
     Args:
       spent: one of `SPENT`.
-      more: of a "step" its number, "step", and of its seconds "compile_s" and "checkpoint_s"; "resumed" where it is
-        known which step comes next, and that all later ones will be done again.
+      more: for a "step" its number, "step", and its parts "compile_s" and "checkpoint_s" in seconds; "resumed", the
+        step that a start goes on from: those from it on will be done again.
     """
     self._add({"at": self._now(), "spent": spent, **more})
 
   @property
   def parts(self) -> dict[str, float]:
-    """`split` of all there is so far; without a file, of this start alone."""
+    """`split` of all lines so far; without a file, of this start alone."""
     return dict(self._parts)
 
   def _add(self, event: dict) -> None:
     last = self._events[-1]["at"] if self._events else event["at"]
     event = {key: round(value, 3) if isinstance(value, float) else value for key, value in event.items()}
-    event["at"] = max(event["at"], last)  # clocks are set, and another machine's is another
+    event["at"] = max(event["at"], last)  # clocks may be set back, or differ between machines
     self._events.append(event)
-    if "resumed" in event:  # earlier steps may have turned out to be in vain
+    if "resumed" in event:  # earlier steps may have to be done again
       self._parts = split(self._events)
     else:
       self._parts = {part: self._parts[part] + more for part, more in split(self._events[-2:]).items()}
@@ -135,7 +135,7 @@ class Clock:
 
 
 def _event(raw: bytes) -> dict | None:
-  """A line, if it is one."""
+  """A line as a dict; None if it is not one of ours."""
   try:
     event = json.loads(raw)
   except ValueError:
@@ -152,7 +152,7 @@ def _is_number(value: object) -> bool:
 
 
 def _content(path: str) -> bytes:
-  """Of a file; nothing if there is none."""
+  """A file's content; empty if there is none."""
   try:
     return files.read_bytes(files.path(path))
   except FileNotFoundError:

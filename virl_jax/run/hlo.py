@@ -1,4 +1,4 @@
-"""What a compiled program does, read off its text: collectives, how often, and which kernels attend."""
+"""What a compiled program does, from its text: which collectives, how often, and which attention kernels."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Traffic:
   """Bytes that a device receives.
 
   Attributes:
-    kinds: of each kind of collective, in all; loops whose length is not known count once.
-    open_kinds: the part of it that is within such a loop, for one turn of it.
-    largest: bytes of the largest array that any collective gives.
+    kinds: by kind of collective, of the whole program; a loop whose length is not known counts once.
+    open_kinds: the part of `kinds` that is within such a loop, for one pass of it.
+    largest: bytes of the largest array that is the result of a collective.
   """
 
   kinds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -47,7 +47,7 @@ class Traffic:
 
   @property
   def total(self) -> int:
-    """Of all kinds."""
+    """Bytes of all kinds."""
     return sum(self.kinds.values())
 
 
@@ -63,7 +63,7 @@ def traffic(text: str) -> Traffic:
   found: dict[tuple, Traffic] = {}
 
   def direct(name: str) -> dict[tuple, tuple[str, int, int]]:
-    """Collectives of a computation and of the fusions in it, by channel: TPU's asynchronous ones stand in several."""
+    """Collectives of a computation and of its fusions, by channel, as a TPU's asynchronous ones appear in several."""
     if name not in own:
       own[name], fused[name] = {}, set()
       for i, line in enumerate(bodies.get(name, ())):
@@ -78,7 +78,7 @@ def traffic(text: str) -> Traffic:
     return own[name]
 
   def of(name: str, begun: frozenset = frozenset()) -> Traffic:
-    """What a computation receives, but for those collectives that have begun elsewhere and only go on in it."""
+    """What a computation receives, without the collectives that began elsewhere and only continue in it."""
     if (name, begun) in found:
       return found[name, begun]
     sums = found[name, begun] = Traffic()
@@ -90,11 +90,11 @@ def traffic(text: str) -> Traffic:
     for line in bodies.get(name, ()):
       loop, called = " while(" in line, _called(line)
       trips = _trips(line, bodies) if loop else 1
-      if not loop and (" fusion(" in line or " call(" in line):  # `direct` has theirs, but for loops in them
+      if not loop and (" fusion(" in line or " call(" in line):  # `direct` has their collectives, except in loops
         called = [other for other in called if any(" while(" in one for one in bodies.get(other, ()))]
       for other in called:
         direct(other)
-        # Whatever else is on its way meanwhile is waited for beside such a product.
+        # Such a product's loop also names the collectives that are under way meanwhile.
         windowed = loop and _WINDOWED in other
         inner = of(other, frozenset(going & fused[other]) if windowed else frozenset())
         going |= fused[other] if windowed else set()
@@ -114,7 +114,7 @@ def _called(line: str) -> list[str]:
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
-  """How often a while loop turns, where the text tells: GPU's says so, TPU's compares a counter with a constant."""
+  """How often a while loop runs, or None: a GPU's text says it, a TPU's compares a counter with a constant."""
   if said := _TRIPS.search(line):
     return int(said.group(1))
   condition = _CONDITION.search(line)
@@ -126,7 +126,7 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
 
 
 def _step(line: str, condition: list[str], bodies: dict[str, list[str]]) -> int:
-  """What a loop's counter grows by in a turn: by more than 1 where the compiler has put several turns into one."""
+  """What a loop's counter grows by in each pass: more than 1 where the compiler has unrolled the loop."""
   counter = [_ELEMENT.search(one) for one in condition]
   body = bodies.get(_BODY.search(line).group(1), [])
   root = next((_COMMENT.sub("", one) for one in body if one.lstrip().startswith("ROOT") and " tuple(" in one), "")
@@ -142,13 +142,13 @@ def _step(line: str, condition: list[str], bodies: dict[str, list[str]]) -> int:
 
 
 def kernels(text: str) -> list[str]:
-  """Which of `KERNELS` a compiled module calls: an interpreted one leaves its name, and no call."""
+  """Which of `KERNELS` a compiled module calls; an interpreted kernel leaves its name in the text, but no call."""
   calls = [line for line in text.splitlines() if "custom-call(" in line]
   return [name for name, marks in KERNELS.items() if any(mark in line for line in calls for mark in marks)]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """The lines of each computation, and which is the entry."""
+  """The lines of each computation by its name, and the name of the entry."""
   bodies, entry, here = {}, "", None
   for line in text.splitlines():
     if head := _COMPUTATION.match(line):
@@ -162,8 +162,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _received(line: str) -> tuple[str | None, int, int]:
-  """Kind of a collective, bytes that a device receives by it, and of the largest array that comes out; None if the
-  line has none."""
+  """The kind of a line's collective, bytes that a device receives, and bytes of its largest result.
+
+  The kind is None if the line has no collective.
+  """
   what = _INSTRUCTION.match(line).group(2)
   found = _COLLECTIVE.search(" " + what)
   if not found:
@@ -171,7 +173,7 @@ def _received(line: str) -> tuple[str | None, int, int]:
   kind, started = found.group(1), found.group(2)
   shapes = [_BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
             for dtype, dims in _SHAPE.findall((" " + what)[:found.start()])]
-  if started and kind != "all-reduce" and len(shapes) > 1:  # operands are in the result, too
+  if started and kind != "all-reduce" and len(shapes) > 1:  # the result holds the operands as well
     shapes = shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2:]
   result = sum(shapes)
   n = _group_size(what)

@@ -1,11 +1,11 @@
-"""Several processes, each with devices of its own: who they are, what is whose, and how they agree.
+"""Several processes, each with devices of its own: how they join, what belongs to which, and how they agree.
 
 JAX's multi-controller runtime does the work: each process runs the same program, and `run/placement.py` has how arrays
-get to its devices and back.  On the host, processes go in lock-step: what `agree`, `everyone` and `first` do is done by
-all of them, in the same order.  With one process they do nothing.
+get to its devices and back.  On the host, processes go in lock-step: all of them call `agree`, `everyone` and `first`,
+in the same order.  With one process these functions do nothing.
 
-Tasks are dealt out by their number: number i is that of process i modulo their number, so that any run of neighbours is
-shared out evenly, and which trajectories make a minibatch does not depend on how many processes there are.
+Tasks are dealt out by number: of P processes, process i mod P has task i, so that any run of neighbours is shared out
+evenly, and which trajectories make a minibatch does not depend on how many processes there are.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from virl_jax.run import progress
 from virl_jax.run import signals
 
 AUTOMATIC = "VIRL_JAX_DISTRIBUTED"  # environment: "auto" has JAX ask its cluster, as launchers set it
-_HEARTBEAT_S = 30  # of a process that is silent for so long, JAX has the others end
-_PIECE = 2 ** 20  # bytes of a process that all have on their devices at once
+_HEARTBEAT_S = 30  # if a process is silent for so long, JAX ends the others
+_PIECE = 2 ** 20  # most bytes of each process that are gathered at a time
 _LISTEN_S = 1.0  # how often a process asks whether another one has failed
 FAREWELL_S = 5.0  # how long a process that knows of a failure waits for the others to hear of it
-_LEAVING_S = 0.5  # and then, for those who have heard to end
+_LEAVING_S = 0.5  # how long process 0 then waits for those that have heard to end
 _FAILED, _HEARD, _MET = "virl_jax/failed", "virl_jax/heard", "virl_jax/met"  # keys of JAX's coordination service
 
-# Of this process, as `signals` has it.
+# State of this process, as in `signals`.
 _beat: tuple[str, float] = ("start", time.monotonic())
 _waited_s = 0.0
-_met = 0  # how often, which is the same on all
+_met = 0  # calls of `meet`, as many on all processes
 
 T = TypeVar("T")
 
 
 class Failed(ValueError):
-  """What one process says to another that can't know better."""
+  """The failure of another process, on those that did not fail themselves."""
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-  """What a command takes that several processes run together."""
+  """Defines the flags of a command that several processes run together."""
   flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes train together.",
                       flag_values=values)
   flags.DEFINE_integer("num_processes", None, "How many they are.", flag_values=values)
@@ -63,15 +63,16 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
   """Makes this process one of several, if a launcher or the flags say so; before JAX touches a device.
 
   Args:
-    coordinator, processes, process: HOST:PORT of process 0, how many there are, and which this is.  All None: JAX asks
-      the cluster if the environment says `AUTOMATIC`=auto (Cloud TPU, Slurm, GKE and others are known to it); else
+    coordinator, processes, process: HOST:PORT of process 0, how many processes there are, and which this is.  All None:
+      JAX asks the cluster if the environment has `AUTOMATIC`=auto (it knows Cloud TPU, Slurm, GKE and others); else
       this process is alone.
-    timeout_s: how long they wait for each other.
-    together: whether a signal to one waits for `agree`, which ends all at the same place.  Else it ends that one
-      wherever it is, and so the others: for work of which each piece is whole or not there.
+    timeout_s: how long processes wait for each other.
+    together: whether a signal to one process waits for `agree`, which ends all at the same place.  If not, it ends that
+      process wherever it is, and then the others: for work whose pieces are written whole or not at all.
 
   Raises:
-    ValueError: they make no sense, or JAX can't start.  Where the others don't come, the process ends with a line.
+    ValueError: the arguments make no sense, or JAX can't start.  If the others don't come, the process ends with a
+      line.
   """
   given = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
   automatic = os.environ.get(AUTOMATIC, "")
@@ -91,17 +92,17 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       raise ValueError(f"--process_id must be at least 0 and below --num_processes={processes}. Received: {process}")
     if processes == 1:
       return
-  # Signals are ours, see `signals.note`; older versions of JAX ask nobody.
+  # Signals are ours, see `signals.note`; older versions of JAX have no such option.
   if hasattr(jax.config, "jax_enable_preemption_service"):
     jax.config.update("jax_enable_preemption_service", False)
-  # A CPU runs programs that do not wait for each other at once; the order in which their sums over processes begin is
-  # each process's own: they would wait for one another for ever.  Accelerators run one program after the other.
+  # A CPU runs independent programs at the same time, and their sums over processes would begin in an order of each
+  # process's own: processes would wait for one another for ever.  Accelerators run one program after the other.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   where = coordinator or "the address that the cluster gives"
   said = (f"the {f'{processes} ' if processes else ''}processes must find each other within {timeout_s:g} s, by the "
           f"coordinator at {where}: look whether all were started, and whether that can be reached from "
           f"{platform.node()}")
-  # JAX would abort the process, with pages of addresses.
+  # Sooner than JAX, which would abort the process with pages of addresses.
   patience = threading.Timer(timeout_s, lambda: (print(f"error: {said}", file=sys.stderr, flush=True), os._exit(1)))
   patience.daemon = True
   patience.start()
@@ -114,25 +115,25 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     patience.cancel()
   if jax.process_count() > 1:
     if jax.default_backend() == "cpu":
-      # Where one had read its programs from the disk and the other had compiled its own, they have waited for each
-      # other for ever.  It seems that what is read does not keep the order of sums that are independent.
+      # Processes have hung where one had read its programs from the disk and another had compiled them.  It seems that
+      # programs from the disk do not keep the order of independent sums.
       jax.config.update("jax_enable_compilation_cache", False)
     (signals.note if together else signals.retake)()
     leaving = threading.Event()
     listening = threading.Thread(target=_listen, args=(leaving,), name="hosts", daemon=True)
-    # A thread that is in JAX's service when Python goes would take the process down with it.
+    # A thread that is inside JAX's service when Python exits would crash the process.
     atexit.register(lambda: (leaving.set(), listening.join()))
     listening.start()
 
 
 def _client():
   """JAX's coordination service, a store of keys among other things; None for a process that is alone."""
-  from jax._src import distributed  # there is no public way to it, and Orbax goes this one, too
+  from jax._src import distributed  # there is no public way; Orbax uses this one too
   return distributed.global_state.client
 
 
 def fail(message: str) -> None:
-  """Tells all other processes that this one can't go on, for the caller to end it; none waits for it for ever."""
+  """Tells all other processes that this one has failed, so that none waits for it; the caller then ends it."""
   if jax.process_count() == 1 or (client := _client()) is None:
     return
   _tell(client, _FAILED, f"{jax.process_index()} {message}")
@@ -140,14 +141,14 @@ def fail(message: str) -> None:
 
 
 def _tell(client, key: str, value: str) -> None:
-  with contextlib.suppress(Exception):  # it has been told already, or nobody is left to tell
+  with contextlib.suppress(Exception):  # the key is set already, or no process is left
     client.key_value_set(key, value)
 
 
 def _farewell(client) -> None:
-  """Says that this process knows, and waits until all do: one that goes sooner tears the others' sums.
+  """Notes that this process knows of the failure, and waits until all do: if it ended sooner, their sums would fail.
 
-  Process 0, whom they hear it from, goes last: JAX aborts a process whose service is gone.
+  Process 0, which runs JAX's service, ends last: JAX aborts a process whose service is gone.
   """
   _tell(client, f"{_HEARD}/{jax.process_index()}", "")
   until = time.monotonic() + FAREWELL_S
@@ -171,7 +172,7 @@ def _listen(leaving: threading.Event) -> None:
     number, _, message = said.partition(" ")
     if int(number) == jax.process_index():
       return
-    signals.wait()  # one that is stopped itself ends as it was told to
+    signals.wait()  # a process that was stopped by a signal ends as that demands
     print(f"error: process {number} has failed, and so all stop: {message}", flush=True)
     _farewell(client)
     os._exit(1)
@@ -212,7 +213,7 @@ def mine(number: int) -> bool:
 def agree(values: Sequence[int] | np.ndarray) -> np.ndarray:
   """The largest of each value over all processes: int32[...].
 
-  Here, too, they agree to stop when one of them has got a signal.
+  This is also where processes agree to stop if one of them has received a signal.
 
   Raises:
     signals.Stopped: on all processes alike, at the same call.
@@ -228,7 +229,7 @@ def agree(values: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def everyone(value: T) -> list[T]:
-  """What each process has here, anything that can be pickled, by process; a signal does not end it."""
+  """The values of all processes, by process number; anything that can be pickled.  A signal does not end it."""
   if jax.process_count() == 1:
     return [value]
   mine = np.frombuffer(pickle.dumps(value), np.uint8)
@@ -243,15 +244,15 @@ def everyone(value: T) -> list[T]:
 
 
 def in_order(numbered: list[tuple[int, T]]) -> list[T]:
-  """What all processes have, by number."""
+  """The numbered values of all processes, in the order of their numbers."""
   return [value for _, value in sorted(sum(everyone(numbered), []), key=lambda pair: pair[0])]
 
 
 def first(do: Callable[[], T]) -> T:
-  """What process 0 makes of `do`, for all.
+  """Calls `do` on process 0, and returns its result on all.
 
   Raises:
-    Failed: on the others, if it raises there.
+    Failed: on the others, if `do` raises on process 0, where its own exception is raised.
   """
   if jax.process_count() == 1:
     return do()
@@ -270,7 +271,7 @@ def first(do: Callable[[], T]) -> T:
 
 
 def meet() -> None:
-  """Waits until all processes are here, for however long they have worked apart: a sum over them gives up sometime."""
+  """Waits until all processes are here, however long they have worked apart: a sum over processes would time out."""
   global _met, _waited_s
   if jax.process_count() == 1:
     return
@@ -294,14 +295,14 @@ def _is_there(client, key: str) -> bool:
 
 
 def same(what: str, value: Any) -> None:
-  """Makes sure that all processes have the same.
+  """Makes sure that all processes have the same value.
 
   Args:
-    what: it is, for the error.
-    value: a dict, of which the keys are named that differ, or anything with a meaningful `repr`.
+    what: the value's name, for the error.
+    value: a dict, of which the error names the first key that differs, or anything with a meaningful `repr`.
 
   Raises:
-    ValueError: on each process that has another one than process 0; `Failed` on the rest.
+    ValueError: on each process whose value is not process 0's; `Failed` on the rest.
   """
   all_ = everyone(value)
   odd = [i for i, other in enumerate(all_) if other != all_[0]]
@@ -330,13 +331,13 @@ def _gather(a: np.ndarray) -> np.ndarray:
 
 
 def beat(where: str | None = None) -> None:
-  """Says that this process gets on, and if given, that it now is at another place."""
+  """Notes that this process makes progress, and where it is, if that is given."""
   global _beat
   _beat = _beat[0] if where is None else where, time.monotonic()
 
 
 def last_beat() -> tuple[str, float]:
-  """Where this process was when it got on last, and when that was, by `time.monotonic`."""
+  """Where this process was at its last `beat`, and when that was, by `time.monotonic`."""
   return _beat
 
 

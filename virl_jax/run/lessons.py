@@ -1,6 +1,6 @@
-"""Recorded conversations as what training walks through: looked through once, counted, and made ready a step ahead.
+"""Recorded conversations as demonstrations to train on: checked and counted once, and prepared a step ahead.
 
-What can't be used is left out for a reason that is counted and written down, in left_out.json of the workdir.
+Those that can't be used are left out, for a reason that is counted and written to left_out.json of the workdir.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from virl_jax.run import sources
 from virl_jax.run import workdir as workdir_lib
 
 _FILE = "left_out.json"
-_EXAMPLES = 3  # of each reason that are said
-_DEPENDS = ("model.path", "prompt.", "image.", "rollout.max", "rollout.stop_strings", "sft.")  # which can be used
+_EXAMPLES = 3  # of each reason that are printed
+# The knobs that decide which demonstrations can be used.
+_DEPENDS = ("model.path", "prompt.", "image.", "rollout.max", "rollout.stop_strings", "sft.")
 
 LeftOut = tuple[str, str, str]  # where, reason, detail
 
@@ -43,7 +44,7 @@ class Lessons:
   """Demonstrations, as a source of training: `load` makes it, `look_through` finds out which can be used.
 
   Attributes:
-    used: where each of those that are used was.
+    used: of each demonstration that is used, the file and place that it is from.
   """
 
   def __init__(self, c: config_lib.ConfigDict, policy: turns.Policy, read: table.Read):
@@ -55,14 +56,16 @@ class Lessons:
     self._ready: dict[str, types.Trajectory] = {}
     self._room = c.sft.cache_gib * 2 ** 30
     self._ahead: dict[int, list[concurrent.futures.Future]] = {}
-    self._opening, self._runs = threading.Lock(), {}  # what `_tasks_of` gave, by folder
+    self._opening, self._runs = threading.Lock(), {}  # results of `_tasks_of`, by folder
 
   def __len__(self) -> int:
     return len(self.used)
 
   def fingerprint(self) -> str:
-    """The same for the same records on the same images, wherever they lie: each byte of the files, and the size in
-    bytes of each image that has a file."""
+    """The same for the same records on the same images, wherever they lie.
+
+    It depends on each byte of the files of records, and on the size in bytes of each image that has a file.
+    """
     return self._fingerprint
 
   @functools.cached_property
@@ -84,7 +87,9 @@ class Lessons:
     return len(self._scripts) + len(self._read.left_out) + len(self._read.not_chosen)
 
   def look_through(self, workdir: epath.Path) -> None:
-    """Finds out which can be used, each process its part, unless the workdir knows it; says what is left out.
+    """Finds out which demonstrations can be used, unless the workdir knows it already; prints what is left out.
+
+    Each process checks a part of them.
 
     Raises:
       ValueError: too few can be used.
@@ -159,8 +164,9 @@ class Lessons:
     return tasks[uid]().image
 
   def batch(self, step: int) -> list[types.Trajectory]:
-    """This process's demonstrations of a step: a pure function of (data, seed, step).  Those of the next are made ready
-    meanwhile.
+    """This process's demonstrations of a step: a pure function of (data, seed, step).
+
+    Those of the next step are prepared meanwhile.
 
     Raises:
       ValueError: one can't be used any more.
@@ -180,7 +186,7 @@ class Lessons:
       raise ValueError(f"{where} could be used when the run began, and now can't: {e}") from e
 
   def close(self) -> None:
-    """Nothing more is wanted."""
+    """Stops preparing demonstrations."""
     self._pool.shutdown(cancel_futures=True)
 
 
@@ -189,10 +195,10 @@ def load(c: config_lib.ConfigDict, policy: turns.Policy) -> Lessons:
 
   Args:
     c: the configuration.
-    policy: whose protocol and budgets count.
+    policy: its protocol and budgets are those of the demonstrations.
 
   Raises:
-    ValueError: there are none, or no record of them is chosen.
+    ValueError: there are no files, or none of their records is chosen.
   """
   checks.need(bool(c.sft.data), "sft.data", "files of trajectories or workdirs, as --data gives them", c.sft.data)
   s = c.sft
@@ -206,7 +212,7 @@ def load(c: config_lib.ConfigDict, policy: turns.Policy) -> Lessons:
 
 
 def _tasks_of(workdir: pathlib.Path) -> dict[str, Callable[[], types.Task]] | str:
-  """What reads each training task of a run, by uid; or why there are none."""
+  """A function that reads a task, for each training task of a run, by uid; or why there are none."""
   try:
     source, known = sources.load(workdir_lib.config(workdir), "train"), workdir_lib.fingerprint(files.path(workdir))
   except ValueError as e:

@@ -1,4 +1,4 @@
-"""A policy's weights and what goes with them: out of an HF folder, or out of a run."""
+"""A policy's weights and what belongs to them, from an HF folder or from a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from virl_jax.run import hosts
 from virl_jax.run import progress
 from virl_jax.run import workdir as workdir_lib
 
-_ADAPTERS = 2 ** 31 - 2  # folded into the run's key; no step is ever numbered so
+_ADAPTERS = 2 ** 31 - 2  # folded into the run's key; no step has this number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Loaded:
   """A policy that can be used.
 
   Attributes:
-    model: its shapes, the ids of its special tokens, what of it is trained, and the platform it is on.
+    model: its shapes, the ids of its special tokens, which parameters are trained, and its platform.
     trained, frozen: its parameters, placed on the mesh; see `family.tables`.
     hf_dir: the folder with its tokenizer, chat template and processor.
     config: of the run that trained it; None for an HF folder.
-    step: of that run; None for an HF folder.
+    step: of the checkpoint; None for an HF folder.
   """
 
   model: family.Config
@@ -52,7 +52,11 @@ class Loaded:
 
 
 def model_dir(path: str, key: str = "model.path") -> str:
-  """The HF folder that a key of the configuration, most often `model.path`, means.
+  """The HF folder that a key of the configuration names.
+
+  Args:
+    path: the key's value; "@tiny" is the base that ships with the package.
+    key: its name, for the error.
 
   Raises:
     ValueError: says what is missing and how to get it.
@@ -71,10 +75,10 @@ def policy(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = N
   """The policy of an HF folder ("@tiny" is the base that ships) or of a run.
 
   Args:
-    path: either of them.
-    dtype: of an HF folder's parameters; a run's are of the type that it trained.
-    mesh: where they go; None for all devices, each with a part.
-    step: of a run; None for the newest.
+    path: the HF folder, or the run's.
+    dtype: of an HF folder's parameters; a run's parameters keep their own.
+    mesh: where parameters go; None for all devices, each with a part.
+    step: which checkpoint of a run; None for the newest.
 
   Raises:
     ValueError: there is no policy at that path.
@@ -93,9 +97,9 @@ def base(hf_dir: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = N
   Args:
     hf_dir: the folder.
     dtype: of the parameters that are trained.
-    mesh: where they go; None for whole on one device.
-    model: what of it is trained, and the compute dtype, which those have that are not; None for all of it.
-    seed: of adapters' initial values, if there are any; they add nothing at first.
+    mesh: where parameters go; None for whole on one device.
+    model: says which parameters are trained; the others have its compute dtype.  None trains all.
+    seed: of the initial values of adapters, if there are any; at first adapters add nothing.
 
   Raises:
     ValueError: files are missing, damaged, or of another model.
@@ -127,19 +131,19 @@ def codec(hf_dir: str, model: family.Config) -> prompt.Codec:
   """An HF folder's tokenizer, for a model.
 
   Raises:
-    ValueError: its files are missing or damaged, or it is another model's.
+    ValueError: its files are missing or damaged, or it does not belong to the model.
   """
   import transformers  # seconds to import
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
-  except Exception as e:  # its readers raise anything, bare exceptions of Rust's included
+  except Exception as e:  # transformers' readers raise anything, even bare exceptions of Rust code
     why = (str(e).splitlines() or [type(e).__name__])[0]
     raise ValueError(f"{hf_dir} must hold a tokenizer that transformers reads ({why}). Download it again") from e
   return prompt.Codec(tokenizer, model.image_token, model.eos, model.text.vocab)
 
 
 def trained(workdir: str, step: int | str | None = None, mesh: jax.sharding.Mesh | None = None) -> Loaded:
-  """The policy of a run; of a checkpoint, only the parameters are read.
+  """The policy of a run; only the parameters of a checkpoint are read.
 
   Args:
     workdir: of the run.
@@ -171,7 +175,7 @@ def trained(workdir: str, step: int | str | None = None, mesh: jax.sharding.Mesh
   step, params = saves.newest(read) if step is None else (step, read(step))
   saves.close()
   frozen = family.tables(model)[1]
-  if frozen:  # as the base has it; nothing else of that is read
+  if frozen:  # from the base, of which nothing else is read
     where = sharding.param_shardings(frozen, mesh)
     with progress.bar(params_lib.count(frozen), f"loading {hf_dir}", "parameter", hosts.leads()) as bar:
       frozen = weights.load_hf(hf_dir, model.compute_dtype, where, frozen, bar.update)[1]
@@ -179,7 +183,7 @@ def trained(workdir: str, step: int | str | None = None, mesh: jax.sharding.Mesh
 
 
 def of_config(c: config_lib.ConfigDict, model: family.Config) -> family.Config:
-  """A model as a configuration has it: what of it is trained, and how it is computed."""
+  """A model with what a configuration says of it: which parameters are trained, and how it is computed."""
   return dataclasses.replace(
       model, compute_dtype=c.model.compute_dtype, remat=c.model.remat, remat_keep=tuple(c.model.remat_keep),
       remat_offload=tuple(c.model.remat_offload), patches_together=c.model.patches_together,

@@ -19,11 +19,11 @@ from PIL import Image
 from virl_jax.run import files
 from virl_jax.run import progress
 
-# Beginnings of the names of metrics that tell of the machine and the time: the same steps done again have others.
+# Prefixes of metrics that depend on the machine and the time, and differ when the same steps are done again.
 MEASURED = ("time/", "compile/", "speed/", "memory/")
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_TIMED_STEPS = 20  # the estimate of the time left follows changes of pace within this many steps
+_TIMED_STEPS = 20  # last steps that the estimate of the time left is from
 
 # What the terminal line shows: label, key in the metrics, format.
 _SHOWN = (("reward", "reward/total", "+.2f"), ("acc_ans", "acc_ans", ".2f"),
@@ -35,7 +35,7 @@ class MetricsLog:
   """Appends one JSON object a step to a file, which is open only while a line is written; see `files.append`."""
 
   def __init__(self, path: str, start_step: int, header: dict | None = None):
-    """Opens the file, forgetting what a resumed run will do again.
+    """Opens the file, and drops the steps that a resumed run will do again.
 
     Lines with "step" >= start_step and a last line that was cut off are dropped, by replacing the
     file whole; every other line but the header is kept byte for byte.
@@ -43,9 +43,9 @@ class MetricsLog:
     Args:
       path: the metrics file; made, with its folder, if missing.
       start_step: the first step that will be written.
-      header: what the figures are made with, "config" above all, as JSON has it: the file's first line.  If
-        another is there, it is kept in the list "earlier" of this one, with the first step it is not about, "until".
-        None leaves the header there is.
+      header: what the figures are made with, "config" above all, as JSON has it: the file's first line.  A different
+        header that is there is kept in this one's list "earlier", with the first step that it is not about, "until".
+        None keeps the header that is there.
 
     Raises:
       ValueError: a line other than the last is not a JSON object.
@@ -103,8 +103,8 @@ def header(path: str) -> dict | None:
     path: a file that `MetricsLog` wrote.
 
   Returns:
-    The header that it was given, with "earlier" if it was given several, in the words of JSON; None for a file
-    without one, as runs wrote them once.
+    The header that the log was given, as JSON has it, with "earlier" if it was given several; None for a file without
+    one, as older versions wrote them.
 
   Raises:
     ValueError: a line other than the last is not a JSON object.
@@ -121,7 +121,7 @@ class Progress:
 
     Args:
       total_steps: how many steps the whole run has.
-      start_step: the step this process begins with; 0 unless it resumes.
+      start_step: the step that this process begins with; 0 unless it resumes.
       stream: where to print; None is standard output.
       clock: seconds, never going back.
     """
@@ -174,8 +174,10 @@ def numbers(metrics: dict) -> dict[str, float]:
 
 
 class TensorBoard:
-  """Writes scalars and pictures for TensorBoard, in a thread of the library's: the files are about a second behind, in
-  a bucket half a minute."""
+  """Writes scalars and pictures for TensorBoard.
+
+  A thread of the library does the writing: files are about a second behind, in a bucket half a minute.
+  """
 
   def __init__(self, writer):
     """Takes the library's writer; see `tensorboard_writer`."""
@@ -192,19 +194,19 @@ class TensorBoard:
       self._writer.add_image(f"trajectories/{i}", np.asarray(picture), step, dataformats="HWC")
 
   def close(self) -> None:
-    """Waits until everything is on the disk.  Without it, the end of the process does the same."""
+    """Waits until everything is on the disk, which the end of the process does too."""
     self._writer.close()
 
 
 def tensorboard_writer(logdir: str, enabled: bool, start_step: int = 0) -> TensorBoard | None:
   """Opens a file of events.
 
-  Needs the package `tensorboardX`, and neither TensorFlow nor TensorBoard, which is for looking at them.
+  Needs the package `tensorboardX`, but not TensorFlow; TensorBoard itself is only for looking at the files.
 
   Args:
     logdir: the folder of event files.
     enabled: False returns None at once.
-    start_step: TensorBoard forgets what an earlier process logged from this step on.
+    start_step: TensorBoard drops what an earlier process logged from this step on.
 
   Returns:
     The writer; None if the package is not installed.
@@ -212,13 +214,13 @@ def tensorboard_writer(logdir: str, enabled: bool, start_step: int = 0) -> Tenso
   if not enabled:
     return None
   try:
-    library = importlib.import_module("tensorboardX")  # here, for it imports torch where there is one
+    library = importlib.import_module("tensorboardX")  # not before: it imports torch if that is installed
   except ImportError:
     return None
-  # A metric that is not finite is no news to warn of each step: TensorBoard shows it, and so does metrics.jsonl.
+  # Without the library's warning, each step, of metrics that are not finite: TensorBoard and metrics.jsonl show them.
   logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
-  # The name of a file has whole seconds: the step keeps two starts within one of them apart, and in order.
-  flush_secs = 1 if files.is_local(logdir) else 30  # in a bucket, all that there is so far is written each time
+  # File names have the time in whole seconds: the step keeps two starts within a second apart, and in order.
+  flush_secs = 1 if files.is_local(logdir) else 30  # in a bucket, each flush writes the whole file again
   return TensorBoard(library.SummaryWriter(logdir, purge_step=start_step, flush_secs=flush_secs,
                                            filename_suffix=f".{start_step:08d}"))
 
@@ -249,13 +251,13 @@ class WandB:
 def wandb_writer(workdir: str, project: str, sent: int, config: dict) -> WandB | None:
   """Opens a run of Weights & Biases, or goes on with the one of this workdir, whose id is in its file wandb_id.
 
-  The service takes each step once: what a resumed run does again is not sent again.  The variables that the library
-  knows, such as WANDB_MODE=offline, WANDB_ENTITY and WANDB_DIR, mean what they do elsewhere.
+  The service accepts each step once: what a resumed run does again is not sent again.  The library's environment
+  variables, such as WANDB_MODE=offline, WANDB_ENTITY and WANDB_DIR, have their usual meaning.
 
   Args:
     workdir: of the run; the library's own files go there too, if it is on a disk.
     project: "" returns None at once.
-    sent: the first step that an earlier process did not log.
+    sent: the first step that no earlier process has logged.
     config: of the run, nested.
 
   Raises:
@@ -264,7 +266,7 @@ def wandb_writer(workdir: str, project: str, sent: int, config: dict) -> WandB |
   if not project:
     return None
   try:
-    library = importlib.import_module("wandb")  # seconds
+    library = importlib.import_module("wandb")  # takes seconds
   except ImportError as e:
     raise ValueError("config.log.wandb must be '' unless the package wandb is installed: pip install -e '.[wandb]'. "
                      f"Received: {project!r}") from e
@@ -301,7 +303,7 @@ def _parse(path: str | os.PathLike, content: bytes) -> list[tuple[bytes, dict]]:
     line = _object(raw)
     if line is not None:
       parsed.append((raw, line))
-    elif number < len(lines):  # only what follows the last newline can be a line cut off in writing
+    elif number < len(lines):  # only what follows the last newline can be a line that was cut off
       raise ValueError(f"{path}, line {number}, must be a JSON object. Received: {raw[:80]!r}; if it "
                        "can't be repaired, delete the line")
   return parsed
@@ -320,7 +322,7 @@ def _is_header(line: dict) -> bool:
 
 
 def _succeed(old: dict | None, new: dict, start_step: int) -> dict:
-  """The new header, with those before it that other steps were made with."""
+  """The new header, with the earlier ones that other steps were made with."""
   if old is None:
     return new
   entries = old.pop("earlier", [])
@@ -328,7 +330,7 @@ def _succeed(old: dict | None, new: dict, start_step: int) -> dict:
     entries = [*entries, {"until": start_step, **old}]
   earlier, since = [], 0
   for entry in entries:
-    until = min(entry["until"], start_step)  # the run may have been set back
+    until = min(entry["until"], start_step)  # the run may have gone back to an earlier step
     if until > since:
       earlier.append({**entry, "until": until})
       since = until
@@ -336,7 +338,7 @@ def _succeed(old: dict | None, new: dict, start_step: int) -> dict:
 
 
 def _strict(value):
-  """JSON knows no numbers that are not finite: they become text."""
+  """Turns numbers that are not finite, which JSON does not have, into text."""
   if isinstance(value, dict):
     return {k: _strict(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
-"""What training by reward and by example have in common: how a run begins, which steps it has, and how it ends.
+"""What `train` and `sft` have in common: how a run begins, which steps it has, and how it ends.
 
-Between `begin` and `end` each has a loop of its own, see `train` and `sft`:
+Between `begin` and `end` each has a loop of its own:
 
     with loop.claimed(c, source, workdir) as claimed:
       run = loop.begin(c, p, claimed, source, began, learner)
@@ -55,7 +55,7 @@ from virl_jax.run import verdicts
 from virl_jax.run import watch
 from virl_jax.run import workdir as workdir_lib
 
-_EVAL_STREAM = 2 ** 31 - 1  # folded into the root key; no step is ever numbered so
+_EVAL_STREAM = 2 ** 31 - 1  # folded into the root key; no step has this number
 
 
 @dataclasses.dataclass
@@ -64,17 +64,18 @@ class Run:
 
   Attributes:
     c: its configuration.
-    p: what it is made of.
+    p: its pieces, see `setup.Pieces`.
     workdir: its folder.
-    clock: where its time goes.
-    root_key: what the keys of steps are folded from.
-    base: what training began with, frozen parameters among it.
+    clock: writes down where its time goes.
+    root_key: the key that those of steps are folded from.
+    base: the policy that training began with, its frozen parameters included.
     fits: whether a task can be asked within the budgets; see `batches.Fits`.
-    held_out: the tasks that are asked before and after, or None.
+    held_out: the tasks that are asked before and after training, or None.
     before: the evaluation before training, or None.
-    checkpoints, start, state: where they are kept, which step comes first, and the state then.
-    record: what is kept of each step.
-    judge: who is asked about answers that no rule takes, or None.
+    checkpoints: where states are saved.
+    start, state: the first step of this process, and the state before it.
+    record: writes down each step.
+    judge: the model that is asked about answers that no rule accepts, or None.
   """
 
   c: config_lib.ConfigDict
@@ -97,12 +98,12 @@ class Run:
     return family.whole(state.params, self.base.frozen, self.p.step.model)
 
   def kept(self) -> ending.Kept:
-    """What saves the last finished step, whatever ends the loop."""
+    """The context that saves the last finished step, whatever ends the loop."""
     return ending.Kept(self.checkpoints, self.start, self.state, self.record.close)
 
   def steps(self) -> Iterator[int]:
-    """The steps that are to be done, each begun in the record; none if an alarm has ended the run, perhaps in an
-    earlier process."""
+    """The steps that are to be done, each begun in the record; they end early if an alarm, perhaps of an earlier
+    process, ends the run."""
     for step in range(self.start, self.c.steps):
       if self.record.stopping:
         break
@@ -110,23 +111,24 @@ class Run:
       yield step
 
   def finished(self, kept: ending.Kept, step: int, state: state_lib.TrainState) -> None:
-    """A step is recorded and has led to this state: after the log, which the checkpoint never runs ahead of."""
+    """Notes that a step is finished, with the state after it; called after `record.step`, so that no checkpoint is
+    ahead of the log."""
     c, record = self.c, self.record
     kept.finished(step + 1, state, last=step + 1 == c.steps or bool(record.stopping or record.stuck),
                   score=record.score(c.checkpoint.best, c.checkpoint.every))
 
   def leave_if_stuck(self) -> None:
-    """Ends a run whose last steps were skipped.
+    """Ends a run if too many of its last steps had updates that were not finite.
 
     Raises:
-      SystemExit: with what to do.
+      SystemExit: says what to do.
     """
     if self.record.stuck:
       hosts.say(f"report: {hosts.first(lambda: html.write(str(self.workdir)))}")
       raise SystemExit(self.record.stuck)
 
   def end(self, state: state_lib.TrainState) -> dict:
-    """Evaluation, what changed, report; returns the last step's metrics."""
+    """Evaluates, prints what changed, writes the report; returns the last step's metrics."""
     self.clock.lap("checkpoint")
     if stopped := self.record.stopping:
       hosts.say(f"stopped by {stopped.name}, which began at step {stopped.step + 1}. To go on, give the same command "
@@ -142,7 +144,7 @@ class Run:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """What a command that trains takes."""
+  """Defines the flags of a command that trains."""
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
   flags.DEFINE_string("workdir", None, "The run's folder, or gs://BUCKET/DIR; by default runs/NAME, by the "
                       "configuration's name.", flag_values=values)
@@ -152,8 +154,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def joined(args: flags.FlagValues, suffix: str = "") -> str:
-  """Makes this process one of several if the flags say so, and returns the workdir: by default the configuration's name
-  with a suffix, in runs/.
+  """Joins other processes if the flags say so, and returns the workdir: by default runs/NAME and a suffix, NAME the
+  configuration's.
 
   Raises:
     ValueError: there is no such configuration, or the processes don't find each other.
@@ -166,11 +168,11 @@ def joined(args: flags.FlagValues, suffix: str = "") -> str:
 @contextlib.contextmanager
 def claimed(c: config_lib.ConfigDict, source, workdir: str, resume_with_changes: bool = False,
             free: Collection[str] | None = None) -> Iterator[workdir_lib.Claimed]:
-  """Claims the workdir for this process, and watches over it: a run that is stuck is ended.
+  """Claims the workdir for this process, and ends the process if it gets stuck.
 
   Args:
     c: the configuration.
-    source: what is trained on.
+    source: the data that is trained on.
     workdir: a folder, or gs://BUCKET/DIR.
     resume_with_changes, free: see `workdir.claim`.
 
@@ -184,15 +186,15 @@ def claimed(c: config_lib.ConfigDict, source, workdir: str, resume_with_changes:
 
 def begin(c: config_lib.ConfigDict, p: setup.Pieces, claimed: workdir_lib.Claimed, source, began: float,
           learner: pace.Learner) -> Run:
-  """Loads the base, evaluates it, and finds out where the run is.
+  """Loads the base, evaluates it, and finds the step to go on from.
 
   Args:
     c: the configuration.
-    p: what the run is made of.
+    p: the run's pieces.
     claimed: its workdir.
-    source: what it is trained on, with `describe`.
-    began: when this process did, by `time.time`.
-    learner: what its steps take.
+    source: the data that is trained on, with `describe`.
+    began: when this process began, by `time.time`.
+    learner: see `pace.Learner`.
   """
   # --- what is fixed -----------------------------------------------------------------------------------
   workdir = claimed.folder
@@ -228,7 +230,7 @@ def begin(c: config_lib.ConfigDict, p: setup.Pieces, claimed: workdir_lib.Claime
 
 
 def _held_out(c, fits) -> list:
-  """The tasks that are asked before and after."""
+  """The tasks that are asked before and after training."""
   drawn = batches.held_out(sources.load(c, "test"), c.eval.tasks, c.image.decode_max_pixels, c.data.split_seed, fits,
                            c.engine.threads)
   batches.report(drawn)
@@ -241,13 +243,16 @@ def evaluate(c, p, params, tasks, root_key, workdir: epath.Path, when: str, judg
 
   Args:
     c, p: of the run.
-    params: the policy's, all of them.
+    params: all parameters of the policy.
     tasks: what to ask; None for no evaluation.
     root_key: of the run.
     workdir: its folder.
-    when: "before" or "after".
-    judge: who is asked about answers that no rule takes, or None.
+    when: "before" or "after" training.
+    judge: the model that is asked about answers that no rule accepts, or None.
     before: the evaluation to compare with, or None.
+
+  Returns:
+    What eval_WHEN.json holds; None for no evaluation.
   """
   file = workdir / f"eval_{when}.json"
   if tasks is None:
@@ -272,10 +277,10 @@ def evaluate(c, p, params, tasks, root_key, workdir: epath.Path, when: str, judg
 
 
 def of_these(file: epath.Path, tasks) -> dict:
-  """A kept evaluation, if it is about the tasks that there are now.
+  """A kept evaluation, which must be about the present tasks.
 
   Raises:
-    ValueError: it is about others, or is no evaluation.
+    ValueError: it is about others, or is not an evaluation.
   """
   try:
     result = json.loads(files.read_text(file))

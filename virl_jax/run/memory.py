@@ -22,14 +22,14 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # malloc.h of the GNU C lib
 
 
 def keep_when_on_cpu() -> bool:
-  """On a CPU, freed memory stays with the process.  Call it before anything computes.
+  """On a CPU, makes freed memory stay with the process.  Call it before anything computes.
 
-  It decides a third of a step's time there: XLA asks for the temporary memory of a program again at each run, and
-  malloc, left alone, gets gigabytes from the kernel each time, page by page, and gives them back.  Nothing changes
-  where an accelerator may compute, or without the GNU C library.
+  This saves a third of a step's time there: XLA allocates the temporary memory of a program at each run, and malloc by
+  default gets gigabytes from the kernel each time, page by page, and returns them.  Nothing changes where an
+  accelerator may compute, or without the GNU C library.
 
   Returns:
-    Whether it was done.
+    Whether anything was changed.
 
   Source: mallopt(3).
   """
@@ -39,7 +39,7 @@ def keep_when_on_cpu() -> bool:
     return False
   if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
     return False
-  # One arena, because only the first one grows where it can keep what it had; and never a mapping of its own.
+  # One arena, because only the first can grow in place; and no allocations by mmap, which are always returned.
   return all([library.mallopt(_ARENA_MAX, 1), library.mallopt(_MMAP_MAX, 0), library.mallopt(_TRIM_THRESHOLD, -1)])
 
 
@@ -47,19 +47,19 @@ def keep_when_on_cpu() -> bool:
 class CacheSize:
   """Bytes and rows of a rollout's cache, before it is allocated.
 
-  The layout is dense: [L, B, K, S, H], B decode slots of S tokens each.  Memory follows the slots, not the
+  The layout is dense: [L, B, K, S, H], B decode slots of S tokens each.  Memory depends on the slots, not on the
   trajectories, which queue for them; a group's prompt is prefilled once and copied inside the cache; attention
-  reads filled blocks only, so that the unfilled part of a row costs memory but no time.  docs/rollout.md argues
-  this against pages.
+  reads filled blocks only, so that the unfilled part of a row costs memory but no time.  docs/rollout.md says why
+  this and not pages.
 
   Attributes:
     bytes_token: keys and values of a token, all layers, on all devices that share a row.
     tokens_row: S.
     slots: B, rows on all devices.
-    trajectories: that take turns in them.
+    trajectories: how many use the slots, one after the other.
     devices_rows: over how many devices rows are split.
     devices_heads: over how many devices the heads of a row are split.
-    free_bytes: of a device, now; None where the backend does not say.
+    free_bytes: free memory of a device now; None where the backend does not say.
   """
 
   bytes_token: int
@@ -72,17 +72,17 @@ class CacheSize:
 
   @property
   def bytes_row(self) -> int:
-    """Of one row, on one device."""
+    """Bytes of one row, on one device."""
     return self.bytes_token * self.tokens_row // self.devices_heads
 
   @property
   def bytes_device(self) -> int:
-    """Of all rows that a device holds."""
+    """Bytes of all rows that a device holds."""
     return self.slots // self.devices_rows * self.bytes_row
 
   @property
   def slots_that_fit(self) -> int | None:
-    """On all devices; None where the backend does not say how much memory it has."""
+    """How many slots fit on all devices; None where the backend does not say how much memory it has."""
     if self.free_bytes is None:
       return None
     return max(0, int(_SPARE * self.free_bytes) // self.bytes_row) * self.devices_rows
@@ -109,7 +109,7 @@ def cache_size(model: family.Config, max_total_tokens: int, slots: int, trajecto
     max_total_tokens: of a trajectory.
     slots: wanted on all devices; 0 for as many as trajectories.
     trajectories: of a step.
-    mesh: where rows and heads go.
+    mesh: the devices that rows and heads are split over.
     free_bytes: see `CacheSize`.
   """
   shards, tokens = sharding.row_shards(mesh), shapes.up(max_total_tokens, cache_lib.BLOCK)
@@ -122,7 +122,7 @@ def cache_size(model: family.Config, max_total_tokens: int, slots: int, trajecto
 
 
 def device_gib(tree) -> float:
-  """What arrays take of the device that holds most of them."""
+  """GiB that arrays take of the device that holds most of them."""
   each: dict = {}
   for leaf in jax.tree.leaves(tree):
     for device in leaf.sharding.device_set:
@@ -132,19 +132,19 @@ def device_gib(tree) -> float:
 
 
 def limit_gib(devices) -> float | None:
-  """Memory that the smallest of some devices has for programs, or None where it does not say."""
+  """GiB that the smallest of some devices has for programs, or None where one does not say."""
   found = _stats(devices)
   return found and min(f["bytes_limit"] for f in found) / 2 ** 30
 
 
 def free_bytes() -> int | None:
-  """Memory that the fullest device of this process has left, or None where it does not say."""
+  """Bytes that the fullest device of this process has left, or None where one does not say."""
   found = _stats(jax.local_devices())
   return found and min(f["bytes_limit"] - f["bytes_in_use"] for f in found)
 
 
 def peak_gib(devices) -> float | None:
-  """The most that the fullest of some devices has held since this process began, or None where one does not say."""
+  """The most GiB that one of some devices has held since this process began, or None where one does not say."""
   found = _stats(devices)
   if not found or not all("peak_bytes_in_use" in f for f in found):
     return None

@@ -1,7 +1,7 @@
 """How fast a run is on its devices: tokens per second, and model FLOPs utilisation.
 
-`work` counts on the host what a step's trajectories hold; what `metrics` says follows from that, from the step's
-seconds, and from `costs.flops`.  All of it is in a line of metrics.jsonl, so that it can be worked out again.
+`work` counts on the host what a step's trajectories hold; `metrics` is computed from that, from the step's seconds, and
+from `costs.flops`.  All of these are in a line of metrics.jsonl, so that the metrics can be computed again.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Learner:
 
   Attributes:
     model: shapes.
-    passes: forward passes' worth of products that a step's score and updates need of each token.
-    vision_passes: the same of each patch.
+    passes: matrix products that a step's score and updates need for each token, in forward passes.
+    vision_passes: `passes` for each patch.
     devices: how many there are, in all processes.
-    peak_flops: bfloat16 matrix products that each can do a second, dense; None if that is not known.
+    peak_flops: dense bfloat16 operations a second of each device; None if that is not known.
   """
 
   model: family.Config
@@ -50,8 +50,8 @@ def learner(c: config_lib.ConfigDict, model: family.Config, devices: Sequence[ja
     model: shapes, and what is trained.
     devices: all there are.
 
-  Source: as `learner.step` does it, with nothing computed twice.  Scoring is a forward pass unless the only update
-  makes it, and one of the reference for the KL term.
+  Source: ours, from what `learner.step` does, with nothing computed twice.  Scoring is a forward pass, unless the only
+  update makes it, and another one of the reference for the KL term.
   """
   alone = c.ppo.minibatches * c.ppo.epochs == 1 and c.advantage.kind != "gae" and not c.loss.kl_in_reward
   scored = (not alone) + (c.loss.kl_coef > 0)
@@ -61,16 +61,16 @@ def learner(c: config_lib.ConfigDict, model: family.Config, devices: Sequence[ja
 
 
 def work(parts: Sequence[Sequence[types.Trajectory]]) -> pooled.Metrics:
-  """What a step's trajectories hold, padding apart; of this process, to be pooled with what the others have.
+  """What this process's trajectories of a step hold, without padding; to be pooled with the other processes'.
 
   Args:
     parts: the trajectories of each minibatch.
 
   Returns:
-    tokens/total: tokens: prompts (placeholders of the images among them), what was sampled, what tools said.
+    tokens/total: tokens of prompts (placeholders of images included), of sampled turns and of tool turns.
     tokens/context: how many tokens each of them sees, itself included, on average: n (n + 1) / 2 of n tokens.
-    patches/total: patches of the images; one that a minibatch shows several times, as a group's, counts once.
-    patches/of_image: how many patches its image has, on average over patches.
+    patches/total: patches of the images; an image that a minibatch shows several times, as a group's, counts once.
+    patches/of_image: how many patches a patch's image has, on average over patches.
   """
   lengths = [len(t.prompt_ids) + sum(len(turn.ids) for turn in t.turns) for part in parts for t in part]
   images = [{id(image): math.prod(image.grid_hw) for t in part for image in t.images} for part in parts]
@@ -85,7 +85,7 @@ def work(parts: Sequence[Sequence[types.Trajectory]]) -> pooled.Metrics:
 def device_memory(devices: Sequence[jax.Device]) -> pooled.Metrics:
   """memory/device_peak_gib: the most that the fullest of these devices has held since this process began, GiB.
 
-  Left out where a device does not tell, as a CPU does not.
+  Left out where a device does not report it, as a CPU does not.
   """
   peak = memory.peak_gib(devices)
   return {} if peak is None else {"memory/device_peak_gib": pooled.Max(peak)}
@@ -100,8 +100,9 @@ def metrics(line: Mapping[str, float], of: Learner) -> dict[str, float]:
 
   Returns:
     speed/tokens_s: tokens/total over the seconds of the whole step, from the end of the one before it: saving, data,
-      weights, rollout, score and update.  What dynamic sampling drew and dropped is not among the tokens; its time is.
-    speed/tokens_s_device: that by the number of devices.
+      weights, rollout, score and update.  It counts the time that dynamic sampling spends on trajectories that it
+      drops, but not their tokens.
+    speed/tokens_s_device: speed/tokens_s over the number of devices.
     speed/mfu: model FLOPs utilisation of score and update, see `mfu`; left out where the peak is not known.
   """
   seconds = sum(line.get(f"time/{phase}_s", 0.0) for phase in PHASES)
@@ -115,8 +116,8 @@ def metrics(line: Mapping[str, float], of: Learner) -> dict[str, float]:
 def operations(line: Mapping[str, float], of: Learner) -> float:
   """Floating-point operations that a step's score and updates need, on all devices together.
 
-  Of the tokens and patches that there are: neither padding, nor what is computed again for want of memory, nor an
-  image that several devices encode each for itself.  Logits are counted for every token, as they are computed.
+  Counted are real tokens and patches once each: no padding, nothing that is recomputed to save memory, no image twice
+  because several devices encode it.  Logits are counted for every token, as they are computed.
 
   Args:
     line: what `work` counts, of all processes.
@@ -130,13 +131,13 @@ def operations(line: Mapping[str, float], of: Learner) -> float:
 
 
 def mfu(line: Mapping[str, float], of: Learner) -> float:
-  """Model FLOPs utilisation of the learner: operations needed, over what the devices could have done meanwhile.
+  """Model FLOPs utilisation of the learner: operations needed, over those that the devices could do in the same time.
 
       mfu = operations / ((time/score_s + time/update_s) * devices * peak_flops)
 
   Args:
     line: time/score_s and time/update_s, seconds, and what `work` counts, of all processes.
-    of: with the peak known.
+    of: the learner; its peak must be known.
 
   Source: PaLM (arXiv 2204.02311), appendix B: observed throughput over the peak's, recomputation not counted.
   """

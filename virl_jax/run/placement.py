@@ -32,7 +32,7 @@ def row_lanes(mesh: Mesh) -> range:
 def place(tree, mesh: Mesh, axis: int = 0):
   """Puts host arrays on the mesh, an axis split over data and fsdp; each process gives its own part of that.
 
-  Arrays whose axis does not divide are kept whole on every device; with several processes, all then give the same.
+  Arrays whose axis does not divide are kept whole on every device; with several processes, all must give the same.
   """
   split, whole, n = sharding.rows(mesh, axis), sharding.replicated(mesh), sharding.row_shards(mesh)
   n = n // jax.process_count()
@@ -60,7 +60,7 @@ def place_rows(tree, mesh: Mesh):
 
 
 def fetch_rows(tree, axis: int = 0):
-  """numpy arrays of this process's rows, which are its part of an axis, wherever the arrays lie."""
+  """This process's rows, its part of an axis, as numpy arrays; its devices must hold them."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return jax.tree.map(lambda a: _rows(a, axis), tree)

@@ -30,11 +30,11 @@ _BOXES = 4  # ground-truth boxes of a task, J
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a step is taken to be like, beside what the configuration says.
+  """What is assumed of a step, besides the configuration.
 
   Attributes:
     trajectory_tokens: mean length of a trajectory.
-    crops: of a trajectory, all of the largest size, as is the image.
+    crops: crops of a trajectory; they, and the image, are assumed to be of the largest size.
   """
 
   trajectory_tokens: int
@@ -42,7 +42,7 @@ class Work:
 
 
 def work(c: config_lib.ConfigDict) -> Work:
-  """Trajectories half as long as they may be."""
+  """The default assumption: trajectories half as long as they may be."""
   return Work(c.rollout.max_total_tokens // 2)
 
 
@@ -52,9 +52,9 @@ class Program:
 
   Attributes:
     fn: the function.
-    args: its positional arguments: of arrays shapes, dtypes and places, of host scalars some value.
-    fixed: which of them, by number, are compiled in.
-    more: what it is given by name; all of that is compiled in.
+    args: its positional arguments: arrays as shapes, dtypes and shardings, host scalars as some value.
+    fixed: indices of those that are compiled in.
+    more: its arguments by name; all of them are compiled in.
   """
 
   fn: Callable
@@ -68,7 +68,7 @@ class Program:
 
   @property
   def arrays(self) -> tuple:
-    """The arguments that what is compiled still takes, in order."""
+    """The arguments that the compiled program still takes, in order."""
     return tuple(a for i, a in enumerate(self.args) if i not in self.fixed)
 
 
@@ -77,7 +77,7 @@ def program(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) ->
 
   Args:
     c: the configuration.
-    p: made of it for some devices, real ones or not.
+    p: its pieces, for devices that are here or not.
     name: which.
     work: what a step is like.
   """
@@ -87,7 +87,7 @@ def program(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) ->
 
 
 def lowered(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> Callable[[], jax.stages.Lowered]:
-  """What traces a program when called; arguments as `program` takes them."""
+  """A function that traces a program when it is called; arguments as in `program`."""
   return lambda: program(c, p, name, work).lower()
 
 
@@ -112,12 +112,12 @@ def _score(c, p, work) -> Program:
 
 
 def _split(c, p) -> tuple[dict, dict]:
-  """What is trained, and what is frozen."""
+  """Trained and frozen parameters."""
   return family.abstract(p.step.model, c.model.dtype, p.mesh)
 
 
 def _reference(c, p) -> dict | None:
-  """Of the KL term, if there is one."""
+  """The reference's parameters for the KL term, if there is one."""
   return state_lib.reference(*_split(c, p), p.step) if c.loss.kl_coef else None
 
 
@@ -168,7 +168,7 @@ def rows_of(c, p, work) -> tuple[int, int]:
 
 
 def _images(p, max_pixels: int, count: int, spec) -> types.ImageBatch:
-  """So many images of the largest size, square."""
+  """`count` images of the largest size, square."""
   grid = p.pack.grid
   side = max(1, math.isqrt(max_pixels) // grid.factor)
   windows, cells = patches.bucket((math.ceil(side / grid.window) ** 2, side ** 2), grid)
@@ -192,7 +192,7 @@ def _weights(c, p):
 
 
 def _slots(c, p) -> int:
-  """Of a shard."""
+  """Cache rows of a shard."""
   return -(-(c.engine.slots or c.rollout.prompts * c.rollout.group_size) // sharding.row_shards(p.policy.mesh))
 
 
@@ -263,13 +263,13 @@ def _spec(shape, dtype, where) -> jax.ShapeDtypeStruct:
 
 
 def cost(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> costs.Work:
-  """What a program does on all devices together: of `update` and `score` in a microbatch, of `decode` in a step."""
+  """What a program does on all devices together: `update` and `score` in one microbatch, `decode` in one step."""
   weights, how = _device_bytes(_weights(c, p)), p.step.model.tuning
   if name in ("update", "score"):
     rows, (at_once, _) = sharding.row_shards(p.mesh), rows_of(c, p, work)
     tokens = float(rows * at_once * width(c))
     batch = _batch(c, p, work)
-    # What is kept is not computed again, and a bound counts nothing that may be left out.
+    # With values kept, part of the recomputation is left out; a lower bound then counts none of it.
     update = name == "update"
     passes, of_vision = costs.update_passes(how) if update else (1.0, 1.0)
     remat = float(update and c.model.remat and not (c.model.remat_keep or c.model.remat_offload))
@@ -297,7 +297,7 @@ def cost(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> co
 
 
 def kinds(c: config_lib.ConfigDict, p: setup.Pieces, work: Work) -> dict[str, float]:
-  """GiB of a device by what they are: what training holds, and what rollouts do."""
+  """GiB on a device, by what holds them, in training and in rollouts."""
   state = _state(c, p)
   moved, _ = sample.moves(family.whole(*_split(c, p), p.step.model), p.policy.model, p.policy.mesh)
   found = {"parameters": (state.params, _split(c, p)[1]), "optimizer": state.opt_state, "batch": _batch(c, p, work),
@@ -307,7 +307,7 @@ def kinds(c: config_lib.ConfigDict, p: setup.Pieces, work: Work) -> dict[str, fl
 
 
 def live(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> float:
-  """GiB that lie on a device when a program begins: its arguments, and what waits beside them."""
+  """GiB that lie on a device when a program begins: its arguments, and what else is kept there meanwhile."""
   found = kinds(c, p, work)
   if name in ("update", "score"):
     beside = c.ppo.minibatches * found["batch"]
@@ -320,6 +320,6 @@ def live(c: config_lib.ConfigDict, p: setup.Pieces, name: str, work: Work) -> fl
 
 
 def _device_bytes(tree) -> int:
-  """What lies on the device itself."""
+  """Bytes of a tree on each device, without what is in the host's memory."""
   return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
              if a.sharding.memory_kind != "pinned_host")

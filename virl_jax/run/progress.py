@@ -1,5 +1,7 @@
-"""Bars for people who watch a terminal.  Where standard error is a file or a pipe, as in a pod, there are none: what is
-printed as lines is enough there, and the same in both."""
+"""Progress bars for people who watch a terminal.
+
+There are none where standard error is a file or a pipe, as in a pod; the lines that are printed are the same in both.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,18 @@ import sys
 
 import tqdm
 
-_DELAY_S = 2.0     # what is done sooner shows no bar
-_EVERY_S = 0.5
+_DELAY_S = 2.0     # work that is done sooner shows no bar
+_EVERY_S = 0.5     # between two updates of a bar
 
 
 def bar(total: int | None, words: str, unit: str, shown: bool = True) -> tqdm.tqdm:
-  """A bar with the time that is left, which goes when it is closed.
+  """A bar with the time that is left; it disappears when it is closed.
 
   Args:
-    total: how many there are to do, None if that is not known; from a million on they are counted in units of SI.
-    words: what is done.
-    unit: of what is counted, in the singular.
-    shown: False for none, such as on all processes but the first.
+    total: how many there are to do, None if that is not known; from a million on, counts have SI prefixes.
+    words: what is being done.
+    unit: what is counted, in the singular.
+    shown: False for no bar, such as on all processes but the first.
 
   Returns:
     A context manager, with `update(count)` for what has been done since the last call; 0 moves the clock.
@@ -38,6 +40,6 @@ def over(items: Iterable, total: int, words: str, unit: str, shown: bool = True)
 
 
 def say(line: object) -> None:
-  """Prints a line, above the bars that there are."""
+  """Prints a line, above any bars."""
   with tqdm.tqdm.external_write_mode(file=sys.stdout):
     print(line, flush=True)

@@ -31,17 +31,17 @@ from virl_jax.run import watch
 
 
 class Recorder:
-  """Writes a workdir's metrics.jsonl, rollouts/, bad_batches/ and tensorboard/, tells Weights & Biases if it should,
-  prints a line a step, and watches for failures.
+  """Writes a workdir's metrics.jsonl, rollouts/, bad_batches/ and tensorboard/, prints a line a step, raises alarms.
 
-  Of several processes the first does so, and all know what it has written.
+  It also logs to Weights & Biases, if the configuration says so.  Of several processes the first writes, and all know
+  what it has written.
 
   Args:
     workdir: the run's folder.
     c: the configuration.
-    start: the first step that will be recorded; what the folder holds of it and later ones is forgotten.
+    start: the first step that will be recorded; what metrics.jsonl holds of it and of later steps is dropped.
     header: what the figures are made with; see `log.MetricsLog`.
-    learner: what it runs on, and what steps take.
+    learner: the devices, and the operations of a step.
     clock: writes down where time goes.
     decode: text of token ids, for single tokens in the report; None leaves them out.
   """
@@ -53,7 +53,7 @@ class Recorder:
     self._optim = c.optim
     self._compiled, self._learner, self._clock = compiles.Counter(), learner, clock
     file = str(workdir / "metrics.jsonl")
-    sent = hosts.first(lambda: _logged(workdir / "metrics.jsonl"))  # before what will be done again is forgotten
+    sent = hosts.first(lambda: _logged(workdir / "metrics.jsonl"))  # before steps that will be done again are dropped
     self._log = hosts.first(lambda: log_lib.MetricsLog(file, start, header))
     self._history = hosts.first(lambda: log_lib.read(file))
     self._alarms = monitors.all_begun(self._history, self._watch)
@@ -73,12 +73,12 @@ class Recorder:
 
   @property
   def limit(self) -> np.float32:
-    """The longest gradient that the next step's updates follow; see `bad.limit`."""
+    """The largest gradient norm that the next step accepts; see `bad.limit`."""
     return bad.limit(self._history, self._optim.skip_above, self._optim.skip_window)
 
   @property
   def stuck(self) -> str | None:
-    """What to do if the last steps had too many updates that were not finite; such a run should end."""
+    """What to do if too many of the last steps had updates that were not finite, else None; such a run should end."""
     return bad.advice(self._history, self._optim.stop_after, self._optim.learning_rate, self._workdir)
 
   @property
@@ -87,14 +87,14 @@ class Recorder:
     return self._history[-1] if self._history else {}
 
   def score(self, name: str, steps: int) -> float | None:
-    """How good the policy has been in the last steps: the mean of a metric, or less it if "-" precedes its name.
+    """How good the policy has been in the last steps: the mean of a metric, negated if "-" precedes its name.
 
     Args:
-      name: as metrics.jsonl has it; "" for none.
-      steps: over how many, at least one.
+      name: of the metric, as in metrics.jsonl; "" for none.
+      steps: how many of the last steps; at least one is used.
 
     Returns:
-      The higher, the better; None without a name, or where the log has no such number.
+      The higher, the better; None without a name, or if the log has no such number.
     """
     found = [line.get(name.removeprefix("-")) for line in self._history[-max(steps, 1):]]
     found = [value for value in found if isinstance(value, (int, float))]
@@ -103,14 +103,14 @@ class Recorder:
     return float(np.mean(found)) * (-1 if name.startswith("-") else 1)
 
   def begin(self) -> None:
-    """A step begins; what passed since the last is what saving took of it."""
+    """Begins a step; the time since the last one was spent on saving a checkpoint, and counts to this step."""
     now = time.perf_counter()
     self._laps, self._then = {"time/checkpoint_s": now - self._then}, now
     self._waits, self._waited = {}, hosts.waited()
     hosts.beat("the last step")
 
   def lap(self, phase: str, arrays=None) -> None:
-    """A phase of the step has ended, once these arrays are there: what passed since the last is its time."""
+    """Ends a phase of the step, once these arrays are computed; its time is what has passed since the last phase."""
     jax.block_until_ready(arrays)
     now, waited = time.perf_counter(), hosts.waited()
     self._laps[f"time/{phase}_s"], self._then = now - self._then, now
@@ -123,10 +123,10 @@ class Recorder:
 
     Args:
       step: which, counted from 0.
-      parts: the trajectories of each minibatch; of this process.
-      minibatches: these, scored.
-      metrics: of the device: for each kind of call the metrics of its minibatches; updates come last.
-      host: of the host, by name; of all processes.
+      parts: this process's trajectories of each minibatch.
+      minibatches: the minibatches, scored.
+      metrics: the device's: for each kind of call the metrics of its minibatches; updates come last.
+      host: the host's metrics by name, the same on all processes.
 
     Raises:
       SystemExit: a metric is not finite, and no update was skipped for it.
@@ -168,14 +168,14 @@ class Recorder:
     self._then = time.perf_counter()
 
   def _goodput(self, step: int) -> dict[str, float]:
-    """What of all time since the run's first start went into steps that count, this one included."""
+    """The share of all time since the run's first start that went into steps that count, this one included."""
     compile_s = self._compiled.seconds - self._compiled_s
     self._compiled_s = self._compiled.seconds
     self._clock.lap("step", step=step, compile_s=compile_s, checkpoint_s=self._laps["time/checkpoint_s"])
     return {"speed/goodput": goodput.share(self._clock.parts)}
 
   def close(self) -> None:
-    """Everything is on disk when it returns."""
+    """Closes the writers; everything is on disk when this returns."""
     for board in self._boards:
       board.close()
 
@@ -187,7 +187,7 @@ def _logged(file: pathlib.Path) -> int:
 
 
 def save_gallery(file: pathlib.Path, entries: list[dict], most: int) -> list[dict]:
-  """Writes the first of what all processes have for the report, and returns them."""
+  """Writes the first `most` of all processes' entries for the report, and returns them."""
   all_ = hosts.in_order([(entry["rollout"], entry) for entry in entries[:most]])[:most]
   hosts.first(lambda: gallery.save(str(file), all_))
   return all_
@@ -204,13 +204,13 @@ def stops(trajectories: Sequence[types.Trajectory]) -> pooled.Metrics:
 
 def entries(trajectories: Sequence[types.Trajectory], scored: types.ScoredBatch, which: Sequence[int],
             decode: Callable[[Sequence[int]], str] | None = None) -> list[dict]:
-  """Trajectories for the report, with what training made of them.
+  """Trajectories for the report, with their scores in training.
 
   Args:
     trajectories: this process's part of the batch, in order.
     scored: the batch.
-    which: numbers of those that are wanted.
-    decode: text of token ids; None leaves out what training made of single tokens.
+    which: indices of the trajectories that are wanted.
+    decode: text of token ids; None leaves out the scores of single tokens.
   """
   rows = list(zip(*placement.fetch_rows((scored.iou_BR, scored.class_BR, scored.modulator_BR, scored.advantage_B,
                                      scored.reward_B))))

@@ -1,6 +1,6 @@
-"""What a folder with a policy tells those who serve it: how images are shown, what ends a turn, how it is sampled.
+"""The files of an HF folder that tell a server how images are shown, what ends a turn, and how to sample.
 
-A policy is used as it was trained and evaluated, not as its base was: transformers, vLLM and SGLang read these files.
+They make transformers, vLLM and SGLang use a policy as it was trained and evaluated, not as its base was.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def files(base: str, model: family.Config, c: config_lib.ConfigDict) -> dict[str
   """The JSON files, by name, that go with a policy in place of its base's.
 
   Args:
-    base: the HF folder that it began as; what it says of anything else stays.
-    model: its shapes and ids.
-    c: of the run.
+    base: the HF folder of its base; what its files say of anything else stays.
+    model: the policy's shapes and ids.
+    c: the run's configuration.
 
   Raises:
     ValueError: a file of the base is damaged.
@@ -29,16 +29,16 @@ def files(base: str, model: family.Config, c: config_lib.ConfigDict) -> dict[str
   whole = read("processor_config.json")
   found = {"preprocessor_config.json": preprocessor(read("preprocessor_config.json"), model, c),
            "generation_config.json": generation(read("generation_config.json"), model, c)}
-  if isinstance(whole.get("image_processor"), dict):  # which readers go by, if it is there
+  if isinstance(whole.get("image_processor"), dict):  # if it is there, readers use this section
     found["processor_config.json"] = {**whole, "image_processor": preprocessor(whole["image_processor"], model, c)}
   return found
 
 
 def preprocessor(base: dict, model: family.Config, c: config_lib.ConfigDict) -> dict:
-  """How an image becomes patches, as `images.prepare` makes them of a shown one.
+  """preprocessor_config.json: how an image becomes patches, as `images.prepare` does for a shown image.
 
-  There is one pair of pixel limits.  Crops have their own, `image.crop_min_pixels` and `image.crop_max_pixels`:
-  the program that carries out zooms resizes them.
+  The file has one pair of pixel limits.  Crops have limits of their own, `image.crop_min_pixels` and
+  `image.crop_max_pixels`: the program that carries out zooms resizes them.
   """
   low, high, grid = c.image.min_pixels, c.image.max_pixels, model.vision.grid
   return {
@@ -50,10 +50,10 @@ def preprocessor(base: dict, model: family.Config, c: config_lib.ConfigDict) -> 
 
 
 def generation(base: dict, model: family.Config, c: config_lib.ConfigDict) -> dict:
-  """How a turn is sampled, as in the run's evaluation, and which ids end it.
+  """generation_config.json: how a turn is sampled, as in the run's evaluation, and which ids end it.
 
-  All that a reader has a default for is written; none of the base's (a repetition penalty, say) was there in training.
-  Greedy is `top_k` 1, for servers don't read `do_sample`.
+  Every key that a reader has a default for is written, and none is the base's, such as a repetition penalty, which
+  training did not have.  Greedy sampling is `top_k` 1, because servers don't read `do_sample`.
   """
   keep = {key: base[key] for key in ("bos_token_id", "pad_token_id") if base.get(key) is not None}
   if c.eval.temperature == 0:

@@ -57,10 +57,10 @@ _LEAST_BFLOAT16_RATE = 1e-5
 
 
 def quiet() -> None:
-  """Libraries warn, and say no more: what a program does before JAX looks for devices."""
-  for chatty in ("absl", "jax"):  # Orbax tells of every file it writes, JAX of every accelerator it does not find
+  """Silences libraries except for warnings; called before JAX looks for devices."""
+  for chatty in ("absl", "jax"):  # Orbax logs every file that it writes, JAX every accelerator that it does not find
     logging.getLogger(chatty).setLevel(logging.WARNING)
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: none is needed
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that there is no PyTorch; none is needed
 
 
 def begin() -> None:
@@ -86,7 +86,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def config_file(values: flags.FlagValues) -> str:
-  """The path that --config gives; what may follow it behind a colon is for the file's own `get_config`.
+  """The path that --config gives, without what may follow after a colon, which is for the file's `get_config`.
 
   Raises:
     ValueError: there is no such file.
@@ -122,13 +122,15 @@ def told():
 
 
 def _words(e: Exception) -> str:
-  """An error in a line: ours as it is; others' with its type, and the first line alone."""
+  """An error in a line: ours as it is, others with their type and only the first line."""
   return str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
 
 
 def _leave_others(e: Exception) -> None:
-  """Says what has failed, if it is this process that knows, has the others end, and ends: a process that leaves
-  by the door would wait for them."""
+  """Prints what has failed, if it failed here, makes the others end, and ends this process.
+
+  It does not exit in the usual way, because that would wait for the others.
+  """
   if os.environ.get("VIRL_JAX_DEBUG"):
     traceback.print_exception(e)
   if not isinstance(e, hosts.Failed):
@@ -136,13 +138,13 @@ def _leave_others(e: Exception) -> None:
           file=sys.stderr, flush=True)
     hosts.fail(_words(e))
   else:
-    time.sleep(hosts.FAREWELL_S)  # it hears of the other's failure sooner
+    time.sleep(hosts.FAREWELL_S)  # before that `hosts` hears of the other's failure, prints it and ends this process
   os._exit(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sections:
-  """The sections of a configuration, each checked; those that are not here are used as they stand."""
+  """The sections of a configuration, each checked; those that are not here are used as they are."""
 
   needle: needle.Config
   image: images.Config
@@ -291,7 +293,7 @@ class Pieces:
     policy: for rollouts, in a layout of their own; see `sample.weights`.
     step: static argument of the learner's steps.
     pack: how batches are padded.
-    mesh: where arrays of training go.
+    mesh: the devices of training.
     hf_dir: the folder that the base came from.
   """
 
@@ -303,7 +305,7 @@ class Pieces:
 
 
 def pieces(c: config_lib.ConfigDict) -> Pieces:
-  """Builds them, reading only the base's config and tokenizer.
+  """Builds the pieces of a run, reading only the base's config and tokenizer.
 
   Raises:
     ValueError: if something that the configuration names is missing or does not fit.
@@ -323,7 +325,7 @@ def of_policy(path: str, c: config_lib.ConfigDict | None = None
     c: how prompts are worded and images shown, for an HF folder; None for the defaults.  A run has its own.
 
   Returns:
-    The configuration, a copy, the weights, and the pieces.
+    A copy of the configuration, the weights, and the pieces.
 
   Raises:
     ValueError: there is no policy at that path, a run is given another configuration, or a piece does not fit.
@@ -343,10 +345,10 @@ def of_endpoint(path: str | None, c: config_lib.ConfigDict | None = None) -> tup
     c: as for `of_policy`.
 
   Returns:
-    The configuration, a copy, and the pieces.
+    A copy of the configuration, and the pieces.
 
   Raises:
-    ValueError: as `of_policy` has it.
+    ValueError: as `of_policy`.
   """
   own = workdir_lib.config(path) if path and load.is_run(path) else None
   c = _of_policy(path or (c or config_lib.default()).model.path, own, c)
@@ -354,7 +356,7 @@ def of_endpoint(path: str | None, c: config_lib.ConfigDict | None = None) -> tup
 
 
 def _of_policy(path: str, own: config_lib.ConfigDict | None, c: config_lib.ConfigDict | None) -> config_lib.ConfigDict:
-  """A run's own configuration, or that for an HF folder, which it names."""
+  """A copy of a run's own configuration, or of the one for an HF folder, with that folder as its model.path."""
   if own is not None and c is not None:
     raise ValueError(f"--config must be left out for {path}: a run has its own")
   found = config_lib.ConfigDict((own or c or config_lib.default()).to_dict())
@@ -365,7 +367,7 @@ def _of_policy(path: str, own: config_lib.ConfigDict | None, c: config_lib.Confi
 
 def assemble(c: config_lib.ConfigDict, model: family.Config, codec: prompt.Codec | None, hf_dir: str, devices=None
              ) -> Pieces:
-  """`pieces`, of what has been read already.
+  """`pieces` from what has been read already.
 
   Args:
     c: the configuration.

@@ -1,17 +1,17 @@
 """What Ctrl-C, SIGTERM and a terminal that goes away do to a command: it closes what is open, says so, and ends.
 
 The main thread may be compiling, or waiting for a device, for minutes in which no Python runs in it; and raised in the
-middle of a save or of an update, an exception does harm.  So it is left alone: another thread receives the signal,
-closes what is open, and ends the process: with 130 for Ctrl-C, 129 for a lost terminal, and 0 for SIGTERM, with which
-schedulers take back a machine.  What the main thread was doing ends as if the process had been killed, which everything
-here survives; what a `closing` does comes first.  Another Ctrl-C ends the process at once; another SIGTERM does not,
-for schedulers send several.
+middle of a save or of an update, an exception does harm.  So the main thread is left alone: another thread receives the
+signal, closes what is open, and ends the process: with 130 for Ctrl-C, 129 for a lost terminal, and 0 for SIGTERM, with
+which schedulers take back a machine.  What the main thread was doing ends as if the process had been killed, which
+everything here survives; what is registered with `closing` is done first.  Another Ctrl-C ends the process at once;
+another SIGTERM does not, because schedulers send several.
 
-Where several processes train together, none may save or leave by itself: there, `note` has a signal only be
+Where several processes train together, none may save or leave by itself: there, after `note`, a signal is only
 remembered, and `hosts.agree` ends all of them at the same place.
 
-Signals belong to the whole process, hence the state of this module.  Without `install` it does nothing: where a
-notebook or another program calls, Ctrl-C is Python's `KeyboardInterrupt`, and who called decides.
+Signals belong to the whole process, hence the state of this module.  Without `install` it does nothing: in a notebook
+or another program, Ctrl-C is Python's `KeyboardInterrupt`, and the caller decides what it does.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ import socket
 import threading
 
 _CODES = {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGHUP: 129}
-_PATIENCE_S = 3.0  # then it is said that the process is still closing
+_PATIENCE_S = 3.0  # until a line says that the process is still closing
 
 _heard, _turn = threading.Event(), threading.Lock()
-_numbers: list[int] = []  # what this process hears
+_numbers: list[int] = []  # the signals that `install` took
 _noted: list[int] | None = None  # signals that were only remembered; None if they end this process
 _closing: list[Callable[[], str | None]] = []
 
 
 def install() -> None:
-  """Has these signals end this process as above; a command's first act, before imports that take seconds.
+  """Makes these signals end this process as above; called first in a command, before imports that take seconds.
 
-  What this process was started to ignore, as `nohup` and a shell's `&` have it, is ignored still.
+  Signals that this process was started to ignore, as by `nohup` or a shell's `&`, stay ignored.
   """
   hears, tells = socket.socketpair()
   tells.setblocking(False)
   numbers = _numbers[:] = [number for number in _CODES if signal.getsignal(number) != signal.SIG_IGN]
-  # Python's own handler in C writes the number there when the signal comes, whatever the main thread does.
+  # Python's own handler, in C, writes a signal's number to this socket, whatever the main thread is doing.
   signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
   _hear(numbers)
   os.register_at_fork(after_in_child=lambda: _forget(numbers))
@@ -53,10 +53,10 @@ def install() -> None:
 
 @contextlib.contextmanager
 def closing(close: Callable[[], str | None]):
-  """Within it, a signal has `close` called before the process ends.
+  """A `with` block in which a signal calls `close` before the process ends.
 
   Args:
-    close: called in another thread, while this one goes on; what it returns is said in the line.
+    close: called in another thread, while this one goes on; what it returns is printed in the last line.
   """
   wait()
   _closing.append(close)
@@ -75,9 +75,10 @@ def _hear(numbers: list[int]) -> None:
 
 
 def note() -> None:
-  """From now on a signal does nothing but be remembered, for `noted`; another Ctrl-C still ends the process at once.
+  """From now on a signal is only remembered, for `noted`; another Ctrl-C still ends the process at once.
 
-  Without `install` nothing changes.  In the main thread, after JAX has joined others: it may have taken SIGTERM.
+  Call it in the main thread, after JAX has joined other processes, which may replace the handler of SIGTERM.  Without
+  `install` nothing changes.
   """
   global _noted
   wait()
@@ -87,8 +88,10 @@ def note() -> None:
 
 
 def retake() -> None:
-  """A signal ends this process again as `install` has it, where JAX, joining others, has taken SIGTERM.  In the main
-  thread; without `install` nothing changes."""
+  """Makes signals end this process again as after `install`, where JAX has taken SIGTERM when it joined processes.
+
+  Call it in the main thread.  Without `install` nothing changes.
+  """
   wait()
   _hear(_numbers)
 
@@ -99,10 +102,10 @@ def noted() -> int:
 
 
 class Stopped(BaseException):
-  """All processes have agreed to stop here: the step in progress unwinds, and finished steps are saved.
+  """All processes have agreed to stop here: the step in progress is abandoned, and finished steps are saved.
 
   Attributes:
-    number: the signal that one of them has got.
+    number: the signal that one of them has received.
   """
 
   def __init__(self, number: int):
@@ -116,7 +119,7 @@ class Stopped(BaseException):
 
 
 def wait() -> None:
-  """Never returns if a signal has come: the process is about to end, and later errors are consequences."""
+  """Never returns if a signal has come: the process is about to end, and later errors are only consequences."""
   if _heard.is_set():
     threading.Event().wait()
 
@@ -129,7 +132,7 @@ def _listen(hears: socket.socket, _: socket.socket) -> None:
       _say("finishing what can't be cut off; another Ctrl-C ends it at once")
       hears.settimeout(None)
       continue
-    if number not in _CODES:  # of another handler of this process
+    if number not in _CODES:  # a signal that another handler of this process takes
       continue
     if _heard.is_set() or _noted:
       if number == signal.SIGINT:
@@ -145,8 +148,10 @@ def _listen(hears: socket.socket, _: socket.socket) -> None:
 
 
 def _leave(numbers: list[int]) -> None:
-  """The command has ended by itself.  What was heard before goes first; what comes from now on is ignored: Python gives
-  up its handlers some time before the process is gone, and then it would kill."""
+  """Called when the command ends by itself: a signal that came before still ends the process, later ones are ignored.
+
+  Python drops its handlers some time before the process is gone, and a signal would kill it then.
+  """
   for number in numbers:
     signal.signal(number, signal.SIG_IGN)
   wait()
@@ -172,13 +177,13 @@ def _close(number: int) -> None:
 
 
 def _say(line: str) -> None:
-  with contextlib.suppress(OSError, ValueError):  # whoever listened may be gone
+  with contextlib.suppress(OSError, ValueError):  # standard output may be closed
     print(line, flush=True)
 
 
 def _end(code: int) -> None:
   for child in multiprocessing.active_children():  # they would wait for this process for ever
     child.kill()
-  # Gives back what they shared, if there were any, be they gone by the same signal: or its tracker warns of a leak.
+  # Releases what children shared, even if the same signal has ended them: or multiprocessing's tracker warns of a leak.
   multiprocessing.util._run_finalizers(0)
   os._exit(code)

@@ -40,7 +40,7 @@ def load(c: config_lib.ConfigDict, split: str):
 
 def _planned(d: config_lib.ConfigDict, split: str, found: sets.Source | jsonl.Source,
              held_out: sets.Source | jsonl.Source | None = None) -> mixture.Source:
-  """A source that is walked through by weights, from easy to hard, or both; and known with what is held out for it."""
+  """A source whose tasks are drawn by weights, from easy to hard, or both; its fingerprint covers what is held out."""
   parts, rate_N, epochs, known = mixture.weighted(d.weights, found.names), None, d.easy_first_epochs, {}
   about = [] if held_out is None else [f"held out: {held_out.describe()}"]
   if d.weights:

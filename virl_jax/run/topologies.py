@@ -1,4 +1,4 @@
-"""Machines that programs can be compiled for without having them: their data sheets, and stand-ins for JAX."""
+"""Machines that programs can be compiled for without having them: data sheets, and devices that JAX compiles for."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Chip:
 
   Attributes:
     platform: "cpu", "gpu" or "tpu".
-    memory_gib: what programs can have of its memory.
-    flops: bfloat16 matrix products a second, dense.
+    memory_gib: memory that programs can have.
+    flops: dense bfloat16 operations a second.
     bandwidth: bytes a second, of its own memory.
     link: bytes a second that it receives from its neighbours in the same machine or slice.
     kind: what JAX calls it.
-    cores, capability: of a GPU: multiprocessors, and the compute capability.
-    shared_kib: of a GPU: shared memory a multiprocessor.
+    cores, capability: multiprocessors and compute capability of a GPU.
+    shared_kib: shared memory of each multiprocessor of a GPU.
   """
 
   platform: str
@@ -41,8 +41,8 @@ class Chip:
   shared_kib: int = 0
 
 
-# Vendors' data sheets: NVIDIA A100, H100 SXM, H200, L40S, RTX 4090; Google Cloud's pages of TPU v5e, v5p and v6e.
-# TPU memory is what the compiler accepts, a little less than what is built in; of GPUs, a GiB is the driver's.
+# From vendors' data sheets: NVIDIA A100, H100 SXM, H200, RTX 4090; Google Cloud's pages of TPU v5e, v5p and v6e.
+# TPU memory is what the compiler accepts, a little less than what is built in; of a GPU's, a GiB is the driver's.
 CHIPS = {
     "a100-40": Chip("gpu", 38.5, 312e12, 1.555e12, 300e9, "NVIDIA A100-SXM4-40GB", 108, (8, 0), 164),
     "a100-80": Chip("gpu", 78.0, 312e12, 2.039e12, 300e9, "NVIDIA A100-SXM4-80GB", 108, (8, 0), 164),
@@ -54,8 +54,8 @@ CHIPS = {
     "v6e": Chip("tpu", 31.25, 918e12, 1.64e12, 448e9, "TPU v6 lite"),
     "cpu": Chip("cpu", kind="cpu"),
 }
-_ALSO = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}  # other names of the same
-# Nothing runs on a chip, so that several processes may have the compiler at once.
+_ALSO = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}  # other names of the same chips
+# Nothing runs on a chip, so that several processes may use the compiler at the same time.
 _TPU_ENVIRONMENT = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                     "TPU_WORKER_ID": "0"}
 # A text proto, as XLA's GpuTargetConfigProto has it.
@@ -106,11 +106,11 @@ def parse(name: str) -> Topology:
 
 
 def here(devices: list, memory_gib: float) -> Topology:
-  """The machine that these devices are; how fast it is, only where the table has their kind.
+  """The machine that these devices are; its speeds are known only if `CHIPS` has their kind.
 
   Args:
-    devices: real ones.
-    memory_gib: that programs can have of each.
+    devices: devices that are here.
+    memory_gib: memory that programs can have of each.
   """
   kind = devices[0].device_kind
   chip = known(kind) or Chip(sharding.platform(devices[0]), kind=kind)
@@ -118,17 +118,17 @@ def here(devices: list, memory_gib: float) -> Topology:
 
 
 def known(kind: str) -> Chip | None:
-  """The chip of the table that JAX calls so, or None.
+  """The chip of `CHIPS` that JAX calls by this name, or None.
 
   Args:
-    kind: `jax.Device.device_kind`.  What a TPU is called has changed with versions of libtpu.
+    kind: `jax.Device.device_kind`.  TPUs have other names in other versions of libtpu.
   """
   kind = _ALSO.get(kind, kind)
   return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
 
 
 def peak_flops(kind: str) -> float | None:
-  """Dense bfloat16 operations per second of the device that JAX calls so; None if unknown.
+  """Dense bfloat16 operations per second of the device that JAX calls by this name; None if unknown.
 
   Args:
     kind: `jax.Device.device_kind`.
@@ -138,7 +138,7 @@ def peak_flops(kind: str) -> float | None:
 
 
 def prepare(topology: Topology) -> None:
-  """Has JAX look for CPU devices alone; to be called before it looks for any.
+  """Makes JAX look for CPU devices only; to be called before it looks for any.
 
   Raises:
     ValueError: a package is missing.
@@ -154,12 +154,12 @@ def prepare(topology: Topology) -> None:
 
 
 def devices(topology: Topology) -> list:
-  """Stand-ins for its devices, which programs can be compiled for and not run on."""
+  """The topology's devices, which programs can be compiled for but, except for a CPU's, not run on."""
   chip = topology.chip
   if chip.platform == "cpu":
     return jax.devices()[:topology.count]
   if chip.platform == "tpu":
-    for key, value in _TPU_ENVIRONMENT.items():  # libtpu is loaded by what follows
+    for key, value in _TPU_ENVIRONMENT.items():  # before what follows loads libtpu
       os.environ.setdefault(key, value)
     kind = topology.name.partition(":")[0]
     more = {}

@@ -1,12 +1,12 @@
-"""A model that judges a run's answers that no rule takes for right: process 0 asks it, and all go by what it said.
+"""A model that judges those answers of a run that no rule accepts: process 0 asks it, for all processes.
 
-Verdicts are looked up before anybody is asked, in a folder of the workdir: a run that goes on from a checkpoint is
-given the ones that it was given before, and no answer is asked about twice.  In WORKDIR/verdicts/:
+Verdicts are looked up in a folder of the workdir before the model is asked, so that a run that goes on from a
+checkpoint has the same verdicts as before, and no answer is asked about twice.  In WORKDIR/verdicts/:
 
-    000000.jsonl, ...    those of one round of questions each, as `judge_model.Judge` has them, with what was asked
+    000000.jsonl, ...    of one round of questions each: verdicts as `judge_model.Judge` has them, with the questions
 
-An endpoint that gives no reply is waited for, and the run says so; after `patience_s` it ends, with its last finished
-step saved.  No answer is wrong because of a connection.
+If the endpoint gives no reply, the run says so and waits; after `patience_s` it ends, with its last finished step
+saved.  No answer counts as wrong because of a connection.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from virl_jax.data import judge_model
 from virl_jax.run import files
 from virl_jax.run import hosts
 
-_ROUND = 32  # questions for each that may be under way, before processes meet again
-_TRIES = 2  # before it is said that the run waits
+_ROUND = 32  # times `in_flight`: most questions before processes meet again
+_TRIES = 2  # of a request before the run says that it waits
 _LONGEST_WAIT_S = 60.0
 
 
 class Verdicts:
-  """What `answers.grade` takes for its judge; see above.  All processes call it at the same places."""
+  """The judge that `answers.grade` takes; see above.  All processes call it at the same places."""
 
   def __init__(self, cfg: judge_model.Config, folder: epath.Path):
-    """Args:
+    """Reads the verdicts that there are.
+
+    Args:
       cfg: whom to ask.
       folder: of the verdicts; made when there are some.
 
     Raises:
-      ValueError: it can't be read.
+      ValueError: the folder can't be read.
     """
     self._cfg, self._folder = cfg, folder
     self._fresh: list[dict] = []
@@ -48,15 +50,15 @@ class Verdicts:
   def __call__(self, trajectories: Sequence[types.Trajectory]) -> list[float | None]:
     """What answers are worth: 1 or 0; None for tasks whose answers are not judged.
 
-    A reply that says neither yes nor no is worth 0.
+    An answer is worth 0 if the reply says neither yes nor no.
 
     Args:
       trajectories: of this process, those that are wrong by their rules.
 
     Raises:
       judge_model.Unreachable: the endpoint has given no reply for `patience_s`.
-      SystemExit: so with several processes, on all of them: they leave alike, and so can save their last step.
-      ValueError: it refuses the request.
+      SystemExit: the same with several processes, on all of them, so that they leave together and save the last step.
+      ValueError: the endpoint refuses the request.
       signals.Stopped: see `hosts.agree`.
     """
     mine = [self._question(t) for t in trajectories]
@@ -67,12 +69,17 @@ class Verdicts:
     return [None if it is None else found[it] or 0.0 for it in mine]
 
   def metrics(self) -> dict[str, float]:
-    """Of the last call, over all processes: answers that the model has judged, now or before, those that it found
-    right, and those of which it said neither."""
+    """Counts of the last call, over all processes.
+
+    Returns:
+      judge/answers: answers that the model has judged, in this call or earlier.
+      judge/right: those that it found right.
+      judge/unclear: those that it called neither right nor wrong.
+    """
     return dict(zip(("judge/answers", "judge/right", "judge/unclear"), map(float, self._took)))
 
   def _question(self, t: types.Trajectory) -> judge_model.Asked | None:
-    """With options there is nothing to judge, and without an answer there is no question."""
+    """What to ask about a trajectory's answer; None if the task has options, no reference, or another rule."""
     task = t.task
     if task.options or not task.answers or task.match.partition(":")[0] not in self._cfg.rules:
       return None
@@ -85,7 +92,7 @@ class Verdicts:
       began, wait_s = time.monotonic(), self._cfg.wait_s
       while isinstance(said := hosts.first(lambda some=some, began=began: self._try(some, began)), str):
         hosts.say(said)
-        hosts.agree([0])  # so that a signal ends the wait, and nobody takes it for a hang
+        hosts.agree([0])  # so that a signal ends the wait, and `watch` sees progress
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
       if isinstance(said, judge_model.Unreachable):
@@ -95,7 +102,7 @@ class Verdicts:
     return found
 
   def _try(self, asked: list[judge_model.Asked], began: float) -> list[float | None] | str | judge_model.Unreachable:
-    """Process 0's: the verdicts, or that the run has to wait, in words, or that it has waited long enough."""
+    """Process 0's: the verdicts, or a line that says that the run waits, or the error once it has waited too long."""
     try:
       return self._judge.verdicts(asked)
     except judge_model.Unreachable as e:

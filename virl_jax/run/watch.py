@@ -1,8 +1,8 @@
 """Watches over the steps of a run: names one that takes far longer than the others, and ends a run that is stuck.
 
-Each phase of a step and each round of a rollout calls `beat`.  A thread looks now and then; after too long without a
-beat it writes down where all threads are and ends the process, so that its launcher can start it again.  The main
-thread can't do that: it may wait for a device, or for another process, for ever.
+Each phase of a step and each round of a rollout calls `hosts.beat`.  A thread checks now and then; after too long
+without a beat it writes the stacks of all threads to a file and ends the process, so that its launcher can start it
+again.  The main thread can't do that: it may wait for a device, or for another process, for ever.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from virl_jax import checks
 from virl_jax.run import files
 from virl_jax.run import hosts
 
-STUCK = 75  # the status of a process that was stuck: "try again", as sendmail's family has it
-_UPLOAD_S = 20.0
+STUCK = 75  # exit status of a process that was stuck: EX_TEMPFAIL of sysexits.h
+_UPLOAD_S = 20.0  # most time for writing the stacks to a bucket
 _LIKE = 20  # steps that a step is compared with
-_LEAST_LIKE = 5
-_LEAST_EXCESS_S = 5.0  # what a step must take longer than its like to be worth a line
+_LEAST_LIKE = 5  # fewest of them
+_LEAST_EXCESS_S = 5.0  # a step is reported only if it took so much longer than those
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,13 @@ class Config:
 
 @contextlib.contextmanager
 def over(folder: epath.Path, cfg: Config):
-  """Within it, a process without progress for `cfg.stuck_s` ends with a line and status `STUCK`; 0 turns this off.
+  """A `with` block in which a process without progress for `cfg.stuck_s` ends with a line and status `STUCK`.
+
+  `stuck_s` = 0 turns this off.
 
   Args:
     folder: where the threads' stacks are written.
-    cfg: how long.
+    cfg: how long, in seconds.
   """
   if not cfg.stuck_s:
     yield
@@ -88,7 +90,7 @@ def _end(folder: epath.Path, where: str, stuck_s: float) -> None:
 
 
 def _write_stacks(file: epath.Path) -> None:
-  """Writes where all threads are.  A bucket may be what they wait for: this process does so only for a while."""
+  """Writes the stacks of all threads; to a bucket, which may be what they wait for, within `_UPLOAD_S`."""
   if files.is_local(file):
     with open(file, "w") as out:
       faulthandler.dump_traceback(out, all_threads=True)
@@ -117,13 +119,13 @@ def _write_stacks(file: epath.Path) -> None:
 def slow(history: Sequence[Mapping], laps: Sequence[tuple[str, Mapping[str, float]]], cfg: Config) -> str | None:
   """A warning about the last step, if it took far longer than others like it.
 
-  Steps that compile anything are not compared, nor are others compared with them.
+  Steps that compile anything are neither compared nor compared with.
 
   Args:
-    history: lines of the log, the last step's among them.
-    laps: of each process, where it runs, and for how many seconds each phase of that step kept it waiting for others
-      (see `hosts.waited`).
-    cfg: how much longer: `slow_ratio` times the median; 0 never.
+    history: lines of the log, the last step's included.
+    laps: of each process, the machine that it runs on, and for how many seconds it waited for others in each phase of
+      that step (see `hosts.waited`).
+    cfg: how much longer: `slow_ratio` times the median; 0 never warns.
 
   Returns:
     A line, or None.

@@ -1,4 +1,4 @@
-"""The folder that a run owns: whose it is, who is using it, and what its figures are made with.
+"""The folder that a run owns: which run's it is, which process uses it, and what its figures are made with.
 
 It may lie in a bucket: see `run/files.py`.  Of several processes the first writes it, and all must see it.
 """
@@ -23,7 +23,7 @@ from virl_jax.run import files
 from virl_jax.run import hosts
 from virl_jax.run import signals
 
-# What no run can change and still be that run, and why; a section stands for all its keys.
+# What a run can never change, and why; a section stands for all its keys.
 _FIXED = {"model.path": "the checkpoints are of that model",
           "model.dtype": "the checkpoints hold parameters of that type",
           "model.freeze_vision": "the checkpoints hold what is trained",
@@ -42,7 +42,7 @@ _LOCK = ".lock"
 
 @dataclasses.dataclass
 class Claimed:
-  """A workdir that no other process uses until this is closed, or this process ends, however it ends.
+  """A workdir that no other process uses until this is closed, or this process ends in any way.
 
   Attributes:
     folder: the workdir.
@@ -74,13 +74,13 @@ def claim(path: str, c: config_lib.ConfigDict, source=None, changes: bool | None
   Args:
     path: the workdir.
     c: the run's configuration.
-    source: the run's data, with `fingerprint` and `describe`; None if the folder is not about any.
-    changes: whether knobs that belong to the run may differ from what the folder holds, but for those that make it
-      another run; None where the command has no such option.
+    source: the run's data, with `fingerprint` and `describe`; None if it has none.
+    changes: whether knobs that belong to the run may differ from what the folder holds, except for those that a run can
+      never change; None where the command has no such option.
     free: dotted keys that may always differ; None for `config.free_keys()`.
 
   Raises:
-    ValueError: it is another run's, another process is using it, or it can't be made; nothing in it is touched.
+    ValueError: the folder is another run's, another process is using it, or it can't be made; nothing in it is touched.
   """
   if source is not None and hosts.several():
     hosts.same("data", {"fingerprint": source.fingerprint(), "content": source.describe()})
@@ -105,7 +105,7 @@ def alike(c: config_lib.ConfigDict) -> None:
   Raises:
     ValueError: names the first difference.
   """
-  if not hosts.several():  # nor are all files of the package read for nothing
+  if not hosts.several():  # spares a single process reading all files of the package, see `_code`
     return
   hosts.same("configuration", config_lib.flat(json.loads(config_lib.to_json(c))))
   hosts.same("code", {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version(),
@@ -121,7 +121,7 @@ def _code() -> str:
 
 
 def _claim(path: str, c: config_lib.ConfigDict, source, changes: bool | None, free: Collection[str] | None) -> Claimed:
-  """`claim`, of one process."""
+  """`claim` on one process."""
   folder = files.path(path)
   free = config_lib.free_keys() if free is None else free
   try:
@@ -164,8 +164,8 @@ def header(c: config_lib.ConfigDict, changed: dict[str, list] | None = None) -> 
     changed: see `Claimed`.
 
   Returns:
-    "config", the whole of it; "versions" by package, and of Python; "device", its kind; "devices", how many; and
-    "changed", if anything was.
+    "config", the whole configuration; "versions" of Python and of packages; "device", its kind; "devices", how many;
+    and "changed", if anything was changed.
   """
   return {"config": json.loads(config_lib.to_json(c)),
           "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
@@ -175,7 +175,7 @@ def header(c: config_lib.ConfigDict, changed: dict[str, list] | None = None) -> 
 
 def _compare(folder: epath.Path, c: config_lib.ConfigDict, source, changes: bool | None, free: Collection[str]
              ) -> dict[str, list]:
-  """The knobs of a folder's configuration that this one changes on purpose: key -> [old, new].
+  """The knobs in which a configuration differs from the folder's, if that is allowed: key -> [old, new].
 
   Raises:
     ValueError: the folder is another run's.
@@ -209,8 +209,8 @@ def _compare(folder: epath.Path, c: config_lib.ConfigDict, source, changes: bool
 
 
 def fingerprint(folder: epath.Path) -> dict | None:
-  """What a run's data.json holds, "fingerprint" and "was" (what the data called itself); None for a folder without one,
-  as runs left them once.
+  """What a run's data.json holds: "fingerprint", and "was", the data's description; None for a folder without the file,
+  as older versions left it.
 
   Raises:
     ValueError: it holds something else.
@@ -235,5 +235,5 @@ def _lost(message: str) -> None:
 def _version(package: str) -> str:
   try:
     return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:  # virl_jax, run from its folder
+  except importlib.metadata.PackageNotFoundError:  # virl_jax, run from a checkout
     return "not installed"

@@ -60,7 +60,7 @@ class Vision:
     heads: N; H = hidden / heads must be a multiple of 4.
     intermediate: F.
     out: width of the merged tokens, the text decoder's D.
-    full_blocks: indexes of the blocks that attend over the whole image; the others stay in windows.
+    full_blocks: indices of the blocks that attend over the whole image; the others attend within windows.
     patch, temporal, merge: see `patches.Grid`.
     window_px: side of an attention window, pixels.
     eps: of RMSNorm.
@@ -96,12 +96,12 @@ class Config:
     vision: the tower's shapes.
     image_token, video_token, vision_start, vision_end, vision_pad: placeholder ids, never sampled.
     eos: ids each of which ends a turn.
-    compute_dtype: of matrix products; norms, rotary and softmax stay float32 where the reference has them.
+    compute_dtype: of matrix products; norms, rotary embedding and softmax are float32 where the reference's are.
     remat: recompute layers in the backward pass.
-    remat_keep: of a layer that is recomputed, names of values that are kept, out of `remat.NAMES`.
-    remat_offload: names of values that are kept in the host's memory.
-    patches_together, gather_vision: see `vision.encode`.
-    tuning: which parameters are trained, and which there are beside the released ones.
+    remat_keep: names of values that are kept of a recomputed layer, out of `remat.NAMES`.
+    remat_offload: names of values that are kept of it in the host's memory.
+    patches_together, gather_vision: `together` and `gather` of `vision.encode`.
+    tuning: which parameters are trained, and which there are besides the released ones.
     platform: what the model is compiled for, one of `attention.PLATFORMS`.  It picks kernels, and model code asks
       nothing else about the machine: the caller knows the devices (`sharding.platform`).  What "cpu" picks runs
       anywhere.
@@ -160,8 +160,8 @@ SIZES = {
 def tiny(vocab: int, ids: dict) -> Config:
   """A Qwen2.5-VL of about two million parameters, for the needle task.
 
-  Its rotary sections take turns (time, height, width, time, ...).  In three blocks, as released, the width
-  of a head this small would get only frequencies too low to tell neighbouring columns apart.
+  Its rotary sections alternate (time, height, width, time, ...).  In three blocks, as released, the width axis
+  of a head this small would get only frequencies that are too low to tell neighbouring columns apart.
 
   Args:
     vocab: rows of the embedding.
@@ -175,7 +175,7 @@ def tiny(vocab: int, ids: dict) -> Config:
 
 
 def transformers_name(name: str) -> str:
-  """What transformers calls a tensor of the released layout while the model is in memory."""
+  """The name that transformers has in memory for a tensor of the released layout."""
   for theirs, released in (("model.language_model.", "model."), ("model.visual.", "visual.")):
     if name.startswith(released):
       return theirs + name.removeprefix(released)
@@ -185,8 +185,8 @@ def transformers_name(name: str) -> str:
 def released_name(name: str) -> str:
   """An HF tensor name in the released layout.
 
-  Three namings exist: as released (`visual.*`, `model.layers.*`), in newer transformers' memory (`model.visual.*`,
-  `model.language_model.*`), and in between (`visual.*`, `language_model.*`).
+  Three namings exist: as released (`visual.*`, `model.layers.*`), as newer transformers have in memory
+  (`model.visual.*`, `model.language_model.*`), and a mixture (`visual.*`, `language_model.*`).
   """
   for prefix, to in _PREFIXES:
     if name.startswith(prefix):
@@ -197,11 +197,11 @@ def released_name(name: str) -> str:
 def from_hf(config: dict, where: str = "config.json") -> Config:
   """Reads a parsed config.json, flat or nested.
 
-  What is left out is as transformers' classes have it, where they have something that fits any model.
+  Absent keys have the defaults of transformers' classes, if these fit any model.
 
   Args:
     config: the parsed file.
-    where: named in errors.
+    where: the file's name in errors.
 
   Raises:
     ValueError: a key is missing or of another type, asks for what is not implemented here, or does not fit another.
@@ -247,7 +247,7 @@ def _refuse_quantised(where: str, *sections: dict) -> None:
 
 
 def _rope(config: dict, t: dict, where: str, of_text: str) -> dict:
-  """The rotary embedding's keys; those of another kind than the plain one are refused, wherever they stand."""
+  """The rotary embedding's keys, from any of the sections that may hold them; other kinds than M-RoPE are refused."""
   found = {}
   for section, place in ((config, where), (t, of_text)):
     for key in ("rope_parameters", "rope_scaling"):  # the second counts if both are there
@@ -266,8 +266,8 @@ def _rope(config: dict, t: dict, where: str, of_text: str) -> dict:
 def _refuse_other_numbers(t: dict, of_text: str, v: dict, of_vision: str) -> None:
   """Refuses keys that ask for other numbers than the forward pass computes.
 
-  These are the keys that transformers reads.  All else is harmless: biases are told by the tensors, dropout is
-  training's, and `max_position_embeddings` bounds nothing for this kind of rotary embedding.
+  These are among the keys that transformers reads; the others are harmless: the tensors show which biases there are,
+  dropout is for training, and `max_position_embeddings` has no effect on this kind of rotary embedding.
   """
   for section, where in ((t, of_text), (v, of_vision)):
     act = section.get("hidden_act")
@@ -317,7 +317,7 @@ def to_hf(cfg: Config, dtype: str) -> dict:
       "tie_word_embeddings": t.tied, "use_sliding_window": False, "attention_dropout": 0.0,
       "max_position_embeddings": 128000, "initializer_range": 0.02, "use_cache": True,
       "eos_token_id": cfg.eos[0] if len(cfg.eos) == 1 else list(cfg.eos) or None,
-      "bos_token_id": None,  # no text begins with it; left out, readers assume the released vocabulary's
+      "bos_token_id": None,  # there is none; without the key, readers assume the released vocabulary's
       **{theirs: getattr(cfg, ours) for ours, theirs in _IDS.items()},
       "vision_config": {
           "model_type": Config.model_type, "depth": v.depth, "hidden_size": v.hidden, "num_heads": v.heads,

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as the rest of the code sees it: what `family` asks of a family, and inputs as transformers makes them."""
+"""Qwen2.5-VL as the rest of the code sees it: what `family` requires, and inputs as transformers makes them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def specs(cfg: Config) -> dict:
 
 def embed(params: dict, cfg: Config, tokens_BT: jax.Array, vision_BT: jax.Array,
           image_batches: tuple[types.ImageBatch, ...]) -> jax.Array:
-  """Input embeddings: the token's, or the vision token that stands in its place.
+  """Input embeddings: the token's, or in its place a merged vision token.
 
   Args:
     params: the model's parameters.
     cfg: the model.
     tokens_BT: int32 ids.
-    vision_BT: int32 index into the merged tokens of all `image_batches` put end to end; -1 on text.  Under a mesh, of
-      those of the row's own shard: images live where their rows do, and no device sees another's.
+    vision_BT: int32 index into the merged tokens of all `image_batches` put end to end; -1 on text.  Under a mesh it
+      counts the tokens of the row's own shard: images are on the devices of their rows, and no device sees another's.
     image_batches: buckets of images, possibly none.
 
   Returns:
@@ -69,7 +69,7 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, pos_BXT: jax.Array, 
     pos_BXT: int32 M-RoPE positions.
     valid_BT: bool, False on padding, on either side.
     lengths_BS: int32, where rows hold several sequences end to end, their lengths, the longest first; 0 for none.
-      Worth giving where a row holds one: kernels that want no padding before the tokens are used only then.
+      Give it for single sequences too: kernels that allow no padding before the tokens are used only with it.
   """
   x = embed(params, cfg, tokens_BT, vision_BT, image_batches)
   segment_BT = (jnp.where(valid_BT, 0, -1) if lengths_BS is None else
@@ -89,7 +89,7 @@ def extend(params: dict, cfg: Config, x_ATD: jax.Array, pos_AXT: jax.Array, n_ne
 
 
 def head(params: dict) -> jax.Array:
-  """[D, V]: what makes logits of final hidden states, in the parameters' dtype."""
+  """[D, V]: the matrix from final hidden states to logits, in the parameters' dtype."""
   return text.head(params["text"])
 
 

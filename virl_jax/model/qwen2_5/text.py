@@ -20,7 +20,7 @@ from virl_jax.model import sharding
 from virl_jax.model.qwen2_5 import config
 
 Spec = params_lib.ParamSpec
-_HEADS = ("rows", None, "tensor")  # where queries, keys and values lie
+_HEADS = ("rows", None, "tensor")  # how queries, keys and values are split
 
 
 def specs(cfg: config.Text) -> dict:
@@ -84,11 +84,11 @@ def apply(params: dict, cfg: config.Text, x_BTD: jax.Array, pos_BXT: jax.Array, 
     cfg: shapes.
     x_BTD: input embeddings.
     pos_BXT: int32 M-RoPE positions.
-    segment_BT: int32, where a row holds several sequences, the number of each token's; negative on padding.
+    segment_BT: int32, the number of each token's sequence within its row; negative on padding.
     remat: recompute blocks in the backward pass.
-    lengths_BS: if sequences stand end to end, their lengths; see `attention.attend`.
+    lengths_BS: int32, if sequences are end to end, their lengths; see `attention.attend`.
     platform: see `config.Config`.
-    kept: what of a block is not computed again.
+    kept: values of a block that are not recomputed.
 
   Returns:
     [B, T, D] after the final norm.
@@ -131,14 +131,14 @@ def extend(params: dict, cfg: config.Text, x_ATD: jax.Array, pos_AXT: jax.Array,
     cfg: shapes.
     x_ATD: embeddings of the chunk.
     pos_AXT: int32 M-RoPE positions of the chunk.
-    n_new_A: int32, how many of the T tokens are real; 0 leaves a row as it is.
-    cache: what came before.  Donate it.
+    n_new_A: int32, how many of each row's T tokens are real; 0 leaves a row as it is.
+    cache: the cache before the chunk.  Donate it.
     row_A: which rows; see `cache.places`.
     platform: see `config.Config`.
 
   Returns:
-    [A, T, D] after the final norm (nonsense on padding), and the longer cache.  Tokens past the last slot
-    are dropped: the caller sees to it that there is room.
+    [A, T, D] after the final norm (meaningless on padding), and the longer cache.  Tokens past the last slot
+    are dropped: the caller makes sure that there is room.
   """
   cos, sin = rope.mrope(pos_AXT, cfg.head_size, cfg.mrope_section, cfg.theta)
   at = cache_lib.places(cache, n_new_A, x_ATD.shape[1], row_A)

@@ -72,15 +72,15 @@ def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jn
     dtype: of the matrix products.
     remat: recompute blocks in the backward pass.
     platform: see `config.Config`.
-    together: patch slots of a device that are encoded at a time, at least an image's, and nothing but the result is
-      kept of them for the backward pass; 0 for all.
-    kept: what of a block is not computed again, of those encoded at a time.
-    gather: with `together`, weights that are split over devices come to each of these once for all parts, and their
-      gradient goes once; else they come and go for each part, which takes less memory.
+    together: most patch slots of a device that are encoded at a time, but at least one image; of each such part only
+      the result is kept for the backward pass.  0 for all at once.
+    kept: values of a block that are not recomputed while a part's backward pass runs.
+    gather: with `together`, gather weights that are split over devices once for all parts, and reduce their gradient
+      once; else both are done for each part, which takes less memory.
 
   Returns:
     [I, W * Q / merge^2, out] in `dtype`; `patches.layout` says which row is which token.
-    Rows of padding slots hold finite nonsense.
+    Rows of padding slots are finite but meaningless.
 
   Source: Qwen2.5-VL, section 2.1.1.
   """
@@ -100,7 +100,7 @@ def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jn
     return sharding.locally(alone, [()] * (len(leaves) - len(rows)) + rows, ("rows",), *leaves)
   each = I // shards
   n = max(n for n in range(1, each + 1) if each % n == 0 and (n == 1 or n * W * Q <= together))
-  # Of each shard's images some: the rows of a part lie where they lay.
+  # A part has some images of each shard, so that no image moves to another device.
   cut = lambda a: sharding.constrain(
       a.reshape(shards, each // n, n, *a.shape[1:]).swapaxes(0, 1).reshape(each // n, shards * n, *a.shape[1:]),
       None, "rows")
@@ -110,7 +110,7 @@ def encode(params: dict, cfg: config.Vision, images_: types.ImageBatch, dtype=jn
 
 
 def _values(patches_IWQC: jax.Array, cfg: config.Vision) -> jax.Array:
-  """float32[I, W, Q, C]: normalised values of all frames; bytes by a table, and so exactly the reference's."""
+  """float32[I, W, Q, C]: normalised values of all frames; bytes go by a table, to be exactly the reference's."""
   if patches_IWQC.dtype != jnp.uint8:
     return patches_IWQC
   x = patches_IWQC.reshape(*patches_IWQC.shape[:3], 3, 1, -1)
@@ -120,7 +120,7 @@ def _values(patches_IWQC: jax.Array, cfg: config.Vision) -> jax.Array:
 
 
 def _encode(params, images_, cfg, dtype, remat, platform, kept):
-  """`encode` of all at once."""
+  """`encode` of all images at once."""
   I, W, Q, _ = images_.patches_IWQC.shape
   H, P = cfg.head_size, W * Q
   flat = lambda a: a.reshape(I, P, *a.shape[3:])
@@ -143,7 +143,7 @@ def _encode(params, images_, cfg, dtype, remat, platform, kept):
 
     return jax.lax.scan(remat_lib.layer(block, remat, kept), x, blocks)[0]
 
-  # An image that is not cut has all its windows in a row.
+  # An image that is not cut has all its windows in one row.
   together = attention.rows_together(platform, Q, W)
   rows = (I * W // together, together * Q) if W > 1 else (I, Q)
   cut = lambda a: a.reshape(*rows, *a.shape[2:])
@@ -159,7 +159,7 @@ def _encode(params, images_, cfg, dtype, remat, platform, kept):
 
   whole_IP = jnp.where(window_IP >= 0, 0, -1)
   end_to_end = attention.choose(platform, dtype, P, H, True) == "cudnn"
-  if end_to_end:  # which wants no holes between the patches of an image
+  if end_to_end:  # cuDNN allows no gaps between the patches of an image
     order_IP = jnp.argsort(window_IP < 0, axis=1, stable=True)
     back_IP = jnp.argsort(order_IP, axis=1)
     count_I1 = (window_IP >= 0).sum(1, dtype=jnp.int32)[:, None]
@@ -172,7 +172,7 @@ def _encode(params, images_, cfg, dtype, remat, platform, kept):
             functools.partial(see_all, lengths_I1=count_I1))
     return moved(x, back_IP)
 
-  # Runs of equal blocks are known beforehand: no branch, whose gradient would hold what both sides need.
+  # A scan for each run of equal blocks, not a branch in one scan, whose gradient would hold what both sides need.
   runs = [(full, len(list(same))) for full, same in itertools.groupby(i in cfg.full_blocks for i in range(cfg.depth))]
   leaves, tree = jax.tree.flatten(params["blocks"])
   split = zip(*(jax.lax.split(leaf, [n for _, n in runs]) for leaf in leaves))
