@@ -1,8 +1,8 @@
-"""The second stage and the third: what a policy says to a task, with zooms and without, and whether that is right.
+"""The stage `policy`: a policy's answers to a task, with zooms and without, and whether they are right.
 
-Who writes is the engine, on the whole mesh, or an endpoint.  What is sampled for a task depends on the seed, on the
-task's content and on the number of the sample: not on its neighbours, its shard or how often the program was stopped.
-Answers are judged by the tasks' own rules (`data.answers`).
+The answers come from the engine, on the whole mesh, or from an endpoint.  What is sampled for a task depends on the
+seed, the task's content and the number of the sample, not on its neighbours, its shard or how often the program was
+stopped.  Answers are judged by the tasks' own rules (`data.answers`).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from virl_jax.rollout import remote
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
 
-# (tasks, seeds, samples of each, whether they may zoom) -> (index, trajectory), of this process.
+# (tasks, seeds, samples of each task, whether the policy may zoom) -> this process's trajectories.
 Rollout = Callable[[Sequence[types.Task], Sequence[int], int, bool], list[types.Trajectory]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Asker:
-  """Who is asked.
+  """A policy that can be asked.
 
   Attributes:
     policy: its shapes, wording and budgets.
-    rollout: has it speak.
+    rollout: samples its answers.
     together: whether all processes take part in each shard; else shards are dealt to them.
-    about: what its words depend on, ready for JSON.
+    about: what its answers depend on, ready for JSON.
   """
 
   policy: turns.Policy
@@ -47,7 +47,7 @@ def by_engine(policy: turns.Policy, params: dict, cfg: stages.Policy, seed: int,
 
   Args:
     policy: everything but the parameters.
-    params: its parameters, as rollouts want them.
+    params: its parameters, as rollouts need them.
     cfg: how it is asked.
     seed: of the sampling.
     about: see `Asker`.
@@ -71,17 +71,17 @@ def by_endpoint(policy: turns.Policy, server: remote.Endpoint, cfg: stages.Polic
 
 
 def ask(asker: Asker, tasks: Sequence[types.Task], cfg: stages.Policy, seed: int) -> list[dict]:
-  """What is said to some tasks.
+  """A policy's answers to some tasks.
 
   Args:
-    asker: who is asked.
+    asker: the policy that is asked.
     tasks: the tasks; if all processes take part, the same on all.
-    cfg: how often.
+    cfg: how often each is asked.
     seed: of the sampling.
 
   Returns:
-    A dict a task, ready for JSON, in their order: provenance; "with" and "without", a list a sample {"score", "zooms",
-    "stop", "answer"}; "unasked", why it could not be asked, or None.
+    A dict for each task, in order, ready for JSON: "provenance"; "with" and "without", lists with {"score", "zooms",
+    "stop", "answer"} for each sample; "unasked", why the task could not be asked, or None.
   """
   why = [asked.unfit(asker.policy, task) for task in tasks]
   fit = [i for i, reason in enumerate(why) if reason is None]
