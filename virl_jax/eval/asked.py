@@ -1,11 +1,11 @@
 """Asks a policy the questions of a benchmark, and writes down its answers, so that it can be stopped at any time.
 
-A folder has `meta.json`, what the predictions were made with, and `predictions.jsonl`, one line for each prediction, in
-the tasks' order.  Tasks are asked in chunks, which do not depend on interruptions: a chunk that was not written whole is
-asked again, with the same result.  However often it was interrupted, the finished file is the same.
+A folder has `meta.json`, what the predictions were made with, and `predictions.jsonl`, a line for each prediction, in
+the tasks' order.  Tasks are asked in chunks, which do not depend on interruptions: a chunk that was not written whole
+is asked again, with the same result.  However often it was interrupted, the finished file is the same.
 
-Answers come from our engine, or from an endpoint.  A task that an endpoint gives no reply to has no prediction: the file
-says so, and the next start asks it again.
+Answers come from our engine, or from an endpoint.  A task that an endpoint gives no reply to has no prediction: the
+file says so, and the next start asks it again.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Config:
                        f"Received: {self.samples}")
 
 
-# (policy, tasks, number of their chunk, number of the sample) -> (index in tasks, the judged trajectory, or why there is
-# none), for this process's tasks.
+# (policy, tasks, number of their chunk, number of the sample) -> (index in tasks, the judged trajectory, or why there
+# is none), for this process's tasks.
 Rollout = Callable[[turns.Policy, Sequence[types.Task], int, int], list[tuple[int, harness.Judged | str]]]
 
 

@@ -5,8 +5,8 @@
     HR-Bench        the mean over cycles of (scores / predictions of the cycle)
 
 An interval is a 95% percentile bootstrap interval over clusters, which are drawn as one: tasks, with all of their
-samples, or what a benchmark names: images, questions.  All figures share each resample, so that an image that is hard in
-one split is hard in the others, too.
+samples, or what a benchmark names: images, questions.  All figures share each resample, so that an image that is hard
+in one split is hard in the others, too.
 """
 
 from __future__ import annotations
