@@ -2,8 +2,8 @@
 
 A group whose rewards are all equal is not informative: its advantages are 0.  Instead of training on fewer groups,
 further prompts are rolled out, and the informative groups among them replace the uninformative ones in order, until
-none is left or the tries are used up; the rest stays.  So the batch does not depend on how many processes there are, and
-little of it moves between them.
+none is left or the tries are used up; the rest stays.  So the batch does not depend on how many processes there are,
+and little of it moves between them.
 Source: DAPO (arXiv 2503.14476), section 3.2.
 """
 

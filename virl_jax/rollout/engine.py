@@ -242,7 +242,7 @@ class _Loop:
         group = lane.holds[slot]
         source = slot
         if group is None or not group.waiting:
-          # Only a slot whose group has no rollouts waiting gets here, so the last copy of a needed prompt is never lost.
+          # Only a slot whose group has no rollouts waiting gets here: the last copy of a needed prompt is never lost.
           source = next((s for s, g in enumerate(lane.holds) if g is not None and g.waiting), None)
           group = None if source is None else lane.holds[source]
           source = origin.get(source, source)

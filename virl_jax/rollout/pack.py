@@ -37,8 +37,8 @@ class Config:
     join: put several trajectories into one row of the model's batch, where they fit.
     pad_joined: counts of such rows are multiples of this.
     microbatch_tokens: most tokens of a shard in a microbatch, at least T; 0 for one microbatch.
-    row_shown, row_crops: with microbatches: how many shown images and crops each row has places for.  Few programs serve
-      all batches only if every microbatch has as many places; empty ones are computed, too.
+    row_shown, row_crops: with microbatches: how many shown images and crops each row has places for.  Few programs
+      serve all batches only if every microbatch has as many places; empty ones are computed, too.
     shards: how many devices of all processes trajectories are split over; 1 if they don't divide.
   """
 
@@ -133,7 +133,7 @@ def _credited(turn: types.Turn, scope: str) -> tuple[int, int]:
 def _dealt(trajectories: list[types.Trajectory], shards: int) -> list[int]:
   """An order in which all shards' parts of the batch have about as many tokens: the longest are dealt first.
 
-  Groups stay together, with the image that they share, unless a shard would then have over 5% more tokens than the mean.
+  Groups stay together, with the image that they share, unless a shard then had over 5% more tokens than the mean.
   """
   lengths = [len(t.ids) for t in trajectories]
   groups = [[b for b, _ in same] for _, same in itertools.groupby(enumerate(trajectories), lambda e: id(e[1].task))]

@@ -1,7 +1,7 @@
 """Rollouts whose words come from an OpenAI-compatible endpoint: the loop, the crop and the parser are ours.
 
 Prompt, budgets and rules are those of the engine (`turns`); the endpoint only writes turns.  It is sent the words and
-pictures of our own chat text, turn by turn, so that a server with the model's chat template reads exactly the same text.
+pictures of our own chat text, turn by turn, so that a server with the model's chat template reads the same text.
 Pictures are sent as they are shown, already of a size that the model keeps, so that boxes mean the same pixels.
 
 An endpoint that does not reply is waited for and asked again, for `endpoint.patience_s`; then there is an error, or no
@@ -56,8 +56,8 @@ class Endpoint:
     """A reply, however many tries that takes.
 
     Raises:
-      endpoint.Unreachable: no thread got a reply for `patience_s`; from then on until there is one, the first failed try
-        raises.
+      endpoint.Unreachable: no thread got a reply for `patience_s`; from then on until there is one, the first failed
+        try raises.
       endpoint.Refused: the endpoint does not take the request.
     """
     wait_s, began = self.cfg.wait_s, time.monotonic()
@@ -124,8 +124,8 @@ def attempts(policy: turns.Policy, server: Endpoint, tasks: Sequence[types.Task]
     policy, server, tasks, seeds, temperature: as for `rollout`.
 
   Returns:
-    The trajectory of each task, with a stop reason; or, in words, why there is none: the endpoint gave no reply, or does
-    not take the request.
+    The trajectory of each task, with a stop reason; or, in words, why there is none: the endpoint gave no reply, or
+    does not take the request.
 
   Raises:
     ValueError: a task cannot be asked (see `turns.begin`).

@@ -7,8 +7,9 @@ A visual action is a module with four names, and one line in `actions.table`:
     parse(arguments, text, chars)     a tool call's arguments -> what it asks for, or what is wrong with them
     carry_out(policy, row, asked)     -> `types.Observation`, or what is wrong with it
 
-What a call asks for is a type of the action's own, with the action's name in its field `name`.  What is wrong is a short
-sentence for the policy.  `policy` is a `turns.Policy`, `row` a `row.Row`.  Nothing here raises on what a policy wrote.
+What a call asks for is a type of the action's own, with the action's name in its field `name`.  What is wrong is a
+short sentence for the policy.  `policy` is a `turns.Policy`, `row` a `row.Row`.  Nothing here raises on what a policy
+wrote.
 Source: the tool of DeepEyes (arXiv 2505.14362), in Qwen2.5's own format for tool calls.
 """
 
