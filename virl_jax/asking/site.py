@@ -1,7 +1,7 @@
 """A page on which a policy is asked, served over HTTP: the standard library's server, and plain JavaScript.
 
-It serves a few files, each by its exact path, and takes one kind of request, POST /ask: JSON with a picture in base64, a
-question, and options.  The reply is a line of JSON for each thing that happens, until the connection is closed.  No
+It serves a few files, each by its exact path, and takes one kind of request, POST /ask: JSON with a picture in base64,
+a question, and options.  The reply is a line of JSON for each thing that happens, until the connection is closed.  No
 path, file name or address that a client sends is ever opened.
 
 It refuses: a Host header that names another machine (somebody else's name may have been bound to this address), an
