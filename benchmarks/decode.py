@@ -54,7 +54,7 @@ def least(cfg: qwen.Config, rows: int, filled: float, size: int) -> tuple[float,
     size: bytes of a number.
   """
   t = cfg.text
-  weights = params_lib.count(qwen.specs(cfg)["text"]) - (0 if t.tied else t.vocab * t.hidden)  # rows look few tokens up
+  weights = params_lib.count(qwen.specs(cfg)["text"]) - (0 if t.tied else t.vocab * t.hidden)  # few embeddings are read
   cache = 2 * t.layers * t.kv_heads * t.head_size * filled * rows
   return (weights + cache) * size, rows * (2 * weights + 4 * t.layers * t.heads * t.head_size * filled)
 

@@ -75,8 +75,8 @@ class Mutant:
 
   Attributes:
     file: below virl_jax/.
-    old: what stands there, once.
-    new: what is put in its place.
+    old: the code that it replaces, which is in the file exactly once.
+    new: the code that replaces it.
     what: the bug, in words.
   """
 

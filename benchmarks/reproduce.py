@@ -67,7 +67,7 @@ def end_all() -> str:
 
 
 def settings() -> tuple[dict[str, dict], dict[str, tuple[str, ...]]]:
-  """The arms, and what makes the bases that some of them start from."""
+  """The arms, and the options that make the bases that some of them start from."""
   found = runpy.run_path(str(CONFIG))
   return found["ARMS"], found["BASES"]
 

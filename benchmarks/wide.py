@@ -97,7 +97,7 @@ def main():
   p.add_argument("--recipe", choices=tuple(RECIPES), default="lora")
   p.add_argument("--layers", type=int, default=2)
   p.add_argument("--divide", type=int, default=1, help="the decoder's widths and the vocabulary by this, to try it out")
-  p.add_argument("--make", type=pathlib.Path, help=argparse.SUPPRESS)  # in a process of its own
+  p.add_argument("--make", type=pathlib.Path, help=argparse.SUPPRESS)  # for the process that makes the folder
   args = p.parse_args()
   if args.make:
     print(make(args.make, args.layers, args.divide))

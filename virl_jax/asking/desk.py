@@ -65,7 +65,7 @@ class Desk:
   """A thread that answers questions, and a queue of them.
 
   Args:
-    answer: called with a task and `tell`, in a thread of its own, for one task at a time; calls `tell(event)` with
+    answer: called with a task and `tell`, in a separate thread, for one task at a time; calls `tell(event)` with
       whatever happens.  A ValueError's message goes to the asker; any other error is printed, and the next question is
       answered.
     most: most questions that are waiting or being answered.

@@ -15,7 +15,7 @@ are from (except that `anls` here ignores repeated blanks, which a policy could 
 what the reward pays (`types.Batch.answer_B`) and what `acc_ans` averages, so that acc_ans is the benchmark's figure; an
 answer counts as right if its score is at least `RIGHT`.
 
-Source: ours, but for the rules of benchmarks, each of which names its source.
+Source: ours, except the rules of benchmarks, each of which names its source.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ def attainable(match: str, answers: tuple[str, ...], options: tuple[str, ...] | 
     match: see `rule`.
     answers: the accepted answers.
     options: the texts of options A, B, C ..., or None.
+
+  Raises:
+    ValueError: see `rule`.
   """
   judge = rule(match)
   if options and judge in _PICKS:  # the text of an option may look like the letter of another

@@ -204,6 +204,9 @@ def held_out(source, wanted: int, max_pixels: int, seed: int = 0, fits: Fits = l
     seed: of the draw.
     fits: see `Fits`.
     threads: how many decode pictures.
+
+  Raises:
+    ValueError: none can be used.
   """
   drawn = np.random.default_rng(seed).permutation(len(source))
   rest = map(int, drawn[wanted:])
@@ -242,7 +245,7 @@ class Feed:
     return self._take(_train(self._source, self._seed, step, self._wanted, 0, self._now, begun))
 
   def further(self, step: int, attempt: int) -> list[types.Task]:
-    """Prompts for a further try of a step: each try walks through the data in an order of its own."""
+    """Prompts for a further try of a step: each try walks through the data in its own order."""
     return self._take(_train(self._source, self._seed, step, self._wanted, attempt, self._now))
 
   def _begin(self, step: int, looks: Looks) -> dict[int, _Begun]:

@@ -109,13 +109,13 @@ def _by_text(text, options):
 
 
 def _exactly(text, options):
-  """The options that are this text, but for spaces and how its characters are composed."""
+  """The options that are this text, up to spaces and how its characters are composed."""
   text = _plain(text)
   return {index for index, option in enumerate(options) if _plain(option) == text} if text else set()
 
 
 def _uniquely(text, options):
-  """The option that alone has this text's normal form."""
+  """The option with this text's normal form, if there is just one."""
   found = {index for index, option in enumerate(options) if same(text, option)}
   return found if len(found) == 1 else set()
 

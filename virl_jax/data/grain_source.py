@@ -45,7 +45,7 @@ class Tasks:
 
 
 class Steps:
-  """The prompts of each step as training takes them, this process's pictures decoded; what is broken is replaced.
+  """The prompts of each step as training takes them, this process's pictures decoded, and broken tasks replaced.
 
   Args:
     source, seed, wanted, max_pixels: see `batches.train`.

@@ -88,7 +88,7 @@ def decode(image: bytes | str | Image.Image, max_pixels: int = Config.decode_max
 
 
 def upright_size(image: bytes | str) -> tuple[int, int]:
-  """Width and height, pixels, of what `decode` makes of a file, from the file's header.
+  """Width and height, in pixels, of the picture that `decode` gives for a file, from the file's header.
 
   Args:
     image: the file's path, or its bytes.

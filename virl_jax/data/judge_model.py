@@ -98,7 +98,7 @@ class Judge:
   def __init__(self, cfg: Config, known: Iterable[dict] = (), keep: Callable[[dict], None] = lambda line: None,
                final: bool = False):
     """Args:
-      cfg: whom to ask.
+      cfg: the model to ask, and how.
       known: earlier verdicts, as `keep` was given them.
       keep: called with each new one, ready for JSON, by one thread at a time.
       final: whether a reply that says neither yes nor no is also kept, and not asked for again: for callers that have

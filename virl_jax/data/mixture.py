@@ -142,7 +142,7 @@ class Source:
 
   @property
   def tasks(self) -> Sequence[types.Task]:
-    """All of them."""
+    """All tasks of the source."""
     return self._source.tasks
 
   def fingerprint(self) -> str:

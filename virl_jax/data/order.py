@@ -18,7 +18,7 @@ def batch_indices(seed: int, step: int, n_items: int, batch: int, attempt: int =
     step: 0 or more.
     n_items: how many items there are, 1 or more.
     batch: how many are taken a step, 1 or more; may exceed n_items.
-    attempt: 0 for the step's own items; each further try of a step walks through all items in an order of its own.
+    attempt: 0 for the step's own items; each further try of a step walks through all items in its own order.
 
   Returns:
     int64[batch], each in [0, n_items).
@@ -38,7 +38,7 @@ def walk(seed: int, first: int, last: int, n_items: int, attempt: int = 0, strea
   Args:
     seed, n_items, attempt: see `batch_indices`.
     first, last: 0 or more.
-    stream: which of several walks of the same seed; each has an order of its own.
+    stream: which of several walks of the same seed; each has its own order.
 
   Returns:
     int64[last - first], each in [0, n_items); empty if `last` is not above `first`.

@@ -79,7 +79,7 @@ def by_engine(params: dict, cfg: Config, judged_by: reward.Config) -> Rollout:
 
 
 def by_endpoint(server: remote.Endpoint, cfg: Config, judged_by: reward.Config) -> Rollout:
-  """An endpoint; see `by_engine`.  What is sampled for a task depends on the seed, its name and the sample alone."""
+  """An endpoint; see `by_engine`.  What is sampled for a task depends only on the seed, its uid and the sample."""
   def rollout(policy, tasks, chunk, sample):
     del chunk
     mine = [i for i in range(len(tasks)) if hosts.mine(i)]

@@ -77,7 +77,7 @@ class Alarm:
 
   Attributes:
     name: of the monitor.
-    step: the last step of the history, as its line has it, counted from 0.
+    step: the last step of the history, as in its line, counted from 0.
     message: one sentence with the numbers and what to do next.
   """
 

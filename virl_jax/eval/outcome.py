@@ -66,7 +66,7 @@ def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int
   """All metrics with their intervals, and the main ones by kind of task.
 
   Args:
-    outcomes: one a task; may be empty.
+    outcomes: one for each task; may be empty.
     h0: IoU in [0, 1] that makes a visual action correct.
     bootstrap: resamples, 1 or more.
     seed: of the resampling.
@@ -105,7 +105,7 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
   cancels out: the interval is narrower than two separate ones suggest.
 
   Args:
-    before: one outcome a task.
+    before: one outcome for each task.
     after: the outcomes of the same tasks, by `uid`, in any order.
     h0: IoU in [0, 1] that makes a visual action correct.
     bootstrap: resamples, 1 or more.
@@ -248,7 +248,7 @@ def terms(outcomes: list[Outcome], h0: float) -> tuple[np.ndarray, np.ndarray]:
   """What each task adds to the numerator and the denominator of each metric.
 
   Args:
-    outcomes: one a task, N of them.
+    outcomes: one for each of N tasks.
     h0: IoU in [0, 1] that makes a visual action correct.
 
   Returns:

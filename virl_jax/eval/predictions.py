@@ -355,7 +355,7 @@ def _template(it: _Found, _):
 
 _SUBMISSIONS = (("submission", {"questionId", "answer"}, _submission),
                 ("with references", {"questionId", "predicted_answer", "ground_truth"}, _with_references))
-# By benchmark: a layout's name, the keys that tell it, and what reads it.
+# By benchmark: a layout's name, the keys that identify it, and its reader.
 _LAYOUTS = {
     "vstar": (("DeepEyes", {"image", "question", "answer", "pred_ans", "prompt_text"}, _deepeyes),
               ("lowest loss", {"input_image", "test_type", "options", "output"}, _lowest_loss)),

@@ -74,7 +74,7 @@ def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | No
       shown["class"] = None if classes is None else str(classes[k])
       shown["modulator"] = None if modulators is None else _number(modulators[k])
       back = traj.turns[at + 1] if at + 1 < len(traj.turns) else None
-      told = back is not None and back.role == "tool" and back.image_index is None  # in words alone
+      told = back is not None and back.role == "tool" and back.image_index is None  # only words came back
       shown["crop"] = None if told else crop(image, turn.region)
       k += 1
     if turn.role == "assistant" and advantage is not None:

@@ -67,7 +67,7 @@ class Chunk:
 
   Attributes:
     tokens_AT: int32, right-padded.
-    n_new_A: int32, real tokens; 0 leaves a row alone.
+    n_new_A: int32, how many tokens are not padding; 0 leaves a row unchanged.
     pos_AXT: int32 M-RoPE positions.
     next_pos_A: int32, the position after the chunk.
     vision_AT: int32 index into the merged tokens of `images`; -1 on text.
@@ -276,7 +276,7 @@ def decode(params: dict, cfg: family.Config, state: State, writers: Writers, key
     temperature: float32 scalar; 0 is greedy.
     steps: most tokens that a row samples in this segment.
     serve: int32 scalar; the segment ends early when this many rows have ended their turns.
-    keep: static; what is sampled from.
+    keep: static; which part of the distribution is sampled from.
     mesh: what rows are split over; None for one device.
 
   Returns:

@@ -94,7 +94,7 @@ def _picture(course: Course, objects: tuple[int, int], index: int) -> demos.Pict
 
 
 def last(objects: tuple[int, int]) -> tuple[Stage, ...]:
-  """Only the last stage, on pictures of so many objects (fewest, most), for a base that has learned the others."""
+  """Only the last stage, for a base that has learned the others; `objects` are the fewest and most in a picture."""
   return (dataclasses.replace(STAGES[-1], objects=objects),)
 
 

@@ -5,7 +5,7 @@
                      number     a number, with or without a unit
                      text       anything else
                      none       no answer: only a box is asked for
-    question types   how it begins, one of `_OPENERS`; "is", "are", "does" and so on are "yes/no", all else "other"
+    question types   how a question begins, one of `_OPENERS`; "is", "are", "does" and so on are "yes/no"; or "other"
 
 A picture is recognised by two things: a hash of 64 bits (which of its lowest frequencies are above their median), which
 finds near-duplicates, and a thumbnail, which confirms them: flat drawings and pages of text share hashes but differ in

@@ -3,7 +3,7 @@
     SPLIT_v1.0.json or SPLIT_v1.0_withQT.json    data: questionId, question, image ("documents/NAME.png"), answers
     documents/ or spdocvqa_images/               the pages
 
-It has no boxes of its own; they can be joined from Visual-CoT by image and question.
+It has no boxes; they can be joined from Visual-CoT by image and question.
 """
 
 from __future__ import annotations

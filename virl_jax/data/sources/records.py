@@ -34,14 +34,14 @@ class Raw:
     question: without options.
     answers: all that the publisher gives, with repeats, as some rules count them; empty if only a box is asked for.
     boxes: four numbers each, as `frame` says.
-    frame: "corners" (x1, y1, x2, y2) or "xywh" (x, y, width, height), in pixels of the image as `size_px` has it; or
-      "unit": corners as shares of the image's sides.
+    frame: "corners" (x1, y1, x2, y2) or "xywh" (x, y, width, height), in pixels of an image of `size_px`; or "unit":
+      corners as shares of the image's sides.
     options: texts of the options A, B, C ..., or None.
     match: the rule by which an answer is right, a key of `data.answers.RULES`.
     kind: the family that metrics are split by.
     source, split, licence: see `types.Task`.
     size_px: width and height that the record states for its image, or None.
-    notes: what the reader wants counted: note -> how many.
+    notes: what else the reader counts: note -> how many.
   """
 
   uid: str

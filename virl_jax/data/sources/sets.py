@@ -163,7 +163,7 @@ def load(path: str | os.PathLike, split: str, eval_fraction: float, seed: int) -
 
 
 def pass_rates(path: str | os.PathLike) -> dict[bytes, float]:
-  """How often each task was solved when its set was curated, in [0, 1], by provenance as `Source.provenance_N` has it.
+  """How often each task was solved when its set was curated, in [0, 1], by provenance as in `Source.provenance_N`.
 
   It is `pass_with` of tasks.jsonl, which is in the set's folder or in the one above; tasks without it are left out.
 
