@@ -1,4 +1,4 @@
-"""Where real records are, which are not part of the project: beside it, or where VIRL_JAX_REALDATA says."""
+"""Where real records lie, which are no part of the project: beside it, or where VIRL_JAX_REALDATA says."""
 
 import json
 import os
@@ -14,7 +14,7 @@ needed = pytest.mark.skipif(not NATIVE.exists(), reason=f"no real records at {RO
 
 
 def expected() -> dict:
-  """The counts and scores that a correct reader gives."""
+  """The counts and scores that a right reading gives."""
   return json.loads((NATIVE / "expected.json").read_text())
 
 

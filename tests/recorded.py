@@ -1,4 +1,4 @@
-"""Small files of demonstrations, for tests: each has a grey picture, a zoom and an answer."""
+"""Small files of demonstrations, for tests: a grey picture each, a zoom and an answer."""
 
 import json
 
@@ -9,7 +9,7 @@ from virl_jax.rollout.actions import zoom
 
 
 def line(number: int, image: str, box=(10, 10, 40, 40), **more) -> dict:
-  """A demonstration as a line of a file of rollouts."""
+  """A demonstration as a file of rollouts has it."""
   texts = prompt.call_text(zoom.call(box), "the left one"), prompt.answer_text("rows", "rows" * (number % 3))
   return {"uid": f"demo {number}", "kind": "grey", "question": "Which pattern is on the left tile?", "options": None,
           "answers": ["rows"], "boxes_gt": [[20, 20, 80, 80]], "reward": None, "correct": True, "image": image,
@@ -17,7 +17,7 @@ def line(number: int, image: str, box=(10, 10, 40, 40), **more) -> dict:
 
 
 def write(folder, count: int, size=(252, 252)) -> str:
-  """Writes a file of so many demonstrations and their pictures; returns its path."""
+  """A file of so many."""
   folder.mkdir(exist_ok=True)
   for i in range(count):
     Image.new("RGB", size, (20 * i % 256, 90, 90)).save(folder / f"{i}.png")
@@ -25,6 +25,6 @@ def write(folder, count: int, size=(252, 252)) -> str:
 
 
 def save(path, lines: list[dict]) -> str:
-  """Writes JSON lines; returns the path."""
+  """JSON lines."""
   path.write_text("".join(json.dumps(each) + "\n" for each in lines))
   return str(path)

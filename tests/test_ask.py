@@ -1,4 +1,4 @@
-"""The command: what is printed while a policy answers, the page that is written, and the page that is served."""
+"""The command: what is printed while a policy looks, the page that is written, and the page that is served."""
 
 import http.client
 import io
@@ -34,12 +34,12 @@ def task(picture, question="Which pattern does the red object have?"):
 
 @pytest.fixture(scope="module")
 def base():
-  """The tiny base, as `--model=@tiny --config=configs/tiny.py` loads it."""
+  """The base that ships, as `--model=@tiny --config=configs/tiny.py` has it."""
   return ask.load("@tiny", tiny.get_config())
 
 
 def here(monkeypatch, *args):
-  """Runs the command in this process."""
+  """The command, in this process."""
   values = flags.FlagValues()
   ask.define_flags(values)
   monkeypatch.setattr(sys, "argv", ["ask", *map(str, args)])
@@ -81,12 +81,12 @@ def test_what_is_printed():
 
 
 def test_the_page_shows_nothing_that_is_graded(tmp_path):
-  """One question whose answer is not known: no classes, no ground truth, no filters, nothing about a run."""
+  """One question, nobody knows the answer: no classes, no ground truth, no filters, nothing of a run."""
   path = tmp_path / "page.html"
   ask.ask(played.Played(played.policy(), pieces=3), task(played.picture()), str(path), io.StringIO())
   page = path.read_text()
   html = re.sub(r"<(style|script)\b.*?</\1>", "", page, flags=re.S)
-  seen = re.sub(r'<div class="(filters|list)".*?</div>', "", html, flags=re.S)  # the style hides these
+  seen = re.sub(r'<div class="(filters|list)".*?</div>', "", html, flags=re.S)  # which the style takes away
   assert 'class="viewer alone"' in html and ".alone .filters,.alone .list{display:none}" in page
   assert not re.search("correct|erroneous|redundant|ground truth|ViRL|Outcome|training", seen)
   assert "A question about a picture" in seen and "2 looks" in seen
@@ -104,7 +104,7 @@ def test_the_end_without_an_answer():
 
 
 def test_the_tiny_base_looks_and_answers(base, tmp_path, capsys):
-  """On a needle picture, for which it was trained; the page shows what the terminal shows."""
+  """On a needle picture, which it knows; the page has what the terminal had."""
   one = needle.draw(5, "zoom", 0, needle.Config(families=("pattern",)))[0]
   traj = ask.ask(base, types.Task(one.uid, images.decode(one.image), one.question, kind="asked"),
                  str(tmp_path / "page.html"))
@@ -118,7 +118,7 @@ def test_the_tiny_base_looks_and_answers(base, tmp_path, capsys):
 
 
 def test_the_tiny_base_is_served(base):
-  """Two questions in turn over HTTP, with pictures of different shapes; greedy, so that results can be repeated."""
+  """Two questions in turn over HTTP, with pictures of other shapes; greedy, so that the same gives the same."""
   served = Served(base, upload_pixels=10 ** 6)
   try:
     ends = [events(served.ask(played.picture(size=size), "Which pattern?")) for size in ((252, 252),) * 2]

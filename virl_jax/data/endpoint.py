@@ -15,7 +15,7 @@ import urllib.request
 
 from virl_jax import checks
 
-_AGAIN = (408, 409, 425, 429)  # statuses that are worth another try, as are all from 500 on
+_AGAIN = (408, 409, 425, 429)  # and all from 500 on
 _KEY_VARIABLE = "OPENAI_API_KEY"
 LONGEST_WAIT_S = 60.0
 
@@ -55,7 +55,7 @@ class Again(Exception):
   """The endpoint gave no usable reply this time.
 
   Attributes:
-    wait_s: how long it asks to be left alone; None if it did not say.
+    wait_s: how long it wants to be left alone; None if it did not say.
   """
 
   def __init__(self, why: str, wait_s: float | None = None):

@@ -76,11 +76,11 @@ def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
     bootstrap: resamples for intervals.
 
   Returns:
-    Ready for JSON: benchmark; folders; names, the parts of these that differ; n; a, b and difference (B less A), each a
-    mean of scores over tasks with its interval, the last one paired; gained and lost, counts of the tasks that flipped,
-    and p, of the exact test of these; if some score is not 0 or 1, better, worse and p_scores, the same for any change
-    of score; by_kind, the same by category; differ, settings that the two do not share; quoted, the benchmark's own
-    figure for both; flips, the tasks that flipped, with both answers.
+    JSON-able: benchmark; folders; names, what of these tells them apart; n; a, b and difference (B less A), each a mean
+    of scores over tasks with its interval, the last one paired; gained and lost, counts of the tasks that flipped, and
+    p, of the exact test of these; where scores are not all 0 or 1, better, worse and p_scores, the same of any change
+    of score; by_kind, the same by category; differ, what the two were made with where it is not the same; quoted, the
+    benchmark's own figure of both; flips, the tasks, with both answers.
 
   Raises:
     ValueError: they are not of the same benchmark, and of the same tasks by name and accepted answers.

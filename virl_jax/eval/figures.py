@@ -65,7 +65,7 @@ def ratio(rows: Sequence[dict], top: Callable[[dict], float], bottom: Callable[[
 
 
 def values(tree: dict) -> dict:
-  """Nested figures as numbers, ready for JSON; anything else stays as it is."""
+  """Nested figures as numbers, ready for JSON; what is none stays as it is."""
   return {key: values(it) if isinstance(it, dict) else it.value if isinstance(it, (Ratio, Mean)) else it
           for key, it in tree.items()}
 
@@ -110,7 +110,7 @@ def _collect(tree: dict, found: dict[int, Ratio]) -> None:
 
 
 def _samples(it: Ratio | Mean, sampled: dict[int, np.ndarray]) -> np.ndarray:
-  """float64[S], the figure of each resample; NaN where its denominator is 0."""
+  """float64[S]; NaN where a resample has nothing to divide by."""
   if isinstance(it, Ratio):
     return sampled[id(it)]
   parts_PS = np.array([_samples(part, sampled) for part in it.parts])

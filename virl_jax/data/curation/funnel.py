@@ -139,7 +139,7 @@ def run(job: Job, asker: policy_lib.Asker | None = None, threads: int = 2,
 
 
 def stage(reason: str) -> str:
-  """The stage that drops tasks for this reason."""
+  """Which stage drops tasks for a reason."""
   return ("rules" if reason in (*rules.ALONE, *rules.TOGETHER) else "policy" if reason == _UNASKED else "filter")
 
 

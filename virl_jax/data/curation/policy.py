@@ -21,7 +21,7 @@ from virl_jax.rollout import remote
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
 
-# (tasks, seeds, samples of each task, whether the policy may zoom) -> this process's trajectories.
+# (tasks, seeds, samples of each, whether they may zoom) -> (index, trajectory), of this process.
 Rollout = Callable[[Sequence[types.Task], Sequence[int], int, bool], list[types.Trajectory]]
 
 
@@ -80,8 +80,8 @@ def ask(asker: Asker, tasks: Sequence[types.Task], cfg: stages.Policy, seed: int
     seed: of the sampling.
 
   Returns:
-    A dict for each task, in order, ready for JSON: "provenance"; "with" and "without", lists with {"score", "zooms",
-    "stop", "answer"} for each sample; "unasked", why the task could not be asked, or None.
+    A dict a task, ready for JSON, in their order: provenance; "with" and "without", a list a sample {"score", "zooms",
+    "stop", "answer"}; "unasked", why it could not be asked, or None.
   """
   why = [asked.unfit(asker.policy, task) for task in tasks]
   fit = [i for i, reason in enumerate(why) if reason is None]

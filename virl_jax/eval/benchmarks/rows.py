@@ -2,9 +2,9 @@
 
 A benchmark is a module with
 
-    load(path, how) -> Loaded                its tasks, from any of its layouts
-    score(loaded, predictions) -> dict       its figures for predictions, by its official rule
-    says(task, text) -> str                  only if its rule reads answers in its own way: see `says` here
+    load(path, how) -> Loaded                what its files ask, in any of the layouts that it comes in
+    score(loaded, predictions) -> dict       what predictions are worth, by the rule that it is known by
+    says(task, text) -> str                  where its rule reads answers as no other does: see `says` here
 
 A row that cannot be used is counted and named; the others are evaluated, and the share of rows that were evaluated is
 given beside the score.  So is the number of missing predictions, which do not count as wrong.
@@ -334,8 +334,8 @@ def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], 
 
   Returns:
     {"benchmark", "rule", "metric", "score", "n", "evaluated", "figures", "intervals", "by_kind", "rows"}, ready for
-    JSON; an interval is [low, high], nested like its figure; by_kind has for each category n, its number of tasks, and
-    value, low and high of its mean score.
+    JSON; an interval is [low, high] under the names of its figure; by_kind has of each category n, its tasks, and the
+    value of its mean score, low and high.
   """
   done = {row["uid"] for row in rows}
   kinds = split(rows, "kind")
