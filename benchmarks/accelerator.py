@@ -1,13 +1,12 @@
-"""All that wants an accelerator, in one script: are the kernels right, and how fast is what a run compiles?
+"""All that needs an accelerator, in one script: are the kernels right, and how fast is what a run compiles?
 
     python benchmarks/accelerator.py --out=accelerator.jsonl                          # about 20 minutes on one H100
     python benchmarks/accelerator.py --parts=check_cache,check_attention,update_7b --out=FILE
     python benchmarks/accelerator.py --smoke --out=FILE                               # tiny shapes, on a CPU
 
-Weights are random, shapes are real.  Each part has a process and a time limit of its own, the most valuable come first,
-and what a part found is appended to --out as a line of JSON as soon as it is there; of a part that failed, the error.
-Programs are those of `virl_jax.run.programs`, which `virl_jax.plan` compiles.  docs/benchmarks.md says what the figures
-mean.
+Weights are random, shapes are real.  Each part has its own process and time limit, and the most valuable come first.
+What a part finds, or its error, is appended to --out as a line of JSON as soon as it is known.  Programs are those of
+`virl_jax.run.programs`, which `virl_jax.plan` compiles.  docs/benchmarks.md says what the figures mean.
 """
 
 from __future__ import annotations
@@ -59,10 +58,10 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 DTYPE = jnp.bfloat16
 STD = 0.02           # of random weights
 MEMORY_SHARE = 0.92  # of a GPU's memory that JAX may take; its own default is 0.75
-# Errors of a kernel against float32 that rounding to bfloat16 explains, relative to the values' size: of an array as a
-# whole, and of its worst token.  A token more or less under the mask makes the second larger by far.
+# The largest errors of a kernel against float32 that rounding to bfloat16 explains, relative to the values' size: of an
+# array as a whole, and of its worst token.  A token more or less under the mask makes the second far larger.
 WHOLE, WORST = 0.006, 0.02
-# --smoke: of a configuration's shapes nothing is left but what makes them fit together.
+# --smoke: changes that make a configuration's shapes as small as they can be.
 SMOKE = {
     "model.patches_together": 0, "image.max_pixels": 56 * 56, "image.crop_max_pixels": 56 * 56,
     "image.crop_min_pixels": 28 * 28, "rollout.prompts": 2, "rollout.group_size": 4, "rollout.max_turn_tokens": 16,
@@ -71,18 +70,18 @@ SMOKE = {
     "engine.pad_tokens": 32}
 
 
-# --- what is random --------------------------------------------------------------------------------------------
+# --- random arrays ---------------------------------------------------------------------------------------------
 
 
 def _bell(shape, dtype, seed: jax.Array, std: float) -> jax.Array:
-  """About normal numbers, in one pass and without temporary arrays: four bytes of a hash of each place, added up."""
+  """Nearly normal numbers, in one pass and without temporary arrays: the sum of four bytes of a hash of each place."""
   at = jnp.zeros(shape, jnp.uint32)
   for axis in range(len(shape)):
     stride = math.prod(shape[axis + 1:]) % 2 ** 32
     at = at + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
   h = at * np.uint32(0x9E3779B1)
   for shift, odd in ((15, 0x2C1B3C6D), (13, 0x297A2D39), (16, 0x9E3779B1)):
-    h = (h ^ (h >> shift)) * np.uint32(odd) + seed  # within, or another seed were the same numbers further on
+    h = (h ^ (h >> shift)) * np.uint32(odd) + seed  # in each round: else another seed would only shift the numbers
   h = h ^ (h >> 15)
   if dtype == jnp.uint8:
     return (h >> 24).astype(dtype)
@@ -91,13 +90,13 @@ def _bell(shape, dtype, seed: jax.Array, std: float) -> jax.Array:
 
 
 def arrays(specs, std: float = 0.0, seed: int = 0):
-  """A tree like this one of shapes, on the device: floats with this deviation, bytes of any value, all else zeros.
+  """Arrays for a tree of shapes, on the device: random floats, bytes of any value, all else zeros.
 
-  Norms' weights are ones: with small ones layers would add next to nothing, and a wrong kernel would not show.
+  Norms' weights are ones: with small ones, layers would add next to nothing, and a wrong kernel would not show.
 
   Args:
-    specs: `jax.ShapeDtypeStruct`s; what is none is left as it is.
-    std: 0 for nothing but zeros.
+    specs: `jax.ShapeDtypeStruct`s; other leaves stay as they are.
+    std: standard deviation of the floats; 0 for zeros only.
     seed: of what is random.
   """
   named, tree = jax.tree_util.tree_flatten_with_path(specs)
@@ -116,14 +115,14 @@ def arrays(specs, std: float = 0.0, seed: int = 0):
     return [one(i, seed) for i in wanted]
 
   where = [leaves[i].sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0]) for i in wanted]
-  # The seed is an argument, so that no compiler works the numbers out beforehand.
+  # The seed is an argument, so that the compiler cannot compute the numbers in advance.
   for i, a in zip(wanted, jax.jit(make, out_shardings=where)(np.uint32(seed))):
     leaves[i] = a
   return jax.block_until_ready(tree.unflatten(leaves))
 
 
 def like(spec: jax.ShapeDtypeStruct, value) -> jax.Array:
-  """A value where, and as what, this shape stands for."""
+  """A value as an array of this shape, dtype and sharding."""
   return jax.device_put(np.broadcast_to(np.asarray(value, spec.dtype), spec.shape), spec.sharding)
 
 
@@ -135,7 +134,8 @@ class Case:
   """A configuration on one device.
 
   Attributes:
-    c, p: it, and what it is made into.
+    c: the configuration.
+    p: what `setup.assemble` makes of it.
   """
 
   c: config_lib.ConfigDict
@@ -171,10 +171,10 @@ class Made:
   """A compiled program.
 
   Attributes:
-    run: what takes the program's arrays.
+    run: the compiled program; takes its arrays.
     compile_s: seconds of tracing and compiling.
     plan_gib: peak of a device's memory that `virl_jax.plan` states for it.
-    arguments_gib: the part of it that it is given.
+    arguments_gib: the part of this that its arguments take.
     kernels: which of `hlo.KERNELS` it calls.
   """
 
@@ -186,7 +186,7 @@ class Made:
 
 
 def made(program: programs.Program) -> Made:
-  """Compiles as a run does."""
+  """Compiles a program as a run does."""
   began = time.perf_counter()
   done = program.lower().compile()
   seconds, held = time.perf_counter() - began, done.memory_analysis()
@@ -196,9 +196,9 @@ def made(program: programs.Program) -> Made:
 
 @contextlib.contextmanager
 def attending(kind: str) -> Iterator[None]:
-  """What is traced within attends to its cache in this way, whatever `cache.choose` would take."""
+  """Programs that are traced in this context attend to their cache in this way, whatever `cache.choose` would take."""
   chosen, cache_lib.choose = cache_lib.choose, lambda *args: kind
-  jax.clear_caches()  # of traces that have another
+  jax.clear_caches()  # of traces with another kind
   try:
     yield
   finally:
@@ -219,18 +219,18 @@ def ways(model: family.Config, smoke: bool) -> list[str]:
 
 @functools.cache
 def chip() -> topologies.Chip:
-  """The data sheet of the device; speeds are NaN if there is none."""
+  """The device's data sheet; speeds are NaN if there is none."""
   return topologies.here(jax.devices()[:1], math.inf).chip
 
 
 @functools.cache
 def ceilings() -> tuple[float, float]:
-  """Operations a second of a large product, bytes a second of a copy, in `DTYPE`, measured once in this process."""
+  """Operations a second of a large matrix product, bytes a second of a copy, in `DTYPE`; measured once a process."""
   return policy_bench.ceilings(DTYPE)
 
 
 def peak_gib() -> float | None:
-  """The most that this process has held of the device's memory, or None where the device does not say."""
+  """The most of the device's memory that this process has held, or None if the device does not say."""
   stats = jax.devices()[0].memory_stats()
   return stats["peak_bytes_in_use"] / plan.GIB if stats and "peak_bytes_in_use" in stats else None
 
@@ -240,10 +240,10 @@ def speed(seconds: list[float], turns: float, tokens: float, operations: float, 
 
   Args:
     seconds: of each run.
-    turns: of what the rest is about (microbatches, tokens of a row) in a run.
-    tokens: of a turn.
-    operations: of a turn's products.
-    read: bytes of the device's memory that a turn has to read or write.
+    turns: how many units (microbatches, tokens of a row) a run has; the rest is for one unit.
+    tokens: how many tokens.
+    operations: of its matrix products.
+    read: bytes of the device's memory that it has to read or write.
   """
   each = timing.median(seconds) / turns
   product, copy = ceilings()
@@ -257,19 +257,19 @@ def speed(seconds: list[float], turns: float, tokens: float, operations: float, 
 
 
 def held(sides: list[Made], given, before: float | None) -> dict:
-  """Peak memory, as the device says and as `plan` does.
+  """Peak memory, by the device and by `plan`.
 
   Args:
     sides: the programs that ran.
-    given: all arrays that lie on the device for them.
-    before: `peak_gib` when they were there and nothing had run.
+    given: all arrays that are on the device for them.
+    before: `peak_gib` when these were there and nothing had run.
   """
-  beside = max(0.0, memory.device_gib(given) - min(s.arguments_gib for s in sides))  # what a program has no use for
+  beside = max(0.0, memory.device_gib(given) - min(s.arguments_gib for s in sides))  # what a program does not use
   return {"peak_gib": peak_gib(), "peak_before_gib": before, "plan_gib": max(s.plan_gib for s in sides) + beside}
 
 
 def versions() -> dict[str, str]:
-  """Of the CUDA or TPU packages that are installed, and of the driver's side."""
+  """Versions of the CUDA or TPU packages that are installed, and of the platform."""
   found = {"platform": " ".join(jax.devices()[0].client.platform_version.split())}
   pattern = re.compile(r"nvidia-(cudnn|cublas|cuda-(runtime|nvcc))(-cu\d+)?|jax-cuda\d+-p\w+|libtpu")
   for dist in importlib.metadata.distributions():
@@ -283,11 +283,11 @@ def versions() -> dict[str, str]:
 
 
 def apart(got, want, here) -> dict[str, float]:
-  """How far an array is from what is right, where it means something.
+  """How far an array is from the right one, over the tokens that count.
 
   Args:
     got, want: [B, T, N, H].
-    here: bool[B, T].
+    here: bool[B, T], which tokens count.
   """
   got, want = (np.asarray(a, np.float32)[np.asarray(here)] for a in (got, want))
   off, size = (np.sqrt(np.square(a).sum((1, 2), dtype=np.float64)) for a in (got - want, want))
@@ -297,7 +297,7 @@ def apart(got, want, here) -> dict[str, float]:
 
 
 def within(error: dict[str, float]) -> bool:
-  """Whether rounding explains it; not so if anything is NaN."""
+  """Whether rounding explains an error; False if anything is NaN."""
   return error["whole"] <= WHOLE and error["worst"] <= WORST
 
 
@@ -308,8 +308,8 @@ def normal(rng, *shape) -> jax.Array:
 def check_cache(args) -> dict:
   """Attention over a cache: the platform's kernel and the loop in bfloat16, each against the loop in float32."""
   platform = sharding.platform(jax.devices()[0])
-  # Layers, rows, new tokens, key heads, query heads a key head, head size, slots.  The last but one is a
-  # stack with more places than 31 bits count, as a run's is; its last layer lies behind most of them.
+  # Layers, rows, new tokens, key heads, query heads for each key head, head size, slots.  The last but one is a
+  # stack with more elements than 31 bits can count, as in a run; most of them come before its last layer.
   cases = [(2, 8, 1, 4, 7, 128, 2304), (2, 64, 1, 2, 8, 128, 1088), (2, 4, 17, 4, 7, 128, 2304),
            (2, 4, 300, 2, 8, 128, 4096), (2, 3, 130, 8, 5, 128, 640), (2, 5, 33, 3, 1, 128, 512),
            (28, 10, 1, 4, 7, 128, 16384), (2, 2, 64, 2, 4, 256, 576)]
@@ -323,7 +323,7 @@ def check_cache(args) -> dict:
     stack = jax.ShapeDtypeStruct((L, A + 1, K, S, H), DTYPE)
     q, (k, v) = normal(rng, A, T, K * G, H), arrays((stack, stack), 1.0, seed=len(found))
     length = rng.integers(0, S - T + 1, A + 1)
-    length[:3] = 0, S - T, min(63, S - T)  # nothing before, no room after, across a block's end
+    length[:3] = 0, S - T, min(63, S - T)  # an empty cache, no room left, across a block's end
     new = np.maximum(1, rng.integers(T // 2, T + 1, A))
     new[-1] = T
     row = rng.permutation(A + 1)[:A].astype(np.int32)
@@ -397,7 +397,7 @@ def check_attention(args) -> dict:
 
 
 def verdict(cases: list[dict]) -> dict:
-  """The cases, whether all of them are right, and by what measure."""
+  """The cases, whether all of them are right, and the tolerance."""
   return {"ok": all(found["ok"] for found in cases), "tolerance": {"whole": WHOLE, "worst": WORST}, "cases": cases}
 
 
@@ -405,14 +405,14 @@ def verdict(cases: list[dict]) -> dict:
 
 
 def update(args, config: str) -> dict:
-  """An update of so many full microbatches; those that are empty cost nothing, and have their memory all the same."""
+  """An update of so many full microbatches; empty ones take memory but no time."""
   this = case(config, args.smoke)
   program = this.program("update")
   batch, filled = minibatch(this, program, args.microbatches)
   state, scored, frozen, limit = program.arrays
   state = arrays(state).replace(params=arrays(state.params, STD))
   sign = np.where(np.arange(len(batch.row_mask_B)) % 2, -0.5, 1.0)
-  usual = -math.log(this.p.step.model.text.vocab)  # what random weights think of a token, about
+  usual = -math.log(this.p.step.model.text.vocab)  # about the log-probability that random weights give a token
   given = {"advantage_B": sign, "advantage_BT": sign[:, None]} | {
       name: usual for name in ("logp_old_BT", "logp_ref_BT") if getattr(scored, name) is not None}
   fresh = arrays(scored.replace(batch=None, **dict.fromkeys(given)))
@@ -425,7 +425,7 @@ def update(args, config: str) -> dict:
     nonlocal state, metrics
     state, metrics = jax.block_until_ready(side.run(state, scored, frozen, limit))
 
-  run()  # and another one, that `interleaved` throws away
+  run()  # besides the first run, which `interleaved` does not count
   seconds = timing.interleaved({"": run}, args.repeat)[""]
   memory_ = held([side], (state, scored, frozen), before)
   work = programs.cost(this.c, this.p, "update", this.work)
@@ -438,10 +438,11 @@ def update(args, config: str) -> dict:
 
 
 def minibatch(this: Case, program: programs.Program, most: int):
-  """A batch on the device whose first microbatches are full, the others empty.
+  """A batch on the device whose first microbatches are full and the others empty.
 
   Args:
-    this, program: of the update.
+    this: the configuration.
+    program: its update.
     most: microbatches to fill.
 
   Returns:
@@ -475,7 +476,7 @@ def minibatch(this: Case, program: programs.Program, most: int):
 
 
 def decode(args, rows: int) -> dict:
-  """Tokens of so many rows whose caches are filled to the same length, by the kernel and by the loop in turns."""
+  """Decodes so many rows whose caches are filled to the same length, by the kernel and by the loop in turns."""
   filled, steps = (64, 4) if args.smoke else (2048, 32)
   this = case("v7b", args.smoke, engine__slots=rows, engine__segment_tokens=steps,
               rollout__max_total_tokens=filled + steps)
@@ -505,7 +506,7 @@ def decode(args, rows: int) -> dict:
   tokens, logp, _ = outs[first]
   if not np.isfinite(logp).all():
     raise ValueError("log-probabilities of decoding must be finite")
-  # A row that ends by chance leaves the others to go on.
+  # If a row ends by chance, the others go on.
   of = {kind: speed(seconds[kind], outs[kind][2].max(), rows, operations, read) for kind in sides}
   return {"rows": rows, "filled": filled, "steps": int(outs[first][2].max()), "kind": first, **of[first],
           "loop_s": of["loop"]["seconds"], "times_as_fast_as_loop": of["loop"]["seconds"] / of[first]["seconds"],
@@ -515,7 +516,7 @@ def decode(args, rows: int) -> dict:
 
 
 def arrays_key(spec) -> jax.Array:
-  """A key where a program takes one."""
+  """A key, after checking that the program takes one here."""
   if not jnp.issubdtype(spec.dtype, jax.dtypes.prng_key):
     raise ValueError(f"decode must take a key. Received: {spec.dtype}")
   return jax.random.key(0)
@@ -528,7 +529,7 @@ def made_attending(this: Case, name: str, kind: str) -> Made:
 
 
 def chunk(args, name: str) -> dict:
-  """A prompt, or a crop behind half a row in all slots, as eight GPUs' share of v7b has them: kernel and loop."""
+  """Appends prompts, or crops to half-full rows, in all slots of a GPU's share of v7b on eight: kernel and loop."""
   this = case("v7b", args.smoke, engine__slots=4 if args.smoke else 8)
   model, program = this.p.policy.model, this.program(name)
   weights, spec, given = program.arrays
@@ -569,7 +570,7 @@ def chunk(args, name: str) -> dict:
 
 
 def copy(args) -> dict:
-  """Float32 weights to bfloat16 ones, as once a step."""
+  """Copies float32 weights to bfloat16, as a run does once a step."""
   this = case("v7b", args.smoke)
   program = this.program("copy")
   weights = arrays(program.arrays[0], STD)
@@ -584,7 +585,7 @@ def copy(args) -> dict:
 
 
 def rollout(args) -> dict:
-  """A step's rollouts through the engine, in which a script says when turns end and what comes back."""
+  """A step's rollouts through the engine; a script says when turns end and what comes back."""
   this = case("v7b", args.smoke)
   model = this.p.policy.model
   shape = dict(prompts=8, group=8, rounds=(2, 5), tokens=(64, 256), first_px=1008, crop_px=(448, 448))
@@ -622,12 +623,12 @@ def rollout(args) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Something that a process of its own does.
+  """A part of the script, which runs in its own process.
 
   Attributes:
     run: from the command line's arguments to the figures.
-    expect_s: what it may take on one H100, guessed, compilation included.
-    limit_s: after which it is stopped.
+    expect_s: a guess of what it takes on one H100, with compilation.
+    limit_s: after this long it is stopped.
   """
 
   run: Callable[[argparse.Namespace], dict]
@@ -652,7 +653,7 @@ PARTS = {  # the most valuable first
 
 
 def write(out: str | None, line: dict) -> None:
-  """Appends a line, which is on the disk before anything else happens, and prints it."""
+  """Prints a line and appends it to a file, on the disk before anything else happens."""
   text = json.dumps(line)
   print(text, flush=True)
   if out:
@@ -663,13 +664,13 @@ def write(out: str | None, line: dict) -> None:
 
 
 def run_here(args, name: str) -> bool:
-  """Runs a part in this process, and writes what it found; whether it went well."""
+  """Runs a part in this process and writes what it found; returns whether it succeeded."""
   memory.keep_when_on_cpu()
   began = time.perf_counter()
   try:
     found = PARTS[name].run(args)
     found = {"ok": True, **found}
-  except Exception as e:  # of a part that fails, why; the others go on
+  except Exception as e:  # a part that fails is written with its error, and the others go on
     traceback.print_exc()
     found = {"ok": False, "error": f"{type(e).__name__}: {' '.join(str(e).split())}"[:1000]}
   made_by = timing.made_by()
@@ -679,12 +680,12 @@ def run_here(args, name: str) -> bool:
 
 
 def lines(out: str) -> int:
-  """How many there are."""
+  """How many lines a file has; 0 if there is none."""
   return pathlib.Path(out).read_text().count("\n") if os.path.exists(out) else 0
 
 
 def run_apart(args, name: str, limit_s: float) -> bool:
-  """Runs a part in a process of its own; whether it went well.  If it ends without a word, the word is written here."""
+  """Runs a part in its own process and returns whether it succeeded; if it wrote nothing, its error is written here."""
   env = dict(os.environ)
   env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
   there, began = lines(args.out), time.perf_counter()
@@ -729,7 +730,7 @@ def main():
       continue
     well = run_apart(args, name, min(part.limit_s, rest))
     before, gone = gone, time.perf_counter() - began
-    if well:  # what failed at once says nothing of how fast things are
+    if well:  # a part that failed says nothing about speed
       took, expected = took + gone - before, expected + part.expect_s
       pace = took / expected
     else:

@@ -1,9 +1,9 @@
-"""Scores predictions of known models, and compares with what others published, or computed by the official script.
+"""Scores predictions of known models, and compares with figures that others published or the official script gave.
 
     python benchmarks/agreement.py --data=REALDATA/native
 
 The folder has `predictions/` (files of others' answers) and `expected.json` (their figures); neither is part of the
-project.  Exits with 1 if a figure differs by more than rounding.
+project.  Exits with 1 if a figure differs by more than rounding explains.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 
 from virl_jax import evaluate
 
-# What: predictions, benchmark, its own file or None, where our figure stands, where theirs stands and in what unit.
+# Each has a name, predictions, benchmark, the benchmark's own file or None, where our figure is, and where theirs is
+# and in what unit.
 CASES = (
     *((f"POPE, LLaVA-1.5-13B, F1, {split}", "pope_llava15_13b/answers.jsonl", "pope", "pope_llava15_13b/gt",
        ("splits", f"coco/{split}", "F1"), (f"pope_llava15_13b/{split}", "F1"), 1)

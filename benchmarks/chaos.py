@@ -1,18 +1,18 @@
-"""The tiny run of two processes, in all kinds of trouble, started again by a loop each time: what is lost, how it ends.
+"""The tiny run of two processes, in all kinds of trouble, restarted by a loop each time: what is lost, how it ends.
 
-    python benchmarks/chaos.py                                   # all of it: an hour and a half with nothing beside it
+    python benchmarks/chaos.py                                   # all of it: an hour and a half on an idle machine
     python benchmarks/chaos.py --kills=2 --terms=1 --damages=1 --disks=1 --coordinators=1 --steps=12
 
-What it has found it keeps, run by run: the same command goes on from there.
+Findings are kept, run by run: the same command goes on from there.
 
 At random moments a random process gets SIGKILL, or SIGTERM; the coordinator is killed; both are killed and the newest
-checkpoint is damaged (cut short, bytes inverted, its manifest gone); the disk runs full (the workdir's, a small tmpfs,
-which wants root).  Then both are started again with the same command, until the run is done, and the next run begins,
-until there was all of it.
+checkpoint is damaged (cut short, bytes inverted, its manifest deleted); the disk runs full (the workdir's, a small
+tmpfs, which needs root).  Then both are started again with the same command, until the run is done, and the next run
+begins, until all troubles have happened.
 
-It holds that SIGTERM loses no finished step and ends both with 0; that nothing else loses more than what lies between
-checkpoints (damage: one checkpoint more); that no process outlives the other for long; and that the parameters of every
-run, and its metrics but for times, are in the end those of a run that nobody disturbed, bit for bit.
+It checks that SIGTERM loses no finished step and ends both with 0; that nothing else loses more steps than there are
+between checkpoints (damage: one checkpoint more); that no process outlives the other for long; and that the parameters
+of every run, and its metrics except times, are in the end bit for bit those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from virl_jax.run import log as log_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ("--config.rollout.prompts=4", "--config.rollout.group_size=4", "--config.eval.tasks=8", "--config.mesh.fsdp=2",
-         # Few programs, which are compiled anew at each start.
+         # Few programs, because each start compiles them again.
          "--config.rollout.max_rounds=2", "--config.engine.slots=8", "--config.pack.joined_share=0.5",
          "--config.pack.crops_share=1.0",
          "--config.data.needle.train_size=64", "--config.data.needle.test_size=16", "--config.log.tensorboard=False",
@@ -47,12 +47,12 @@ KINDS = ("kill", "term", "damage", "disk", "coordinator")
 DAMAGES = ("cut short", "inverted", "no manifest")
 TIMES = log_lib.MEASURED
 STEP = re.compile(r"^step +(\d+)/", re.MULTILINE)
-# As tests/conftest.py has them, and for its reasons.
+# The flags of tests/conftest.py, for the same reasons.
 FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
   FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 DISK_BYTES = 800 * 2 ** 20
-LONELY_S = 100.0  # a process may outlive the other for so long
+LONELY_S = 100.0  # how long a process may outlive the other
 DIGEST = """
 import hashlib, sys, jax, numpy as np
 from virl_jax.run import load
@@ -64,12 +64,12 @@ print(digest.hexdigest())
 
 
 class Life:
-  """Two processes of the run, from their start to the end of both; what they say goes to WORKDIR.log.
+  """Two processes of the run, from their start to the end of both; their output goes to WORKDIR.log.
 
   Args:
     workdir: of the run.
-    args: of the command line.
-    env: of the processes.
+    args: the command line's.
+    env: environment of the processes.
   """
 
   def __init__(self, workdir: pathlib.Path, args, env: dict[str, str]):
@@ -89,7 +89,7 @@ class Life:
     return all(p.poll() is None for p in self.processes)
 
   def wait(self) -> tuple[list[int], float]:
-    """Statuses, and the seconds from the first end to the last."""
+    """Exit statuses, and the seconds from the first end to the last."""
     while self.running():
       time.sleep(0.02)
     began = time.monotonic()
@@ -107,7 +107,7 @@ class Life:
 
 
 def steps_of(workdir: pathlib.Path) -> list[dict]:
-  """The lines of the log that are whole, but for times."""
+  """The whole lines of metrics.jsonl that are steps, without times."""
   file = workdir / "metrics.jsonl"
   lines = map(json.loads, file.read_bytes().split(b"\n")[:-1] if file.exists() else [])
   return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines if "step" in line]
@@ -119,13 +119,13 @@ def saved(workdir: pathlib.Path) -> list[int]:
 
 
 def digest(workdir: pathlib.Path, env: dict[str, str]) -> str:
-  """Of the last checkpoint's parameters."""
+  """A hash of the last checkpoint's parameters."""
   return subprocess.run([sys.executable, "-c", DIGEST, str(workdir)], cwd=ROOT, env=env, check=True,
                         capture_output=True, text=True).stdout.strip().rpartition("\n")[2]
 
 
 def differences(parameters: str, steps: list[dict], others: str, other_steps: list[dict]) -> list[str]:
-  """What tells two runs apart, the first few things of it."""
+  """The first few differences between two runs."""
   found = [] if parameters == others else ["parameters"]
   if len(steps) != len(other_steps):
     found.append(f"{len(steps)} and {len(other_steps)} steps")
@@ -135,7 +135,7 @@ def differences(parameters: str, steps: list[dict], others: str, other_steps: li
 
 
 def damage(folder: pathlib.Path, how: str) -> None:
-  """Harms a checkpoint."""
+  """Damages a checkpoint in one of `DAMAGES`' ways."""
   files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
   if how == "no manifest":
     for file in files:
@@ -149,7 +149,7 @@ def damage(folder: pathlib.Path, how: str) -> None:
 
 
 def fill(workdir: pathlib.Path) -> pathlib.Path:
-  """Takes what is left of the workdir's disk."""
+  """Fills the workdir's disk; returns the file that does."""
   filler = workdir.parent / "filler"
   try:
     with open(filler, "wb", buffering=0) as out:
@@ -160,7 +160,7 @@ def fill(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def trouble(life: Life, kind: str, rng: random.Random) -> tuple[str, pathlib.Path | None]:
-  """Makes it; returns what it was, and what fills the disk."""
+  """Makes trouble; returns what it was, and the file that fills the disk, or None."""
   some = rng.randrange(len(life.processes))
   if kind == "kill":
     life.processes[some].kill()
@@ -180,15 +180,15 @@ def trouble(life: Life, kind: str, rng: random.Random) -> tuple[str, pathlib.Pat
 
 def event(workdir: pathlib.Path, kind: str, number: int, args, env, rng: random.Random, startup_s: float
           ) -> dict | None:
-  """Starts the run, gets it into trouble, and says what came of it; None if it was done before."""
+  """Starts the run, makes trouble, and returns what happened; None if the run was done before."""
   life = Life(workdir, args, env)
-  # From the first moment to some steps after the start: what comes before has little to lose.
+  # From early in the start to some steps after it: the first moments have little to lose.
   moment_s = rng.uniform(0.3, 1.0) * (startup_s + args.span_s) if kind in ("kill", "term", "coordinator") else None
   began = time.monotonic()
   while life.running():
     if moment_s is not None and time.monotonic() - began > moment_s:
       break
-    # A checkpoint to harm, and one to fall back on; and a step of its own, to see where it began.
+    # There must be a checkpoint to damage, one to fall back on, and a step of this start, to see where it began.
     if moment_s is None and begins_at(life.said()) is not None and STEP.search(life.said()) and len(saved(workdir)) > 1:
       break
     time.sleep(0.02 if moment_s is not None else 0.2)
@@ -215,14 +215,14 @@ def event(workdir: pathlib.Path, kind: str, number: int, args, env, rng: random.
 
 
 def begins_at(said: str) -> int | None:
-  """The step that a start goes on from, by what it says; None if it has not come so far."""
+  """The step that a start goes on from, by its output; None if it has not got that far."""
   resumed = re.search(r"going on from step (\d+)", said)
   first = STEP.search(said)
   return int(resumed[1]) if resumed else int(first[1]) - 1 if first else None
 
 
 def check(found: dict, after: str, begins: int, args) -> dict:
-  """Adds what the next start that came so far has lost, and what is wrong."""
+  """Adds what was lost, by the next start that got as far as a step, and what is wrong."""
   # A start that ended before its first step had nothing to lose: its log has steps that an earlier one lost.
   lost = found["steps"] - begins if found["stepped"] else 0
   most = {"term": 0, "damage": 2 * args.every}.get(found["kind"], args.every)
@@ -301,9 +301,9 @@ def _run(runs: pathlib.Path, todo: list, rng: random.Random, args, env) -> None:
       if running:
         open_.append(got | {"number": todo.pop()[1], "at": pathlib.Path(f"{workdir}.log").stat().st_size})
       else:
-        life = Life(workdir, args, env)  # to the end, if it is not there
+        life = Life(workdir, args, env)  # to the end, if the run is not done
         codes, _ = life.wait()
-      # Where a start says what it goes on from, those before it are seen to the end.
+      # Once a start has said what it goes on from, the troubles before it can be judged.
       for one in [*open_]:
         after = after_of(workdir, one)
         if (begins := begins_at(after)) is None and (running or "report: " not in after):
@@ -333,7 +333,7 @@ def _run(runs: pathlib.Path, todo: list, rng: random.Random, args, env) -> None:
 
 
 def after_of(workdir: pathlib.Path, last: dict) -> str:
-  """What was said since some trouble, by the start after it and later ones."""
+  """The output since some trouble, of the start after it and of later ones."""
   with open(f"{workdir}.log", errors="replace") as log:
     log.seek(last["at"])
     return log.read()

@@ -1,21 +1,22 @@
-"""Precision and recall of curation's filters, on needle pictures of which it is known what is wrong with each.
+"""Precision and recall of curation's filters, on needle pictures with known faults.
 
     python benchmarks/curation.py [--n=40] [--kills=20] [--out=DIR]
 
-Draws pictures, spoils some in ways that are known, builds a set of them, and curates it with the tiny base:
+Draws pictures, spoils some in known ways, builds a set of them, and curates it with the tiny base:
 
-    good         as the tiny run trains on
+    good         like those that the tiny run trains on
     huge         the box is most of the picture
     speck        the box is a few pixels
     long         the answer is a paragraph
-    duplicate    a good one, saved again, smaller and harder compressed, asked with another blank
-    leaked       a picture of the benchmark's (needle's test split), saved again
+    duplicate    a good one, saved again, smaller and with more compression, its question with another blank
+    leaked       a picture of the benchmark (needle's test split), saved again
     blind        any guess is right
     unsolvable   the answer is wrong
 
-For each filter: of those it dropped, how many are of its group (precision), and of its group, how many it dropped
-(recall); what an earlier stage has dropped is not counted against it.  What the filters by a policy can do depends on
-the policy.  With --kills, another run is killed that often, at random moments, and has to end with the same files.
+For each filter: the share of the tasks that it dropped which are of its group (precision), and the share of its group
+that it dropped (recall); what an earlier stage has dropped is not counted against it.  How well the filters by a policy
+do depends on the policy.  With --kills, another run is killed that often, at random moments, and has to end with the
+same files.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from virl_jax.data.curation import parts
 from virl_jax.tiny import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
-# What of which group a filter should drop.
+# The groups that each filter should drop.
 FILTERS = {
     "boxes cover too much": ("huge",), "box too small as shown": ("speck",), "answer too long": ("long",),
     "near-duplicate": ("duplicate",), "on a benchmark's picture": ("leaked",),
@@ -60,7 +61,7 @@ def again(data: bytes, side_px: int, quality: int) -> bytes:
 
 
 def draw(folder: pathlib.Path, n: int) -> dict[str, str]:
-  """Writes pictures and records.jsonl; gives the group of each record."""
+  """Writes pictures and records.jsonl; returns the group of each record, by uid."""
   cfg, rng = needle.Config(families=("pattern",), objects=(2, 4)), random.Random(0)
   good = [needle.draw(0, "curated", i, cfg)[0] for i in range(3 * n)]
   bad = [needle.draw(0, "spoiled", i, cfg)[0] for i in range(5 * n)]
@@ -112,13 +113,13 @@ def curate(data, out, config) -> list[str]:
 
 
 def content(out: pathlib.Path) -> dict[str, str]:
-  """A hash of each file that is the result."""
+  """A hash of each file of the result."""
   return {str(path.relative_to(out)): hashlib.blake2b(path.read_bytes()).hexdigest()
           for path in sorted(out.rglob("*")) if path.is_file()}
 
 
 def killed(command: list[str], kills: int, longest_s: float, seed: int) -> int:
-  """Starts it until it has ended by itself, and kills it `kills` times before; how often it was killed."""
+  """Starts a command until it ends by itself, and kills it up to `kills` times before; returns how often it did."""
   rng, done = random.Random(seed), 0
   while True:
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -144,7 +145,7 @@ def measures(out: pathlib.Path, groups: dict[str, str]) -> list[dict]:
   rows = []
   for reason, wanted in FILTERS.items():
     dropped = [line for line in rejects if line["reason"] == reason]
-    # Of a pair of duplicates either may go.
+    # Either of two duplicates may be dropped.
     is_right = lambda line, reason=reason, wanted=wanted: groups[line["uid"]] in wanted or (
         reason == "near-duplicate" and line["uid"].startswith("good_") and f"duplicate_{line['uid'][5:]}" in groups)
     reached = sum(groups[line["uid"]] in wanted for line in kept) + sum(
@@ -157,7 +158,7 @@ def measures(out: pathlib.Path, groups: dict[str, str]) -> list[dict]:
 
 
 def fates(out: pathlib.Path, group_of) -> dict[str, dict[str, int]]:
-  """What became of each group of tasks: how many were dropped for what, or kept; `group_of` takes a task's uid."""
+  """For each group of tasks, how many were dropped for each reason, or kept; `group_of` takes a task's uid."""
   found = collections.defaultdict(collections.Counter)
   for name in ("rejects", "tasks"):
     for line in map(json.loads, (out / f"{name}.jsonl").read_text().splitlines()):

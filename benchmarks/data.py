@@ -7,12 +7,13 @@
     python benchmarks/data.py --part=memory --records=100000
 
 The files are made here, in the publishers' schemas, over a few hundred pictures.  speed builds a set of each, in one
-process, from the first byte to the finished files; "read" is the reader by itself.  Its seconds are the processor's, so
-that other programs of the machine do not count; wall time is in the JSON.  memory builds one in a process of its own,
-whose peak is the operating system's.  pictures takes a photograph from its file to the shown image's patches and those
-of a crop.  batches takes the prompts of one step after the other from a feed, as training does, but without training:
-needle pictures by configs/tiny.py, which is then run for some steps, and photographs, as many as configs/v7b.py asks
-for, of two sets by weight; with each number of threads: what more of them bring is the machine's to say, by its cores.
+process, from the first byte to the finished files; "read" is the reader by itself.  Its seconds are processor time, so
+that other programs on the machine do not count; wall time is in the JSON.  memory builds a set in its own process,
+whose peak memory is what the operating system states.  pictures takes a photograph from its file to the patches of the
+shown image and of a crop.  batches takes the prompts of one step after the other from a feed, as training does, but
+without training: needle pictures of configs/tiny.py, which is then run for some steps, and as many photographs as
+configs/v7b.py needs, from two sets by weight; with each number of threads.  How much more threads help depends on the
+machine's cores.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ from virl_jax.run import sources
 WORDS = ("the", "truck", "is", "left", "of", "a", "person", "with", "red", "umbrella", "behind", "window", "near", "tv")
 PICTURES = 300
 LONGEST = 12  # words of a question
-# docs/scaling.md: what a microbatch of v7b takes at least on 8 x H100, by `plan`, and the fastest step of its tables.
+# From docs/scaling.md: the least that a v7b microbatch takes on 8 x H100, by `plan`; the fastest step in its tables.
 UPDATE_S, SCORE_S, WIDEST_S = 1.6607, 0.4152, 23.0
 PHASES = ("rollout", "score", "update")
-THREADS = (1, 2, 4)  # that decode pictures, as engine.threads
+THREADS = (1, 2, 4)  # how many decode pictures: engine.threads
 
 
 def words(rng: random.Random, count: int) -> str:
@@ -63,7 +64,7 @@ def words(rng: random.Random, count: int) -> str:
 
 
 def pictures(folder: pathlib.Path, names) -> None:
-  """Photographs of 640 x 480, of noise that JPEG can not make small: about 60 kB each."""
+  """Writes pictures of 640 x 480, of noise that JPEG cannot make small: about 60 kB each."""
   folder.mkdir(parents=True)
   noise = np.random.default_rng(0)
   data = []
@@ -73,11 +74,11 @@ def pictures(folder: pathlib.Path, names) -> None:
     Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC).save(out, "JPEG", quality=92)
     data.append(out.getvalue())
   for i, name in enumerate(names):
-    (folder / name).write_bytes(data[i % len(data)] + i.to_bytes(4, "big"))  # bytes after the end make each its own
+    (folder / name).write_bytes(data[i % len(data)] + i.to_bytes(4, "big"))  # bytes after the end make each different
 
 
 def a_question(rng: random.Random, number: int) -> dict:
-  """One of GQA's questions, with all of its fields; about 700 bytes."""
+  """A question like GQA's, with all of its fields; about 700 bytes."""
   image = number * 7 % PICTURES
   first, second = str(image * 100 + rng.randrange(20)), str(image * 100 + rng.randrange(20))
   question = words(rng, rng.randrange(5, LONGEST)) + "?"
@@ -94,7 +95,7 @@ def a_question(rng: random.Random, number: int) -> dict:
 
 
 def gqa(root: pathlib.Path, count: int, n_graphs: int = PICTURES) -> None:
-  """Questions in one object, a line each, and scene graphs of 20 objects an image."""
+  """Writes questions in one object, a line each, and scene graphs with 20 objects for each image."""
   rng = random.Random(0)
   drawn = [json.dumps(a_question(rng, number)) for number in range(min(count, 30_000))]
   with open(root / "train_balanced_questions.json", "w", encoding="utf-8") as file:
@@ -212,7 +213,7 @@ def speed(args, folder: pathlib.Path) -> dict:
 
 
 def memory(args, folder: pathlib.Path) -> dict:
-  """The peak of a process that builds a set of a file of many lines."""
+  """The peak memory of a process that builds a set from a file of many lines."""
   count = args.records or 5_000_000
   root = folder / "raw"
   root.mkdir()
@@ -237,7 +238,7 @@ print(counts.tasks, time.process_time() - began, resource.getrusage(resource.RUS
 
 
 def photographs(args) -> list[bytes]:
-  """Files given, or pictures of the sizes that photographs have."""
+  """The files in --photos, or else drawn pictures with sizes of photographs."""
   if args.photos:
     return [p.read_bytes() for p in sorted(pathlib.Path(args.photos).glob("*.jpg"))[:12]]
   noise, made = np.random.default_rng(0), []
@@ -278,17 +279,17 @@ def shown(args, _folder) -> dict:
 
 
 def least_v7b_s() -> dict[str, float]:
-  """Seconds that a step of configs/v7b.py takes at least: name -> seconds, the last the smallest that any has."""
+  """The least seconds that a step of configs/v7b.py takes, by name; the last is the smallest in any table."""
   c = v7b.get_config()
   trajectories = c.rollout.prompts * c.rollout.group_size
-  # On 8 x H100 a microbatch is a row of `microbatch_tokens` a device, of trajectories of half of max_total_tokens.
+  # On 8 x H100, a microbatch is a row of `microbatch_tokens` a device; trajectories have half of max_total_tokens.
   microbatches = trajectories * c.rollout.max_total_tokens / 2 / (8 * c.learner.microbatch_tokens)
   return {"8 x H100, update and score alone": microbatches * (UPDATE_S + SCORE_S),
           "1,024 x H100, all of a step": WIDEST_S}
 
 
 def batches_part(args, folder: pathlib.Path) -> dict:
-  """Batches a second from a feed, with each number of threads, beside what the tiny step and the 7B's consume."""
+  """Batches a second from a feed, with each number of threads, beside what steps of the tiny run and of 7B consume."""
   tiny_c, v7b_c = tiny.get_config(), v7b.get_config()
   tiny_c.data.path = str(folder / "needle")
   files = photographs(args)
@@ -333,7 +334,7 @@ def batches_part(args, folder: pathlib.Path) -> dict:
 
 
 def tiny_step_s(workdir: str, folder: pathlib.Path) -> float:
-  """Seconds of a step of configs/tiny.py, the fastest, for others compile: of a workdir, or of a run in the folder."""
+  """Seconds of the fastest step of configs/tiny.py (others compile), of a workdir or of a run in the folder."""
   root, run = pathlib.Path(__file__).parents[1], pathlib.Path(workdir or folder / "run")
   if not workdir:
     subprocess.run([sys.executable, "-m", "virl_jax.train", f"--config={root / 'configs' / 'tiny.py'}",

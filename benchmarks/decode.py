@@ -1,11 +1,11 @@
-"""How near a decode step comes to the memory's own speed.
+"""How near a decode step comes to the speed of the memory.
 
     python benchmarks/decode.py                                                        # the bench model, float32
     python benchmarks/decode.py --size=7b --dtype=bfloat16 --rows=1,16,64,256          # on an accelerator
 
-A step has to read every weight of the decoder once, and each row's keys and values.  The floor is the time
-that takes at the bandwidth of a copy, measured in the same run; many rows also have to be multiplied, and the
-second floor is the time of that at the speed of a large matrix product in the same numbers.
+A step has to read every weight of the decoder once, and each row's keys and values.  The memory floor is the time
+that this takes at the bandwidth of a copy, measured in the same run; many rows also have to be multiplied, and the
+compute floor is the time that this takes at the speed of a large matrix product in the same dtype.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class Step:
 
 
 def least(cfg: qwen.Config, rows: int, filled: float, size: int) -> tuple[float, float]:
-  """What a step cannot do without: bytes that it reads, and operations of its products.
+  """The least work of a step: bytes that it reads, and operations of its matrix products.
 
   Args:
     cfg: shapes.
-    rows: that decode.
+    rows: how many decode.
     filled: tokens in each row's cache.
     size: bytes of a number.
   """
   t = cfg.text
-  weights = params_lib.count(qwen.specs(cfg)["text"]) - (0 if t.tied else t.vocab * t.hidden)  # rows look few tokens up
+  weights = params_lib.count(qwen.specs(cfg)["text"]) - (0 if t.tied else t.vocab * t.hidden)  # few embeddings are read
   cache = 2 * t.layers * t.kv_heads * t.head_size * filled * rows
   return (weights + cache) * size, rows * (2 * weights + 4 * t.layers * t.heads * t.head_size * filled)
 

@@ -1,10 +1,10 @@
-"""The same trajectories from a real server as from our engine: greedy, the tiny base behind `transformers serve`.
+"""Whether a real server gives the trajectories of our engine: greedy, the tiny base behind `transformers serve`.
 
     pip install 'transformers[serving]' torch torchvision
     python benchmarks/endpoint.py [--tasks=20] [--url=http://HOST:PORT/v1 --model=NAME]
 
-Rolls out needle tasks by `rollout.remote` and by the engine, and compares turn by turn.  Without --url it starts the
-server, on this machine's CPU, with the folder of the base.
+Rolls out needle tasks by `rollout.remote` and by the engine, and compares them turn by turn.  Without --url it starts
+the server, on this machine's CPU, with the base's folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def serve(folder: str) -> tuple[subprocess.Popen, str]:
-  """Starts the server, and waits until it replies; the process, and its address."""
+  """Starts the server and waits until it replies; returns the process and its address."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]

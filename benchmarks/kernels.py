@@ -1,4 +1,4 @@
-"""The reward, credit and advantage kernels, against the same in NumPy loops and in torch; and their share of a step.
+"""The reward, credit and advantage kernels, against NumPy loops and torch; and their share of a training step.
 
     python benchmarks/kernels.py --peer=torch
     python benchmarks/kernels.py --step    # what share of a training step of the bench model they are
@@ -32,7 +32,7 @@ REWARD, CREDIT, ADVANTAGE = reward.Config(), credit.Config(), advantage.Config()
 
 
 def draw(rows: int, actions: int, targets: int, tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
-  """Boxes that often hit, some masked; the tokens of a row's actions stand side by side."""
+  """Boxes that often hit, some of them masked; each action of a row has a run of tokens, one after the other."""
   rng = np.random.default_rng(seed)
 
   def boxes(n):
@@ -54,7 +54,7 @@ def draw(rows: int, actions: int, targets: int, tokens: int, seed: int = 0) -> d
 
 @functools.partial(jax.jit, static_argnames="group")
 def ours(d: dict, group: int):
-  """This project's kernels, as `learner.step.score` has them put together."""
+  """This project's kernels, combined as in `learner.step.score`."""
   cfg = judge.Config(group, REWARD, CREDIT, ADVANTAGE)
   looks = judge.looks((d["box"], d["box_mask"], d["gt"], d["gt_mask"]), REWARD)
   total = judge.rewards(looks, d["answer"], jnp.ones_like(d["answer"]), REWARD)
@@ -70,7 +70,7 @@ def _iou(a, b):
 
 
 def loops(d: dict, group: int):
-  """One action after another, one token run after another: what a first version looks like."""
+  """One action after the other, one run of tokens after the other: what a first version looks like."""
   rows, actions = d["box_mask"].shape
   total, classes = np.zeros(rows), np.full((rows, actions), credit.NONE)
   for b in range(rows):
@@ -154,7 +154,7 @@ class Torch:
 
 
 def seconds_a_token(repeat: int) -> float:
-  """Of a training step (forward, backward, AdamW) of the bench model on 8 rows of 128 tokens, images among them."""
+  """Seconds a token of the bench model's training step (forward, backward, AdamW): 8 rows of 128 tokens, images too."""
   cfg = dataclasses.replace(policy_bench.BENCH, platform=sharding.platform(jax.devices()[0]))
   params = jax.jit(lambda key: params_lib.init(qwen.specs(cfg), key, jnp.float32))(jax.random.key(0))
   side = policy_bench.Ours(cfg, params, policy_bench.inputs(cfg, 8, 128, 224), 1)

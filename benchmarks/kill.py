@@ -1,11 +1,11 @@
-"""The tiny run, ended by signals at random moments and started again: what is lost, what is said, how it ends.
+"""The tiny run, ended by signals at random moments and started again: what is lost, what is printed, how it ends.
 
     python benchmarks/kill.py --moments=10
 
-Each time a fresh run is sent SIGINT, SIGTERM or SIGKILL at some moment between its start and its end, and then given
-the same command again.  It holds that no more steps are done twice than lie between checkpoints, after SIGTERM none;
-that no traceback is printed; that the status is as promised; and that metrics and last evaluation are an undisturbed
-run's.  A figure that does not hold is marked, and the script fails.
+Each time a fresh run gets SIGINT, SIGTERM or SIGKILL at some moment between its start and its end, and is then started
+again with the same command.  It checks that no more steps are done twice than there are between checkpoints, and after
+SIGTERM none; that no traceback is printed; that the exit status is as documented; and that metrics and the last
+evaluation are those of an undisturbed run.  What is wrong is listed, and the script fails.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ SMALL = ("--config.rollout.prompts=8", "--config.rollout.group_size=4", "--confi
 
 
 def start(workdir: pathlib.Path, steps: int, every: int, env: dict[str, str]) -> subprocess.Popen:
-  """The run, which writes to WORKDIR.log."""
+  """Starts the run, which writes to WORKDIR.log."""
   command = [sys.executable, "-m", "virl_jax.train", "--config=configs/tiny.py", f"--workdir={workdir}", *SMALL,
              f"--config.steps={steps}", f"--config.checkpoint.every={every}"]
   with open(f"{workdir}.log", "a") as log:
-    # A shell's `&` has its children ignore Ctrl-C.
+    # Children of a shell's `&` ignore Ctrl-C, and so would theirs.
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
@@ -47,7 +47,7 @@ def log_of(workdir: pathlib.Path) -> str:
 
 
 def outcome(workdir: pathlib.Path) -> tuple[list[dict], dict]:
-  """What a run's steps and its last evaluation are, but for times."""
+  """A run's steps, without times, and its last evaluation."""
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   timeless = lambda line: {k: v for k, v in line.items() if not k.startswith(log_lib.MEASURED)}
   return [timeless(line) for line in lines if "step" in line], json.loads((workdir / "eval_after.json").read_text())
@@ -106,7 +106,7 @@ def main():
   out = args.out.resolve()
   out.mkdir(parents=True, exist_ok=True)
   runs = pathlib.Path(tempfile.mkdtemp(prefix="runs_", dir=out))
-  # Programs are compiled once, pictures drawn once: the first run does, and the second says how long one takes then.
+  # The first run compiles programs and draws pictures for all; the second says how long a run then takes.
   cache = {"VIRL_JAX_CACHE": str(out / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   env = os.environ | cache
   seconds = [whole(runs / f"whole_{i}", args, env) for i in range(2)][-1]
@@ -118,7 +118,7 @@ def main():
   for i in range(args.moments):
     for number in STATUS:
       got, share = None, rng.random()
-      while got is None:  # a run that was faster than the others may have ended
+      while got is None:  # a run that is faster than the others may have ended before the signal
         workdir = runs / f"{number.name}_{i}_{share:.3f}"
         got = one(workdir, number, share * seconds, wanted, args, env)
         share *= 0.9

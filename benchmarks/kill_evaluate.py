@@ -1,11 +1,11 @@
-"""Evaluations that are killed at random moments and started again, and that two processes make: the same files.
+"""Whether evaluations that are killed at random moments and restarted, or made by two processes, give the same files.
 
     python benchmarks/kill_evaluate.py --kills=7 --out=runs/kill_evaluate
 
-The tiny base is asked needle questions, with zooms and without.  Whatever comes of it must be an undisturbed run's,
-byte for byte: predictions, what each was worth, results, pages, pictures.  SIGKILL goes to the one process there is, or
-to one of two, of which the other must end by itself; at a random moment between shortly before the first predictions
-are written and the end.  What is not the same is named, and the script fails.
+The tiny base is asked needle questions, with zooms and without.  All files must be those of an undisturbed evaluation,
+byte for byte: predictions, scores, results, pages, pictures.  SIGKILL goes to the only process, or to one of two, and
+then the other must end by itself; at a random moment between shortly before the first predictions are written and the
+end.  Files that differ are named, and the script fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PATIENCE_S = 900
 
 
 def start(out: pathlib.Path, processes: int, args, env: dict[str, str]) -> list[subprocess.Popen]:
-  """The evaluation, whose processes write to OUT.N.log; all in all as many devices as there are processes at most."""
+  """Starts the evaluation, whose processes write to OUT.N.log; they have two devices in all, however many they are."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -45,7 +45,7 @@ def start(out: pathlib.Path, processes: int, args, env: dict[str, str]) -> list[
 
 
 def wait(running: list[subprocess.Popen]) -> list[int]:
-  """Their statuses, when all have ended."""
+  """The exit statuses of processes, once all have ended."""
   try:
     return [process.wait(_PATIENCE_S) for process in running]
   finally:
@@ -54,7 +54,7 @@ def wait(running: list[subprocess.Popen]) -> list[int]:
 
 
 def whole(out: pathlib.Path, processes: int, args, env: dict[str, str]) -> tuple[float, float]:
-  """An undisturbed evaluation; seconds until its first predictions are written, and until its end."""
+  """Runs an undisturbed evaluation; returns the seconds until its first predictions are written, and until its end."""
   began, first_s = time.perf_counter(), None
   running = start(out, processes, args, env)
   while first_s is None and running[0].poll() is None:
@@ -67,23 +67,23 @@ def whole(out: pathlib.Path, processes: int, args, env: dict[str, str]) -> tuple
 
 
 def content(out: pathlib.Path) -> dict[str, bytes]:
-  """What an evaluation has left, by path, with its own folder's name taken out of it."""
+  """The files of an evaluation, by path, without the name of its folder in them."""
   return {str(path.relative_to(out)): path.read_bytes().replace(str(out).encode(), b"OUT")
           for path in sorted(out.rglob("*")) if path.is_file() and path.suffix != ".part"}  # a picture not yet whole
 
 
 def differ(a: dict[str, bytes], b: dict[str, bytes]) -> list[str]:
-  """The files that are not the same."""
+  """The names of the files that differ."""
   return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
 def predictions(out: pathlib.Path) -> int:
-  """How many there are, whole lines only."""
+  """How many predictions there are, whole lines only."""
   return sum(path.read_bytes().count(b"\n") for path in out.rglob("predictions.jsonl"))
 
 
 def until_killed(out: pathlib.Path, processes: int, moment_s: float, args, env: dict[str, str]) -> dict | None:
-  """Starts it and kills a process after so long; None if it had ended before."""
+  """Starts an evaluation and kills a process at this moment; None if it had ended before."""
   running = start(out, processes, args, env)
   victim = running[-1]
   try:
@@ -101,11 +101,11 @@ def until_killed(out: pathlib.Path, processes: int, moment_s: float, args, env: 
 
 def killed(out: pathlib.Path, processes: int, kills: int, seconds: tuple[float, float], rng: random.Random, args, env
            ) -> list[dict]:
-  """An evaluation that is killed so often on its way to its end, each time at a random moment."""
+  """An evaluation that is killed this often before it ends, each time at a random moment."""
   found, (first_s, end_s) = [], seconds
   while len(found) < kills:
     one = until_killed(out, processes, rng.uniform(0.9 * first_s, end_s), args, env)
-    if one is None:  # it was done: as well as a kill can come too late
+    if one is None:  # it was done before the kill
       break
     found.append(one)
     print(f"  {one}", flush=True)

@@ -1,11 +1,11 @@
-"""A learner's step on the tiny run's own trajectories: joined rows against rows of their own, and what scoring costs.
+"""A learner's step on the tiny run's own trajectories: joined rows against a row for each, and what scoring costs.
 
     python benchmarks/learner.py
 
-Both sides are given the same 128 trajectories, rolled out by the base that ships.  "own rows" pads each trajectory
-to the longest; "joined" puts several into a row (sequence packing).  "two passes" computes the log-probabilities
-before the update in a forward pass of its own, as several updates a batch need; "one pass" leaves them to the
-update.  Scoring without that pass is what reward, credit and advantage kernels cost in a step of training.
+Both sides get the same 128 trajectories, rolled out by the tiny base.  "own rows" pads each trajectory to the longest;
+"joined" puts several into a row (sequence packing).  "two passes" computes the log-probabilities before the update in a
+separate forward pass, as several updates of a batch need; "one pass" leaves them to the update.  The time of scoring
+without that pass is what reward, credit and advantage kernels cost in a training step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TINY = pathlib.Path(__file__).parents[1] / "configs" / "tiny.py"
 
 
 class Side:
-  """One way to do a step; timed apart are its scoring and its update."""
+  """One way to do a step, whose scoring and update are timed separately."""
 
   def __init__(self, p, params, batch, h0: float):
     # A copy: an update donates its state.
@@ -80,7 +80,7 @@ def main():
         f"{base / timing.median(step[n]):.2f}", tokens[n.split(",")[0]]] for n in sides]) + "\n")
   kernels = timing.median(seconds["joined, one pass/score"])
   share = kernels / timing.median(step["joined, one pass"])
-  # Not the losses: on policy a loss is minus the mean advantage, whatever the model computes.
+  # The losses would tell nothing: on policy, a loss is minus the mean advantage, whatever the model computes.
   first, *others = (jax.tree.leaves(jax.device_get(s.state.params)) for s in sides.values())
   apart = max(float(np.abs(a - b).max()) for other in others for a, b in zip(first, other))
   print(f"{len(trajectories)} trajectories of {real} tokens; reward, credit and advantage take {1e3 * kernels:.1f} ms, "

@@ -1,14 +1,14 @@
-"""What saturates first, from one host to 1,024 chips: a step of configs/v7b.py by its parts, by arithmetic.
+"""What saturates first, from one host to 1,024 chips: the parts of a step of configs/v7b.py, by arithmetic.
 
     python benchmarks/limits.py                     # TPU v5p
     python benchmarks/limits.py --chip=v5e          # also v6e, h100
 
-Nothing runs but a picture's way through the host.  Operations are those that `plan` counts, bytes the least of
-benchmarks/scaling.py times what its compiled programs receive beyond that, speeds those of the data sheets times the
-shares below.  The batch stays as it is (strong scaling): that is what a user waits for.
+Only the host's work on a picture is run.  Operations are those that `plan` counts; bytes are the least of
+benchmarks/scaling.py, times the excess that its compiled programs receive; speeds are those of the data sheets, times
+the shares below.  The batch stays the same (strong scaling): that is what a user waits for.
 
-A minibatch has a fixed number of rows.  Devices beyond that share rows (tensor parallelism), up to the key/value
-heads; those beyond that have no work in the update.
+A minibatch has a fixed number of rows.  Devices beyond that share rows (tensor parallelism), up to the number of
+key/value heads; still more devices have no work in the update.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Machine:
   """How chips of a kind are put together.
 
   Attributes:
-    host_chips: of a host.
-    slice_chips: that are wired together at the speed of `Chip.link`.
-    between: bytes a second and chip between slices, or between machines of GPUs.
-    least_tensor: over how many chips a copy of the weights must be split in rollouts; docs/scaling.md's rows.
+    host_chips: chips of a host.
+    slice_chips: most chips that are connected at the speed of `Chip.link`.
+    between: bytes a second for each chip between slices, or between machines of GPUs.
+    least_tensor: the fewest chips that a copy of the weights must be split over in rollouts; see docs/scaling.md.
   """
 
   host_chips: int
@@ -53,17 +53,17 @@ class Machine:
   least_tensor: int
 
 
-# Google Cloud's pages of TPU v5e, v5p, v6e (largest slice; 200 Gbit/s a host of four chips, taken for all);
-# NVIDIA's DGX H100 (a 400 Gbit/s adapter a GPU).
+# Google Cloud's pages of TPU v5e, v5p, v6e (largest slice; 200 Gbit/s for a host of four chips, assumed for all);
+# NVIDIA's DGX H100 (a 400 Gbit/s adapter for each GPU).
 MACHINES = {"v5e": Machine(4, 256, 6.25e9, 4), "v5p": Machine(4, 6144, 6.25e9, 1), "v6e": Machine(4, 256, 6.25e9, 2),
             "h100": Machine(8, 8, 50e9, 1)}
-PRODUCTS = 0.40    # of the peak: MaxText reports 0.455 for an 8B model on v6e-256, EasyR1 0.08 to 0.27
-MEMORY = 0.70      # of the bandwidth, while decoding
-BEYOND = 1.25      # received, by the least: the ratio of compiled programs (docs/scaling.md)
-SUM_S = 10e-6      # of a sum over a few chips, however small, while decoding: two a layer
+PRODUCTS = 0.40    # share of the peak: MaxText reports 0.455 for an 8B model on v6e-256, EasyR1 0.08 to 0.27
+MEMORY = 0.70      # share of the bandwidth, while decoding
+BEYOND = 1.25      # bytes received, divided by the least: the ratio of compiled programs (docs/scaling.md)
+SUM_S = 10e-6      # seconds of a sum over a few chips, however small, while decoding: two for each layer
 STORAGE = 1e9      # bytes a second that a host writes to a bucket
-HOST_CORES = 100   # of a host, that decode pictures
-SLOTS = 8          # of a device, or of the devices that share a copy of the weights: times as many
+HOST_CORES = 100   # cores of a host that decode pictures
+SLOTS = 8          # for each device; devices that share a copy of the weights also share theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Step:
 
   @property
   def total(self) -> float:
-    """The parts one after the other; products and links of an update at once, pictures and checkpoints beside."""
+    """The sum of the parts; products and links of an update overlap, as do pictures and checkpoints with the rest."""
     return max(self.products, self.links) + self.score + self.prompts + self.decode + self.copy
 
   @property
@@ -101,9 +101,9 @@ def step(c: config_lib.ConfigDict, kind: str, chips: int, picture_s: float) -> S
 
   Args:
     c: the configuration.
-    kind: of chip.
+    kind: of chip, a key of `MACHINES`.
     chips: how many.
-    picture_s: seconds of one core for a trajectory's pictures.
+    picture_s: seconds that one core takes for a trajectory's pictures.
   """
   cfg, chip, machine = plan.model_of(c), topologies.CHIPS[kind], MACHINES[kind]
   work, row = programs.work(c), c.learner.microbatch_tokens
@@ -115,7 +115,7 @@ def step(c: config_lib.ConfigDict, kind: str, chips: int, picture_s: float) -> S
   speed = chip.flops * PRODUCTS
   patches = lambda pixels: pixels / cfg.vision.grid.patch ** 2
   shown, crop = patches(c.image.max_pixels), patches(c.image.crop_max_pixels)
-  own = row / work.trajectory_tokens  # trajectories of a row
+  own = row / work.trajectory_tokens  # trajectories in a row
   passes = costs.update_passes(cfg.tuning)[0]
 
   def of_row(passes: float) -> float:
@@ -128,7 +128,7 @@ def step(c: config_lib.ConfigDict, kind: str, chips: int, picture_s: float) -> S
   if chip.platform == "gpu":  # layers are split over machines, too
     link = chip.link if chips <= machine.slice_chips else machine.between
     received = BEYOND * scaling.least_gib(cfg, row, fsdp, tensor) * plan.GIB / link
-  else:  # slices are copies of each other: gradients are added up between them
+  else:  # slices are copies of each other: gradients are summed over them
     received = BEYOND * scaling.least_gib(cfg, row, inside, tensor) * plan.GIB / chip.link
     slices = math.ceil(chips / machine.slice_chips)
     received += 4 * size / inside / tensor * 2 * (slices - 1) / machine.between
@@ -140,7 +140,7 @@ def step(c: config_lib.ConfigDict, kind: str, chips: int, picture_s: float) -> S
   a_token = 2 * 2 * cfg.text.layers * cfg.text.kv_heads * cfg.text.head_size  # bytes of the cache
 
   def rollout(over: int) -> tuple[float, float, int]:
-    """Seconds of decoding, those of the longest trajectory beyond the mean, and over how many chips a copy is split."""
+    """Seconds of decoding, those of the longest trajectory beyond the mean, and how many chips a copy is split over."""
     each = trajectories / (chips / over)  # trajectories of a copy
     slots = min(SLOTS * over, math.ceil(each))
     token_s = ((whole + slots * work.trajectory_tokens / 2 * a_token) / over / (chip.bandwidth * MEMORY)
@@ -163,7 +163,7 @@ def step(c: config_lib.ConfigDict, kind: str, chips: int, picture_s: float) -> S
 
 
 def picture_seconds(c: config_lib.ConfigDict, grid) -> float:
-  """Seconds of one core from a JPEG of 12 megapixels to the patches of what is shown and of two crops."""
+  """Seconds that one core takes from a JPEG of 12 megapixels to the patches of the shown image and of two crops."""
   rng = np.random.default_rng(0)
   coarse = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).resize((4000, 3000), Image.BICUBIC)
   file = io.BytesIO()

@@ -2,10 +2,9 @@
 
     python benchmarks/load.py --layers=4
 
-Writes a checkpoint with 7B's shapes, `--layers` text layers deep and random, to a temporary folder and loads
-it.  A thread reads the process's anonymous memory all the while; on a CPU the devices' arrays are in it too,
-so those that are live at that moment, or on their way, are taken off.  Mapped file pages are the kernel's to drop
-and don't count.
+Writes a random checkpoint with 7B's shapes but only `--layers` text layers to a temporary folder, and loads it.  A
+thread reads the process's anonymous memory all the while; on a CPU it includes the devices' arrays, so those that are
+live or being copied at that moment are subtracted.  Mapped file pages don't count: the kernel can drop them.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Watch:
     self._on_host, self._coming = jax.default_backend() == "cpu", 0
     self._put, self._set_layer = jax.device_put, weights._set_layer
     self.base, self.peak, self._stop = anonymous_bytes() - self._held(), 0, threading.Event()
-    # An array that is being copied, or written in place, is its device's, but not among the live ones meanwhile.
+    # An array that is being copied, or written in place, belongs to its device, but is not among the live ones yet.
     jax.device_put, weights._set_layer = self._counted(self._put), self._counted(self._set_layer)
     self._thread = threading.Thread(target=self._run)
     self._thread.start()
@@ -71,7 +70,7 @@ class Watch:
 
 
 def write(folder: str, cfg: qwen.Config) -> int:
-  """A random bf16 checkpoint in shards of about 1 GB, one tensor in memory at a time a shard.  Returns its bytes."""
+  """Writes a random bf16 checkpoint in shards of about 1 GB; returns its bytes."""
   weights.SHARD_BYTES = 2 ** 30
   rng, made = np.random.default_rng(0), {}
 
@@ -121,7 +120,7 @@ def main():
 
 
 def safetensors_whole(folder: str) -> dict:
-  """Every tensor of a folder at once, as safetensors gives them."""
+  """All tensors of a folder at once, as safetensors gives them."""
   tensors = {}
   for file in sorted(pathlib.Path(folder).glob("*.safetensors")):
     tensors |= safetensors_numpy.load_file(file)

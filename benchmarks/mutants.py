@@ -4,7 +4,7 @@
     python benchmarks/mutants.py --only=rl/reward   # those of one file
 
 Each bug is planted by itself on a copy of the repository; then the tests that mirror the file are run, and stop at the
-first that fails.  A bug that no test notices has survived: it wants a test, or the line is not needed.
+first that fails.  A bug that no test notices has survived: it needs a test, or the line is not needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import timing  # of this folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# The tests that mirror a file, where that is not tests/FOLDER/test_FILE.py alone.
+# The tests that mirror a file, if these are not just tests/FOLDER/test_FILE.py.
 MIRRORS = {
     "train.py": "test_wiring.py",
     "run/loop.py": "test_wiring.py",
@@ -75,8 +75,8 @@ class Mutant:
 
   Attributes:
     file: below virl_jax/.
-    old: what stands there, once.
-    new: what is put in its place.
+    old: the code that it replaces, which is in the file exactly once.
+    new: the code that replaces it.
     what: the bug, in words.
   """
 
@@ -484,7 +484,7 @@ def plant(mutant: Mutant, tree: pathlib.Path) -> None:
   """Puts a bug into a copy of the repository.
 
   Raises:
-    ValueError: the line is not there, or not once.
+    ValueError: the file does not hold the line exactly once.
   """
   file = tree / "virl_jax" / mutant.file
   text = file.read_text()
@@ -494,7 +494,7 @@ def plant(mutant: Mutant, tree: pathlib.Path) -> None:
 
 
 def copy(to: pathlib.Path) -> None:
-  """All that git knows of or does not ignore."""
+  """Copies all files of the repository that git does not ignore."""
   names = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True,
                          capture_output=True, text=True).stdout.splitlines()
   for name in names:
@@ -540,7 +540,7 @@ def main():
         shutil.rmtree(tree)
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-      # Tests that fail without a bug would catch all; this also compiles what the others then find compiled.
+      # Tests that fail without a bug would catch every bug; this run also fills the compilation cache for the others.
       whole = sorted({t for m in chosen for t in m.tests})
       for test, (status, failed) in zip(whole, pool.map(lambda t: one(10 ** 6 + whole.index(t), None, [t]), whole)):
         if status:

@@ -1,11 +1,11 @@
 """What a newcomer does: README's commands from the clone to the export, timed, in a fresh clone and environment.
 
-    python benchmarks/newcomer.py --python=python3.13           # as they stand: about ten minutes
-    python benchmarks/newcomer.py --python=python3.13 --short   # with the short forms that the tests run
+    python benchmarks/newcomer.py --python=python3.13           # unchanged: about ten minutes
+    python benchmarks/newcomer.py --python=python3.13 --short   # in the short forms that the tests run
 
 The commands are README's first block and its blocks marked `runs`, in their order; see docs/commands.py.  They run in
-a terminal, with nothing cached but what pip keeps.  The clone is of this repository's last commit.  `silent` is the
-longest time in which a command printed nothing: what a person waits without a sign.  OUT/NN.log has what each printed.
+a terminal, with no cache except pip's.  The clone is of this repository's last commit.  `silent` is the longest time in
+which a command printed nothing: how long a person waits without a sign.  OUT/NN.log has what each printed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def _read():
-  """docs/commands.py, which is in no package."""
+  """The module docs/commands.py, which is in no package."""
   spec = importlib.util.spec_from_file_location("commands", ROOT / "docs" / "commands.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -39,7 +39,7 @@ def _read():
 
 
 def path_of(page: pathlib.Path, is_short: bool) -> list[list[str]]:
-  """The words of each command: the first block, which installs, and those that are marked."""
+  """The words of each command of the first block, which installs, and of the marked blocks."""
   reader = _read()
   found = [(None, text) for _, language, _, text in reader.blocks(page) if language == "bash"][:1]
   found += [(marker, text) for _, _, marker, text in reader.blocks(page)
@@ -49,7 +49,7 @@ def path_of(page: pathlib.Path, is_short: bool) -> list[list[str]]:
 
 
 def watched(words: list[str], folder: pathlib.Path, env: dict[str, str], log: pathlib.Path) -> tuple[int, float, float]:
-  """Runs a command in a terminal; returns its status, its seconds, and the longest time it printed nothing."""
+  """Runs a command in a terminal; returns its status, its seconds, and the longest time without output, in seconds."""
   ours, theirs = pty.openpty()
   termios.tcsetwinsize(theirs, (40, 120))
   began = last = time.perf_counter()
@@ -72,7 +72,7 @@ def watched(words: list[str], folder: pathlib.Path, env: dict[str, str], log: pa
 
 
 def shown(log: pathlib.Path) -> list[str]:
-  """The lines as a terminal would leave them: of what is written over, the last."""
+  """The lines as a terminal would show them in the end: of a line that is written over, the last text."""
   text = _CONTROL.sub("", log.read_text(errors="replace").replace("\r\n", "\n"))
   return [line for line in (line.rpartition("\r")[2].strip() for line in text.split("\n")) if line]
 
@@ -98,7 +98,7 @@ def main():
       environment = (folder / words[1]).parents[1]
       env |= {"VIRTUAL_ENV": str(environment), "PATH": f"{environment / 'bin'}{os.pathsep}{env['PATH']}"}
       continue
-    if words[:2] == ["git", "clone"]:  # whose address README leaves open
+    if words[:2] == ["git", "clone"]:  # README has a placeholder for the address
       words = ["git", "clone", str(ROOT), words[-1]]
     said = shlex.join(words)
     if words[0].startswith("python") and "venv" in words:

@@ -3,9 +3,9 @@
     python benchmarks/parse.py                    # one million turns
     python benchmarks/parse.py --count=50000 --seed=3
 
-Turns are made from well-formed calls and answers by cutting, doubling, swapping and inserting: numbers as they
-should not be, other scripts' digits, control characters, lone surrogates, nested and unclosed brackets, tags within
-strings, and texts of 100,000 characters.
+Turns are made from well-formed calls by cutting, doubling and inserting: malformed numbers, digits of other scripts,
+control characters, lone surrogates, nested and unclosed brackets, tags within strings, and texts of 20,000 characters
+and more.
 """
 
 from __future__ import annotations

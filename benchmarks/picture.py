@@ -1,10 +1,10 @@
-"""The picture of README and of the site: one task of two evaluations that got it right and wrong, out of their folders.
+"""Draws the picture of README and of the site: a task that one evaluation got wrong and another right.
 
     python -m virl_jax.evaluate --model=@tiny --config=configs/tiny.py --benchmark=needle --data=- --out=EVAL/base
     python -m virl_jax.evaluate --model=runs/tiny --benchmark=needle --data=- --out=EVAL/trained
     python benchmarks/picture.py EVAL/base/needle EVAL/trained/needle --uid=test_000007 --out=docs/picture.png
 
-All that is in it is of `shown.jsonl` and of the pictures that this names.
+Everything in it comes from `shown.jsonl` in the evaluations' folders, and from the pictures that this file names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-_SIDE, _CROP, _GAP = 300, 200, 18  # pixels: of the picture, of a crop, between them
+_SIDE, _CROP, _GAP = 300, 200, 18  # pixels: sides of the picture and of a crop, space between them
 _INK, _PAPER, _TRUTH, _ZOOMS = "#202124", "#ffffff", "#0b8043", ("#d93025", "#1a73e8", "#f29900")
 
 
@@ -28,7 +28,7 @@ def kept(folder: pathlib.Path) -> dict[str, dict]:
     folder: of a benchmark, as `evaluate` has written it.
 
   Raises:
-    ValueError: it is none.
+    ValueError: it is no such folder.
   """
   path = folder / "shown.jsonl"
   if not path.is_file():
@@ -37,10 +37,10 @@ def kept(folder: pathlib.Path) -> dict[str, dict]:
 
 
 def flipped(before: dict[str, dict], after: dict[str, dict]) -> list[str]:
-  """The tasks that were wrong before and are right after, with a look each time, best looks first.
+  """The tasks that were wrong before and are right after, with zooms both times; those with the best zooms first.
 
   Args:
-    before, after: of `kept`.
+    before, after: what `kept` gave.
   """
   best = lambda entry: min((turn["iou"] or 0.0 for turn in entry["turns"] if turn["box"]), default=0.0)
   gained = [uid for uid in before.keys() & after.keys()
@@ -52,7 +52,7 @@ def draw(entries: list[tuple[str, dict]]) -> Image.Image:
   """A row for each trajectory: the picture with its boxes, what each zoom showed, and the answer.
 
   Args:
-    entries: a label and a prediction each, of the same task, as `report.benchmark.entries` has them.
+    entries: labels, and predictions for the same task, as `report.benchmark.entries` gives them.
   """
   small, large = (ImageFont.load_default(size) for size in (17, 21))
   crops = max(sum(bool(turn["box"]) for turn in entry["turns"]) for _, entry in entries)

@@ -1,12 +1,12 @@
-"""Forward pass, training step and greedy generation of one Qwen2.5-VL, here and in a peer, in one run.
+"""Forward pass, training step and greedy generation of a Qwen2.5-VL, here and in a peer, in one run.
 
     python benchmarks/policy.py --peer=transformers                    # CPU: the bench model, against torch
     python benchmarks/policy.py --size=7b --dtype=bfloat16 --batch=4 --tokens=2048 --ops=forward,train  # an accelerator
     python benchmarks/policy.py --size=7b --dtype=bfloat16 --batch=64 --tokens=512 --ops=generate
 
 Both sides run the same weights on the same inputs, one after the other within each repetition; medians are
-compared.  What is compiled is compiled before, and reported apart.  On an accelerator the shares of what a
-matrix product and a copy reach in the same run are reported (MFU, decode bandwidth).
+compared.  The first runs, which compile, are reported separately.  On an accelerator, speeds are also reported as
+shares of what a matrix product and a copy reach in the same run (MFU, decode bandwidth).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from virl_jax.rollout import pack
 from virl_jax.rollout import sample
 from virl_jax.run import memory
 
-# 50.5 million parameters, large enough that matrix products decide.
+# 50.5 million parameters, large enough for matrix products to dominate.
 BENCH = qwen.Config(
     text=qwen.Text(vocab=8192, hidden=512, layers=12, heads=8, kv_heads=2, head_size=64, intermediate=1408,
                      mrope_section=(8, 12, 12), tied=False),
@@ -44,7 +44,7 @@ BENCH = qwen.Config(
 
 
 def inputs(cfg: qwen.Config, batch: int, tokens: int, image_px: int) -> list[types.Trajectory]:
-  """Rows of `tokens` tokens: an image, and words after it that are trained on."""
+  """Trajectories of `tokens` tokens: an image, followed by words that are trained on."""
   rng, grid, side = np.random.default_rng(0), cfg.vision.grid, image_px // cfg.vision.patch
   cells = (side // grid.merge) ** 2
   if cells + 2 >= tokens:
@@ -99,7 +99,7 @@ class Ours:
 
 
 class Transformers:
-  """The reference implementation, in torch with its fastest attention."""
+  """The reference implementation, in torch, with its fastest attention."""
 
   def __init__(self, cfg, params, rows, new_tokens):
     import torch
@@ -143,7 +143,7 @@ class Transformers:
 
 
 def agreement(ours: Ours, peer: Transformers, ops: list[str]) -> dict:
-  """How far the two sides' results are from each other, so that nobody is fast by being wrong."""
+  """How far apart the two sides' results are, so that no side is fast by being wrong."""
   found = {}
   if "forward" in ops:
     found["logits_max_difference"] = float(np.abs(np.asarray(ours.logits) - peer.logits.numpy()).max())
@@ -170,7 +170,7 @@ def ceilings(dtype=jnp.bfloat16) -> tuple[float, float]:
 
 
 def flops_forward(cfg: qwen.Config, batch: int, tokens: int, image_px: int) -> float:
-  """Of one forward pass, counted by hand: 2 a weight and token, and the two products of causal attention."""
+  """FLOPs of a forward pass, counted by hand: 2 for each weight and token, and the two products of causal attention."""
   t, v = cfg.text, cfg.vision
   block = t.hidden * t.head_size * (2 * t.heads + 2 * t.kv_heads) + 3 * t.hidden * t.intermediate
   words = 2 * (t.layers * block + t.hidden * t.vocab) + 2 * t.layers * tokens * t.heads * t.head_size
@@ -198,7 +198,7 @@ def shares(args, cfg, seconds: dict) -> dict:
     read = params_lib.count(qwen.specs(cfg)["text"]) * size
     kv = 2 * t.layers * t.kv_heads * t.head_size * size * args.batch * (args.tokens + args.new_tokens / 2)
     found["decode_tokens_s"] = args.batch * args.new_tokens / timing.median(seconds["generate"])
-    # The prompt's prefill is within the time.
+    # The time includes the prompt's prefill.
     found["decode_bandwidth_share"] = args.new_tokens * (read + kv) / timing.median(seconds["generate"]) / bandwidth
   return found
 

@@ -4,9 +4,9 @@
     python benchmarks/report.py --count=500 --words=400
 
 Trajectories are made up: pictures of 252 x 200 px, four rollouts of each task, up to three zooms with their crops, and
-numbers for each token.  A filter's time is from its change to the second frame after it, so that what is drawn is in
-it; an idle page has about 33 ms for two frames.  Beside it stands the processor time of the page's main thread, which a
-busy machine does not stretch.  Needs playwright, and chromium on the path.
+numbers for each token.  A filter's time is from its change to the second frame after it, so that it includes drawing;
+an idle page takes about 33 ms for two frames.  Beside it is the processor time of the page's main thread, which a busy
+machine does not stretch.  Needs playwright, and chromium on the path.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def timed(page, action: str) -> float:
 
 
 def busy_ms(session) -> float:
-  """Processor time of the page's main thread so far."""
+  """Processor time of the page's main thread so far, in milliseconds."""
   metrics = session.send("Performance.getMetrics")["metrics"]
   return 1e3 * next(m["value"] for m in metrics if m["name"] == "TaskDuration")
 

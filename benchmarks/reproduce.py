@@ -1,16 +1,16 @@
-"""The experiments of docs/results*.md: arms of configs/ablations/arms.py, several seeds each, and what came of them.
+"""The experiments of docs/results*.md: arms of configs/ablations/arms.py, several seeds each, and their results.
 
     python benchmarks/reproduce.py --quick                   # three arms, one seed, few steps: does it all work?
     python benchmarks/reproduce.py                           # everything
     python benchmarks/reproduce.py --page=results_rounds     # the arms of one page
     python benchmarks/reproduce.py --arms=full,outcome_only --seeds=3 --out=runs/reproduce
 
-Runs are subprocesses of virl_jax.train, `--jobs` at a time, each in OUT/ARM/seed_S.  Give the same command again
-and what is finished is kept, what was cut off goes on from its checkpoint.  At the end a page, two pictures and a
-JSON file are written into OUT for each of `results.PAGES`; `--docs` puts pages and pictures into docs/.
+Runs are subprocesses of virl_jax.train, `--jobs` at a time, each in OUT/ARM/seed_S.  Give the same command again, and
+finished runs are kept, and interrupted ones go on from their checkpoints.  At the end a page, two pictures and a JSON
+file are written into OUT for each of `results.PAGES`; `--docs` puts pages and pictures into docs/.
 
-A run of the arms on the page results_rounds takes up to 15 GB of memory: give --jobs=1 where two are too much.  What
-the system killed says FAILED; the same command tries it again.
+A run of the arms on the page results_rounds takes up to 15 GB of memory: give --jobs=1 if there is no room for two.
+Runs that the system has killed are printed as FAILED; the same command tries them again.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from virl_jax.run import signals
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "ablations" / "arms.py"
 QUICK_ARMS = ("full", "fidelity", "outcome_only")
-# The clumsy base needs some steps to show anything; an answer about the method this is not.
+# The tiny base needs some steps to show anything; these are too few to say anything about the method.
 QUICK = ("--config.steps=6", "--config.eval.tasks=64", "--config.rollout.prompts=8", "--config.log.tensorboard=False")
 
 _RUNNING: set[subprocess.Popen] = set()  # for `end_all`, which signals call
 
 
 def call(command: list[str], log_path: pathlib.Path, cores: set[int] | None = None) -> int:
-  """Runs a command, which writes to the end of a file; returns its status.  Ctrl-C reaches it through `end_all`."""
+  """Runs a command, whose output is appended to a file; returns its status.  Ctrl-C reaches it through `end_all`."""
   signals.wait()
   with open(log_path, "a") as log:
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
@@ -56,7 +56,7 @@ def call(command: list[str], log_path: pathlib.Path, cores: set[int] | None = No
 
 
 def end_all() -> str:
-  """Has the runs save what they have; the same command goes on with them."""
+  """Ends the runs, which save what they have; the same command goes on with them."""
   while running := list(_RUNNING):
     for process in running:
       process.terminate()
@@ -67,7 +67,7 @@ def end_all() -> str:
 
 
 def settings() -> tuple[dict[str, dict], dict[str, tuple[str, ...]]]:
-  """The arms, and what makes the bases that some of them start from."""
+  """The arms, and the options that make the bases that some of them start from."""
   found = runpy.run_path(str(CONFIG))
   return found["ARMS"], found["BASES"]
 
@@ -84,7 +84,7 @@ def make_sets(folder: pathlib.Path, base: pathlib.Path) -> None:
 
 
 def _make(what: str, folder: pathlib.Path, last: pathlib.Path, command: list[str]) -> None:
-  """Has Python run a command that fills a folder, unless the file that it writes last is there."""
+  """Runs a Python command that fills a folder, unless the file that it writes last is there."""
   if last.exists():
     return
   print(f"{what}, in {folder}", flush=True)
@@ -95,7 +95,7 @@ def _make(what: str, folder: pathlib.Path, last: pathlib.Path, command: list[str
 
 
 class Progress:
-  """Says what has ended, and when the rest will have."""
+  """Prints which runs have ended, and how long the rest will take."""
 
   def __init__(self, total: int, jobs: int):
     self.total, self.jobs, self.ended, self.seconds, self.began = total, jobs, 0, [], time.perf_counter()
@@ -114,7 +114,7 @@ class Progress:
 
 
 class Clock:
-  """Minutes over all calls with the same folder, kept in a file every few seconds: one that is killed counts too."""
+  """Minutes over all calls with the same folder, written to a file every few seconds, so that killed calls count."""
 
   def __init__(self, path: pathlib.Path, every_s: float = 10.0):
     self.path, self.began = path, time.perf_counter()
@@ -138,7 +138,7 @@ class Clock:
 
 
 def share_cores(jobs: int) -> queue.Queue:
-  """A set of cores for each job, None where they can't be shared out: runs that take turns on one are slower."""
+  """A set of cores for each job, or None if there are too few: runs that share a core slow each other down."""
   shares, cores = queue.Queue(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
   for job in range(jobs):
     shares.put(set(cores[job::jobs]) if len(cores) >= jobs else None)
@@ -146,7 +146,7 @@ def share_cores(jobs: int) -> queue.Queue:
 
 
 def run(arm: str, seed: int, out: pathlib.Path, more: tuple[str, ...], progress: Progress, shares: queue.Queue) -> bool:
-  """One run, to its end; True if it got there."""
+  """Runs an arm with a seed to its end; returns whether it got there."""
   workdir, began = out / arm / f"seed_{seed}", time.perf_counter()
   if (workdir / "eval_after.json").exists():
     progress.end(f"{arm}, seed {seed}", 0.0, True, True)
@@ -178,12 +178,12 @@ def main():
   arms = args.arms or (QUICK_ARMS if args.quick else tuple(there))
   if unknown := [a for a in arms if a not in there]:
     p.error(f"--arms must be some of {', '.join(there)}. Received: {', '.join(unknown)}")
-  if not importlib.util.find_spec("matplotlib"):  # said now, not when all runs have ended
+  if not importlib.util.find_spec("matplotlib"):  # to be said now, not when all runs have ended
     p.error("the pictures need matplotlib: pip install -e '.[benchmarks]'")
   if args.docs and args.quick:
     p.error("--docs wants a whole run: --quick says nothing about the method")
   seeds = args.seeds or (1 if args.quick else 3)
-  # Whole, for the runs are started elsewhere than here.
+  # Absolute, because the runs have another working directory.
   out = (args.out or pathlib.Path("runs") / ("reproduce_quick" if args.quick else "reproduce")).resolve()
   clock, progress = Clock(out / "minutes.json"), Progress(len(arms) * seeds, args.jobs)
   print(f"{len(arms)} arms x {seeds} seeds in {out}, {args.jobs} at a time", flush=True)
@@ -195,7 +195,7 @@ def main():
   for path in {base[arm] for arm in on_sets}:
     make_sets(out / "sets", path)
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-    # Seed by seed: after a third of the time there is one of each.
+    # Seed by seed: after a third of the time there is a run of each arm.
     todo = [(arm, seed) for seed in range(seeds) for arm in arms]
     shares = share_cores(args.jobs)
     here = lambda arm, key: f"--config.{key}={out / 'sets' / pathlib.Path(known[arm][key]).name}"

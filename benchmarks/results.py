@@ -2,8 +2,8 @@
 
 Every figure is over held-out tasks after training, all seeds together.  Its 95% interval is a bootstrap over
 seeds and, within them, over tasks (the same for all seeds); a difference of two arms draws the same seeds and
-tasks for both.  With three seeds the interval knows little of how seeds differ: each seed's own value stands
-beside it.
+tasks for both.  With three seeds, the interval says little about how seeds differ, so each seed's own value is
+given beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from virl_jax.eval import monitors
 from virl_jax.eval import outcome
 from virl_jax.run import log
 
-H0 = 0.4             # of every figure here, whatever the arm was trained with
+H0 = 0.4             # for every figure here, whatever the arm was trained with
 BOOTSTRAP = 4000
 SHOWN = ("acc_ans", "acc_rat", "rationale_count", "hit_rate", "mean_iou")
 
@@ -31,9 +31,9 @@ class Section:
 
   Attributes:
     title: of the section.
-    arms: their names; the others are compared with `full` if it is among them, or else with the first.
-    note: what has to be said beneath the title.
-    wanted: how many zooms its tasks want; where this is given, the page says how many were used.
+    arms: their names; all are compared with `full` if it is among them, or else with the first.
+    note: text below the title.
+    wanted: how many zooms its tasks need, in words; if given, the page says how many were used.
   """
 
   title: str
@@ -102,7 +102,7 @@ SECTIONS = tuple(section for page in PAGES.values() for section in page.sections
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """Something that was published: metric of arm `more` minus metric of arm `less` is above `margin`."""
+  """A claim that was published: the metric of arm `more` minus that of arm `less` is above `margin`."""
 
   text: str
   metric: str
@@ -130,12 +130,12 @@ CLAIMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """What came of an arm.
+  """The results of an arm.
 
   Attributes:
     terms: float64[2, S, N, K], numerators and denominators of `outcome.METRICS` by seed and task.
-    before: the same of its base.
-    curves: for each seed the lines of its metrics.jsonl.
+    before: the same for its base.
+    curves: for each seed, the lines of its metrics.jsonl.
     uids: of the tasks, in order, by seed: arms are compared task by task.
   """
 
@@ -155,7 +155,7 @@ def _terms(folders: list[pathlib.Path], when: str) -> np.ndarray:
 
 
 def read(out: pathlib.Path, arms: tuple[str, ...], seeds: int) -> dict[str, Arm]:
-  """All arms of which every seed has come to its end."""
+  """The arms whose runs have all come to their end, by name."""
   found = {}
   for arm in arms:
     folders = [out / arm / f"seed_{s}" for s in range(seeds)]
@@ -168,7 +168,7 @@ def read(out: pathlib.Path, arms: tuple[str, ...], seeds: int) -> dict[str, Arm]
 
 
 def sections(found: dict[str, Arm]) -> dict[Section, tuple[str, ...]]:
-  """Those of `SECTIONS` that compare something, and their arms that were found."""
+  """The sections of `SECTIONS` that have something to compare, and their arms that were found."""
   there = {section: tuple(n for n in section.arms if n in found) for section in SECTIONS}
   return {section: names for section, names in there.items() if len(names) > 1}
 
@@ -206,14 +206,14 @@ def _summary(terms, draws) -> dict:
 
 
 def _difference(result: dict, draws: dict, metric: str, more: str, less: str) -> dict:
-  """How far apart two arms are, with the interval of seeds and tasks drawn for both."""
+  """How far apart two arms are, with the interval over the same seeds and tasks for both."""
   k = outcome.METRICS.index(metric)
   low, high = _interval(draws[more][:, k] - draws[less][:, k])
   return {"value": result[more][metric]["value"] - result[less][metric]["value"], "low": low, "high": high}
 
 
 def _differences(found: dict[str, Arm], result: dict, draws: dict, names: tuple[str, ...]) -> dict:
-  """A section's arms against one of them: `full`, or else the first; those that began with the same policy."""
+  """A section's arms against one of them, `full` or else the first; only those that began with the same policy."""
   against = "full" if "full" in names else names[0]
   for n in names:
     if found[n].uids != found[against].uids:
@@ -227,11 +227,12 @@ def figures(found: dict[str, Arm]) -> dict:
   """All numbers of the page.
 
   Args:
-    found: by `read`.
+    found: what `read` gave.
 
   Returns:
-    {arm: `_summary`}; and under "before" the same of the base of each section's first arm; under "differences"
-    {section: {"against": arm, "arms": {arm: {metric: value, low, high}}}}; under "claims" the verdicts.
+    {arm: `_summary`}; under "before" the same for the base of each section's first arm; under "differences"
+    {section: {"against": arm, "arms": {arm: {metric: {"value", "low", "high"}}}}}; under "claims" the claims, each with
+    its difference and verdict.
   """
   draws = {name: _draws(arm.terms) for name, arm in found.items()}
   result = {name: _summary(arm.terms, draws[name]) for name, arm in found.items()}
@@ -249,26 +250,26 @@ def figures(found: dict[str, Arm]) -> dict:
 
 
 def verdict(value: float, low: float, high: float, margin: float) -> str:
-  """What a difference with its interval says of a claim that it is above the margin."""
+  """What a difference with its interval says about the claim that it is above the margin."""
   if low > 0 and value >= margin:
     return "seen here"
   return "opposite" if high < 0 else "not seen here"
 
 
 def alarms(arm: Arm) -> str:
-  """The monitors that spoke while training, with how many seeds they spoke in and where they first did."""
+  """The monitors that raised alarms in training, with the number of seeds that they did so in, and the first step."""
   first = [{a.name: a.step for a in reversed(monitors.all_begun(c, monitors.Config()))} for c in arm.curves]
   steps = {m.__name__: [f[m.__name__] for f in first if m.__name__ in f] for m in monitors.MONITORS}
   return ", ".join(f"{n} (seeds {len(s)}/{len(first)}, from step {min(s)})" for n, s in steps.items() if s) or "none"
 
 
 def beyond(terms: np.ndarray, rounds: int) -> float:
-  """Share of the trajectories with more zooms than so many."""
+  """Share of the trajectories with more than `rounds` zooms."""
   return float((terms[0, :, :, outcome.METRICS.index("rationale_count")] > rounds).mean())
 
 
 def _rounds(found: dict[str, Arm], names: tuple[str, ...], wanted: str) -> str:
-  """How often rounds were used at all that only a longer budget has."""
+  """How often rounds beyond a smaller budget were used, in words."""
   shares = lambda terms: [beyond(terms, n) for n in (3, 6)]
   said = lambda terms: "{:.1f} % with more than 3 and {:.1f} % with more than 6".format(
       *(100 * share for share in shares(terms)))
@@ -280,7 +281,7 @@ def _rounds(found: dict[str, Arm], names: tuple[str, ...], wanted: str) -> str:
 
 
 def _cell(figure: dict) -> str:
-  show = lambda v: f"{v:.3f}" if np.isfinite(v) else "-"  # of no zooms none is right or wrong
+  show = lambda v: f"{v:.3f}" if np.isfinite(v) else "-"  # without zooms, none is right or wrong
   if not np.isfinite(figure["value"]):
     return "-"
   seeds = " ".join(map(show, figure["seeds"]))
@@ -288,7 +289,7 @@ def _cell(figure: dict) -> str:
 
 
 def markdown(page: str, found: dict[str, Arm], every: dict, command: str, minutes: float, jobs: int) -> str:
-  """One of `PAGES`, of its arms and their `figures`."""
+  """One of `PAGES` as Markdown, from its arms and their `figures`."""
   _, seeds, tasks, _ = next(iter(found.values())).terms.shape if found else (0,) * 4
   lines = [f"# {PAGES[page].title}", "",
            f"    {command}", "",
@@ -326,7 +327,7 @@ def markdown(page: str, found: dict[str, Arm], every: dict, command: str, minute
 
 
 def forest(every: dict, path: pathlib.Path) -> None:
-  """The differences of `figures` with their intervals, a line an arm; those that exclude 0 in colour."""
+  """Draws the differences of `figures` with their intervals, a line for each arm; those that exclude 0 in colour."""
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
@@ -356,14 +357,14 @@ def forest(every: dict, path: pathlib.Path) -> None:
 
 
 def _smooth(values_SX: np.ndarray, width: int) -> np.ndarray:
-  """Means over windows of what is a number in them; NaN where nothing is."""
+  """Means over windows, of the finite numbers in them; NaN if there are none."""
   total = lambda x: np.array([np.convolve(row, np.ones(width), "valid") for row in x])
   with np.errstate(invalid="ignore"):
     return total(np.nan_to_num(values_SX)) / total(np.isfinite(values_SX).astype(float))
 
 
 def picture(found: dict[str, Arm], path: pathlib.Path) -> None:
-  """Curves of training, a row a section: means over seeds, smoothed, with the range of the seeds."""
+  """Draws training curves, a row for each section: means over seeds, smoothed, with the range of the seeds."""
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
@@ -378,7 +379,7 @@ def picture(found: dict[str, Arm], path: pathlib.Path) -> None:
       for name in names:
         steps = min(len(c) for c in found[name].curves)
         values = np.array([[l.get(metric, np.nan) for l in c[:steps]] for c in found[name].curves], float)
-        if metric in ("acc_rat", "mean_iou"):  # where nobody zooms, none is wrong
+        if metric in ("acc_rat", "mean_iou"):  # without zooms, none is right or wrong
           values[[[not l.get("rationale_count") for l in c[:steps]] for c in found[name].curves]] = np.nan
         width = max(1, steps // 8)
         smooth = _smooth(values, width)

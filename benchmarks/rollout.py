@@ -1,15 +1,15 @@
-"""Rollouts of several rounds, here and in two transformers loops, on one script that all sides follow.
+"""Rollouts of several rounds, here and in two loops over transformers, by a script that all sides follow.
 
     python benchmarks/rollout.py --peer=transformers     # trajectories a second, against both loops
     python benchmarks/rollout.py --scale                 # against group size, rounds, slots and crop size
     python benchmarks/rollout.py --size=7b --dtype=bfloat16 --repeat=2                         # on an accelerator
 
-The script is drawn from a seed: 8 prompts x 8 samples, a 448 px first image, 1 to 6 rounds of 16 to 64 tokens
-and a crop of 112 to 224 px between two rounds.  Who stops when is the script's; which tokens are written is the
-model's, greedily, so that the sides can be compared id for id.  The peers run all rows of a batch in
-lock-step, drop rows whose script has ended at the end of each round, and
-    reprefill  gives the whole conversation with all its images to the model anew in each round,
-    continue   keeps its past_key_values and gives only what is new.
+The script is drawn from a seed: 8 prompts x 8 samples, a 448 px first image, 1 to 6 rounds of 16 to 64 tokens, and a
+crop of 112 to 224 px between two rounds.  The script says when a row stops; the model decides which tokens are
+written, greedily, so that the sides can be compared id for id.  The peers run all rows of a batch in lock-step, and
+drop rows whose script has ended at the end of each round:
+    reprefill  gives the whole conversation with all its images to the model again in each round,
+    continue   keeps past_key_values and gives only what is new.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WORDS_IN_PROMPT, WORDS_IN_REPLY = 30, 14
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-  """What one trajectory is: its prompt, and round by round how much is written and what comes back.
+  """One trajectory: its prompt and, for each round, how much is written and what comes back.
 
   Attributes:
     prompt: ids, and the shown image.
@@ -58,15 +58,15 @@ class Script:
 
 def draw(cfg: qwen.Config, prompts: int, group: int, rounds: tuple[int, int], tokens: tuple[int, int], first_px: int,
          crop_px: tuple[int, int], seed: int = 0, pixels: bool = False) -> list[Script]:
-  """The workload, rows of one group next to each other.
+  """Draws the workload, with rows of one group next to each other.
 
   Args:
     cfg: for the ids of placeholders and the grid of patches.
     prompts, group: how many prompts, and trajectories of each.
-    rounds, tokens, crop_px: of a trajectory, of a round, of a crop's side: from, to.
+    rounds, tokens, crop_px: fewest and most rounds of a trajectory, tokens of a round, and pixels of a crop's side.
     first_px: side of the shown image.
-    seed: of all that is drawn.
-    pixels: whether images are bytes, as this project's are, or the numbers that transformers takes, too.
+    seed: of the draw.
+    pixels: whether images are bytes, as in this project, or float numbers, which transformers takes, too.
   """
   rng, grid = np.random.default_rng(seed), cfg.vision.grid
 
@@ -97,7 +97,7 @@ def draw(cfg: qwen.Config, prompts: int, group: int, rounds: tuple[int, int], to
 
 
 def many_sizes(slots: int, segment: int, serve: float) -> slots_lib.Config:
-  """An engine that pads little, and compiles many programs for it."""
+  """An engine that pads little and compiles many programs to do so."""
   return slots_lib.Config(slots=slots, segment_tokens=segment, serve_share=serve, threads=1, pad_tokens=32,
                           decode_ratio=1.25, append_ratio=2.0, token_steps=4)
 
@@ -142,12 +142,12 @@ class Ours:
 
 
 def tokens_of(script: Script) -> int:
-  """Of the whole trajectory."""
+  """How many tokens the whole trajectory has."""
   return len(script.prompt[0]) + sum(script.lengths) + sum(len(ids) for ids, _ in script.replies)
 
 
 class Transformers:
-  """Lock-step loops over transformers' own model, in torch with its fastest attention."""
+  """Lock-step loops over transformers' own model, in torch, with its fastest attention."""
 
   def __init__(self, cfg: qwen.Config, params, scripts: list[Script], batch: int):
     import torch
@@ -177,7 +177,7 @@ class Transformers:
   def _batch(self, rows, keep: bool, done: dict):
     """All rows of a batch, round by round.
 
-    The cache's columns are shared by the rows: what a row has no token for in a column is masked there.
+    Rows share the cache's columns: a column for which a row has no token is masked in that row.
     """
     torch, grid = self.torch, self.cfg.vision.grid
     ids = {i: self.scripts[i].prompt[0] for i in rows}
@@ -211,8 +211,8 @@ class Transformers:
         token = (out.logits[:, -1] + self.ban).argmax(-1)
         said.append(token)
         if t + 1 == int(lengths.max()) and not keep:
-          break  # what comes next starts over
-        # A row that has ended its turn goes along, masked.
+          break  # the next round starts over
+        # A row that has ended its turn runs along, masked.
         mask = torch.cat([mask, (t < lengths).long()[:, None]], 1)
         out = self.model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True,
                          position_ids=(at + t)[None, :, None].expand(3, -1, 1))
@@ -237,7 +237,7 @@ class Transformers:
 
 
 def compare(args, cfg, params):
-  """Ours against both loops, interleaved."""
+  """Times ours against both loops, interleaved."""
   scripts = draw(cfg, args.prompts, args.group, (1, 6), (16, 64), 448, (112, 224))
   ours = Ours(cfg, params, scripts, args.group, many_sizes(args.slots, args.segment, args.serve))
   sides, peers = {"ours": ours.run}, {}
@@ -251,7 +251,7 @@ def compare(args, cfg, params):
   written = sum(sum(s.lengths) for s in scripts)
   print(f"{len(scripts)} trajectories, {written:,} tokens written, "
         f"{sum(len(s.replies) for s in scripts)} crops; {params_lib.count(qwen.specs(cfg)):,} parameters", flush=True)
-  # Each side's ids are looked at once, right after it ran.
+  # Each side's ids are kept right after it ran.
   seen = {}
 
   def watched(name, run):
@@ -278,7 +278,7 @@ def compare(args, cfg, params):
 
 
 def scale(args, cfg, params):
-  """Trajectories a second against one thing at a time; the values of a sweep take turns."""
+  """Trajectories a second against one setting at a time; the values of a sweep take turns."""
   base = {"group": 8, "rounds": 3, "slots": 16, "crop_px": 168}
   sweeps = {"group": (1, 2, 4, 8, 16), "rounds": (1, 2, 3, 4, 5, 6), "slots": (4, 8, 16, 32),
             "crop_px": (112, 168, 224)}

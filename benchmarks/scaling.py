@@ -1,24 +1,24 @@
-"""What a device receives in an update as there are more of them, by the compiled programs, against the least it must.
+"""What a device receives in an update, by the compiled programs, as the number of devices grows; and the least it must.
 
     python benchmarks/scaling.py                                             # 1, 2, 4, 8 CPU devices; minutes
     python benchmarks/scaling.py --topologies=v5e:2x4,v5e:4x4,v5e:8x8,v5e:16x16 --out=runs/scaling   # an hour and more
 
-Seconds can't be had from devices that are not there, but bytes can: each update of a microbatch is compiled, ahead of
-time, for a mesh of so many devices, with the same rows a device whatever their number (weak scaling), and its
-collectives are read off.  The model has the widths of the 7B, and few layers: what a layer moves does not depend on how
-many there are.
+Seconds can't be measured on devices that are not there, but bytes can be counted: an update of a microbatch is
+compiled, ahead of time, for a mesh of so many devices, with the same rows for each device (weak scaling), and its
+collectives are read from the program.  The model has the widths of 7B and few layers: what a layer moves does not
+depend on their number.
 
-The least, received by a device of `fsdp` x `tensor`, for parameters of P elements, 2 bytes each as they are computed
-with, gradients too, but for the head's, which are added up in 4:
+The least that a device of `fsdp` x `tensor` receives, for parameters of P elements with 2 bytes each in the forward and
+backward pass, and as many for gradients, except the head's, which are summed in 4 bytes:
 
-    fsdp    weights of layers come for the forward pass and again for the backward pass, which computes layers again:
-            2 x 2 P (fsdp - 1) / fsdp; the head's once; gradients go once: 2 P (fsdp - 1) / fsdp, 4 of the head; all
-            over tensor.  The embedding need not move
-    tensor  two sums of [tokens, D] a layer each way, and two more in what is computed again: 6 x 2 D tokens x
-            2 (tensor - 1) / tensor, of the decoder
+    fsdp    weights of layers arrive for the forward pass and again for the backward pass, which computes layers again:
+            2 x 2 P (fsdp - 1) / fsdp; the head's arrive once; gradients once: 2 P (fsdp - 1) / fsdp, and 4 bytes for
+            the head's; all divided by tensor.  The embedding need not move
+    tensor  two sums of [tokens, D] for each layer in either direction, and two more in what is computed again:
+            6 x 2 D tokens x 2 (tensor - 1) / tensor, for the decoder
 
-Sources: ZeRO (arXiv 1910.02054), section 7; Megatron-LM (arXiv 1909.08053), section 3.  The vision tower's own sums are
-not in the least.
+Sources: ZeRO (arXiv 1910.02054), section 7; Megatron-LM (arXiv 1909.08053), section 3.  The least does not include the
+sums of the vision tower.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROW_TOKENS = 1024
 
 
 def model() -> family.Config:
-  """The 7B's widths."""
+  """The shapes of 7B with few layers."""
   whole = qwen.SIZES["7b"]
   return dataclasses.replace(
       whole, text=dataclasses.replace(whole.text, layers=LAYERS),
@@ -50,7 +50,7 @@ def model() -> family.Config:
 
 
 def config(fsdp: int, tensor: int) -> config_lib.ConfigDict:
-  """A row a device and microbatch."""
+  """A configuration with one row for each device and microbatch."""
   c = config_lib.default()
   c.model.path, c.model.compute_dtype, c.model.remat = "Qwen2.5-VL-7B-Instruct", "bfloat16", True
   c.rollout.prompts, c.rollout.group_size = max(8, fsdp), 4
@@ -63,11 +63,11 @@ def config(fsdp: int, tensor: int) -> config_lib.ConfigDict:
 
 
 def least_gib(cfg: family.Config, row_tokens: int, fsdp: int, tensor: int) -> float:
-  """What a device must receive for a microbatch, GiB; see above.
+  """The least that a device must receive for a microbatch, in GiB; see the module.
 
   Args:
     cfg: shapes.
-    row_tokens: of a microbatch, that the device and those it shares its layers with compute.
+    row_tokens: tokens of a microbatch on the device and those that it shares layers with.
     fsdp, tensor: the mesh.
   """
   one = cfg.text.hidden * cfg.text.vocab  # the embedding, and the head
@@ -78,7 +78,7 @@ def least_gib(cfg: family.Config, row_tokens: int, fsdp: int, tensor: int) -> fl
 
 
 def meshes(count: int) -> list[tuple[int, int]]:
-  """(fsdp, tensor) of so many devices."""
+  """The meshes, (fsdp, tensor), for so many devices."""
   return [(count, 1), *([(count // 2, 2)] if count % 2 == 0 else [])]
 
 
@@ -91,7 +91,7 @@ def main():
   args.out.mkdir(parents=True, exist_ok=True)
   plan.model_of = lambda c: model()
   rows, wanted = [], [topologies.parse(name) for name in args.topologies.split(",")]
-  for topology in sorted(wanted, key=lambda t: t.count):  # the largest last: a CPU has as many devices as it asks for
+  for topology in sorted(wanted, key=lambda t: t.count):  # the largest last: it sets how many devices a CPU has
     topologies.prepare(topology)
   for topology in wanted:
     name, devices = topology.name, topologies.devices(topology)

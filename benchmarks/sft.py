@@ -1,19 +1,19 @@
-"""The tiny protocol by supervised fine-tuning alone, beside the base that ships.
+"""The tiny protocol by supervised fine-tuning alone, beside the tiny base.
 
     python benchmarks/sft.py --out=runs/mute                 # from a base without words; resumable
     python benchmarks/sft.py --out=runs/nothing --of=nothing # from nothing, in three stages: as long as a warm start
     python benchmarks/sft.py --out=runs/sft --only=data      # only the demonstrations
     python benchmarks/sft.py --out=runs/mute --rl            # and then RL, 3 seeds from either base
 
-docs/sft.md says what of it was run.
+docs/sft.md says which of these were run.
 
-Draws pictures, writes demonstrations as files of trajectories, and has `python -m virl_jax.sft` learn from them.
+Draws pictures, writes demonstrations as files of trajectories, and trains on them by `python -m virl_jax.sft`.
 
-"mute" is the base that ships with its word embeddings, which are its output layer too, drawn anew: it sees, and
-neither understands a question nor says anything; one stage teaches it the protocol.  "nothing" is the tiny model as it
-is drawn, and learns in the warm start's order, for the warm start's reason (`curriculum.STAGES`): reading (what a good
-crop shows; zooms are only looked at), finding one (the only object's box), finding (which of several is asked for).
-What a stage ends with is exported, and the next goes on from there.
+"mute" is the tiny base with new random word embeddings, which are also its output layer: it sees, but neither
+understands a question nor says anything; one stage teaches it the protocol.  "nothing" is the tiny model with random
+weights; it learns in the warm start's order, for the same reasons (`curriculum.STAGES`): reading (what a good crop
+shows; zooms are only context), finding one (the only object's box), finding (which of several is asked for).  The
+result of a stage is exported, and the next goes on from there.
 
 Prints a table, and as its last line one JSON object.
 """
@@ -49,7 +49,7 @@ from virl_jax.tiny import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = "configs/tiny_sft.py"
-# From what to where: of each stage its demonstrations, how many updates of how many, the first learning rate.
+# By what it begins with, each stage: its demonstrations, how many updates, of how many demonstrations, learning rate.
 STAGES = {"mute": {"protocol": ("finding", 1000, 32, 1e-3)},
           "nothing": {"reading": ("reading", 350, 96, 1.2e-3), "finding_one": ("finding_one", 550, 96, 1.2e-3),
                       "finding": ("finding", 1350, 96, 1.2e-3)}}
@@ -100,7 +100,7 @@ def _arguments():
 
 
 def untrained(c, out: pathlib.Path) -> pathlib.Path:
-  """An HF folder with the tiny model as it is drawn, and a tokenizer made for it."""
+  """An HF folder with the tiny model, its weights random, and a tokenizer made for it."""
   folder = out / "untrained"
   if not (folder / "config.json").exists():
     out.mkdir(parents=True, exist_ok=True)
@@ -110,18 +110,18 @@ def untrained(c, out: pathlib.Path) -> pathlib.Path:
 
 
 def mute(c, out: pathlib.Path) -> pathlib.Path:
-  """An HF folder with the base that ships, its word embeddings drawn anew."""
+  """An HF folder with the tiny base, its word embeddings random again."""
   folder, ships = out / "mute", load.model_dir("@tiny")
   if not (folder / "config.json").exists():
     cfg, params = weights.load_hf(ships)
-    # Another seed than the base was drawn with: what it learned is near what it began with.
+    # Another seed than the base's: what that has learned is near what it began with.
     params["text"]["embed"] = params_lib.init(qwen.specs(cfg), jax.random.key(c.seed + 1), jnp.float32)["text"]["embed"]
     weights.save_hf(str(folder), cfg, params, "float32", like=ships, beside=serving.files(ships, cfg, c))
   return folder
 
 
 def demonstrations(c, base: pathlib.Path, out: pathlib.Path, pictures: int) -> None:
-  """Files of trajectories, and their pictures beside them."""
+  """Writes files of trajectories, and their pictures beside them."""
   cfg = weights.read_config(str(base))
   voice = demos.Voice(load.codec(str(base), cfg), prompt.Config(**c.prompt), images.Config(**c.image), cfg.vision.grid)
   for name, objects in (("finding", tuple(c.data.needle.objects)), ("finding_one", (1, 1))):
@@ -131,7 +131,7 @@ def demonstrations(c, base: pathlib.Path, out: pathlib.Path, pictures: int) -> N
     lines = []
     for i in range(pictures):
       rng = np.random.default_rng([c.seed, *objects, i])
-      # The scene's own pixels, so that the file is the picture that was demonstrated on.
+      # From the scene's pixels, so that the file is the picture of the demonstration.
       scene = needle.draw_scene(rng, "pattern", int(rng.integers(objects[0], objects[1] + 1)), c.data.needle.side_px)
       path = out / name / f"{i:05d}.jpg"
       path.write_bytes(needle.encode(scene.pixels))
@@ -142,7 +142,7 @@ def demonstrations(c, base: pathlib.Path, out: pathlib.Path, pictures: int) -> N
                                             demos.Config())):
         lines.append(_line(traj, f"{name}_{i:05d}_{q}", f"{name}/{path.name}"))
     _write(out / f"{name}.jsonl", lines)
-    if name == "finding":  # the same, but for who learns to zoom
+    if name == "finding":  # the same demonstrations, whose zooms are not learned
       for line in lines:
         for turn in line["turns"][:-1]:
           turn["learned"] = False
@@ -150,7 +150,7 @@ def demonstrations(c, base: pathlib.Path, out: pathlib.Path, pictures: int) -> N
 
 
 def _line(traj, uid: str, image: str) -> dict:
-  """A trajectory as a file of rollouts has it, with a path for the picture."""
+  """A trajectory as a line of a file of rollouts, with a path for the picture."""
   task = traj.task
   said = [{"role": "assistant", "text": turn.text, "learned": True} for turn in traj.turns if turn.role == "assistant"]
   return {"uid": uid, "kind": task.kind, "question": task.question, "options": None, "answers": list(task.answers),
@@ -159,7 +159,7 @@ def _line(traj, uid: str, image: str) -> dict:
 
 
 def _write(file: pathlib.Path, lines: list[dict]) -> None:
-  """All of a file, or none of it."""
+  """Writes a file whole or not at all."""
   file.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in lines))
   os.replace(file.with_suffix(".tmp"), file)
   print(f"{len(lines)} demonstrations in {file}", flush=True)
@@ -167,11 +167,11 @@ def _write(file: pathlib.Path, lines: list[dict]) -> None:
 
 def stage(name: str, out: pathlib.Path, base: pathlib.Path, data: pathlib.Path, steps: int, batch: int, rate: float,
           last: bool) -> pathlib.Path:
-  """Has a stage learned, from where it is; returns what it ends with, as an HF folder."""
+  """Trains a stage, or goes on with it; returns the resulting HF folder."""
   folder = out / f"{name}_hf"
   if (folder / "config.json").exists():
     return folder
-  # The last stage's rate falls to about half.
+  # The learning rate of the last stage falls to about half.
   more = [f"--config.optim.decay_steps={2 * steps - 20}"] if last else ["--config.eval.tasks=0"]
   command("sft", CONFIG, out / name, f"--data={data}", f"--config.model.path={base}", f"--config.steps={steps}",
           f"--config.sft.batch={batch}", f"--config.optim.learning_rate={rate}", *more)
@@ -180,19 +180,19 @@ def stage(name: str, out: pathlib.Path, base: pathlib.Path, data: pathlib.Path, 
 
 
 def ships(out: pathlib.Path) -> dict:
-  """The base that ships, evaluated by the same harness: what `train` says before its first step."""
+  """The tiny base's evaluation by the same harness: that of `train` before its first step."""
   command("train", "configs/tiny.py", out / "ships", "--config.steps=0")
   return evaluation(out / "ships", "before")
 
 
 def command(module: str, config: str, workdir: pathlib.Path, *options: str) -> None:
-  """Runs one of the package's commands, which goes on where it was."""
+  """Runs one of the package's commands, which goes on where it stopped."""
   subprocess.run([sys.executable, "-m", f"virl_jax.{module}", f"--config={config}", f"--workdir={workdir}",
                   *options], cwd=ROOT, check=True)
 
 
 def evaluation(workdir: pathlib.Path, when: str) -> dict:
-  """An evaluation of a run."""
+  """A run's evaluation, "before" or "after" training."""
   return json.loads((workdir / f"eval_{when}.json").read_text())
 
 

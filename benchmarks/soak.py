@@ -1,9 +1,9 @@
-"""Thousands of trajectories in one process: memory stays flat, nothing is compiled anew, every one is accounted for.
+"""Thousands of trajectories in one process: does memory stay flat, is nothing compiled again, do all come back?
 
     python benchmarks/soak.py --records=RECORDS.jsonl --count=2000
 
-Half of the tasks are from the records (photographs of every size), half from the needle task; the base that ships
-answers them.  Each round's programs are those of the first rounds, or the round that compiled is printed.
+Half of the tasks are from the records (photographs of any size), half from the needle task; the tiny base answers them.
+Rounds after the first ones should need no new programs; each round that compiles some is printed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def resident() -> int:
 
 
 def policy(prompts: int, group: int, slots: int):
-  """The base that ships, with a budget of 512 tokens, and its parameters."""
+  """The tiny base as a policy with a budget of 1,024 tokens, and its parameters."""
   c = config_lib.default()
   c.model.path, c.mesh.data = "@tiny", jax.device_count()
   c.image.max_pixels = 84 * 84

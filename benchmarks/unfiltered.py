@@ -1,14 +1,14 @@
-"""Sets for the arms of unfiltered and curated data: needle pictures, many of which need no look, through the pipeline.
+"""Makes the sets for the arms of unfiltered and curated data: needle pictures, many of which need no zoom.
 
     python benchmarks/unfiltered.py --base=runs/guesser --out=runs/sets
 
-    OUT/unfiltered  what is drawn, built by `curate build`: of twenty tasks nine can be answered without a zoom, as
-                    colours suggest; two have a wrong answer; one has a box that is most of the picture; one is another
-                    one saved again; seven are as they should be
-    OUT/curated     what `curate` leaves of these with BASE as its policy
-    OUT/held_out    other pictures, all of which want a zoom
+    OUT/unfiltered  all tasks, built by `curate build`: of twenty, nine can be answered without a zoom, as colours
+                    suggest; two have a wrong answer; one has a box that is most of the picture; one is a copy of
+                    another, saved again; seven are good
+    OUT/curated     what `curate` keeps of these, with BASE as its policy
+    OUT/held_out    other pictures, all of which need a zoom
 
-What is finished is kept: the same command goes on.  benchmarks/reproduce.py calls this for the arms that need it.
+Finished sets are kept: the same command goes on.  benchmarks/reproduce.py calls this for the arms that need it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from virl_jax.tiny import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE, HELD_OUT = 1400, 256
-# The arms' base answers three times in ten without a zoom, and else calls for one, which with zooming off is no answer:
-# it is right without a zoom at most so often.  Half of that is the threshold, which takes more samples to tell.
+# The arms' base answers three times in ten without a zoom, and otherwise calls for one, which with zooming off is no
+# answer: it is right without a zoom in at most three of ten.  The threshold is half of that, which needs more samples.
 WITHOUT_ZOOM, MOST_WITHOUT = 16, 0.15
-# Of twenty tasks, in turn.
+# The groups of twenty tasks, in turn.
 GROUPS = 9 * ("guessable",) + 7 * ("good",) + 2 * ("wrong",) + ("huge", "again")
 
 
 def records(folder: pathlib.Path, size: int) -> None:
-  """Writes pictures and records.jsonl, of all groups, in a drawn order."""
+  """Writes pictures and records.jsonl, of all groups, in random order."""
   plain = needle.Config()
   guessable = needle.Config(guessable=1.0)
   rng, lines, good = random.Random(0), [], []
@@ -64,21 +64,21 @@ def records(folder: pathlib.Path, size: int) -> None:
 
 
 def record(folder: pathlib.Path, uid: str, image: bytes, task, answers: list[str], boxes: list) -> str:
-  """A line of records.jsonl, and its picture written."""
+  """Writes a picture; returns its line of records.jsonl."""
   (folder / f"{uid}.jpg").write_bytes(image)
   return json.dumps({"id": uid, "image": f"{uid}.jpg", "question": task.question, "answers": answers, "boxes": boxes,
                      "task": task.kind}) + "\n"
 
 
 def held_out(folder: pathlib.Path, size: int) -> None:
-  """Writes pictures of needle's test split."""
+  """Writes pictures and records.jsonl of needle's test split."""
   tasks = [needle.draw(0, "test", i, needle.Config())[0] for i in range(size)]
   (folder / "records.jsonl").write_text("".join(
       record(folder, task.uid, task.image, task, list(task.answers), [list(b) for b in task.boxes]) for task in tasks))
 
 
 def built(raw: pathlib.Path, out: pathlib.Path, write, size: int) -> None:
-  """A set of records that `write` writes."""
+  """Builds a set of the records that `write` writes."""
   if not (raw / "records.jsonl").exists():
     raw.mkdir(parents=True, exist_ok=True)
     write(raw, size)

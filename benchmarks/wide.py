@@ -1,16 +1,16 @@
-"""A run at the widths of the 7B and two layers deep, on a CPU that pretends to be eight devices: what memory it takes.
+"""The memory of a run with 7B's widths and two layers, on a CPU that pretends to be eight devices.
 
     python benchmarks/wide.py                  # adapters beside frozen bfloat16 weights
     python benchmarks/wide.py --recipe=full    # all weights in bfloat16, with Adafactor
 
-Everything that a run does is done, by the commands that users have, each in a process of its own: a folder is made
-with random weights, vocabulary and all; `train` loads it, rolls out, makes two updates and saves; `train` goes on from
-there; `export` writes what came of it.  Printed is the most that each process held of the host's memory.
+Everything that a run does is done, by the commands that users have, each in its own process: a folder is made with
+random weights and the whole vocabulary; `train` loads it, rolls out, makes two updates and saves; `train` goes on from
+there; `export` writes the result.  What is printed is the most host memory that each process held.
 
-All eight devices live in this memory, and what each of them has for itself counts eight times.  A copy of the weights
-for rollouts is as many whole models as there are replicas: `rollout.tensor=4` makes two of eight devices.  The head,
-gathered for an update, is one on each device, and so is its gradient in float32, unless the vocabulary is split:
-`mesh.tensor=4` leaves a quarter.  In float32 with AdamW the state alone would be 12 bytes a number, 20 GB.
+All eight devices are in this memory, and what each of them holds for itself counts eight times.  The copy of the
+weights for rollouts takes as many whole models as there are replicas: `rollout.tensor=4` makes two of eight devices.
+The head, gathered for an update, is on each device, and so is its gradient in float32, unless the vocabulary is split:
+`mesh.tensor=4` leaves a quarter.  In float32 with AdamW, the state alone would take 12 bytes a parameter, 20 GB.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RECIPES = {"lora": ("--config.lora.rank=16",),
 
 
 def make(folder: pathlib.Path, layers: int, divide: int) -> int:
-  """Writes an HF folder of random weights with the shipped base's tokenizer; returns how many numbers it holds."""
+  """Writes an HF folder of random weights with the tiny base's tokenizer; returns how many parameters it has."""
   import ml_dtypes
   import numpy as np
 
@@ -55,7 +55,7 @@ def make(folder: pathlib.Path, layers: int, divide: int) -> int:
       vision=dataclasses.replace(vision, depth=layers, out=text.hidden // divide, full_blocks=(layers - 1,)))
   specs, rng = qwen.specs(cfg), np.random.default_rng(0)
 
-  def draw(spec):  # one after the other, for room
+  def draw(spec):  # one at a time, to save memory
     if spec.init == "normal":
       fan_in = np.prod(spec.hf_shape[1:])
       return (rng.standard_normal(spec.shape, np.float32) * np.float32(fan_in ** -0.5)).astype(ml_dtypes.bfloat16)
@@ -66,7 +66,7 @@ def make(folder: pathlib.Path, layers: int, divide: int) -> int:
 
 
 def watched(name: str, command: list[str]) -> dict:
-  """Runs a command to its end; returns seconds, and GiB of memory that it held at most.
+  """Runs a command to its end; returns its seconds, and the most memory that it held, in GiB.
 
   Raises:
     SystemExit: it failed.
@@ -97,7 +97,7 @@ def main():
   p.add_argument("--recipe", choices=tuple(RECIPES), default="lora")
   p.add_argument("--layers", type=int, default=2)
   p.add_argument("--divide", type=int, default=1, help="the decoder's widths and the vocabulary by this, to try it out")
-  p.add_argument("--make", type=pathlib.Path, help=argparse.SUPPRESS)  # in a process of its own
+  p.add_argument("--make", type=pathlib.Path, help=argparse.SUPPRESS)  # for the process that makes the folder
   args = p.parse_args()
   if args.make:
     print(make(args.make, args.layers, args.divide))

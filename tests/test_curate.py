@@ -1,4 +1,4 @@
-"""The command that curates: what it is given, what it says, with an endpoint and with several processes."""
+"""The command that curates: its arguments and its output, with an endpoint and with several processes."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 
 def speak(body):
-  """Looks first where it may, and then is right about every other time."""
+  """Zooms first if it may, and then is right about every other time."""
   said = [m["content"] for m in body["messages"] if m["role"] == "assistant"]
   if not said:
     return prompt.call_text({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [1, 2, 40, 50]}})
@@ -95,11 +95,11 @@ def test_what_it_says(data, tmp_path):
 
 
 RULES_ALONE = ("--config.curate.policy.with_zoom=0", "--config.curate.policy.without_zoom=0")
-# Few and short samples of the tiny base, which knows nothing of photographs; all that could be asked are kept.
+# Few and short samples of the tiny base, which knows nothing about photographs; all tasks that could be asked are kept.
 ASKED = ("--config.curate.policy.with_zoom=2", "--config.curate.policy.without_zoom=1",
          "--config.curate.filter.least_pass=0.0", "--config.curate.filter.most_without=1.0",
          "--config.curate.filter.most_pass=1.0")
-# Of a server: room for its longer turns, and no patience with its faults.
+# For a server: room for its longer turns, and no patience with its faults.
 SERVED = ("--config.curate.policy.with_zoom=4", "--config.curate.policy.without_zoom=2",
           "--config.rollout.max_total_tokens=1024", "--config.rollout.max_turn_tokens=64",
           "--config.endpoint.wait_s=0.01", "--config.endpoint.in_flight=2")
@@ -111,7 +111,7 @@ def command(*more):
 
 
 class Run:
-  """One command in several processes, each with a device of its own."""
+  """One command in several processes, each with its own device."""
 
   def __init__(self, n, *more):
     with socket.socket() as free:
@@ -123,7 +123,7 @@ class Run:
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(n)]
 
   def end(self):
-    """Their statuses and what each has said, when all have ended."""
+    """The processes' exit statuses and output, once all have ended."""
     try:
       said = [process.communicate(timeout=300)[0] for process in self.processes]
     finally:
@@ -138,7 +138,7 @@ class Run:
 
 
 def until(found, timeout_s=200):
-  """Waits for something to be true."""
+  """Waits until something is true."""
   ends = time.monotonic() + timeout_s
   while not found():
     assert time.monotonic() < ends
@@ -165,7 +165,7 @@ def test_two_processes_leave_what_one_does(data, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_an_endpoint_and_one_is_killed(data, tmp_path):
-  """Killed, stopped and gone on with: the same files as one process leaves that nobody has disturbed."""
+  """Killed, stopped and continued, they leave the same files as one undisturbed process."""
   server = Server(speak)
   try:
     one, two = tmp_path / "one" / "out", tmp_path / "two" / "out"

@@ -1,4 +1,4 @@
-"""The command: predictions of others without a model, and a policy's own."""
+"""The command: scoring others' predictions without a model, and asking a policy."""
 
 import dataclasses
 import functools
@@ -74,7 +74,7 @@ def test_scores_are_printed_and_written(tmp_path, pope):
 
 
 def here(monkeypatch, *args):
-  """The command, in this process."""
+  """Runs the command in this process."""
   values = flags.FlagValues()
   evaluate.define_flags(values)
   monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, args)])
@@ -145,7 +145,7 @@ def test_a_dead_judge_is_an_error_and_no_wrong_answer(tmp_path):
 
 
 def test_every_way_of_asking(tmp_path, monkeypatch):
-  """A policy that always says A, on V*, whose right option is always A until it is shuffled; and on POPE."""
+  """A policy that always says A, on V*, whose right option is A unless options are shuffled; and on POPE."""
   for i in range(6):
     vstar_json(tmp_path / "vstar" / "direct_attributes" / f"x{i}.json")
     (tmp_path / "vstar" / "direct_attributes" / f"x{i}.jpg").write_bytes(picture())
@@ -213,12 +213,12 @@ def test_two_files_of_predictions_are_compared(tmp_path, pope, monkeypatch, caps
 
 
 def pieces_of(policy):
-  """What of `setup.Pieces` is asked for."""
+  """The parts of `setup.Pieces` that the command uses."""
   return SimpleNamespace(policy=policy, step=SimpleNamespace(reward=reward.Config()))
 
 
 def looks(body):
-  """A zoom, and then an answer that depends on the question; both on the seed where it is sampled."""
+  """A zoom, and then an answer that depends on the question; both depend on the seed if they are sampled."""
   drawn = body["seed"] % 5 if body["temperature"] else 0
   said = [m["content"] for m in body["messages"] if m["role"] == "assistant"]
   if not said and "image_zoom" in str(body["messages"][0]):
@@ -229,7 +229,7 @@ def looks(body):
 
 @functools.cache
 def drawn():
-  """The first needle tasks: to draw all of them each time takes longer than to ask."""
+  """The first needle tasks: drawing all of them each time would take longer than asking."""
   cfg = needle.Config()
   return [needle.draw(cfg.seed, "test", i, cfg)[0] for i in range(12)]
 
@@ -304,7 +304,7 @@ def test_an_endpoint_that_takes_nothing_is_an_error(tmp_path, server):
 
 
 def start(out, *args, processes=1, devices=1):
-  """The command in processes of its own, of the tiny base unless an endpoint is given."""
+  """Starts the command in its own processes, for the tiny base unless an endpoint is given."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -325,7 +325,7 @@ def ended(runs):
 
 @pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_predictions(tmp_path, server):
-  """A process of its own each time; benchmarks/kill_evaluate.py does so ten times, with a policy of ours."""
+  """In its own process each time; benchmarks/kill_evaluate.py does so ten times, with our own engine."""
   by_endpoint(server, tmp_path / "whole")
   how = (f"--endpoint={server.url}", "--limit=10", "--config.prompt.describe_tool=True",
          "--config.rollout.max_total_tokens=2048", "--config.endpoint.in_flight=1")
@@ -353,7 +353,7 @@ def test_two_processes_ask_an_endpoint_as_one_does(tmp_path, server):
 
 @pytest.mark.slow
 def test_two_processes_say_what_one_says(tmp_path):
-  """With the same devices, sampled: the raw text of every sample, and all that is made of it."""
+  """With the same devices, sampled: the raw text of every sample is the same, and so is all that follows from it."""
   how = ("--limit=10", "--samples=2", "--temperature=1", "--zoom=both")
   ended(start(tmp_path / "one", *how, devices=2))
   said = ended(start(tmp_path / "two", *how, processes=2))
@@ -366,7 +366,7 @@ def test_two_processes_say_what_one_says(tmp_path):
 
 @pytest.mark.slow
 def test_the_same_words_are_the_same_predictions(tmp_path, monkeypatch):
-  """An endpoint that says, turn by turn, what the engine has said of the same picture and question."""
+  """An endpoint says, turn by turn, what the engine has said about the same picture and question."""
   c, cfg, said, run = tiny.get_config(), asked.Config(slots=8), {}, harness.run
 
   def spy(policy, params, tasks, *more):
@@ -397,7 +397,7 @@ def test_the_same_words_are_the_same_predictions(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_policy_s_own(tmp_path):
-  """The tiny base on needle: it reads nothing from there, and writes what another run goes on with."""
+  """The tiny base on needle, which reads no data; what it writes lets another run go on."""
   c = tiny.get_config()
   cfg, out = asked.Config(slots=8), str(tmp_path / "out")
   ask = lambda out, **more: evaluate.evaluate("@tiny", ["needle"], ["-"], out, cfg, c, limit=12, **more)

@@ -1,4 +1,4 @@
-"""A policy that says what it is told to, a few tokens at a time: everything of a rollout but the model."""
+"""A policy that says given turns, a few tokens at a time: a whole rollout, except for the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TURNS = (CALL, prompt.call_text(zoom.call((50, 50, 50, 60))), prompt.call_text(z
 
 
 def policy() -> turns.Policy:
-  """Shows pictures with at most 84 x 84 px, with the tokenizer of the base that ships."""
+  """A policy that is shown pictures of at most 84 x 84 px, with the tiny base's tokenizer."""
   folder = load.model_dir("@tiny")
   cfg = weights.read_config(folder)
   image = images.Config(max_pixels=84 * 84, crop_min_pixels=1568, crop_max_pixels=3136)
@@ -31,7 +31,7 @@ def policy() -> turns.Policy:
 
 
 class Played:
-  """What `ask.Asked` is, of these turns.
+  """An `ask.Asked` that says these turns.
 
   Attributes:
     pause: called before each piece of a turn.

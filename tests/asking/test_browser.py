@@ -1,4 +1,4 @@
-"""The page in a real browser: a picture is dropped, a question typed, and looks are drawn as they happen."""
+"""The page in a real browser: a picture is dropped, a question typed, and zooms are drawn as they happen."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ from tests.asking import played
 from tests.asking.test_site import Served
 
 CHROMIUM = os.environ.get("VIRL_JAX_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-SHOTS = os.environ.get("VIRL_JAX_SCREENSHOTS")  # a folder, to look at them
+SHOTS = os.environ.get("VIRL_JAX_SCREENSHOTS")  # a folder to keep screenshots in
 
 
 @pytest.fixture(scope="module")

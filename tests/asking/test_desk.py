@@ -1,4 +1,5 @@
-"""One is answered at a time; those who wait know their place; who leaves, or asks what fails, disturbs nobody."""
+"""One question is answered at a time; those who wait know their place; leaving, or a question that fails, disturbs
+nobody."""
 
 import queue
 
@@ -8,7 +9,7 @@ from virl_jax.asking import desk as desk_lib
 
 
 class Hand:
-  """Answers a task with what is put into its queue."""
+  """Answers a task with what the test puts into its queue."""
 
   def __init__(self):
     self.orders, self.begun, self.ended = queue.Queue(), queue.Queue(), []

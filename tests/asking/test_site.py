@@ -1,4 +1,4 @@
-"""The page over real HTTP: what is told, whom it refuses, and that nothing hostile gets anywhere."""
+"""The page over real HTTP: what it sends, what it refuses, and that nothing hostile gets through."""
 
 import base64
 import http.client
@@ -142,7 +142,7 @@ def test_several_wait_and_one_leaves(policy):
 
 def test_what_fails_inside_is_told_without_its_details(policy, capsys):
   answer = played.Played(policy)
-  answer.policy, whole = None, policy  # every question fails, but is checked by the whole policy
+  answer.policy, whole = None, policy  # every question fails, but is checked with the whole policy
   served = Served(answer)
   served.server.fits = lambda task: turns.check(whole, task)
   try:
@@ -185,7 +185,7 @@ def test_other_pages_may_not_ask(shared, headers, status):
 
 
 def bomb(side):
-  """A PNG of a few hundred kilobytes at most that says it is as large."""
+  """A small PNG whose header says that it has this many pixels a side."""
   chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
   return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)) +
           chunk(b"IDAT", zlib.compress(bytes(100_000))) + chunk(b"IEND", b""))
@@ -277,7 +277,7 @@ def test_what_cannot_be_served(how, said):
 
 
 def test_nothing_in_the_page_makes_markup_of_text():
-  """Whatever is shown goes through `textContent` and its like."""
+  """Whatever is shown goes through `textContent` and the like."""
   package = site.importlib.resources.files("virl_jax").joinpath("asking")
   script, page = (package.joinpath(name).read_text() for name in ("page.js", "page.html"))
   for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser", "srcdoc"):

@@ -1,4 +1,4 @@
-"""What counts as the same answer, what must not, and input that is out to hurt."""
+"""What counts as the same answer, what must not, and hostile input."""
 
 import json
 import pathlib
@@ -87,7 +87,7 @@ def test_a_letter_means_the_option_and_not_the_word():
 
 def test_options_that_are_letters_themselves():
   options = ("B", "A", "C")  # which letter is painted on the door?
-  assert answers.matches("A", ("B",), options)  # the accepted answer is a text first, the policy's a letter
+  assert answers.matches("A", ("B",), options)  # accepted answers are first taken for texts, a policy's for a letter
   assert not answers.matches("B", ("B",), options)
   assert not answers.matches("A B", ("B",), options)
 
@@ -108,7 +108,7 @@ def test_options_that_normal_forms_confuse_are_told_apart(options):
       letter = "ABC"[j]
       assert answers.matches(letter, (accepted,), options) == (i == j), (accepted, letter)
       assert answers.matches(f"{letter}) {text}", (accepted,), options) == (i == j), (accepted, letter, text)
-      if text.lower() not in "abc":  # a letter means the option that has it
+      if text.lower() not in "abc":  # a letter means the option with that letter
         assert answers.matches(f" {text} ", (accepted,), options) == (i == j), (accepted, text)
 
 
@@ -203,7 +203,7 @@ def test_what_can_be_had_of_a_task():
 
 
 def test_blanks_are_not_paid():
-  """As the challenge's script would: it divides by the length of what came."""
+  """The challenge's own script pays for them: it divides by the raw length."""
   assert answers.rule("anls")("x" + " " * 1000, ("cat",)) == 0.0 and answers.rule("anls")(" cat ", ("cat",)) == 1.0
 
 
@@ -226,7 +226,7 @@ def test_a_judge_is_asked_about_what_the_rule_refuses_and_takes_nothing_away():
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real records at {REAL}")
 def test_options_of_real_records_are_told_apart():
-  """V* records name the right option by its text, first in the list; each option is itself and no other."""
+  """V* records have the right option first, and name it by its text; each option matches itself and no other."""
   records = json.loads((REAL / "vstar" / "annotation_vstar.json").read_text())
   assert len(records) == 96
   for record in records:

@@ -1,4 +1,4 @@
-"""The prompts of each step: pure in (seed, step), decoded ahead, and what does not decode is passed over once."""
+"""The prompts of each step: pure in (seed, step), decoded ahead; a task that does not decode is passed over once."""
 
 import io
 import threading
@@ -48,7 +48,7 @@ def test_a_feed_gives_each_step_its_own_prompts(feed):
   one = feed(source)
   assert [names(one.batch(step)) for step in range(6)] == want
   assert sum(want[:2], []) != sum(want[2:4], [])
-  resumed = feed(source)  # begins anywhere, and may jump
+  resumed = feed(source)  # may begin at any step, and jump
   assert [names(resumed.batch(step)) for step in (4, 5, 1)] == [want[4], want[5], want[1]]
 
 
@@ -93,7 +93,7 @@ def test_what_does_not_decode_is_named_and_counted(feed, capsys):
 
 
 class Blocking(Source):
-  """The picture of a task is read when the test says so; those of others are noted when they are."""
+  """The picture of one task is read when the test says so; when others are read is noted."""
 
   def __init__(self, n, slow, bad=()):
     super().__init__(n, bad)
@@ -122,7 +122,7 @@ DECODE = batches.images.decode
 
 
 def test_a_slow_picture_keeps_no_other_waiting_and_is_named(feed, monkeypatch, capsys):
-  """Nor does a broken one beside it; the step has what it always has."""
+  """A broken one beside it does not either; the step has the same tasks as ever."""
   want = [names(batches.train(Source(12, bad=(5,)), 3, step, 4, 10 ** 6).tasks) for step in range(2)]
   plain = [[str(i) for i in batches.order.batch_indices(3, step, 12, 4)] for step in range(2)]
   broken = next(step for step in (0, 1, 2) if "5" in [str(i) for i in batches.order.batch_indices(3, step, 12, 4)])
@@ -133,7 +133,7 @@ def test_a_slow_picture_keeps_no_other_waiting_and_is_named(feed, monkeypatch, c
   one, got = feed(source, threads=2), []
   asking = threading.Thread(target=lambda: got.append(names(one.batch(0))))
   asking.start()
-  source.until({*plain[0], *plain[1]} - {slow})  # all of this step and the next, by one thread that is not blocked
+  source.until({*plain[0], *plain[1]} - {slow})  # all of this step and the next, by the one thread that is not blocked
   assert not got and slow not in source.read
   while "waiting" not in (said := capsys.readouterr().out):
     assert asking.is_alive() and not got
@@ -147,7 +147,7 @@ def test_a_slow_picture_keeps_no_other_waiting_and_is_named(feed, monkeypatch, c
 
 
 def test_what_a_step_needs_does_not_queue_behind_the_next(feed, monkeypatch):
-  """A stand-in, or a further try, while the next step's pictures are slow."""
+  """Such as a stand-in, or a further try, while the next step's pictures are slow."""
   order = [str(i) for step in range(2) for i in batches.order.batch_indices(3, step, 12, 4)]
   source = Blocking(12, order[4], bad=(int(order[1]),))
   monkeypatch.setattr(batches.images, "decode", source.look)
@@ -170,7 +170,7 @@ def test_the_number_of_threads_changes_nothing(feed, threads):
 
 
 def test_an_error_that_is_no_picture_s_ends_the_feed(feed):
-  """A timeout of the disk's own among them, which is not mistaken for waiting."""
+  """Also a timeout of the disk, which is not mistaken for a slow picture."""
   source = Source(4)
   source.task = lambda index: (_ for _ in ()).throw(TimeoutError("disk"))
   with pytest.raises(TimeoutError, match="disk"):

@@ -16,7 +16,7 @@ OPTIONS = ("dog", "cat", "parking meter", "house")
     ("B cat", "B"), ("B The dog is there", "B"), ("B, the cat", "B"), ("A. whatever it says", "A"), ("A dog", "A"),
     ("The answer is B.", "B"), ("So the correct answer is: (C) parking", "C"), ("Answer: D", "D"), ("option B", "B"),
     ("My final answer is option D", "D"),
-    # No letter of their own: it is the text that counts, and only if it is an option's.
+    # Without a separate letter the text counts, and only if it is that of an option.
     ("cat", "B"), ("A cat.", "B"), ("The answer is a cat", "B"), ("The dog", "A"), ("Parking meter", "C"),
     ("A dog is there", ""), ("I see B", ""), ("Because", ""), ("A, B", ""), ("A and B", ""), ("B or C", ""),
     ("B/C", ""), ("A B", ""), ("(A) and (B)", ""), ("a, b and c", ""), ("AB", ""), ("E", ""), ("E.", ""), ("I.", ""),

@@ -1,4 +1,4 @@
-"""Files of every kind, the reference's pixels, and the two frames."""
+"""Files of every kind, the pixels of the reference implementation, and the two frames."""
 
 import io
 import math
@@ -60,7 +60,7 @@ def chunk(kind, data):
 
 
 def png_with(chunks, behind, image):
-  """A PNG with more chunks, before its pixels or behind them."""
+  """A PNG with further chunks, before or after its pixels."""
   file = file_of(image)
   at = file.rindex(b"IEND") - 4 if behind else file.index(b"IDAT") - 4
   return file[:at] + chunks + file[at:]
@@ -249,7 +249,7 @@ def test_the_first_frame_of_an_animation_counts():
 
 
 def huge_png(side):
-  """A valid header that promises side x side pixels, and nothing behind it."""
+  """A valid header that promises side x side pixels, and nothing after it."""
   chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
   return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
           + chunk(b"IDAT", zlib.compress(b"\0" * 1000)))
@@ -273,7 +273,7 @@ def test_damaged_files_give_a_picture_or_a_value_error(fmt, edits, keep):
     fmt = "PNG"
   file = bytearray(file_of(noise(16, 16), fmt))
   for where, byte in edits:
-    file[int(where * where * (len(file) - 1))] = byte  # squared: the header gets most of it
+    file[int(where * where * (len(file) - 1))] = byte  # squared: most changes are in the header
   try:
     assert images.decode(bytes(file[:math.ceil(keep * len(file))]), 10_000).mode == "RGB"
   except ValueError as e:
@@ -303,7 +303,7 @@ def test_shown_sizes_keep_to_the_limits(h, w, limits):
     assert found == tuple(rounded)
   else:
     assert area >= low
-  # Turning the picture turns the answer.
+  # If the picture is turned, so is the result.
   assert images.smart_resize(w, h, FACTOR, low, high) == found[::-1]
   # A long side never ends up shorter than the short one.
   assert (found[0] - found[1]) * (h - w) >= 0

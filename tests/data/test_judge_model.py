@@ -1,4 +1,4 @@
-"""A model as judge, with a server that says what it is told to, and fails in every way a network can."""
+"""A model as judge, with a server that replies as the test wants, and fails in every way that a network can."""
 
 import http.server
 import json
@@ -17,12 +17,13 @@ def _verdict(body: dict) -> str:
 
 
 class Server:
-  """An endpoint in a thread, which says what `speak` makes of a request: words or a message, alone or with why it ends.
+  """An endpoint in a thread, which replies with what `speak` makes of a request: words or a message, alone or with the
+  reason why it ends.
 
   Attributes:
-    faults: what happens to the next requests, first come, first served: an HTTP status, "drop", "cut", "slow", "empty",
-      "mumble"; then it answers well.
-    bodies: what it was asked.
+    faults: what happens to the next requests, in order: an HTTP status, "drop", "cut", "slow", "empty", "mumble"; then
+      it replies well.
+    bodies: the requests' bodies.
   """
 
   def __init__(self, speak=_verdict):
@@ -147,7 +148,7 @@ def test_a_reply_that_is_neither_is_no_verdict(server, tmp_path):
 
 
 def test_a_run_is_told_the_same_again(server):
-  """Who has gone on from a reply that said neither must find it, and not another."""
+  """A run that has gone on from a reply that said neither must find this reply, and not get another."""
   server.faults, kept = ["mumble"], []
   cfg = judge_model.Config("judge", server.url, in_flight=1)
   assert judge_model.Judge(cfg, (), kept.append, final=True).verdicts(ASKED[:2]) == [None, 0.0]

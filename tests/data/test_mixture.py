@@ -46,16 +46,16 @@ def test_weights_are_exact_over_rounds_and_each_set_has_its_own_epochs(parts, ba
   which = np.searchsorted(starts, taken, "right") - 1
   for number, (weight, size) in enumerate(parts):
     assert np.sum(which == number) == 3 * batch * weight
-    # in whole epochs all tasks have come equally often, and else none more than once oftener than another
+    # After whole epochs all tasks have come equally often; in between, their counts differ by at most one.
     counts = np.bincount(taken[which == number] - starts[number], minlength=size)
     assert counts.max() - counts.min() <= 1
-  for step in range(3 * a_round):  # and near it in each step
+  for step in range(3 * a_round):  # and nearly so in each step
     got = np.bincount(which[step * batch:(step + 1) * batch], minlength=len(parts))
     assert np.all(np.abs(got - batch * np.array(weights) / a_round) < len(parts) + 1)
 
 
 def test_a_walk_is_the_set_s_own_whatever_stands_beside_it():
-  """Of one set alone, and so of the first of several, it is the walk without any plan, a step's places shuffled."""
+  """For one set, and so for the first of several, it is the walk without a plan, with a step's places shuffled."""
   alone = a_plan([1], [9])
   for step in (0, 1, 700):
     assert sorted(alone.due(5, step, 4)) == sorted(order.batch_indices(5, step, 9, 4))
@@ -72,7 +72,7 @@ def test_a_step_is_a_function_of_seed_step_and_try():
   assert len({tuple(sorted(it)) for it in [wanted[0], *others]}) == 4
   of_first = [sum(i < 40 for i in it) for it in wanted + others]
   assert of_first == [12] * 8, "further tries have the same share of each set"
-  # two sets of one size are not walked through in the same order
+  # Two sets of the same size are not walked through in the same order.
   both = walked(a_plan([1, 1], [40, 40]), 10, 8)
   assert set(both[both < 40][:20]) != set(both[both >= 40][:20] - 40)
 
@@ -84,7 +84,7 @@ def test_golden():
 
 
 def test_places_of_a_set_do_not_stay_with_a_process():
-  """Of two equal sets every other place is the first one's; two processes would have one each."""
+  """With two equal sets, every other place is the first one's: unshuffled, each of two processes would have one set."""
   plan = a_plan([1, 1], [50, 50])
   firsts = [np.mean(plan.due(0, step, 8)[::2] < 50) for step in range(40)]
   assert 0.3 < np.mean(firsts) < 0.7 and not np.isin(firsts, (0, 1)).all()
@@ -183,7 +183,7 @@ def test_a_set_without_a_usable_task_gives_its_places_to_the_others():
 
 @pytest.mark.parametrize("n_processes", [2, 3])
 def test_processes_have_parts_of_one_batch(n_processes, monkeypatch):
-  """Each decodes its own, no picture twice, and together they have what one has alone; a broken one among them."""
+  """Each decodes its own pictures, none twice, and together they have what one has alone; some are broken."""
   source = Mixed((2, 9))
   alone = [[t.uid for t in batches.train(source, 0, step, 8, 10 ** 6).tasks] for step in range(3)]
   bad_here = {uid: None for uid in ("2", "9")}
@@ -199,7 +199,7 @@ def test_processes_have_parts_of_one_batch(n_processes, monkeypatch):
 
 
 def _agreed(source, step, monkeypatch, bad):
-  """A step of one process, who hears from the others which of their pictures are broken."""
+  """The tasks of a step on one process, which hears from the others which of their pictures are broken."""
   due = source.plan.due(0, step, 8).tolist()
   stand_in = source.plan.stand_ins()
   now, waiting = dict(enumerate(due)), list(range(8))
@@ -229,7 +229,7 @@ def drawn_by_one(path, begin):
 
 @pytest.mark.slow
 def test_two_processes_that_go_on_have_what_one_has(tmp_path):
-  """By JAX's own gathering, from step 2 on, with broken pictures on either side."""
+  """With JAX's own gathering, from step 2 on, and broken pictures on both processes."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
@@ -259,7 +259,7 @@ test_mixture.drawn_by_one(pathlib.Path(sys.argv[3]), 2)
 
 @pytest.fixture(scope="module")
 def curated(tmp_path_factory):
-  """Two sets of pictures, 40 and 20 tasks, and how often each task was solved, but for some of the second."""
+  """Two sets of pictures, 40 and 20 tasks, and how often each task was solved, except for some of the second."""
   folder, lines = tmp_path_factory.mktemp("curated"), []
   for name, numbers in (("big-train", range(40)), ("small-train", range(100, 120))):
     for task in test_sets.write(folder / name, [test_sets.a_task(i, PNG + b"%d" % i) for i in numbers]):
@@ -304,7 +304,7 @@ def test_held_out_tasks_of_their_own(curated, tmp_path):
   small, big = (sets.load(curated / name, "all", 0.2, 0) for name in ("small-train", "big-train"))
   assert [t.uid for t in test.tasks] == [t.uid for t in small.tasks]
   assert {t.uid for t in train.tasks} == {t.uid for t in big.tasks} and len(train) == len(big)
-  assert uids(train) == uids(big)  # in the order that it has by itself
+  assert uids(train) == uids(big)  # in the same order as by itself
   assert f"held out: {small.describe()}" in train.describe()
   other = sources.load(a_config(curated / "big-train", eval_path=str(curated)), "train")
   assert len({train.fingerprint(), other.fingerprint(), big.fingerprint()}) == 3

@@ -29,7 +29,7 @@ def test_blanks_win_nothing_as_a_reward():
 
 
 def _edits(a, b):
-  """By the recursion that defines it."""
+  """The edit distance, by the recursion that defines it."""
   table = {}
   for i in range(len(a) + 1):
     for j in range(len(b) + 1):
@@ -51,14 +51,14 @@ def test_anls_is_what_its_definition_says(answer, accepted):
 
 @pytest.mark.parametrize("said, score", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_what_people_said(said, score):
-  """One in ten: nine of the leave-one-out sets have one, and count 1/3; the tenth has none."""
+  """If one in ten says so, nine of the leave-one-out sets have it once, and count 1/3; the tenth does not have it."""
   assert official.vqa("red", ("Red.",) * said + ("blue",) * (10 - said)) == pytest.approx(score)
 
 
 @hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(st.sampled_from("abc"), st.lists(st.sampled_from("abcd"), min_size=1, max_size=22))
 def test_vqa_is_the_mean_over_leaving_one_out(answer, people):
-  """Also of sets that have not ten: those of the first release have 6 to 22."""
+  """Also with other numbers than ten: the first release has 6 to 22 answers."""
   each = [min(1.0, sum(other == answer for other in people[:i] + people[i + 1:]) / 3) for i in range(len(people))]
   assert official.vqa(answer, tuple(people)) == pytest.approx(sum(each) / len(each) if answer in people else 0.0)
 

@@ -1,4 +1,4 @@
-"""Every item once an epoch, whatever the batch, and nothing but (seed, step) matters."""
+"""Every item once an epoch, whatever the batch size, and nothing but (seed, step) matters."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -41,7 +41,7 @@ def test_golden():
 
 
 def test_a_further_try_is_no_step_of_another_try():
-  """Nor another seed's: whatever two of the three are added up to, the orders differ."""
+  """Nor a step of another seed: if any two of the three numbers have the same sum, the orders still differ."""
   walks = {(seed, attempt): order.batch_indices(seed, 0, 64, 64 * 40, attempt).reshape(40, 64).tolist()
            for seed in (0, 1, 2) for attempt in (0, 1, 2)}
   epochs = [tuple(epoch) for walk in walks.values() for epoch in walk]

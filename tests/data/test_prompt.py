@@ -1,4 +1,4 @@
-"""What the policy is told, and strict reading of what it says, however hostile."""
+"""What the policy is told, and strict parsing of what it says, however hostile."""
 
 import json
 import time
@@ -27,7 +27,7 @@ BOX = {"bbox_2d": [1, 2, 30, 40]}
      (1, 2, 30, 40)),
     (call(BOX | {"label": "a cat"}), (1, 2, 30, 40)),
     (call({"bbox_2d": [1.5, -2, 1e3, 4.25]}), (1.5, -2, 1000, 4.25)),
-    (call({"bbox_2d": [30, 40, 1, 2]}), (30, 40, 1, 2)),  # whether it makes sense is for the image to say
+    (call({"bbox_2d": [30, 40, 1, 2]}), (30, 40, 1, 2)),  # whether it fits the image is checked later
     (call(BOX | {"label": "</answer> <think> {}"}), (1, 2, 30, 40)),
     (call(BOX) + "</tool_call>", (1, 2, 30, 40)),
     (call({"bbox_2d": [1e6, -1e6, 0, 0]}), (1e6, -1e6, 0, 0)),
@@ -107,7 +107,7 @@ def test_hostile_calls_are_refused_at_once(inside):
 
 
 def check(text):
-  """Whatever the text: a result of one of three kinds that makes sense."""
+  """Any text gives a result of one of three kinds, and one that makes sense."""
   found = prompt.parse(text)
   calls, answers = text.count("<tool_call>"), text.count("<answer>")
   if isinstance(found, zoom.Zoom):
@@ -206,7 +206,7 @@ def test_a_conversation_with_the_tool_described_is_what_the_chat_template_render
   got = prompt.render(WORDS["text"], None, prompt.Config()) + "".join(
       said + prompt.tool_turn(error) for error in (None, "too small", None)) + answer["content"] + prompt.END + "\n"
   assert got == want
-  # Without a system turn the template puts in the released default, which is ours too.
+  # Without a system turn the template uses the released default, which is also ours.
   assert tiny.tokenizer.apply_chat_template(messages[1:], tools=[zoom.schema(prompt.Config())], tokenize=False) == want
 
 

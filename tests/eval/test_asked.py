@@ -1,4 +1,4 @@
-"""Asking a benchmark's questions, stopping, and going on; what a rollout does is played here."""
+"""Asking a benchmark's questions, stopping, and going on; rollouts are played here."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ class Policy:
 
 @pytest.fixture
 def played(monkeypatch):
-  """Answers that depend on all that they may depend on; gives the tasks that were asked."""
+  """Plays answers that depend on all that they may depend on; gives the tasks that were asked."""
   log = []
 
   def run(policy, params, tasks, key, slots, temperature, cfg):
@@ -139,11 +139,11 @@ def test_versions_are_told_and_may_change(tmp_path, played):
 
 
 class Loses:
-  """Who speaks as the engine that is played does, but gives no reply to some tasks.
+  """Answers as the played engine does, but gives no reply to some tasks.
 
   Attributes:
-    lost: uids, which can be changed.
-    asked: chunks that came, by uid.
+    lost: their uids, which can be changed.
+    asked: the chunks that came, as lists of uids.
   """
 
   def __init__(self, lost, cfg):

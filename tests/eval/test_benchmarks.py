@@ -1,4 +1,4 @@
-"""What benchmarks ask, in small files of each layout, and rows that are wrong in every way."""
+"""Tasks of benchmarks, from small files of each layout, and rows that are wrong in every way."""
 
 import base64
 import functools
@@ -210,7 +210,7 @@ def test_hrbench_s_average_is_over_cycles(tmp_path):
 
 
 def _letter(task, right):
-  """The letter of the right option, or of another."""
+  """The letter of the right option, or of a wrong one."""
   at = task.options.index(task.answers[0])
   return "ABCDE"[at if right else (at + 1) % len(task.options)]
 

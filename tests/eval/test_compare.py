@@ -1,4 +1,4 @@
-"""Two evaluations: pairing by name, the exact test by hand, and what is refused."""
+"""Two evaluations: pairing by name, the exact test worked out by hand, and what is refused."""
 
 import json
 import math

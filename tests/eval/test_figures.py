@@ -75,7 +75,7 @@ def _pope(images):
 
 
 def test_questions_about_an_image_are_drawn_together():
-  """Wrong for a quarter of the images, whatever is asked: fewer images say less."""
+  """Answers are wrong for a quarter of the images, whatever is asked: fewer images give wider intervals."""
   wide = {}
   for images in (8, 120):
     loaded = _pope(images)

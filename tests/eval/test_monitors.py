@@ -1,4 +1,4 @@
-"""Histories drawn to show each failure, and histories that come near it and don't."""
+"""Histories that show each failure, and histories that come near it but don't."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ LOOKED_AT = [(name, key) for name, keys in {
 
 
 def lines(*stretches):
-  """A history of (how many steps, what is otherwise than in a run that is well)."""
+  """A history from stretches of (how many steps, what differs from a healthy run)."""
   values = [{**WELL, **change} for count, change in stretches for _ in range(count)]
   return [{"step": step, **v} for step, v in enumerate(values)]
 
@@ -82,12 +82,12 @@ def test_a_run_that_is_well_gives_no_alarm():
     {"box/log_area_ratio": 1.6, "reward/fidelity": 0.35},  # large boxes that do not pay
     {"box/log_area_ratio": 0.95, "reward/fidelity": 0.6},  # boxes that pay, not large enough
     {"box/log_area_ratio": 0.0, "reward/fidelity": 0.9},   # boxes that pay because they fit
-    {"rationale_count": 0.02, "acc_ans": 0.45},            # looks no more, and answers badly
-    {"rationale_count": 0.15, "acc_ans": 0.9},             # seldom looks
-    {"rationale_count": 4.0, "acc_ans": 0.55},             # looks more at little cost
-    {"rationale_count": 4.0, "acc_ans": 0.9},              # looks more, and it helps
-    {"rationale_count": 2.1, "acc_ans": 0.4},              # looks a little more
-    {"rationale_count": 1.5, "acc_ans": 0.2},              # answers worse, and looks as before
+    {"rationale_count": 0.02, "acc_ans": 0.45},            # no longer zooms, and answers badly
+    {"rationale_count": 0.15, "acc_ans": 0.9},             # seldom zooms
+    {"rationale_count": 4.0, "acc_ans": 0.55},             # zooms more, at little cost
+    {"rationale_count": 4.0, "acc_ans": 0.9},              # zooms more, and it helps
+    {"rationale_count": 2.1, "acc_ans": 0.4},              # zooms a little more
+    {"rationale_count": 1.5, "acc_ans": 0.2},              # answers worse, and zooms as before
     {"rationale_count": 1.9, "acc_rat": 0.0},              # misses, but does not zoom much
     {"rationale_count": 3.0, "acc_rat": 0.25},             # zooms much, and hits sometimes
     {"rationale_count": 3.0, "acc_rat": 0.0, "reward/fidelity": 0.0},  # tasks without boxes: nothing is judged
@@ -174,7 +174,7 @@ def test_what_is_no_number_gives_no_alarm_and_no_exception(name, key, value):
   def without(line):
     return {k: v if k != key else value for k, v in line.items() if k != key or value != "missing"}
   assert name not in names(monitors.check([without(line) for line in sick(name)], CFG))
-  # In a few of the steps it does not matter, in most of them it does.
+  # Missing in a few of the steps it does not matter, missing in most of them it does.
   history = sick(name)
   assert names(monitors.check([*history[:-3], *map(without, history[-3:])], CFG)) == [name]
   assert names(monitors.check([*history[:-5], *map(without, history[-5:])], CFG)) == []

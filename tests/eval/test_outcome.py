@@ -1,4 +1,4 @@
-"""Metrics by hand, intervals against a slow bootstrap, and what is not defined."""
+"""Metrics worked out by hand, intervals against a slow bootstrap, and figures that are not defined."""
 
 import dataclasses
 import json
@@ -18,12 +18,12 @@ def one(**changes):
 
 
 def named(outcomes):
-  """The same, of tasks 0, 1, 2 ..."""
+  """The same outcomes, for tasks 0, 1, 2 ..."""
   return [dataclasses.replace(o, uid=str(i)) for i, o in enumerate(outcomes)]
 
 
 def random_outcomes(n, skill, seed=0):
-  """Tasks of one seed are the same tasks, whatever the skill."""
+  """Random outcomes; the same seed gives the same tasks, whatever the skill."""
   rng = np.random.default_rng(seed)
   hard = rng.random(n)
   ious = [tuple(np.round(rng.random(int(rng.integers(0, 4))) * skill * 1.2, 2)) for _ in range(n)]
@@ -54,7 +54,7 @@ def test_goldens():
 
 @pytest.mark.parametrize("h0", [0.2, 0.3, 0.4, 0.5, 0.7])
 def test_an_iou_at_the_threshold_counts_as_in_the_reward(h0):
-  exact = float(np.float32(h0))  # what a float32 kernel hands back; below h0 for 0.7
+  exact = float(np.float32(h0))  # what a float32 kernel returns; for 0.7 it is below h0
   assert outcome.summary([one(ious=(exact,))], h0, bootstrap=1)["acc_rat"]["value"] == 1.0
 
 
@@ -91,14 +91,14 @@ def test_intervals_agree_with_a_slow_bootstrap():
 
 
 def test_tasks_are_resampled_whole():
-  """Ten zooms of one task are no ten tasks: the interval is as wide as with one zoom each."""
+  """Ten zooms of one task are not ten tasks: the interval is as wide as with one zoom each."""
   few = [one(ious=(float(i % 2),)) for i in range(40)]
   many = [one(ious=(float(i % 2),) * 10) for i in range(40)]
   assert outcome.summary(few, 0.4)["acc_rat"] == outcome.summary(many, 0.4)["acc_rat"]
 
 
 def test_intervals_cover():
-  """95% of the intervals, give or take, hold the truth."""
+  """About 95% of the intervals hold the true value."""
   rng, covered = np.random.default_rng(0), 0
   for _ in range(200):
     sample = [one(correct=bool(c)) for c in rng.random(100) < 0.5]
@@ -197,7 +197,7 @@ def test_answers_that_are_partly_right_count_as_what_they_are_worth():
 
 
 def test_samples_of_a_task_are_drawn_together():
-  """Eight samples that all say the same are worth one."""
+  """Eight samples that all say the same count as one."""
   make = lambda i, k: outcome.Outcome(f"t{i} {k}", i % 2 == 0, (0.9,) if i % 3 else (), 0, True, False, "k", True)
   once = [make(i, 0) for i in range(40)]
   often = [make(i, k) for i in range(40) for k in range(8)]

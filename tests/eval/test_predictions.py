@@ -1,4 +1,4 @@
-"""Files of predictions in every layout, made here, and what is wrong with some."""
+"""Files of predictions in every layout, made here, some of them faulty."""
 
 import json
 
@@ -121,7 +121,7 @@ def pope_tasks(n, splits=("random", "popular"), question="Is there a {}?"):
 
 
 def test_llava_s_answers_to_pope_go_by_order(tmp_path):
-  """Ids have an offset of their own in each split, and the splits may be mixed."""
+  """Ids have a different offset in each split, and splits may be mixed."""
   rows = [{"question_id": 10_000_000 * k + i, "category": s, "text": f"{s} {i}"} for i in range(3)
           for k, s in enumerate(("popular", "random"))]
   read = predictions.read(lines(tmp_path, rows), "pope", pope_tasks(3))

@@ -1,4 +1,4 @@
-"""Real files of benchmarks, and real predictions with figures that nobody here computed."""
+"""Real files of benchmarks, and real predictions with figures that others computed."""
 
 import csv
 import json
@@ -60,7 +60,7 @@ def test_vstar_as_others_publish_it():
   assert len(folders) == len(lines) == len(table.tasks) == 8 and not table.rejects and set(folders) == set(lines)
   for uid, task in lines.items():
     assert task.question == folders[uid].question
-    # The short option is in the sentence of the other layout, and the letters differ.
+    # The short option is part of the other layout's sentence, and the letters differ.
     assert task.answers[0].lower() in folders[uid].answers[0].lower()
   assert {t.options.index(t.answers[0]) for t in lines.values()} != {0}
 
@@ -168,7 +168,7 @@ def test_answers_for_another_release_of_pope_are_refused():
 
 
 def test_answers_with_prompts_show_that_they_are_in_step():
-  """The first hundred of the adversarial split, some of whose questions had a slip of the pen."""
+  """The first hundred of the adversarial split, some of whose questions had a typing error."""
   path = PREDICTIONS / "pope_llava15_13b" / "native_sample_answers.jsonl"
   result, _ = evaluate.score(str(path), "pope", str(FORMATS / "pope" / "real_full"))
   assert result["n"] == len(realdata.lines(path)) == 100 and result["evaluated"]["without_prediction"] == 8900
@@ -239,7 +239,7 @@ def test_vstar_s_agreement_with_verdicts_row_by_row(expected, name):
 
 
 def test_vstar_s_letters_are_carried_to_options_in_another_order(expected):
-  """Ours are shuffled; the predictions' letters are of their own prompts."""
+  """Our options are shuffled; the predictions' letters refer to their own prompts."""
   shuffled = vstar.load(str(NATIVE / "vstar" / "annotation_vstar.json"), rows_lib.How(need_images=False, seed=3))
   path = str(PREDICTIONS / "vstar_deepeyes" / "result_direct_attributes_deepeyes_acc.jsonl")
   read = predictions.read(path, "vstar", shuffled)

@@ -1,6 +1,6 @@
-"""Five hundred generated answers a benchmark, scored by ours and by a second reading of each published rule.
+"""Five hundred generated answers for each benchmark, scored by ours and by a second reading of each published rule.
 
-The second readings share no code with ours, and are as slow and plain as can be.
+The second readings share no code with ours, and are as slow and plain as they can be.
 """
 
 import random
@@ -45,7 +45,7 @@ def choices(rng, kinds, groups=("",), letters="ABCD"):
 
 
 def answered(rng, task):
-  """As policies answer: a letter, a letter and a text (also another one's), a text, or words that name no option."""
+  """An answer like a policy's: a letter, a letter and a text (perhaps another's), a text, or words for no option."""
   letter, text = rng.choice("ABCDE"), rng.choice(task.options)
   return rng.choice((letter, f"({letter})", f"{letter}.", f"{letter}. {text}", f"{letter}) {text}",
                      f"({letter}) {text}", f" {letter}\n", text, text.lower(), text.rstrip("."), f"{letter}: {text}",
@@ -54,7 +54,7 @@ def answered(rng, task):
 
 
 def right_by_letter(task, text):
-  """The letter that an answer begins with; without one, the option whose text it is, but for case and full stop."""
+  """Whether the letter that an answer begins with is right or, without one, its text, up to case and full stop."""
   text = text.strip()
   bare = text[1:] if text.startswith("(") else text
   if bare[:1] in tuple("ABCDE") and (len(bare) == 1 or bare[1] in ").:\n"):
@@ -181,7 +181,7 @@ def test_pope(seed):
 
 
 def blurred(rng, text):
-  """A text as somebody might say it, or not quite it."""
+  """A text as somebody might write it, or almost this text."""
   for _ in range(rng.randrange(3)):
     text = rng.choice((text.upper(), text + ".", f"the {text}", text + "!", text.replace("'", ""), f" {text} ",
                        text + "?", text.replace(" ", "  "), f"({text})", text + "s", text[1:], text.replace("-", " "),
@@ -191,7 +191,7 @@ def blurred(rng, text):
 
 
 def server_form(text):
-  """The normal form of the VQA servers, once more from its description, a character at a time."""
+  """The normal form of the VQA servers, written again from its description, a character at a time."""
   text = text.lower()
   for gone in ",?":
     text = "".join(c for c in text if c != gone)
@@ -230,7 +230,7 @@ def test_textvqa(seed):
 
 
 def edits(a, b):
-  """By rows of numpy."""
+  """The edit distance, by rows of numpy."""
   row = np.arange(len(b) + 1)
   for i, c in enumerate(a, 1):
     new = np.minimum(row[1:] + 1, row[:-1] + np.array([c != d for d in b], int))
@@ -264,7 +264,7 @@ def test_anls(module, seed):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_visualprobe_and_records(seed):
-  """Answers that are the reference but for case, blanks and marks at the ends; and the most frequent of eight."""
+  """Answers that are the reference up to case, blanks and marks at the ends; and the most frequent of eight."""
   rng = random.Random(seed)
   plain = ("red car", "stop sign", "42", "north", "k9 unit", "left")
   tasks = [types.Task(f"{i}", "", "?", (rng.choice(plain),), kind=("easy", "hard")[i % 2]) for i in range(N)]

@@ -23,7 +23,7 @@ def _task(i, image="", kind="colour", boxes=(types.Box(1, 2, 11, 12),)):
 
 
 def _result(tasks, texts, **more):
-  """What a benchmark gives, and what its pages show."""
+  """A benchmark's result, and the entries of its pages."""
   loaded = rows_lib.Loaded(tuple(tasks))
   found = {t.uid: [rows_lib.Prediction(text)] for t, text in zip(tasks, texts)}
   rows = rows_lib.scored(loaded, found)
@@ -96,7 +96,7 @@ def test_pictures_go_to_wrong_answers_first_and_what_has_none_says_so(tmp_path, 
 
 
 def test_what_nobody_knows_is_not_said():
-  """Others' predictions do not say how a policy ended, or where it looked."""
+  """Others' predictions do not say why a policy stopped, or where it looked."""
   task = _task(0, boxes=())
   rows = rows_lib.scored(rows_lib.Loaded((task,)), {"u0": [rows_lib.Prediction("red")]})
   shown = benchmark.entries([task], rows, {("u0", 0): {"text": "red", "boxes": ()}})
@@ -126,7 +126,7 @@ def test_a_page_of_two():
 
 
 def _crowded():
-  """All text that a page of results is made of."""
+  """What a page of results is made of, with all its text."""
   result, shown = _result([_task(0), _task(1)], ["red", "blue"], model="m", step="1", summary={},
                           judge={"model": "j"}, zooming_gap=None)
   shown[0]["left_out"] = "why"

@@ -1,4 +1,4 @@
-"""The pages in a real browser: what the script draws, filters and keys, hostile text, phones and the dark."""
+"""The pages in a real browser: what the script draws, filters and keys, hostile text, phones and dark mode."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def tab(browser):
 
 @pytest.fixture
 def show(browser, tab, tmp_path):
-  """Opens a page from a file; nothing may be said on the console, fetched, or raised."""
+  """Opens a page from a file; nothing may be printed on the console, fetched, or raised."""
   said, contexts = [], []
   heard = {"console": lambda message: said.append(message.text), "pageerror": lambda error: said.append(str(error)),
            "dialog": lambda dialog: (said.append(f"dialog {dialog.message}"), dialog.dismiss()),
@@ -69,7 +69,7 @@ def show(browser, tab, tmp_path):
 
 
 def _items(n=40):
-  """Trajectories that differ in all that is filtered by."""
+  """Trajectories that differ in everything that there is a filter for."""
   made = []
   for i in range(n):
     name = ("correct", "redundant", "erroneous")[i % 3]
@@ -242,7 +242,7 @@ def test_pages_of_evaluations(show, tmp_path):
 
 
 def _hostile(value):
-  """Hostile text in every place that can hold text, keys of dicts too where they are names of things."""
+  """A value with hostile text in every place that can hold text, also in dicts' keys that are names."""
   if isinstance(value, str) and not value.startswith("data:"):
     return test_html._HOSTILE + value
   if isinstance(value, dict):
@@ -276,7 +276,7 @@ def test_hostile_text_everywhere_is_text(show, monkeypatch):
       page.keyboard.press("Escape")
     assert page.locator("script").count() == 2 and page.locator("img[src=x], [onerror]").count() == 0
     assert "<script>alert(1)</script>" in page.locator("#viewer article h3").first.inner_text()
-  # and were there markup, the page's policy would not run it
+  # Even if there were markup, the page's policy would not let it run.
   page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=\"data:,\" onerror=\"window.ran = 1\">')")
   page.wait_for_timeout(100)
   assert page.evaluate("window.ran") is None

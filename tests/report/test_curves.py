@@ -1,4 +1,4 @@
-"""Charts are well-formed, true to their values, and unshaken by odd ones."""
+"""Charts are well-formed and true to their values, also to odd ones."""
 
 import itertools
 import math
@@ -117,7 +117,7 @@ def test_tags_of_crowded_marks_do_not_overlap():
   marks = _named(root, "mark")
   assert len(marks) == 6 and all(m.findall("{*}line") for m in marks)
   tags = [float(t.get("x")) for m in marks for t in m.findall("{*}text")]
-  assert len(tags) == 5 and all(b - a > 8 for a, b in itertools.pairwise(tags))  # that of 2 would be far from it
+  assert len(tags) == 5 and all(b - a > 8 for a, b in itertools.pairwise(tags))  # the tag of 2 would be too far away
 
 
 @pytest.mark.parametrize(("low", "high"), [

@@ -1,4 +1,4 @@
-"""Trajectories become JSON that holds all that a page shows."""
+"""Trajectories become JSON that holds everything that a page shows."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ _IDS = np.zeros(1, np.int32)
 
 
 def _picture(width, height):
-  """Red grows to the right, green downwards, one step a pixel."""
+  """A picture whose red grows to the right and green downwards, by one for each pixel."""
   ramp = np.zeros((height, width, 3), np.uint8)
   ramp[..., 0] = np.arange(width) % 256
   ramp[..., 1] = np.arange(height)[:, None] % 256
@@ -108,7 +108,7 @@ def test_outside_training_nothing_is_graded():
 
 
 def test_tokens_have_their_own_numbers():
-  """Of the policy's turns alone, at their places behind the prompt; what all tokens of a turn share is one number."""
+  """Only in the policy's turns, at their places after the prompt; if all tokens of a turn share a number, it is one."""
   letters = "é".encode()  # a character of two tokens
   pieces = [b"a", letters[:1], letters[1:], b"\xff", b"z"]
   decode = lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace")

@@ -30,7 +30,7 @@ _HOSTILE = '<script>alert(1)</script>"\'><img src=x onerror=alert(2)>&lt;</pre>\
 
 
 class _Page(html.parser.HTMLParser):
-  """Collects elements and text, and insists that what is opened is closed."""
+  """Collects elements and text, and checks that every opened element is closed."""
 
   def __init__(self, text):
     super().__init__()
@@ -106,7 +106,7 @@ def _data(text):
 
 
 def _shown(item):
-  """What a page's script is told of one trajectory."""
+  """What a page's script gets about one trajectory."""
   found, = _data(_render(kept=[_kept(item)]))["items"]
   return found
 
@@ -141,7 +141,7 @@ def test_page_needs_nothing_from_elsewhere():
 
 
 def _strings(value):
-  """Where a nest of dicts and lists holds text: each place as a tuple of keys."""
+  """The places of text in nested dicts and lists, each as a tuple of keys."""
   pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
   return [()] if isinstance(value, str) else [(key, *rest) for key, inner in pairs for rest in _strings(inner)]
 
@@ -159,7 +159,7 @@ def _get(value, place):
 
 
 def _entry():
-  """An entry with text wherever one can have it."""
+  """An entry with text wherever an entry can have it."""
   item = _item()
   item["turns"][0] |= {"error": "too small", "action": "look"}
   item["turns"].append({**item["turns"][1], "role": "tool", "action": "measure"})
@@ -193,7 +193,7 @@ def test_hostile_text_in_a_trajectory_is_text(place):
 
 
 def _crowded():
-  """Whatever else a page is made of."""
+  """Everything else that a page is made of."""
   return {"config": {"reward": {"h0": "0.4"}, "model": {"path": "model"}, "monitor": {"window": 1},
                      "data": {"a": ["b"]}, "rollout": {"prompts": "4", "group_size": "8", "max_rounds": "6"}},
           "metrics": _entropies((30, 0.5), (2, 0.01)) + [{"step": 99, "acc_ans": "high", "note": "words"}],
@@ -230,7 +230,7 @@ def test_a_hostile_alarm_is_text(monkeypatch):
 
 
 def test_a_forgotten_filter_leaves_nothing_unsafe():
-  """Escaping and the taking out of what can't be seen are the environment's, not the template's."""
+  """Escaping, and removing what can't be seen, are done by the environment and not by the template."""
   shown = page_lib._environment().from_string("{{ text }}{{ many }}<i title='{{ text }}'>").render(
       text=_HOSTILE, many=[_HOSTILE])
   assert "<script" not in shown and "<img" not in shown and "'\"" not in shown
@@ -316,7 +316,7 @@ def test_an_item_says_what_it_is_found_by():
 
 
 def test_what_is_no_number_is_none():
-  """A file that somebody else has written may hold anything in a number's place: the script counts on numbers."""
+  """A file that somebody else has written may hold anything in a number's place, but the script relies on numbers."""
   item = _item(boxes=((10, 20, 40, 60),)) | {"reward": "x", "advantage": [], "score": True, "reward_parts": {"a": "b"}}
   item["turns"][0] |= {"iou": "high", "modulator": {}, "advantage": _HOSTILE,
                        "tokens": {"text": ["a", 1], "logp": ["x", -1.0], "gap": "y", "else": _HOSTILE}}
@@ -340,7 +340,7 @@ def test_turns_say_what_was_made_of_them():
 def test_an_entry_without_names_of_actions_is_of_zooms():
   item = _item()
   for turn in item["turns"]:
-    del turn["action"]  # as runs wrote them once
+    del turn["action"]  # as older runs wrote them
   told = {**item, "turns": [{**turn, "action": turn["box"] and "image_zoom_in_tool"} for turn in item["turns"]]}
   assert _shown(told) == _shown(item) and "image_zoom_in_tool" not in json.dumps(_shown(item))
   assert _shown(item)["drawn"][0]["title"] == "zoom 1: correct"
@@ -389,14 +389,14 @@ def test_cards_show_values_intervals_and_the_difference():
 
 
 def test_what_can_no_longer_be_measured_is_not_shown_as_it_was():
-  """A policy that has stopped zooming has no share of right zooms, least of all that of before."""
+  """A policy that has stopped zooming has no share of right zooms, and that from before is not shown in its place."""
   after = _summary(0.75) | {"acc_rat": {"value": None, "low": None, "high": None}, "overlong_rate": None}
   after["by_kind"] = {"pattern": {"n": 64, "acc_ans": 0.75, "acc_rat": None, "hit_rate": None}}
   page = _full(after=after)
   text = _Page(page).text
   assert "Rationale accuracy – from 25.0% 20.0 to 30.0 zooms that hit" in text
   assert "pattern 64 25.0% → 75.0% – 25.0% → – –" in text and "Overlong 12.5% → –" in text
-  assert "25.0% 20.0 to 30.0 zooms that hit" in _Page(_full(after=None)).text  # before the end it is all there is
+  assert "25.0% 20.0 to 30.0 zooms that hit" in _Page(_full(after=None)).text  # before the end there is no other
 
 
 def test_a_fall_is_shown_as_a_fall():

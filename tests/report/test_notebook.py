@@ -1,4 +1,4 @@
-"""What notebooks show: frames that see nothing of the notebook, colours that are true, and no text that is markup."""
+"""What notebooks show: frames that see nothing of the notebook, true colours, and no text as markup."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""The report of a curation: what is in it, and that no text of a task gets out of its place."""
+"""The report of a curation: what is in it, and that no text of a task becomes markup."""
 
 import html.parser
 

@@ -1,4 +1,4 @@
-"""Which groups are kept, what is drawn for it, and that nothing changes where nothing is asked."""
+"""Which groups are kept, what is drawn for them, and that nothing changes without further tries."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ G = 2
 
 @pytest.fixture
 def played(monkeypatch):
-  """Rollouts that give back their tasks, G of each; and what they were asked for."""
+  """Plays rollouts that return their tasks, G of each; gives what they were asked for."""
   asked = []
 
   def run(policy, params, tasks, key, group_size):
@@ -72,7 +72,7 @@ class Judge:
 
 def test_a_judge_has_its_say_before_groups_are_looked_at(played):
   judge = Judge(("a", "one_b"))
-  # one_b is right twice, and says nothing.
+  # one_b is right twice, and so not informative.
   assert go(BATCHES, 2, judge)[0] == ["a", "one_f", "one_g"] and judge.asked == 3
   found = dynamic.run(None, None, [types.Task("a", b"", "?", ("x",))], None, jax.random.key(3), G, 0, None, judge)
   assert [t.correct for t in found[0]] == [False, True] and found[1]["judge/answers"] == 2.0
@@ -83,12 +83,12 @@ BATCHES = [["a", "one_b", "c"], ["d", "e", "one_f"], ["one_g", "one_h", "i"], ["
 
 @pytest.mark.parametrize("tries, kept, further", [
     (0, ["a", "one_b", "c"], 0),
-    (1, ["one_f", "one_b", "c"], 1),   # in the first place that is free; what nothing comes for stays
+    (1, ["one_f", "one_b", "c"], 1),   # in the first free place; a group that none replaces stays
     (2, ["one_f", "one_b", "one_g"], 2),
-    (3, ["one_f", "one_b", "one_g"], 2)])  # enough is enough
+    (3, ["one_f", "one_b", "one_g"], 2)])  # tries that are not needed are not made
 def test_informative_groups_are_kept(played, tries, kept, further):
   assert go(BATCHES, tries) == (kept, further)
-  assert len({str(k) for k in played}) == len(played)  # each try has a key of its own
+  assert len({str(k) for k in played}) == len(played)  # each try has its own key
   assert played[0] == jax.random.key_data(jax.random.key(3)).tolist()  # the first, the step's
 
 
@@ -138,14 +138,14 @@ def test_what_is_informative_is_what_the_reward_says(small):
   assert groups(spread_of="answer") == [False, False, True]
   assert groups(spread_of="fidelity") == [False, True, False]
   assert groups(least_spread=1.0) == [False, True, False]  # the third's two rows are 1 apart, by the answer
-  # A row that the loss is not about does not make its group informative.
+  # A row that is masked from the loss does not make its group informative.
   rows[3].stop = rows[4].stop = types.StopReason.OVERLONG
   assert groups(mask=(types.StopReason.OVERLONG,)) == [False, False, False]
-  # The threshold is the step's: a box of IoU 0.5 is a hit at 0.4, and a miss like another at 0.6.
+  # The threshold is the step's: a box of IoU 0.5 is a hit at 0.4, and a miss like the other at 0.6.
   half = types.Box(0, 0, 10, 5)
   pair = [row(True, half), row(True, other)]
   assert [groups(pair, h0, lam=0.0) for h0 in (0.4, 0.6)] == [[True], [False]]
-  # Without answers, or boxes, there is no such spread to look at.
+  # Without answers, or boxes, there is no such spread.
   free, bare = types.Task("f", b"", "?", (), (box,)), types.Task("b", b"", "?", ("x",))
   pair = [dataclasses.replace(r, task=free, correct=False) for r in (row(False, box), row(False, other))]
   assert groups(pair, spread_of="answer") == [True]

@@ -1,4 +1,4 @@
-"""The engine with the tiny base that ships, zooming."""
+"""The engine with the tiny base, zooming."""
 
 import dataclasses
 import os
@@ -49,7 +49,7 @@ def load(mesh, **how):
 
 @pytest.fixture(scope="module")
 def base():
-  """A policy of one device, its parameters, and a padding rule."""
+  """A policy on one device, its parameters, and how to pad."""
   policy, params = load(sharding.make(devices=jax.devices()[:1]))
   return policy, params, pack.Config(policy.model.vision.grid, policy.model.image_token, 3, 32, 8)
 
@@ -136,7 +136,7 @@ def test_slots_do_not_matter(base):
 
 
 def test_a_rollout_can_be_repeated_bit_for_bit(base):
-  """However fast the threads are: else a resumed run would not end as an uninterrupted one."""
+  """However fast the threads are: otherwise a resumed run would not end like an uninterrupted one."""
   policy, params, _ = base
   policy = dataclasses.replace(policy, engine=dataclasses.replace(policy.engine, slots=6, segment_tokens=4))
   rng = random.Random(0)
@@ -160,7 +160,7 @@ def test_a_rollout_can_be_repeated_bit_for_bit(base):
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-  """Each with rows and pictures of its own, in lock-step, on a mesh of 2 x 2; together what one process samples."""
+  """Each with its own rows and pictures, in lock-step, on a mesh of 2 x 2; together they sample what one does."""
   def run(processes):
     with socket.socket() as s:
       s.bind(("127.0.0.1", 0))

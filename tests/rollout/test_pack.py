@@ -1,4 +1,4 @@
-"""A small batch worked out by hand, padding, and the dealing of groups into minibatches."""
+"""A small batch worked out by hand, padding, and splitting groups into minibatches."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def turn(ids, logp=None, box=None, **kwargs):
 
 
 def rows():
-  """Two of one group, sharing the shown image: one zooms and answers, one runs out of tokens."""
+  """Two trajectories of a group, which share the shown image: one zooms and answers, one runs out of tokens."""
   shown, crop = image(1, 2, 1.0), image(2, 1, 2.0)
   task = types.Task("t", b"", "?", ("a",), (types.Box(0, 0, 4, 4),))
   prompt = np.array([10, PAD, PAD, 11], np.int32)
@@ -57,7 +57,7 @@ def test_by_hand():
                                    [0, 1, 1, 3, 4, 5, 6, 7, 8, 9, 10, 0],
                                    [0, 1, 2, 3, 4, 5, 6, 7, 7, 9, 10, 0]]
   assert b.pos_BXT[1].tolist() == [[0, 1, 1, 3, 4] + [0] * 7] * 2 + [[0, 1, 2, 3, 4] + [0] * 7]
-  # Two images a bucket, one window of four cells each: the crop's bucket starts at cell 8.
+  # Two images in each bucket, with one window of four cells each: the crops' bucket starts at cell 8.
   assert b.vision_BT.tolist() == [[-1, 0, 1, -1, -1, -1, -1, 8, 9, -1, -1, -1], [-1, 0, 1] + [-1] * 9]
   shown, crops = images_of(b)
   assert shown.patches_IWQC.shape == crops.patches_IWQC.shape == (2, 1, 16, 12)
@@ -89,19 +89,19 @@ def test_every_index_leads_to_the_right_image():
     want = [n for n in ims for _ in range(size((a, b, c, d, e)[n - 1]))]
     np.testing.assert_array_equal(flat[at], np.repeat(np.array(want)[:, None], 4, 1))
     assert ((batch.tokens_BT[r] == PAD) == (batch.vision_BT[r] >= 0)).all()
-  # b is a crop in two rows, and stands in the batch once.
+  # b is a crop in two rows, and is in the batch once.
   assert (images_of(batch)[1].patches_IWQC[:, 0, 0, 0] == 2).sum() == 1
 
 
 def test_short_rows_are_joined_by_hand():
   assert pack.joined([3, 5, 2, 4], [1, 3, 0, 2], 6) == [[1], [3, 2], [0]]
-  # Each where it fits first, in the order given; in a row the longest come first.
+  # Each goes where it fits first, in the given order; in a row, the longest come first.
   assert pack.joined([3, 5, 2, 4], range(4), 6) == [[0, 2], [1], [3]]
   assert pack.joined([1] * 10, range(10), 64) == [[*range(8)], [8, 9]]
 
 
 def joined_rows(lengths, width=32, shards=1, **kwargs):
-  """`types.Rows` of sequences of such lengths, text alone."""
+  """`types.Rows` of sequences of these lengths, without images."""
   task = types.Task("t", b"", "?")
   made = [types.Trajectory(task, i, np.full(n, 9, np.int32), correct=False) for i, n in enumerate(lengths)]
   cfg = dataclasses.replace(CFG, pad_tokens=width // 4, join=True, pad_joined=4, shards=shards, **kwargs)
@@ -148,11 +148,11 @@ def test_few_numbers_of_microbatches_and_none_smaller_than_a_row():
 
 @pytest.mark.parametrize("shards, groups", [(1, 64), (8, 64), (64, 256)])
 def test_little_of_a_long_tail_is_padding(shards, groups):
-  """Lengths as rollouts have them: under 15 % of what is computed, in microbatches of one row."""
+  """With lengths like those of rollouts, it is under 15% of what is computed, in microbatches of one row."""
   rng = np.random.default_rng(0)
   shares = []
   for _ in range(3):
-    of_groups = rng.lognormal(np.log(140), 0.5, groups).repeat(8)  # a prompt's rollouts are of like length
+    of_groups = rng.lognormal(np.log(140), 0.5, groups).repeat(8)  # rollouts of a prompt have similar lengths
     lengths = np.clip(of_groups * rng.lognormal(0, 0.25, 8 * groups), 40, 512).astype(int).tolist()
     rows = joined_rows([512, *lengths[1:]], width=512, shards=shards, microbatch_tokens=512).rows
     used = (rows.lengths_MUS > 0).any((1, 2)).sum()
@@ -161,7 +161,7 @@ def test_little_of_a_long_tail_is_padding(shards, groups):
 
 
 def test_a_shard_sees_the_images_of_its_own_rows():
-  """Shared once within a microbatch and shard, and again in another."""
+  """An image is there once in a microbatch and shard that share it, and again in another."""
   a, b = image(1, 2, 1.0), image(2, 1, 2.0)
   task, prompt = types.Task("t", b"", "?"), np.array([9, PAD, PAD], np.int32)
   made = [types.Trajectory(task, i, prompt, [], [im], correct=False) for i, im in enumerate((a, a, a, b))]
@@ -193,7 +193,7 @@ def test_which_tokens_are_an_action_s(scope, own):
   zooms.turns[0] = turn([20, 21, 22, 23], [-1.0] * 4, types.Box(1, 2, 3, 4), spans={"call": (1, 4), "box": (2, 3)})
   cfg = dataclasses.replace(CFG, scope=scope)
   assert pack.pack([zooms], cfg).action_BT[0, 4:9].tolist() == own + [-1]
-  zooms.turns[0] = dataclasses.replace(zooms.turns[0], spans={})  # not known: the turn's
+  zooms.turns[0] = dataclasses.replace(zooms.turns[0], spans={})  # if they are not known, the whole turn's
   assert pack.pack([zooms], cfg).action_BT[0, 4:9].tolist() == [0, 0, 0, 0, -1]
 
 

@@ -1,4 +1,4 @@
-"""Rollouts by an endpoint: what it is sent, what comes of its words, and that no fault of a network is an answer."""
+"""Rollouts by an endpoint: what it is sent, what its words lead to, and that no fault of a network is an answer."""
 
 import base64
 import dataclasses
@@ -70,7 +70,7 @@ def test_a_zoom_and_an_answer(policy, server, tasks):
   assert len({t.answer for t in found[:2]}) == 2, "rollouts of a task have seeds of their own"
   one = found[0]
   assert [turn.role for turn in one.turns] == ["assistant", "tool", "assistant"]
-  # What was written and read is one token stream, as the engine's is.
+  # What was written and read is one token stream, as in the engine.
   words = prompt.render(tasks[0].question, None, policy.prompt, policy.actions)
   assert prompt.readable(policy.codec.decode(one.ids)) == words + "".join(turn.text for turn in one.turns)
 

@@ -1,4 +1,4 @@
-"""Scripts said again: the same trajectories as rollouts, boxes in the policy's frame, and what can't be one."""
+"""Scripts replayed: the same trajectories as rollouts, boxes in the policy's frame, and scripts that can't be one."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def test_boxes_come_into_the_frame_that_the_policy_speaks(policy, box, frame):
 
 
 def test_a_box_of_a_crop_is_one_of_the_original(policy):
-  """The right half of the crop of (60, 60, 180, 120), as a box of the picture, or of the crop where that may be."""
+  """The right half of the crop of (60, 60, 180, 120), as a box of the picture, or of the crop if that is allowed."""
   looks = script.Look("", (60, 60, 180, 120), "original"), script.Look("", (0.5, 0, 1.5, 1), "share", 1)
   (*_, told), (*_, of_crop) = (
       [t for t in play(p, *looks, ANSWER).turns if t.region is not None]
@@ -72,7 +72,7 @@ def test_what_reaches_over_the_edge_is_cut_and_what_is_thin_has_a_pixel(policy):
 def test_sampled_ids_are_kept_and_others_are_made_of_the_text(policy):
   text = prompt.answer_text("rows", "rows") + prompt.END
   ids = policy.codec.encode(text)
-  # The same text in other tokens: a sampler may have gone letter by letter.
+  # The same text in other tokens: a sampler may have written it letter by letter.
   slow = np.concatenate([policy.codec.encode(letter) for letter in text.removesuffix(prompt.END)] + [ids[-1:]])
   assert len(slow) > len(ids) and policy.codec.decode(slow) == text
   for given, wanted in ((slow, slow), (None, ids), (ids[:-1], ids), ([10 ** 6], ids), (ids[::-1], ids)):

@@ -1,4 +1,4 @@
-"""Prefill, restart and decode: what is sampled, from what, and in which rows."""
+"""Prefill, restart and decode: what is sampled, from which distribution, and in which rows."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def prefilled(small, rows=3):
 
 
 def logits_of(small, ids):
-  """float[V], by the whole sequence at once."""
+  """float[V], from a forward pass over the whole sequence."""
   T = len(ids)
   tokens = jnp.asarray([ids])
   pos = jnp.broadcast_to(jnp.arange(T)[None, None], (1, 3, T))
@@ -57,7 +57,7 @@ def logits_of(small, ids):
 
 
 def test_segments_are_one_turn(small):
-  """Two segments of three give what one of six gives."""
+  """Two segments of three tokens give the same as one of six."""
   _, want, want_logp, n = decode(small, prefilled(small), turns([5, 6, 7]))
   state, a, a_logp, na = decode(small, prefilled(small), turns([5, 6, 7]), steps=3)
   going = (na == 3) & ~np.isin(a[:, -1], small.cfg.eos)
@@ -93,7 +93,7 @@ def test_some_rows_write_and_the_others_stay(small):
 
 
 def test_each_token_has_luck_of_its_own(small):
-  """So hot that the policy has no say: the tokens of a turn, of another turn and of another row are unalike."""
+  """At a temperature so high that the policy hardly matters, tokens of a turn, another turn and another row differ."""
   allowed = small.cfg.text.vocab - len(small.cfg.banned)
   _, out, _, n = decode(small, prefilled(small), turns([5, 6, 7], left=40), steps=40, temperature=1e6)
   rows = [out[b, :n[b]] for b in range(3) if n[b] > 10]
@@ -115,7 +115,7 @@ def test_logps_are_those_of_the_whole_sequence(small):
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_the_policy_is_the_model_at_its_temperature(small, temperature):
-  """What is sampled from, what is said of it, and what the learner computes again: logits / temperature."""
+  """The sampling distribution, its log-probabilities, and what the learner computes again are logits / temperature."""
   _, out, logp, n = decode(small, prefilled(small), turns([5, 6, 7]), temperature=temperature)
   for b, ids in enumerate(PROMPTS):
     row = jnp.asarray([ids + out[b, :n[b]].tolist()])
@@ -136,7 +136,7 @@ def test_the_policy_is_the_model_at_its_temperature(small, temperature):
 def test_restart_brings_a_prompt_back(small):
   """From another row, and from the row itself after it has gone on."""
   state, want, _, _ = decode(small, prefilled(small), turns([5, 6, 7]))
-  moves = [[0, 1, 9], [0, 0, 0], [4, 4, 0], [4, 4, 0]]  # row 9 is nobody
+  moves = [[0, 1, 9], [0, 0, 0], [4, 4, 0], [4, 4, 0]]  # row 9 does not exist
   state = sample.restart(state, *(jnp.asarray(m, jnp.int32) for m in moves), width=64)
   _, out, _, _ = decode(small, state, turns([5, 5, 7], left=[6, 6, 0]))
   np.testing.assert_array_equal(out[0], want[0])
@@ -153,7 +153,7 @@ def test_append_to_some_rows_keeps_the_others(small):
 
 
 def test_a_row_can_go_back_before_a_chunk(small):
-  """What was sampled past a stop string is as if it had not been."""
+  """Tokens that were sampled past a stop string leave no trace."""
   want = sample.append(small.params, small.cfg, prefilled(small), chunk(3, [[40], [41], [42]], [4, 2, 3]))
   state, _, _, n = decode(small, prefilled(small), turns([5, 6, 7]))
   assert n.max() > 1
@@ -185,7 +185,7 @@ def test_a_segment_ends_when_enough_have_ended(small):
     (sample.Filter(top_p=0.4), lambda p: np.argsort(-p)[:1 + int(np.searchsorted(np.cumsum(np.sort(p)[::-1]), 0.4))]),
     (sample.Filter(top_k=4, top_p=0.5, min_p=0.05), None)], ids=["top_k", "min_p", "top_p", "all"])
 def test_filters(small, keep, allowed):
-  """What may be sampled is sampled, nothing else is, and the log-probability is the whole distribution's."""
+  """All that may be sampled is, nothing else is, and log-probabilities are those of the whole distribution."""
   x = logits_of(small, PROMPTS[0])
   p = np.exp(x - x.max())
   p /= p.sum()
@@ -206,7 +206,7 @@ def test_filters(small, keep, allowed):
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_weights_are_copied_once_for_rollouts(small, tensor):
-  """In the compute dtype, and not at all where they are right already."""
+  """In the compute dtype; those that are right already are not copied."""
   mesh = sharding.make(1, 8, 1)
   params = jax.device_put(small.params, sharding.param_shardings(qwen.specs(small.cfg), mesh))
   half = dataclasses.replace(small.cfg, compute_dtype="bfloat16")
@@ -223,7 +223,7 @@ def test_weights_are_copied_once_for_rollouts(small, tensor):
 
 
 def adapted(small):
-  """The same model with adapters beside its matrices, in the tower too, which do something."""
+  """The same model with adapters beside its matrices, also in the tower, which are not zero."""
   cfg = dataclasses.replace(small.cfg, tuning=tuning.Config(rank=4, alpha=8.0))
   rng = np.random.default_rng(3)
   some = params_lib.map_specs(lambda s: jnp.asarray(0.1 * rng.standard_normal(s.shape), jnp.float32),
@@ -232,7 +232,7 @@ def adapted(small):
 
 
 def test_what_is_frozen_is_not_copied_for_rollouts(small):
-  """It has the compute dtype; what is trained is cast."""
+  """Frozen weights have the compute dtype; trained ones are cast."""
   cfg = dataclasses.replace(small.cfg, compute_dtype="bfloat16", tuning=tuning.Config(rank=4))
   base = jax.tree.map(lambda a: a.astype(jnp.bfloat16), small.params)
   trained = params_lib.init(family.tables(cfg)[0], jax.random.key(0), jnp.float32)
@@ -258,7 +258,7 @@ def test_rows_on_eight_devices(small, how):
   params = sample.weights(trained, small.cfg, mesh)
   jax.tree.map(lambda a, s: np.testing.assert_(a.sharding.is_equivalent_to(s, a.ndim)), params,
                family.shardings(small.cfg, mesh))
-  # Two rows a lane, each lane in another order; one of lane 3's is for nobody.
+  # Two rows in each lane, in different orders; one of lane 3's is padding.
   rows = np.array([0, 1, 1, 0, 0, 1, 1, 2], np.int32)
   order = [0, 1, 3, 2, 4, 5, 7]
   state = sample.append(params, small.cfg, state, put(chunk(8, [prompts[b] for b in order] + [[]], [0] * 8, rows)),

@@ -1,4 +1,4 @@
-"""The engine by itself, playing scripts on an untrained model: no work twice, few shapes, every row its own."""
+"""The engine by itself, playing scripts on an untrained model: no work is done twice, few shapes, independent rows."""
 
 import dataclasses
 
@@ -72,8 +72,8 @@ class Script:
 
 
 def test_a_growing_cache_gives_what_whole_sequences_give(small):
-  """Prompts copied between slots, crops injected in later turns, slots refilled: each token is what one forward pass
-  over the whole sequence, all its pictures in place, holds for the likeliest."""
+  """Prompts are copied between slots, crops added in later turns, slots refilled: each token is the likeliest one by a
+  single forward pass over the whole sequence with all its pictures."""
   script = Script(small.cfg, 1, rounds=3)
   got, _ = script.run(small.cfg, small.params, slots=2)
   T = max(len(t.ids) for t in got)
@@ -137,7 +137,7 @@ def test_no_work_twice(small, slots, monkeypatch):
 
 @pytest.mark.slow
 def test_a_hundred_rollouts_compile_few_programs(small):
-  """Whatever the lengths and sizes: decode in 2 row counts, chunks in row counts x tokens x windows."""
+  """Whatever the lengths and sizes: decoding for 2 row counts, chunks for row counts x tokens x windows."""
   counter, counts = compiles.Counter(), []
   for seed in range(100):
     Script(small.cfg, seed, prompts=2, group=4).run(small.cfg, small.params, slots=6)

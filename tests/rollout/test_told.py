@@ -1,4 +1,4 @@
-"""What is told of a trajectory is what comes of it, and nothing changes because somebody listens."""
+"""The reports of a trajectory are true, and listening to them changes nothing."""
 
 import dataclasses
 
@@ -80,7 +80,7 @@ def test_the_engine_samples_the_same_and_stops_when_nobody_listens():
   class Gone(Exception):
     pass
 
-  for kind in (told.Began, told.Said, told.Looked, told.Ended):  # of several threads
+  for kind in (told.Began, told.Said, told.Looked, told.Ended):  # raised in different threads
 
     def tell(event, kind=kind):
       if isinstance(event, kind):

@@ -76,7 +76,7 @@ def test_which_tokens_hold_the_call_and_the_box(policy, thought):
   assert 0 <= a < c < d < b <= len(said.ids) and (a == 0) == (not thought)
   call, numbers = codec.decode(said.ids[a:b]), codec.decode(said.ids[c:d])
   assert call.startswith("<tool_call>") and call.endswith("</tool_call>")
-  # A token may reach over either end, but no token more than it takes.
+  # A token may reach over either end, but there are no more tokens than needed.
   assert "[10, 10, 40, 40]" in numbers
   assert "[10, 10, 40, 40]" not in codec.decode(said.ids[c + 1:d])
   assert "[10, 10, 40, 40]" not in codec.decode(said.ids[c:d - 1])
@@ -97,7 +97,7 @@ def test_what_is_no_call_is_no_refused_call(policy):
   assert row.traj.refused == 0 and row.traj.turns[0].called and not row.traj.turns[1].called
   say(policy, row, prompt.call_text(zoom.call((40, 12, 10, 48))))
   assert row.traj.refused == 1
-  say(policy, row, "hm")  # malformed, but nothing was asked for
+  say(policy, row, "hm")  # malformed, but no call
   assert row.traj.turns[-1].error and row.traj.refused == 1 and row.traj.stop == types.StopReason.MALFORMED
   row = begin(policy)
   say(policy, row, "<tool_call>{not json}</tool_call>")
@@ -197,7 +197,7 @@ def test_the_last_permitted_turn_is_told(policy):
     row, found = begin(p), []
     while (reply := say(p, row, CALL)) is not None:
       found.append("Answer now." in p.codec.decode(reply.ids))
-      row.filled = 0  # tokens are not what this is about
+      row.filled = 0  # the budget of tokens must not matter here
     return found
 
   assert told() == [False, False, True]
@@ -208,7 +208,7 @@ def test_the_last_permitted_turn_is_told(policy):
 
 
 def test_any_of_the_configured_ids_ends_a_turn(policy):
-  """One that is not the chat template's stays, as it was sampled, and the template's own comes behind it."""
+  """One that is not the chat template's stays, as sampled, and the template's own follows it."""
   codec, other = policy.codec, "<|endoftext|>"
   assert not turns.hear(policy, begin(policy), codec.encode(CALL + other), np.zeros(99, np.float32)), "not one of them"
   both = (codec.tokenizer.convert_tokens_to_ids(other), codec.end)

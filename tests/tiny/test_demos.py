@@ -37,7 +37,7 @@ def lessons(pictures, voice, noise, learn="all", **manner):
 
 
 def best_ious(lessons):
-  """For every zoom its IoU with the nearest target."""
+  """For every zoom, its best IoU with a target."""
   return np.concatenate([np.asarray(reward.iou(np.array(t.regions), np.array(t.task.boxes))).max(1)
                          for _, t in lessons if t.regions])
 
@@ -52,7 +52,7 @@ def test_clumsy_ones_zoom_badly_and_are_wrong_at_times(pictures, voice):
   done = lessons(pictures, voice, 1.0)
   right = np.mean([t.answer in t.task.answers for _, t in done])
   assert best_ious(done).mean() < 0.5 and 0.2 < right < 0.9
-  assert all(t.regions for _, t in done)  # they always look
+  assert all(t.regions for _, t in done)  # they always zoom
 
 
 def test_guessing_ones_answer_at_once_as_colours_suggest(pictures, voice):

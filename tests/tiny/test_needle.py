@@ -24,7 +24,7 @@ ALL = needle.Config(families=needle.FAMILIES, objects=(2, 4))
 def test_a_picture_is_a_function_of_seed_stream_and_index():
   task, scene = needle.draw(3, "train", 17, ALL)
   for i in (5, 16, 18):
-    needle.draw(3, "train", i, ALL)  # others don't matter, nor does their order
+    needle.draw(3, "train", i, ALL)  # other pictures don't matter, nor does their order
   again, _ = needle.draw(3, "train", 17, ALL)
   assert again == task and task.uid == "train_000017"
   for other in (needle.draw(4, "train", 17, ALL), needle.draw(3, "test", 17, ALL), needle.draw(3, "train", 23, ALL)):
@@ -53,7 +53,7 @@ def test_pictures_are_what_their_tasks_say():
       for other in scene.things[:k]:
         o = other.box
         assert b.x2 <= o.x1 or o.x2 <= b.x1 or b.y2 <= o.y1 or o.y2 <= b.y1
-    # The question names exactly the objects whose boxes are the rationale, or is about all.
+    # The question names exactly the objects of the rationale boxes, or is about all.
     kind = family.rpartition("_")[0]
     named = [t for t in scene.things if kind == "count" or t.name in task.question]
     assert len(named) == {"": 1, "pair": 2, "count": len(scene.things)}[kind]
@@ -73,7 +73,7 @@ def test_pictures_are_what_their_tasks_say():
 def test_pair_answers_are_balanced_and_marks_are_even():
   rng, pairs, marks = np.random.default_rng(0), collections.Counter(), collections.Counter()
   for _ in range(400):
-    # The draws of a scene without its picture.
+    # A scene drawn without its picture.
     things = [needle.Thing("red", "tile", str(m), (0, 0, 1, 1))
               for m in rng.choice(rng.choice(needle.PATTERNS, 3), 3)]
     scene = needle.Scene(None, tuple(things), "pattern")
@@ -168,7 +168,7 @@ def test_a_stored_set_is_what_was_drawn(tmp_path):
       assert tasks.task(i) == needle.draw(9, split, i, FEW)[0]
   assert train.task(4).uid == "train_000004"
 
-  # Another configuration has a folder of its own, and reading again draws nothing.
+  # Another configuration has its own folder, and reading again draws nothing.
   other = source.load(str(tmp_path), "test", needle.Config(families=("pattern",), train_size=2, test_size=2, seed=9))
   assert len(other) == 2 and len(source.load(str(tmp_path), "train", FEW)) == 5
   folders = sorted(p.name for p in tmp_path.iterdir())
@@ -179,7 +179,7 @@ def test_a_stored_set_is_what_was_drawn(tmp_path):
 
 
 def test_runs_that_start_together_draw_the_same_set(tmp_path, monkeypatch):
-  """Another run ends its drawing while this one draws, and one before them was cut off."""
+  """Another run finishes drawing while this one draws, and an earlier one was interrupted."""
   from virl_jax.tiny import store
   draw, calls = store.Needle.download_and_prepare, []
 
@@ -204,7 +204,7 @@ def test_runs_that_start_together_draw_the_same_set(tmp_path, monkeypatch):
 
 
 def test_a_set_that_another_draws_meanwhile_is_read(tmp_path, monkeypatch):
-  """Between the look for it and the reading of it."""
+  """Another run draws it between our looking for it and our reading it."""
   from virl_jax.tiny import store
   real, looked = store.Needle, []
 
@@ -264,7 +264,7 @@ def middle_of(pixels, box):
 
 
 def texture(pixels):
-  """What a texture is told by: mean absolute differences along four directions, spread, skew, quantiles."""
+  """Features of a texture: mean absolute differences in four directions, spread, skew, quantiles."""
   h, w, _ = pixels.shape
   out = []
   for lag in (1, 2):
@@ -277,14 +277,14 @@ def texture(pixels):
 
 
 def where_fine(pixels):
-  """float[196]: a map, 14 x 14, of how much neighbours differ along both diagonals."""
+  """float[196]: a map, 14 x 14, of how much neighbours differ in both diagonal directions."""
   grey = pixels.mean(-1)
   fine = np.abs(np.diff(grey[1:], axis=1) - np.diff(grey[:-1], axis=1)).clip(0, 127)
   return np.asarray(Image.fromarray(fine.astype(np.float32)).resize((14, 14), Image.Resampling.BOX)).ravel()
 
 
 def held_out_accuracy(x, y, n_train):
-  """Of ridge regression on one-hot targets, with the best of several penalties: generous to the probe."""
+  """The accuracy of ridge regression on one-hot targets, with the best of several penalties: generous to the probe."""
   x = (x - x[:n_train].mean(0)) / (x[:n_train].std(0) + 1e-6)
   x = np.concatenate([x, np.ones((len(x), 1))], 1)
   gram, cross = x[:n_train].T @ x[:n_train], x[:n_train].T @ np.eye(y.max() + 1)[y[:n_train]]
@@ -294,7 +294,7 @@ def held_out_accuracy(x, y, n_train):
 
 @pytest.fixture(scope="module", params=["pattern", "dot", "digit"])
 def probe(request):
-  """Accuracies of probes that are given the object's true box, on what is shown and on the true crop."""
+  """Accuracies of probes that get the object's true box, on the shown image and on the true crop."""
   mark, n = request.param, 1000
   rng, raw, shown_texture, crop_texture, labels = np.random.default_rng(5), [], [], [], []
   while len(labels) < n:
@@ -327,5 +327,5 @@ def test_marks_cannot_be_read_without_zooming(probe):
 
 def test_marks_can_be_read_in_a_good_crop(probe):
   mark, chance, found = probe
-  # A digit is bent to the shape of its object: more than a linear probe can undo, but not more than it can see.
+  # A digit is stretched to its object's shape, which a linear probe cannot undo, but it still sees the digit.
   assert found["crop"] > (0.9 if mark != "digit" else 3 * chance), (mark, found)

@@ -22,7 +22,7 @@ class Full(Exception):
 
 
 class Gone(Exception):
-  """Who asked has left: raised where he would have been told, so that the policy stops."""
+  """The asker has left: raised by `tell`, so that the policy stops."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Failed:
   """The question could not be answered.
 
   Attributes:
-    error: why, for who asked.
+    error: why, in words for the asker.
   """
 
   error: str
 
 
 class _Job:
-  """A question, what happened to it so far, and whether the asker is still there."""
+  """A question, what has happened to it so far, and whether the asker has left."""
 
   def __init__(self, task: types.Task):
     self.task, self.events, self.left = task, queue.SimpleQueue(), threading.Event()
@@ -62,13 +62,14 @@ class _Job:
 
 
 class Desk:
-  """A thread that answers, and a queue before it.
+  """A thread that answers questions, and a queue of them.
 
   Args:
-    answer: called with a task and `tell`, in a thread of its own, once at a time; calls `tell(event)` with whatever
-      happens.  A ValueError's words are for who asked; any other error is printed, and the next question is answered.
-    most: questions that are waiting or being answered.
-    beat_s: how long nothing happens until the one who listens is told so.
+    answer: called with a task and `tell`, in a separate thread, for one task at a time; calls `tell(event)` with
+      whatever happens.  A ValueError's message goes to the asker; any other error is printed, and the next question is
+      answered.
+    most: most questions that are waiting or being answered.
+    beat_s: after how long without an event the asker gets None.
   """
 
   def __init__(self, answer: Callable[[types.Task, Callable[[Any], None]], Any], most: int = 16, beat_s: float = 2.0):
@@ -80,14 +81,14 @@ class Desk:
 
   @contextlib.contextmanager
   def ask(self, task: types.Task) -> Iterator[Iterator[Any]]:
-    """Joins the queue; who leaves this context early leaves the queue, and the policy stops.
+    """Joins the queue; leaving this context early leaves the queue, or stops the policy.
 
     Yields:
-      What happens: `Place` whenever it changes, what `answer` tells, perhaps `Failed` at last; None where nothing has
-      happened for a while.
+      An iterator of what happens: `Place` whenever it changes, what `answer` tells, perhaps `Failed` at last; None if
+      nothing has happened for `beat_s`.
 
     Raises:
-      Full: too many wait.
+      Full: the queue is full.
     """
     job = _Job(task)
     with self._changed:

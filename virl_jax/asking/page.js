@@ -19,7 +19,7 @@ function alarm(text) {
   at("alert").hidden = !text;
 }
 
-// --- the picture that is to be asked about
+// --- the picture that the question is about
 
 function choose(found) {
   alarm("");
@@ -49,7 +49,7 @@ for (const kind of ["dragenter", "dragover"]) {
 }
 document.addEventListener("dragleave", (e) => { if (!e.relatedTarget) drop.classList.remove("over"); });
 document.addEventListener("drop", (e) => {
-  e.preventDefault();  // a file that misses the frame is not opened in place of the page
+  e.preventDefault();  // a file dropped beside the frame must not replace the page
   drop.classList.remove("over");
   if (e.dataTransfer) choose(e.dataTransfer.files[0]);
 });
@@ -73,7 +73,7 @@ function base64(blob) {
   });
 }
 
-// --- what happens
+// --- events while the policy answers
 
 function turn(number) {
   let found = at(`turn${number}`);

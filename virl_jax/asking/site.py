@@ -1,13 +1,13 @@
 """A page on which a policy is asked, served over HTTP: the standard library's server, and plain JavaScript.
 
-It has a few files, each known by its whole path, and takes one kind of request, POST /ask: JSON with a picture in
-base64, a question, options.  The reply is a line of JSON for each thing that happens, until the connection is closed.
-No path, file name or address that a client sends is ever opened.
+It serves a few files, each by its exact path, and takes one kind of request, POST /ask: JSON with a picture in base64,
+a question, and options.  The reply is a line of JSON for each thing that happens, until the connection is closed.  No
+path, file name or address that a client sends is ever opened.
 
-Whom it refuses: a Host header that names another machine (a name of somebody else's that was bound to this address),
-an Origin that is another page, a body of another type than a page of another site can send unasked, what is larger than
-it says or than the limits, files that are no JPEG, PNG, WebP, GIF or BMP, and pictures of too many pixels, which are
-counted before any is read.
+It refuses: a Host header that names another machine (somebody else's name may have been bound to this address), an
+Origin that is another page, a body that is not application/json (pages of other sites can send other types without
+permission), bodies over the limits or shorter than they say, files that are not JPEG, PNG, WebP, GIF or BMP, and
+pictures of too many pixels, which are counted before any is read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from virl_jax.report import gallery
 from virl_jax.report import page as page_lib
 from virl_jax.rollout import told
 
-# What is opened at all: other formats of Pillow's are rare in browsers, and EPS would start another program.
+# The only formats that are opened: others that Pillow reads are rare in browsers, and EPS would start another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _FILES = {"/": ("asking", "page.html", "text/html; charset=utf-8"),
           "/page.js": ("asking", "page.js", "text/javascript; charset=utf-8"),
@@ -48,15 +48,15 @@ _FILES = {"/": ("asking", "page.html", "text/html; charset=utf-8"),
           "/report.css": ("report", "page.css", "text/css; charset=utf-8")}
 _POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src data: blob:; connect-src 'self'; "
            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-_PICTURE_SIDE_PX, _CROP_SIDE_PX = 1280, 480  # of what the page is sent
-_MORE_BYTES = 200_000    # of a body, beside the picture
+_PICTURE_SIDE_PX, _CROP_SIDE_PX = 1280, 480  # longest sides of the pictures that are sent to the page
+_MORE_BYTES = 200_000    # of a body, besides the picture
 _PIECE_BYTES = 1 << 16
-_UPLOADS = 4             # bodies that are read, and pictures that are tried, at a time
+_UPLOADS = 4             # how many bodies are read, and pictures checked, at a time
 _DRAIN_S = 2.0
 
 
 class _Refused(Exception):
-  """A request that is not answered: an HTTP status, and why."""
+  """A request that is refused: an HTTP status, and why."""
 
   def __init__(self, status: http.HTTPStatus, why: str):
     super().__init__(why)
@@ -70,13 +70,13 @@ class Config:
   Attributes:
     host: address to listen at.
     port: 0 for any that is free.
-    names: of this host, with which it may be called besides; see `_allowed`.
-    upload_bytes: of a picture's file.
-    upload_pixels: of a picture.
-    question_chars: of a question, and of all options together.
-    most_options: letters there are.
-    connections: at a time.
-    patience_s: for a request to be sent, and for a piece of the reply to be taken.
+    names: further host names that requests may use; see `_allowed`.
+    upload_bytes: most bytes of a picture's file.
+    upload_pixels: most pixels of a picture.
+    question_chars: most characters of a question, and of all options together.
+    most_options: most options; there are 26 letters.
+    connections: most connections at a time.
+    patience_s: how long a request may take to be sent, and a piece of the reply to be taken.
   """
 
   host: str = "127.0.0.1"
@@ -101,16 +101,16 @@ class Config:
 
 def make(desk: desk_lib.Desk, fits: Callable[[types.Task], None], about: dict, cfg: Config
          ) -> http.server.ThreadingHTTPServer:
-  """A server that listens already; `serve_forever` answers.
+  """A server that already listens; `serve_forever` answers.
 
   Args:
-    desk: where questions are put.
-    fits: raises ValueError, in words for who asks, if a task whose picture is decoded cannot be asked.
-    about: what the page says of the policy: text by heading.
-    cfg: limits and address.
+    desk: the queue that questions go to.
+    fits: raises ValueError, in words for the asker, if a task whose picture is decoded cannot be asked.
+    about: what the page says about the policy: text by heading.
+    cfg: address and limits.
 
   Raises:
-    ValueError: the address is taken, or none of this machine's.
+    ValueError: the address is in use, or is not this machine's.
   """
   kind = _V6 if ":" in cfg.host else _Server
   try:
@@ -131,7 +131,7 @@ def make(desk: desk_lib.Desk, fits: Callable[[types.Task], None], about: dict, c
 
 
 class _Server(http.server.ThreadingHTTPServer):
-  """With so many threads at most."""
+  """A server with a thread for each connection, and at most `cfg.connections` of them."""
 
   daemon_threads = True
   request_queue_size = 32
@@ -149,7 +149,7 @@ class _Server(http.server.ThreadingHTTPServer):
       self.places.release()
 
   def handle_error(self, request, client_address):
-    """Prints errors, except that a client left."""
+    """Prints errors, except those of clients that have left."""
     if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
       super().handle_error(request, client_address)
 
@@ -217,7 +217,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       raise _Refused(http.HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must be application/json")
 
   def _body(self) -> bytes:
-    """What was sent, if it is as long as it says, and not too long."""
+    """The body, if it is as long as it says, and not too long."""
     length, most = self.headers.get("Content-Length", ""), _body_bytes(self.server.cfg)
     if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
       raise _Refused(http.HTTPStatus.LENGTH_REQUIRED, "the request must give its Content-Length")
@@ -237,7 +237,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _stream(self, events) -> None:
     self._head(http.HTTPStatus.OK, "application/x-ndjson")
     for event in events:
-      # An empty line means nothing; if it cannot be sent, nobody is listening.
+      # The page ignores an empty line; if it cannot be sent, nobody is listening.
       self.wfile.write(b"\n" if event is None else json.dumps(plain(event)).encode() + b"\n")
 
   def _refuse(self, e: _Refused) -> None:
@@ -274,7 +274,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def _allowed(host: str, address: tuple, cfg: Config) -> bool:
   """Whether a Host header means this server, which listens at `address`.
 
-  A number is never a domain that somebody else could bind to this address, so that any is allowed where this server
+  Nobody else can bind an IP address to this server as they can a domain, so any IP address is allowed if the server
   listens to other machines.
   """
   try:
@@ -285,7 +285,7 @@ def _allowed(host: str, address: tuple, cfg: Config) -> bool:
   if found.netloc != host or found.username is not None:
     return False
   if name in cfg.names:
-    return True  # behind another server, which has a port of its own
+    return True  # behind another server, which has its own port
   if (80 if port is None else port) != address[1]:
     return False
   if name in ("localhost", cfg.host):
@@ -303,7 +303,7 @@ def _body_bytes(cfg: Config) -> int:
 
 
 def _task(body: bytes, cfg: Config) -> types.Task:
-  """The question of a body.
+  """The task in a body.
 
   Raises:
     _Refused: it is not what `page.js` sends.
@@ -339,10 +339,10 @@ def _task(body: bytes, cfg: Config) -> types.Task:
 
 
 def _check(task: types.Task, fits: Callable[[types.Task], None], cfg: Config) -> None:
-  """Whether a picture can be looked at, and a question put.
+  """Checks that a task's picture can be shown and its question asked.
 
   Raises:
-    _Refused: says why not.
+    _Refused: it cannot; says why.
   """
   try:
     with Image.open(io.BytesIO(task.image), formats=_FORMATS) as im:
@@ -366,10 +366,10 @@ def _check(task: types.Task, fits: Callable[[types.Task], None], cfg: Config) ->
 
 
 def plain(event: Any) -> dict:
-  """What happened, as the page is told: boxes in pixels of the original, pictures as data URIs, texts visible.
+  """An event as the page gets it: boxes in pixels of the original, pictures as data URIs, texts visible.
 
   Args:
-    event: of `told` or `desk`.
+    event: one of those of `told` or `desk`.
   """
   found = {"kind": type(event).__name__.lower()}
   if isinstance(event, told.Began):

@@ -10,12 +10,12 @@ A rule gives a score in [0, 1]:
     anls        1 less the edit distance by the length, 0 below one half: DocVQA, InfographicsVQA (`official`)
     vqa         how many of ten people said so: TextVQA (`official`)
 
-`exact` is for rewards: nothing else can be won by accident.  The others are how benchmarks, or the sets that they are
-of, count (but for blanks, which ANLS counts and a policy could pad with).  What a rule gives is what a reward pays
-(`types.Batch.answer_B`) and what `acc_ans` averages, so that acc_ans is the benchmark's own figure; an answer counts as
-right from `RIGHT` on.
+`exact` is for rewards: it alone cannot be won by accident.  The others count as benchmarks do, or the sets that these
+are from (except that `anls` here ignores repeated blanks, which a policy could pad an answer with).  A rule's score is
+what the reward pays (`types.Batch.answer_B`) and what `acc_ans` averages, so that acc_ans is the benchmark's figure; an
+answer counts as right if its score is at least `RIGHT`.
 
-Source: ours, but for the rules of other benchmarks, each of which says whose it is.
+Source: ours, except the rules of benchmarks, each of which names its source.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from virl_jax.data import exact
 from virl_jax.data import official
 from virl_jax.data import quantity
 
-RIGHT = 0.5  # the least score of a right answer; what ANLS counts as none below, and two of ten people
+RIGHT = 0.5  # the least score of a right answer: ANLS gives 0 below it, and VQA 0.6 for two of ten people
 
 # (answer, accepted answers, options) -> score.
 RULES: dict[str, Callable[[str | None, tuple[str, ...], tuple[str, ...] | None], float]] = {
@@ -41,21 +41,21 @@ RULES: dict[str, Callable[[str | None, tuple[str, ...], tuple[str, ...] | None],
     "anls": official.anls_of_words,
     "vqa": official.vqa,
 }
-_PICKS = (exact.matches, choice.option, choice.yes_no)  # rules that pick one of the options, if there are some
-# Which may have something behind a colon, and what reads it into the rule's further argument.
+_PICKS = (exact.matches, choice.option, choice.yes_no)  # rules that pick one of the options, if there are any
+# Rules that take an argument behind a colon, and what parses it.
 _ARGUMENTS = {"number": quantity.tolerance}
 
-matches, normalize, right = exact.matches, exact.normalize, exact.right  # their names of old
+matches, normalize, right = exact.matches, exact.normalize, exact.right  # older names of these
 
 
 def rule(match: str) -> Callable[[str | None, tuple[str, ...], tuple[str, ...] | None], float]:
-  """The rule of that name.
+  """The rule of that name: (answer, accepted answers, options) -> score in [0, 1].
 
   Args:
-    match: a key of `RULES`, with what the rule takes behind a colon: "number:2%".
+    match: a key of `RULES`, followed by a colon and an argument if the rule takes one: "number:2%".
 
   Raises:
-    ValueError: there is no such rule, or it takes no such thing.
+    ValueError: there is no such rule, or it takes no such argument.
   """
   name, colon, argument = match.partition(":")
   if name not in RULES or colon and name not in _ARGUMENTS:
@@ -70,6 +70,9 @@ def attainable(match: str, answers: tuple[str, ...], options: tuple[str, ...] | 
     match: see `rule`.
     answers: the accepted answers.
     options: the texts of options A, B, C ..., or None.
+
+  Raises:
+    ValueError: see `rule`.
   """
   judge = rule(match)
   if options and judge in _PICKS:  # the text of an option may look like the letter of another
@@ -79,15 +82,15 @@ def attainable(match: str, answers: tuple[str, ...], options: tuple[str, ...] | 
 
 def grade(trajectories: Sequence[types.Trajectory],
           judge: Callable[[Sequence[types.Trajectory]], Sequence[float | None]] | None = None) -> None:
-  """Says of each trajectory what its answer is worth, by its task's rule; one that gave none is wrong.
+  """Scores each trajectory's answer by its task's rule; a trajectory without an answer is wrong.
 
   Args:
     trajectories: as a rollout gives them; their `correct` and `score` are set.
-    judge: is asked about those that are wrong by the rule, if only about none: a score each, or None where the rule is
-      to stand.  What it gives is no less than the rule's.
+    judge: called with those that are wrong by the rule, even if there are none; gives a score for each, or None to keep
+      the rule's.  The higher of the two counts.
 
   Raises:
-    ValueError: a task names a rule that there is not.
+    ValueError: a task names an unknown rule.
   """
   for traj in trajectories:
     task = traj.task

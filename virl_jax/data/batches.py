@@ -1,4 +1,4 @@
-"""Tasks of a step, with their pictures decoded; what can't be used is counted, and others stand in for it."""
+"""Tasks of a step, with their pictures decoded; those that can't be used are counted and replaced by others."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Drawn:
   """What was drawn.
 
   Attributes:
-    tasks: as many as were wanted, pictures decoded; of other processes' tasks (see `hosts`) the picture is None.
+    tasks: as many as were wanted (`held_out`: or fewer), pictures decoded; those of other processes (see `hosts`) have
+      None for a picture.
     skipped: why each task that this process looked at was passed over.
-    passed_over: how many were, over all processes.
-    slow: how many pictures this process had to wait for, each longer than a picture should take.
+    passed_over: how many tasks were passed over, on all processes.
+    slow: how many pictures this process waited for longer than a picture should take.
   """
 
   tasks: list[types.Task]
@@ -58,7 +59,7 @@ class Looks:
     threads: how many.
 
   Attributes:
-    slow: how many have been waited for longer than a picture should take.
+    slow: how many pictures have been waited for longer than a picture should take.
   """
 
   def __init__(self, source, max_pixels: int, fits: Fits = lambda task: None, threads: int = 1):
@@ -67,14 +68,14 @@ class Looks:
     self.slow = 0
 
   def begin(self, which: Mapping[int, int]) -> dict[int, _Begun]:
-    """Begins with tasks, index by place, in that order; what is begun comes by place, for `take`."""
+    """Starts to decode tasks, given as index by place, in that order; returns them by place, for `take`."""
     found = {place: _Begun(index, f"task {index} of the source") for place, index in which.items()}
     for one in found.values():
       one.future = self._pool.submit(self._look, one)
     return found
 
   def take(self, begun: Mapping[int, _Begun]) -> dict[int, types.Task | str]:
-    """Waits for what was begun, here or by another: by place, each task or why it can't be used."""
+    """Waits for what `begin` returned, here or of another `Looks`: by place, each task or why it can't be used."""
     return {place: self._wait(one) for place, one in begun.items()}
 
   def _look(self, one: _Begun) -> types.Task | str:
@@ -91,7 +92,7 @@ class Looks:
     try:
       return one.future.result(_SLOW_S)
     except TimeoutError:
-      if one.future.done():  # it is its own error
+      if one.future.done():  # the TimeoutError is the picture's own
         raise
       self.slow += 1
       print(f"waiting for a picture, for {_SLOW_S:g} s so far: that of {one.name}", flush=True)
@@ -110,12 +111,12 @@ def _good(source, due: Sequence[int], instead: Callable[[int], Iterator[int]], l
 
   Args:
     source: has `task(index)`.
-    due: which.
-    instead: gives, for one of them, what may stand in for it.
-    looks: at their pictures.
-    what: the source is, for the error.
-    again: where too few can be used, whether they come round again.
-    begun: what of `due` is being decoded already.
+    due: the tasks' numbers.
+    instead: gives, for one of these, the numbers of tasks that may stand in for it.
+    looks: decodes their pictures.
+    what: names the source in the error.
+    again: whether tasks are repeated where too few can be used.
+    begun: those of `due` that are being decoded already, by place.
   """
   which = {place: int(index) for place, index in enumerate(due)}
   begun, found, skipped, passed_over, slow, waiting = dict(begun or {}), {}, [], 0, looks.slow, list(which)
@@ -143,7 +144,7 @@ def _good(source, due: Sequence[int], instead: Callable[[int], Iterator[int]], l
       tasks.append(dataclasses.replace(source.task(which[place]), image=None))
     elif place in found:
       tasks.append(found[place])
-    else:  # another process has looked at it
+    else:  # so far only another process has decoded it
       tasks += looks.take(looks.begin({place: which[place]})).values()
   return Drawn(tasks, skipped, passed_over, looks.slow - slow)
 
@@ -165,12 +166,12 @@ def train(source, seed: int, step: int, wanted: int, max_pixels: int, fits: Fits
   Args:
     source: has `len` and `task(index)`, and may have a `plan`, a `mixture.Plan`.
     seed: of the order.
-    step: which.
+    step: its number, from 0.
     wanted: how many prompts.
     max_pixels: see `images.decode`.
     fits: see `Fits`.
     attempt: see `order.batch_indices`.
-    threads: that decode.
+    threads: how many decode pictures.
 
   Raises:
     ValueError: if the source is empty, or a whole epoch of it can't be used.
@@ -188,7 +189,7 @@ def _train(source, seed, step, wanted, attempt, looks, begun=None) -> Drawn:
     instead = lambda index: spare
   else:
     instead = plan.stand_ins()
-  # Where fewer can be used than are wanted they come round again, so that the batch keeps its shape.
+  # Where fewer can be used than are wanted, they are repeated, so that the batch keeps its shape.
   return _good(source, due, instead, looks, "the training source", True, begun)
 
 
@@ -200,19 +201,22 @@ def held_out(source, wanted: int, max_pixels: int, seed: int = 0, fits: Fits = l
     source: has `len` and `task(index)`.
     wanted: how many; all if there are no more.
     max_pixels: see `images.decode`.
-    seed: draws them.
+    seed: of the draw.
     fits: see `Fits`.
-    threads: that decode.
+    threads: how many decode pictures.
+
+  Raises:
+    ValueError: none can be used.
   """
   drawn = np.random.default_rng(seed).permutation(len(source))
   rest = map(int, drawn[wanted:])
   with contextlib.closing(Looks(source, max_pixels, fits, threads)) as looks:
-    # In the source's order, as it would be if all were wanted, but for stand-ins.
+    # In the source's order, as if all were wanted, except for stand-ins.
     return _good(source, np.sort(drawn[:wanted]), lambda index: rest, looks, "the evaluation source", False)
 
 
 class Feed:
-  """The prompts of each training step; those of the next are decoded while one trains.
+  """The prompts of each training step; those of the next step are decoded while one trains.
 
   Args:
     source, seed, wanted, max_pixels, fits, threads: see `train`.
@@ -225,7 +229,7 @@ class Feed:
   def __init__(self, source, seed: int, wanted: int, max_pixels: int, fits: Fits = lambda task: None,
                threads: int = 1):
     self._source, self._seed, self._wanted = source, seed, wanted
-    # Apart, for what a step needs now does not queue behind the whole of the next.
+    # Two, so that what a step needs now does not queue behind the whole of the next step.
     self._now, self._next = (Looks(source, max_pixels, fits, threads) for _ in range(2))
     self._ahead: dict[int, dict[int, _Begun]] = {}
     self.skipped = self.slow = 0
@@ -241,7 +245,7 @@ class Feed:
     return self._take(_train(self._source, self._seed, step, self._wanted, 0, self._now, begun))
 
   def further(self, step: int, attempt: int) -> list[types.Task]:
-    """Prompts for a further try of a step: each try walks through the data in an order of its own."""
+    """Prompts for a further try of a step: each try walks through the data in its own order."""
     return self._take(_train(self._source, self._seed, step, self._wanted, attempt, self._now))
 
   def _begin(self, step: int, looks: Looks) -> dict[int, _Begun]:

@@ -1,8 +1,8 @@
 """Answers that pick one of a few: an option, or yes and no.
 
-Benchmarks let a policy write more than the letter, so that these read on where `exact` refuses: "B. The cat is red" is
-option B, whatever option B says.  What they never do is search: a letter or a word counts where the answer begins, so
-that "A dog is there" is not option A, and no answer is ever guessed.
+Benchmarks let a policy write more than the letter, so these rules read on where `exact` refuses: "B. The cat is red" is
+option B, whatever option B says.  They never search: a letter or a word counts only where the answer begins, so that
+"A dog is there" is not option A, and no answer is ever guessed.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from virl_jax.data import exact
 # What a letter may be wrapped in, and what marks it as one: "(B)", "**B** cat", "B. cat", "B: cat".
 _WRAPPED = re.compile(r"[\s(\[{*_`\"'$]*([A-Za-z])(.*)", re.DOTALL)
 _MARKED = re.compile(r"\s*[).:\]}*_`\"]|\s*\n|,\s")
-# "A and B", "B, C": more than one letter is none.
+# "A and B", "B, C": more than one letter counts as none.
 _SEVERAL = re.compile(r"(?:[)\]]?\s*(?:[,/&]|and\b|or\b)\s*(?:and\b|or\b)?\s*[(\[]?|\s+)[a-z](?![\w'])", re.IGNORECASE)
-_WORDS = "AIai"  # letters that are words, too
+_WORDS = "AIai"  # letters that are also words
 _SPOKEN = re.compile(r"\A\W*(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:(?:correct|right|best|final) )?"
                      r"(?:answer|option|choice)(?: is|:)?:?\s+(?:option |choice )?(?=\S)", re.IGNORECASE)
 _WORD = re.compile(r"[a-z']+")
 
 
 def letter(answer: str, options: tuple[str, ...]) -> int | None:
-  """Which option an answer begins with the letter of.
+  """The option whose letter an answer begins with.
 
   Args:
     answer: what was answered.
     options: the texts of options A, B, C ....
 
   Returns:
-    Its index; None if the answer does not begin with a letter of its own or names several, or there is no such option.
+    Its index; None if the answer does not begin with a separate letter, names several, or there is no such option.
   """
   found = _WRAPPED.match(_SPOKEN.sub("", answer.strip()))
   if not found:
@@ -59,7 +59,7 @@ def option(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...
   Returns:
     1 or 0; 0 also if there are no options.
 
-  Source: ours, after the letter rules of V*, HR-Bench and MME-RealWorld, without what in them finds letters in prose.
+  Source: ours, after the letter rules of V*, HR-Bench and MME-RealWorld, without their search for letters in prose.
   """
   if not isinstance(answer, str) or not options:
     return 0.0
@@ -75,13 +75,13 @@ def yes_no(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...
 
   Args:
     answer: what was answered, or None.
-    answers: "yes" or "no", in any case; several of one kind are one.
+    answers: "yes" or "no", in any case; repeats make no difference.
     options: texts of options, which letters may stand for; or None.
 
   Returns:
     1 or 0; 0 also if the accepted answers are neither, or both.
 
-  Source: ours; POPE's own rule, which takes everything for a yes that is no no, is in `eval.benchmarks.pope`.
+  Source: ours; POPE's own rule, which takes everything but a no for a yes, is in `eval.benchmarks.pope`.
   """
   if options:
     return option(answer, answers, options)

@@ -1,7 +1,7 @@
 """One question to an OpenAI-compatible endpoint, as vLLM, SGLang and others serve it.
 
-Whoever asks decides how often: `chat` tries once, and says whether another try makes sense (`Again`).  A connection
-that fails is never an answer.
+The caller decides how often to ask: `chat` tries once, and says whether another try makes sense (`Again`).  A failed
+connection never counts as an answer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Config:
 
 
 class Refused(ValueError):
-  """It does not take the request, and would not if it were asked again."""
+  """The endpoint refuses the request, and would refuse it again."""
 
 
 class Unreachable(RuntimeError):
@@ -52,7 +52,7 @@ class Unreachable(RuntimeError):
 
 
 class Again(Exception):
-  """It gave no reply this time.
+  """The endpoint gave no usable reply this time.
 
   Attributes:
     wait_s: how long it wants to be left alone; None if it did not say.
@@ -69,7 +69,7 @@ class Said:
 
   Attributes:
     text: the words.
-    finish: why they end: "stop" or "length", as the endpoint has it; "" if it did not say.
+    finish: why the text ends: "stop" or "length", as the endpoint says; "" if it did not say.
   """
 
   text: str
@@ -80,13 +80,13 @@ def chat(url: str, body: dict, timeout_s: float) -> Said:
   """Asks once.
 
   Args:
-    url: of the endpoint, up to and with "/v1".  What the variable OPENAI_API_KEY holds is sent along, if it is set.
-    body: of the request, as JSON has it: model, messages and so on.
+    url: of the endpoint, up to and including "/v1".  The variable OPENAI_API_KEY is sent along, if it is set.
+    body: of the request, ready for JSON: model, messages and so on.
     timeout_s: for the reply.
 
   Raises:
     Again: the connection failed, the endpoint is busy or broken, or its reply is cut off.
-    Refused: it does not take the request.
+    Refused: the endpoint does not take the request.
   """
   headers = {"Content-Type": "application/json"}
   if os.environ.get(_KEY_VARIABLE):

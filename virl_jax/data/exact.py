@@ -15,7 +15,7 @@ _COMPOSE_MAX_CHARS = 2000
 _NUMBER_MAX_CHARS = 64
 
 _ARTICLES = re.compile(r"(?:(?:an?|the) )+(?=\S\S)")  # two characters: "a b" may be two letters
-# What is typed in several ways and means the same.
+# Characters that are typed in several ways and mean the same.
 _ALIKE = str.maketrans({
     **dict.fromkeys("\N{MINUS SIGN}\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{EM DASH}"
                     "\N{HORIZONTAL BAR}", "-"),
@@ -49,9 +49,9 @@ def normalize(text: str) -> str:
   """The form in which texts are compared.
 
   Compatibility forms, dashes and quotation marks are unified (NFKC, and what it leaves apart) and case is folded;
-  punctuation and spaces at the ends, repeated spaces, leading articles and the commas of "1,000" are dropped, but
-  nothing is if too little would be left: "a", "?" and "a b" stay as they are.  What changes the meaning stays: the
-  marks of "C#", "50%", "-5", "O-" and "6'".
+  punctuation and spaces at the ends, repeated spaces, leading articles and the commas of "1,000" are dropped, unless
+  too little would be left: "a", "?" and "a b" stay as they are.  Marks that change the meaning stay: those of "C#",
+  "50%", "-5", "O-" and "6'".
 
   Args:
     text: any string.
@@ -72,7 +72,7 @@ def matches(answer: str | None, answers: tuple[str, ...], options: tuple[str, ..
   Without options: the normal forms are equal, or both are the same number with the same sign of a unit ("1,000" and
   "1000.0", "three" and "3", "$5" and "$5.00").  With options: the answer names an option, by its letter ("B", "(b)",
   "B."), by its text, or by both ("B) cat"), and that option is one of the accepted ones.  A text names the options that
-  it is, letter for letter; or else the one that has the same normal form, if only one has.
+  it equals letter for letter; or else the only option with the same normal form, if there is just one.
 
   Args:
     answer: what the policy answered; None if it gave no answer.
@@ -94,7 +94,7 @@ def matches(answer: str | None, answers: tuple[str, ...], options: tuple[str, ..
 
 
 def right(answers: tuple[str, ...], options: tuple[str, ...]) -> set[int]:
-  """The options, by index, that are accepted; empty if no accepted answer is among them: no answer can be right.
+  """The options, by index, that are accepted; empty if no accepted answer is among them: then no answer can be right.
 
   Args:
     answers: the accepted answers: texts of options or, where no option has that text, letters.
@@ -109,13 +109,13 @@ def _by_text(text, options):
 
 
 def _exactly(text, options):
-  """The options that are this text, but for spaces and how its characters are composed."""
+  """The options that are this text, up to spaces and how its characters are composed."""
   text = _plain(text)
   return {index for index, option in enumerate(options) if _plain(option) == text} if text else set()
 
 
 def _uniquely(text, options):
-  """The option that alone has this text's normal form."""
+  """The option with this text's normal form, if there is just one."""
   found = {index for index, option in enumerate(options) if same(text, option)}
   return found if len(found) == 1 else set()
 
@@ -177,7 +177,7 @@ def _tidy(text):
 
 
 def _strip(text):
-  """Drops punctuation and invisible characters at the ends, but no mark that belongs to what it stands at."""
+  """Drops punctuation and invisible characters at the ends, but no mark that belongs to its neighbour."""
   start, end = 0, len(text)
   while start < end and _droppable(text[start]):
     start += 1

@@ -5,7 +5,7 @@
     grain.MapDataset.source(grain_source.Tasks(source)).shuffle(0).map(...)          # a task each, in Grain's order
     grain.MapDataset.source(grain_source.Steps(source, config.seed, prompts, steps))  # a batch each, in ours
 
-Training does not need it: see `batches`.  Grain is not imported here: it asks for no more than a length and an index.
+Training does not need it: see `batches`.  Grain is not imported here: it needs only `__len__` and `__getitem__`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Tasks:
     """The task with that number.
 
     Raises:
-      ValueError: its picture can't be decoded; it is named.
+      ValueError: its picture can't be decoded; the error names the task.
     """
     task = self._source.task(int(index))
     try:
@@ -45,7 +45,7 @@ class Tasks:
 
 
 class Steps:
-  """The prompts of each step as training takes them, this process's pictures decoded; what is broken is replaced.
+  """The prompts of each step as training takes them, this process's pictures decoded, and broken tasks replaced.
 
   Args:
     source, seed, wanted, max_pixels: see `batches.train`.
@@ -59,6 +59,6 @@ class Steps:
     return self._steps
 
   def __getitem__(self, step: int) -> list[types.Task]:
-    """Those of a step; several processes must all ask for the same steps in the same order, one at a time."""
+    """The prompts of a step; several processes must all ask for the same steps in the same order, one at a time."""
     source, seed, wanted, max_pixels = self._how
     return batches.train(source, seed, int(step), wanted, max_pixels).tasks

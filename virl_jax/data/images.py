@@ -1,6 +1,6 @@
 """Images on the host: decoding, cropping, resizing, and the two frames.
 
-Two frames of coordinates exist.  A `Box` is always in pixels of the original image.  The policy reads
+There are two frames of coordinates.  A `Box` is always in pixels of the original image.  The policy reads
 and writes boxes in pixels of the image that it was shown (resized so that its sides are multiples of
 28), which is Qwen2.5-VL's convention.  `to_shown` and `to_original` are the only conversions.
 """
@@ -22,11 +22,11 @@ from virl_jax import checks
 from virl_jax import types
 from virl_jax.model import patches
 
-# How an image is turned upright, by its EXIF orientation.  From 5 on, width and height change places.
+# How an image is turned upright, by its EXIF orientation.  From 5 on, width and height are swapped.
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}
-_PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts that may hold one
+_PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # names of texts that may hold an orientation
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC = 256, 257, 258, 262  # TIFF tags
 
 
@@ -64,7 +64,8 @@ def decode(image: bytes | str | Image.Image, max_pixels: int = Config.decode_max
     A PIL image of mode RGB.
 
   Raises:
-    ValueError: if the file is absent, is no image, is cut off, is too large, or is of deep grey without a known white.
+    ValueError: if the file is absent, is no image, is cut off, is too large, or has more than 8 bits of grey and it is
+      unknown which value is white.
   """
   if isinstance(image, Image.Image):
     return image
@@ -87,14 +88,14 @@ def decode(image: bytes | str | Image.Image, max_pixels: int = Config.decode_max
 
 
 def upright_size(image: bytes | str) -> tuple[int, int]:
-  """Width and height, pixels, of what `decode` makes of a file, from the file's header.
+  """Width and height, in pixels, of the picture that `decode` gives for a file, from the file's header.
 
   Args:
     image: the file's path, or its bytes.
 
   Raises:
-    ValueError: if the file is absent, is no image, is too large for Pillow to open, or of deep grey without a known
-      white.
+    ValueError: if the file is absent, is no image, is too large for Pillow to open, or has more than 8 bits of grey and
+      it is unknown which value is white.
   """
   try:
     with _opened(image) as im:
@@ -116,20 +117,20 @@ def _opened(image: bytes | str) -> Iterator[Image.Image]:
 def _upright(im: Image.Image) -> tuple[tuple[int, int], Image.Transpose | None]:
   """Width and height of the upright image of a file that was just opened, and how its pixels are turned to it.
 
-  Pillow's `ImageOps.exif_transpose` asks the same of an image that is loaded.
+  Pillow's `ImageOps.exif_transpose` does the same for an image that is loaded.
   """
   if im.format == "PNG" and _behind_pixels(im):
     im.load()
-  # PNG's own method would load it always.
+  # PNG's own method would always load the image.
   orientation = Image.Image.getexif(im).get(ExifTags.Base.Orientation)
   turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-  # A TIFF's size is upright already if a tag, but not if XMP says how it is turned.
+  # A TIFF's size is already upright if a tag gives the orientation, but not if XMP does.
   size = (im.tag_v2[_WIDTH], im.tag_v2[_HEIGHT]) if im.format == "TIFF" else im.size
   return size[::-1] if turn is not None and orientation >= 5 else size, turn
 
 
 def _behind_pixels(im: Image.Image) -> bool:
-  """Whether a PNG has an orientation, or what may hold one, behind its pixels, where Pillow sees it late."""
+  """Whether a PNG has an orientation, or what may hold one, after its pixels, where Pillow sees it only on loading."""
   file, before, pixels, found = im.fp, im.fp.tell(), False, False
   file.seek(8)
   while len(head := file.read(8)) == 8:
@@ -147,7 +148,7 @@ def _behind_pixels(im: Image.Image) -> bool:
 
 
 def _grey_bits(im: Image.Image) -> int | None:
-  """How many bits the white of a deep grey image has; None for any other image.
+  """How many bits the white of a deep grey image (more than 8 bits) has; None for any other image.
 
   Raises:
     ValueError: it is unknown which of its values is white.
@@ -166,7 +167,7 @@ def _shallow(im: Image.Image) -> Image.Image:
     return im
   grey = np.asarray(im)
   pixels = (grey >> (bits - 8)).astype(np.uint8)
-  if im.format == "TIFF" and im.tag_v2.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow sees to for 8 bits only
+  if im.format == "TIFF" and im.tag_v2.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow handles for 8 bits only
     pixels = 255 - pixels
   out = Image.fromarray(pixels)
   if "transparency" in im.info:
@@ -185,8 +186,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     max_pixels: largest area.
 
   Returns:
-    (height, width) in pixels.  A very long image keeps at least one `factor` on its short side and gives
-    up on its long side until the area fits.
+    (height, width) in pixels.  A very long image keeps at least one `factor` on its short side, and its
+    long side is shortened until the area fits.
 
   Raises:
     ValueError: if a side is not positive.
@@ -221,7 +222,7 @@ def prepare(image: Image.Image, region: types.Box | None, min_pixels: int, max_p
     grid: patch geometry.
 
   Returns:
-    The vision tower's input; its `region` is the whole pixels that were cut.
+    The vision tower's input; its `region` is what was cut out, in whole pixels.
   """
   if region is None:
     region = types.Box(0, 0, image.width, image.height)

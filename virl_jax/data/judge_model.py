@@ -1,10 +1,10 @@
 """A language model as judge of answers that no rule can match, behind an OpenAI-compatible endpoint.
 
-Off unless somebody names an endpoint.  What `exact` takes for right is right without asking, and no answer is wrong.
-For the others the model is asked one question with a yes or a no, at temperature 0.  Its verdicts are kept on disk, by
-everything that went into them, so that a figure can be computed again without the model, and costs nothing twice.
+Off unless somebody names an endpoint.  An answer that `exact` matches is right, and a blank one wrong, without asking.
+About the others the model is asked one yes-or-no question, at temperature 0.  Its verdicts are kept on disk, under a
+hash of everything that went into them, so that a figure can be computed again without the model and at no cost.
 
-A connection that fails is tried again, and then it is an error (`Unreachable`): it is never a wrong answer.
+A failed connection is tried again and ends in an error (`Unreachable`), never in a wrong answer.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Config:
   """Whom to ask, and how patiently; see `config.py`, section `judge`.
 
   Attributes:
-    model: as the endpoint names it; "" for nobody.
-    url: of the endpoint, up to and with "/v1".  What the variable OPENAI_API_KEY holds is sent along, if it is set.
-    rules: of tasks whose answers a run has judged, by the names of `answers.RULES`.
+    model: as the endpoint names it; "" for no judge.
+    url: of the endpoint, up to and including "/v1".  The variable OPENAI_API_KEY is sent along, if it is set.
+    rules: which tasks' answers a run has judged, by the names of `answers.RULES`.
     timeout_s: for one reply.
     patience_s: how long a run waits for an endpoint that gives no reply.
     in_flight: questions at a time.
@@ -98,10 +98,11 @@ class Judge:
   def __init__(self, cfg: Config, known: Iterable[dict] = (), keep: Callable[[dict], None] = lambda line: None,
                final: bool = False):
     """Args:
-      cfg: whom to ask.
-      known: verdicts that there are, as `keep` was given them.
-      keep: is given each new one, ready for JSON; by one thread at a time.
-      final: whether a reply that says neither is kept, too, and not asked for again: for who has gone on from it.
+      cfg: the model to ask, and how.
+      known: earlier verdicts, as `keep` was given them.
+      keep: called with each new one, ready for JSON, by one thread at a time.
+      final: whether a reply that says neither yes nor no is also kept, and not asked for again: for callers that have
+        acted on it.
     """
     self._cfg, self._keep, self._final, self._lock = cfg, keep, final, threading.Lock()
     self._kept = {line["key"]: line["verdict"] for line in known if final or line["verdict"] is not None}
@@ -109,7 +110,7 @@ class Judge:
 
   @property
   def model(self) -> str:
-    """Who judges."""
+    """The name of the model that judges."""
     return self._cfg.model
 
   def verdicts(self, asked: Sequence[Asked]) -> list[float | None]:
@@ -148,7 +149,7 @@ class Judge:
     return verdict
 
   def _reply(self, prompt: str) -> str:
-    """The model's words, tried for as often as is set."""
+    """The model's words, asked for at most `tries` times."""
     cfg, wait_s = self._cfg, self._cfg.wait_s
     body = {"model": cfg.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
             "max_tokens": _MAX_TOKENS}
@@ -168,7 +169,7 @@ class Judge:
 
 
 def literal(asked: Asked) -> float | None:
-  """What an answer is worth that needs no model: a blank one nothing, the words of a reference all; else None."""
+  """What an answer is worth if that needs no model: 0 if it is blank, 1 if it matches a reference, else None."""
   if asked.answer is None or not asked.answer.strip():
     return 0.0
   return 1.0 if exact.matches(asked.answer, asked.answers, asked.options) else None
@@ -185,7 +186,7 @@ def with_file(cfg: Config, path: str) -> Judge:
       file.seek(0)
       data = file.read()
       if data and not data.endswith(b"\n"):
-        file.write(b"\n")  # so that the next line is one of its own
+        file.write(b"\n")  # so that the next verdict begins a line
   except OSError as e:
     raise ValueError(f"the file of verdicts must be one that can be read and written. Received: {path} ({e})") from e
 

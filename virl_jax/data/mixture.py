@@ -1,14 +1,14 @@
-"""Which tasks a step takes of several sets: by weights, and from easy to hard where pass rates are known.
+"""Which tasks a step takes from several sets: by weights, and from easy to hard where pass rates are known.
 
 Like `order`, all of it is a pure function of (seed, step, try): nothing is kept from step to step.
 
-Weights become whole numbers, 0.3 and 0.7 so 3 and 7, and training walks through rounds of their sum: in a round of ten
-places the first set has three, evenly spread, the second seven.  A step's share of each set is therefore almost never
-more than one task off, and over whole rounds it is exact.  The places of a step are then shuffled, so that they do not
-fall to the same processes and minibatches each time.  Each set is walked through in epochs of its own.
+Weights become whole numbers (0.3 and 0.7 become 3 and 7), and training walks through rounds of their sum: in a round of
+ten places the first set has three, evenly spread, the second seven.  A step's share of each set is therefore almost
+never more than one task off, and over whole rounds it is exact.  The places of a step are then shuffled, so that they
+do not fall to the same processes and minibatches each time.  Each set is walked through in epochs of its own.
 
-Easy first: the first epochs of a set are walked through together, those tasks first that a policy got right most often
-when the set was curated.  `width` blurs that order: tasks come together whose ranks, as shares of the set, are up to
+Easy first: the first epochs of a set are walked through as one, beginning with the tasks that a policy got right most
+often when the set was curated.  `width` blurs that order: it mixes tasks whose ranks, as shares of the set, are up to
 `width` apart; from 1 on almost no order is left.  Later epochs are as usual.
 
 Source: ours.
@@ -37,10 +37,10 @@ class Part:
   """What is walked through by itself: a set, or several that share a weight.
 
   Attributes:
-    name: of it.
+    name: of the set, or of the weight that several share.
     rows_N: int64, which of the source's tasks, ascending.
     weight: its places in a round; 0 leaves it out.
-    rate_N: float, how often each was solved, in [0, 1], NaN where it is unknown; None if it is for all.
+    rate_N: float, how often each was solved, in [0, 1], NaN where that is unknown; None if no order follows from it.
   """
 
   name: str
@@ -54,8 +54,8 @@ class Plan:
   """How a source's tasks are walked through.
 
   Attributes:
-    parts: those with a weight have tasks.
-    easy_first_epochs: of each part with pass rates, how many are walked through from easy to hard, together.
+    parts: what is walked through; those with a weight must have tasks.
+    easy_first_epochs: how many epochs of each part with pass rates are walked through as one, from easy to hard.
     width: see the module.
   """
 
@@ -91,7 +91,7 @@ class Plan:
     """What may stand in for a task of a step: others of its part, from its far side on, in a fixed order.
 
     Returns:
-      For a task that a step was to take: an iterator, the same for all tasks of a part.
+      A function of a task that a step was to take: an iterator of stand-ins, which all tasks of a part share.
     """
     found = {}
 
@@ -120,8 +120,14 @@ class Plan:
 class Source:
   """A source that is walked through by a plan.
 
+  Args:
+    source: has the tasks.
+    plan: see `plan`.
+    about: what is added to the source's description.
+    digest: what is added to its fingerprint.
+
   Attributes:
-    plan: see `Plan`; None where nothing is trained on it.
+    plan: see `Plan`; None if it is not trained on.
   """
 
   def __init__(self, source, plan: Plan | None, about: str, digest: str):
@@ -136,11 +142,11 @@ class Source:
 
   @property
   def tasks(self) -> Sequence[types.Task]:
-    """All of them."""
+    """All tasks of the source."""
     return self._source.tasks
 
   def fingerprint(self) -> str:
-    """Of the data, of how it is weighted, and of the pass rates if they count."""
+    """A hash of the data, of how it is weighted, and of the pass rates if they count."""
     return f"{self._source.fingerprint()}-{self._digest}"
 
   def describe(self) -> str:
@@ -149,7 +155,7 @@ class Source:
 
 
 def parse(words: Sequence[str]) -> dict[str, fractions.Fraction]:
-  """Weights by name, of "NAME:WEIGHT".
+  """Weights by name, from texts such as "NAME:WEIGHT".
 
   Raises:
     ValueError: one is not of that form, or comes twice.
@@ -172,11 +178,11 @@ def weighted(words: Sequence[str], names: Sequence[str]) -> dict[str, tuple[int,
 
   Args:
     words: "NAME:WEIGHT"; () weights by size.
-    names: of the sets, such as "gqa-train"; a weight's name is that of a set, or what stands before its last "-", which
-      may be that of several.
+    names: of the sets, such as "gqa-train"; a weight's name is that of a set, or the part of it before the last "-",
+      which several sets may share.
 
   Returns:
-    By a weight's name: its places in a round, and the numbers of its sets.  By size it is one part, with all of them.
+    By a weight's name: its places in a round, and the numbers of its sets.  By size there is one part, with all sets.
 
   Raises:
     ValueError: a weight belongs to no set, a set to no weight, or the round is too long.
@@ -201,7 +207,7 @@ def plan(parts: Mapping[str, tuple[int, list[int]]], set_N: np.ndarray, rate_N: 
   Args:
     parts: see `weighted`.
     set_N: the number of each task's set.
-    rate_N: see `Part`; None if there is no order by it.
+    rate_N: see `Part`; None if tasks are not ordered by it.
     easy_first_epochs, width: see `Plan`.
 
   Raises:

@@ -8,7 +8,7 @@ import re
 
 ANLS_LEAST = 0.5  # a lower similarity counts as none; exactly this one counts
 
-_PEOPLE = 3  # how many of the others must have said so
+_PEOPLE = 3  # how many of the others must have said so for a full score
 _DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(), map(str, [0, *range(11)])))
 _ARTICLES = ("a", "an", "the")
 # Words that are written with an apostrophe; where one is left out, it is put back.
@@ -26,7 +26,7 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 
 
 def _left_out() -> dict[str, str]:
-  """What the words of `_APOSTROPHES` become when one apostrophe is left out, or all are that there may be."""
+  """The words of `_APOSTROPHES`, by their spelling with one apostrophe left out, or all of them."""
   found = {}
   for word in _APOSTROPHES:
     places = [i for i, c in enumerate(word) if c == "'"]
@@ -50,7 +50,7 @@ def anls(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...] 
   Args:
     answer: what was answered; None is an empty answer.
     answers: the accepted answers.
-    options: of no use here.
+    options: ignored.
 
   Returns:
     In [0, 1].
@@ -72,11 +72,11 @@ def vqa(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...] |
 
   Args:
     answer: what was answered, or None.
-    answers: what people said, ten of them in the set; each counts as often as it stands there.
-    options: of no use here.
+    answers: what people said, ten of them in the set; each counts as often as it is listed.
+    options: ignored.
 
   Returns:
-    In [0, 1].  Of fewer than four answers, none can have 1, and a single one has 0: nobody else is left.
+    In [0, 1].  With fewer than four answers none can get 1, and with a single one all get 0: nobody else is left.
 
   Source: Antol et al. 2015 (VQA), eq. in section 4, averaged over leave-one-out sets as the VQA and TextVQA
   challenges score; the normalisation is that of their servers, see `vqa_normal`.
@@ -93,9 +93,9 @@ def vqa(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...] |
 def vqa_normal(text: str) -> str:
   """The form in which the VQA challenges compare answers.
 
-  Small letters without commas and question marks, "'s" apart from its word; punctuation dropped where it stands beside
-  a blank (all of a kind), and else made one; full stops dropped but for those before a digit; number words up to ten
-  in digits, no articles, and apostrophes put back that were left out.
+  Lower case without commas and question marks, and with "'s" apart from its word; a punctuation mark is dropped
+  everywhere if it is beside a blank anywhere, and else becomes a blank; full stops are dropped except before a digit;
+  number words up to ten become digits, articles are dropped, and missing apostrophes put back.
 
   Args:
     text: any answer.
@@ -115,7 +115,7 @@ def _similarity(answer: str, accepted: str) -> float:
   if not longest:
     return 1.0
   a, b = (" ".join(text.lower().split()) for text in (answer, accepted))
-  # No distance is shorter than the difference of lengths: what cannot count is not looked at, however long it is.
+  # The distance is at least the difference in length: texts that cannot count are not compared, however long they are.
   if abs(len(a) - len(b)) > (1 - ANLS_LEAST) * longest:
     return 0.0
   return 1 - _distance(a, b) / longest

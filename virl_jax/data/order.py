@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_WORD = 2 ** 32  # a seed sequence takes larger numbers apart, so that (2^32, 0) would be (0, 1)
+_WORD = 2 ** 32  # a seed sequence splits larger numbers, so that (2^32, 0) would be (0, 1)
 
 
 def batch_indices(seed: int, step: int, n_items: int, batch: int, attempt: int = 0) -> np.ndarray:
@@ -18,7 +18,7 @@ def batch_indices(seed: int, step: int, n_items: int, batch: int, attempt: int =
     step: 0 or more.
     n_items: how many items there are, 1 or more.
     batch: how many are taken a step, 1 or more; may exceed n_items.
-    attempt: 0 for the step's own items; each further try of a step walks through all items in an order of its own.
+    attempt: 0 for the step's own items; each further try of a step walks through all items in its own order.
 
   Returns:
     int64[batch], each in [0, n_items).
@@ -33,15 +33,15 @@ def batch_indices(seed: int, step: int, n_items: int, batch: int, attempt: int =
 
 
 def walk(seed: int, first: int, last: int, n_items: int, attempt: int = 0, stream: int = 0) -> np.ndarray:
-  """Which items are taken from place `first` to before `last`, counted from the start of training.
+  """Which items are taken from place `first` up to but not including `last`, counted from the start of training.
 
   Args:
     seed, n_items, attempt: see `batch_indices`.
     first, last: 0 or more.
-    stream: which of several walks of the same seed; each has an order of its own.
+    stream: which of several walks of the same seed; each has its own order.
 
   Returns:
-    int64[last - first].
+    int64[last - first], each in [0, n_items); empty if `last` is not above `first`.
   """
   pieces = [np.zeros(0, np.int64)]
   for epoch in range(first // n_items, (last - 1) // n_items + 1):
@@ -51,7 +51,7 @@ def walk(seed: int, first: int, last: int, n_items: int, attempt: int = 0, strea
 
 
 def generator(seed: int, number: int, attempt: int, stream: int) -> np.random.Generator:
-  """Draws for an epoch or a step of that number; each argument below 2^32."""
+  """The random numbers of an epoch or a step; each argument is below 2^32."""
   return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, number, attempt, stream])))
 
 

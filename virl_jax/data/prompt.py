@@ -1,7 +1,7 @@
 """What the policy reads and writes: chat text, tools, and strict parsing of its turns.
 
 The protocol is Qwen2.5's own (Hermes style): a tool call is JSON inside <tool_call> tags, its result
-comes back inside <tool_response> tags in a user turn, the final answer stands inside <answer> tags.
+comes back inside <tool_response> tags in a user turn, the final answer is inside <answer> tags.
 Text becomes tokens once: the prompt when a trajectory starts, each tool turn when it is appended.
 """
 
@@ -50,11 +50,11 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class ParseFailure:
-  """A turn that is neither.
+  """A turn that is neither a well-formed tool call nor an answer.
 
   Attributes:
     message: what to tell the policy.
-    is_call: whether the turn tried to call the tool, so that it can be told and try again.
+    is_call: whether the turn tried to call a tool: then the policy is told, and can try again.
   """
 
   message: str
@@ -85,7 +85,7 @@ def render(question: str, options: tuple[str, ...] | None, cfg: Config,
     question: what is asked.
     options: texts of the options, or None.
     cfg: system text and order.
-    actions: the visual actions that it may take, by name.
+    actions: the visual actions that the policy may take, by name.
 
   Returns:
     Chat text with one image placeholder, as the chat template renders it.
@@ -104,11 +104,11 @@ def render(question: str, options: tuple[str, ...] | None, cfg: Config,
 
 
 def tool_turn(error: str | None = None, notice: str = "", image: bool = True, text: str = "") -> str:
-  """What follows the assistant's end-of-turn token: what an action came to, or an error, and the next assistant turn.
+  """What follows the assistant's end-of-turn token: an action's result or an error, and the start of the next turn.
 
   Args:
     error: what was wrong with the call; None if it was carried out.
-    notice: a line after it, such as that no other zoom will be granted.
+    notice: a line after it, such as that no further zoom is possible.
     image: whether a picture comes back.
     text: what comes back in words, after the picture.
   """
@@ -147,11 +147,11 @@ def parse(text: str, actions: Mapping[str, Any] = table.ACTIONS) -> Any | Answer
 
   Args:
     text: the decoded turn, with or without its end-of-turn token.
-    actions: the visual actions that it may take, by name.
+    actions: the visual actions that the policy may take, by name.
 
   Returns:
-    What was asked of an action (such as `zoom.Zoom`) if the turn holds exactly one well-formed tool call and no
-    answer, an `Answer` if it holds exactly one answer and no call, else a `ParseFailure` that says why.
+    An action's arguments (such as `zoom.Zoom`) if the turn holds exactly one well-formed tool call and no answer, an
+    `Answer` if it holds exactly one answer and no call, else a `ParseFailure` that says why.
   """
   calls, answers = text.count("<tool_call>"), text.count("<answer>")
   if calls and answers:
@@ -176,7 +176,7 @@ def parse(text: str, actions: Mapping[str, Any] = table.ACTIONS) -> Any | Answer
 
 
 def _parse_call(text: str, actions: Mapping[str, Any]) -> Any | str:
-  """What was asked of an action, or what is wrong with the call."""
+  """An action's arguments, or what is wrong with the call."""
   start = text.index("<tool_call>") + len("<tool_call>")
   end = text.find("</tool_call>", start)
   if end < 0:
@@ -201,11 +201,11 @@ class Codec:
   Args:
     tokenizer: a transformers tokenizer.
     image_token: id of <|image_pad|>.
-    eos: ids each of which ends a turn; <|im_end|>, which `end` is the id of, is one of them.
+    eos: ids each of which ends a turn; that of <|im_end|>, `end`, is one of them.
     vocab: rows of the model's embedding.
 
   Raises:
-    ValueError: if the tokenizer lacks the special tokens that the protocol needs, or has ids that the model has not.
+    ValueError: if the tokenizer lacks the special tokens that the protocol needs, or has ids that the model lacks.
   """
 
   def __init__(self, tokenizer, image_token: int, eos: tuple[int, ...], vocab: int):
@@ -247,7 +247,7 @@ class Codec:
     return np.repeat(ids, repeats)
 
   def decode(self, ids) -> str:
-    """Text of ids, control tokens included; bytes that are no UTF-8 become U+FFFD."""
+    """Text of ids, control tokens included; bytes that are not UTF-8 become U+FFFD."""
     with self._one_at_a_time:
       return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False,
                                    clean_up_tokenization_spaces=False)

@@ -10,9 +10,9 @@ from virl_jax.data import exact
 
 _MAX_CHARS = 64
 _MAX_ITEMS = 100
-_NEAR = decimal.Decimal("1e-9")  # a share: what converting units may lose
+_NEAR = decimal.Decimal("1e-9")  # relative: what converting units may lose
 
-# By dimension: the units that mean the same thing, and how many of the dimension's first unit each is.
+# By dimension: the names of each unit, and its worth in the dimension's first unit.
 _DIMENSIONS = (
     (("m meter meters metre metres", 1), ("mm millimeter millimeters millimetre millimetres", "0.001"),
      ("cm centimeter centimeters centimetre centimetres", "0.01"),
@@ -63,6 +63,9 @@ _UNITS = _units()
 def tolerance(text: str) -> tuple[str, decimal.Decimal]:
   """How far off a number may be: "2%" of the accepted one, or "0.5" in its own unit.
 
+  Returns:
+    ("share", 0.02) for "2%", ("units", 0.5) for "0.5".
+
   Raises:
     ValueError: it is neither.
   """
@@ -79,18 +82,18 @@ def number(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...
            within: tuple[str, decimal.Decimal] = ("share", decimal.Decimal(0))) -> float:
   """Whether an answer is the right quantity: the same number of the same unit, however written.
 
-  "1.5 km" is "1500 m" and "three" is "3".  An accepted answer with a unit wants a unit that it can be converted to, or
-  the same words; one without takes any words behind the number ("3 dogs" for "3"), but none that change the amount
+  "1.5 km" is "1500 m" and "three" is "3".  If the accepted answer has a unit, the answer needs one that converts to it,
+  or the same words; if it has none, any words may follow the number ("3 dogs" for "3"), but none that change the amount
   ("3 million", "3%", "3 km").
 
   Args:
     answer: what was answered, or None.
     answers: the accepted answers.
-    options: of no use here.
+    options: ignored.
     within: how far off it may be; see `tolerance`.
 
   Returns:
-    1 or 0; an answer that holds two numbers, or words before the number, has 0.
+    1 or 0; 0 for an answer with two numbers, or with words before the number.
 
   Source: ours.
   """
@@ -100,17 +103,17 @@ def number(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...
 
 
 def items(answer: str | None, answers: tuple[str, ...], options: tuple[str, ...] | None = None) -> float:
-  """How much of a list was named: the items that both have, by the number of the longer list.
+  """How much of a list was named: the number of items that both have, divided by that of the longer list.
 
-  Items stand apart by commas, semicolons, lines or "and"; their order is free, and each is matched as `exact` does.
+  Items are separated by commas, semicolons, line breaks or "and"; their order is free, and each is matched by `exact`.
 
   Args:
     answer: what was answered, or None.
-    answers: the accepted lists, each a text of its own.
-    options: of no use here.
+    answers: the accepted lists, each as one text.
+    options: ignored.
 
   Returns:
-    In [0, 1]: that of the best of the accepted lists; 1 only for neither fewer nor other items.
+    In [0, 1], for the accepted list that fits best; 1 only if no item is missing and none is added.
 
   Source: ours.
   """

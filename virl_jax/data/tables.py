@@ -29,11 +29,10 @@ def tsv(path: str, needed: Sequence[str]) -> Iterator[dict[str, str]]:
 
   Args:
     path: of the file.
-    needed: names of columns that there must be.
+    needed: names of columns that it must have.
 
   Yields:
-    Each row, by column; without what the header does not name.  One with other than the header's number of columns has
-    the key None, see `columns`.
+    Each row, by column.  Fields beyond the header's are under the key None, and missing ones are None; see `columns`.
 
   Raises:
     ValueError: the file cannot be read, or lacks a column.
@@ -74,7 +73,7 @@ def json_rows(path: str, key: str = "data") -> list:
     What the rows hold, of any type; a broken line of JSON lines is an `Unusable` in its place.
 
   Raises:
-    ValueError: the file cannot be read, or is neither.
+    ValueError: the file cannot be read, or is none of these.
   """
   _utf8(path)
   with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -98,15 +97,15 @@ def json_rows(path: str, key: str = "data") -> list:
 
 
 def text(row: object, *names: str, empty: bool = False) -> str:
-  """A row's text under the first of some names that it has; numbers are spelt out.
+  """A row's text under the first of some names that it has; a number becomes text.
 
   Args:
-    row: any JSON value; a list or a text has no names.
+    row: any JSON value; only an object has names.
     *names: keys, as different releases spell them.
-    empty: whether it may be blank.
+    empty: whether the text may be blank.
 
   Raises:
-    Unusable: the row is no object, has none of the names, or something else there.
+    Unusable: the row is no object, has none of the names, or has something under it that is no text or is blank.
   """
   value = get(row, *names)
   if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -135,10 +134,10 @@ def get(row: object, *names: str):
 
 
 def texts(row: object, *names: str) -> tuple[str, ...]:
-  """A row's list of texts, at least one, under the first of some names that it has; numbers are spelt out.
+  """A row's list of texts, at least one, under the first of some names that it has; numbers become text.
 
   Raises:
-    Unusable: the row has none of the names, or something else there.
+    Unusable: the row has none of the names, or has something else under it.
   """
   value = get(row, *names)
   if not isinstance(value, list) or not value or not all(isinstance(v, (str, int, float)) for v in value):
@@ -150,7 +149,7 @@ def utf8(value: str, name: str) -> str:
   """A text that can be written again.
 
   Raises:
-    Unusable: bytes of another encoding are in it, or half of a character.
+    Unusable: it has bytes of another encoding, half of a character, or a null character.
   """
   try:
     value.encode("utf-8")
@@ -167,9 +166,9 @@ def picture(field: str, known: dict[str, bytes | str], index: str | None = None,
 
   Args:
     field: the column's text.
-    known: pictures of rows by index; the row's own is added, unless it is another row's.
-    index: the row's.
-    keep: what becomes of the bytes of a picture: themselves, or the path of a file with them.
+    known: pictures by index of their row; the row's is added if the column holds it.
+    index: the row's own; None if it has none.
+    keep: turns a picture's bytes into what is returned: these bytes, or the path of a file that holds them.
 
   Raises:
     Unusable: it is neither, or the index leads nowhere.

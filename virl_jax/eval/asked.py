@@ -1,12 +1,11 @@
-"""Asks a policy the questions of a benchmark, and writes down what it says, so that it can be stopped at any time.
+"""Asks a policy the questions of a benchmark, and writes down its answers, so that it can be stopped at any time.
 
-A folder has `meta.json`, what the predictions were made with, and `predictions.jsonl`, a line a prediction, in the
-tasks' order.  Tasks are asked in chunks, which are the same however often it was stopped: a chunk that was not written
-whole is asked again, and all that comes of it is the same.  A file that was finished under interruptions is the file
-that would be there without.
+A folder has `meta.json`, what the predictions were made with, and `predictions.jsonl`, a line for each prediction, in
+the tasks' order.  Tasks are asked in chunks, which do not depend on interruptions: a chunk that was not written whole
+is asked again, with the same result.  However often it was interrupted, the finished file is the same.
 
-Who speaks is our engine, or an endpoint.  What an endpoint gives no reply to is no prediction: the file says so, and
-the next start asks for it again.
+Answers come from our engine, or from an endpoint.  A task that an endpoint gives no reply to has no prediction: the
+file says so, and the next start asks it again.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class Config:
   Attributes:
     seed: of the sampling.
     temperature: 0 is greedy.
-    samples: of each task.
-    slots: tasks at a time, which is also how many are asked before they are written down.
+    samples: how many of each task.
+    slots: tasks at a time, which is also how many are asked before their predictions are written.
   """
 
   seed: int = 0
@@ -55,8 +54,8 @@ class Config:
                        f"Received: {self.samples}")
 
 
-# (policy, tasks, number of their chunk, sample) -> (index in tasks, what came of it, or why nothing did), of this
-# process.
+# (policy, tasks, number of their chunk, number of the sample) -> (index in tasks, the judged trajectory, or why there
+# is none), for this process's tasks.
 Rollout = Callable[[turns.Policy, Sequence[types.Task], int, int], list[tuple[int, harness.Judged | str]]]
 
 
@@ -64,7 +63,7 @@ def by_engine(params: dict, cfg: Config, judged_by: reward.Config) -> Rollout:
   """Our own engine.
 
   Args:
-    params: the policy's parameters, as rollouts want them.
+    params: the policy's parameters, as rollouts need them.
     cfg: how it is asked.
     judged_by: the reward, for h0.
   """
@@ -80,7 +79,7 @@ def by_engine(params: dict, cfg: Config, judged_by: reward.Config) -> Rollout:
 
 
 def by_endpoint(server: remote.Endpoint, cfg: Config, judged_by: reward.Config) -> Rollout:
-  """An endpoint; see `by_engine`.  What is sampled for a task depends on the seed, its name and the sample alone."""
+  """An endpoint; see `by_engine`.  What is sampled for a task depends only on the seed, its uid and the sample."""
   def rollout(policy, tasks, chunk, sample):
     del chunk
     mine = [i for i in range(len(tasks)) if hosts.mine(i)]
@@ -95,7 +94,7 @@ def by_endpoint(server: remote.Endpoint, cfg: Config, judged_by: reward.Config) 
 
 
 def fingerprint(tasks: Sequence[types.Task]) -> str:
-  """The same for the same questions in the same order, options too; not of what is in the pictures."""
+  """A hash of the questions, options, answers and boxes, in order; not of what is in the pictures."""
   digest = hashlib.blake2b(digest_size=16)
   for task in tasks:
     digest.update(json.dumps([task.uid, task.question, task.options, task.answers, task.boxes]).encode())
@@ -108,17 +107,17 @@ def ask(policy: turns.Policy, rollout: Rollout, tasks: Sequence[types.Task], fol
 
   Args:
     policy: everything but the parameters.
-    rollout: who speaks.
+    rollout: samples the answers.
     tasks: what to ask; pictures are decoded when they are needed.
-    folder: where it is written down.
+    folder: where the predictions go.
     cfg: how it is asked.
-    meta: what else the predictions depend on, ready for JSON, under "fixed"; and what is only told.
+    meta: ready for JSON: under "fixed" what else the predictions depend on; the rest is only written down.
 
   Returns:
-    What predictions.jsonl holds: uid, sample, answer, text, options, boxes (where it looked), ious, classes, stop,
-    score, seed and tokens; for a task that cannot be asked uid, sample and skipped, the reason; for one that the
-    endpoint gave no reply to uid, sample and lost, the reason.  Where it gave none to any task of a chunk, the rest was
-    not asked, and is missing.
+    What predictions.jsonl holds: uid, sample, answer, text, options, boxes (where it looked), ious, classes, refused,
+    stop, correct, score, seed and tokens; for a task that cannot be asked, uid, sample, answer (None) and skipped, the
+    reason; for one that the endpoint gave no reply to, uid, sample, answer (None) and lost, the reason.  If it replied
+    to no task of a chunk, the rest is not asked, and is missing.
 
   Raises:
     ValueError: the folder has predictions that were made with something else.
@@ -137,7 +136,7 @@ def ask(policy: turns.Policy, rollout: Rollout, tasks: Sequence[types.Task], fol
     if not wanted:
       continue
     entries = _chunk(policy, rollout, [tasks[at + i] for i in wanted], number, sample, cfg)
-    if start < len(found):  # of a start before this one, whose endpoint lost some
+    if start < len(found):  # an earlier start wrote the chunk, and its endpoint lost some
       for i, entry in zip(wanted, entries):
         found[start + i] = entry
       hosts.first(lambda found=found: files.write_bytes(file, _lines(found)))
@@ -152,7 +151,7 @@ def ask(policy: turns.Policy, rollout: Rollout, tasks: Sequence[types.Task], fol
 
 
 def outcomes(entries: Sequence[dict], tasks: Sequence[types.Task]) -> list[outcome.Outcome]:
-  """What came of each prediction, for `outcome.summary`; several samples of a task are tasks of their own there."""
+  """The outcome of each prediction, for `outcome.summary`, which takes further samples of a task for separate tasks."""
   by_uid = {task.uid: task for task in tasks}
   found = []
   for e in entries:
@@ -167,14 +166,14 @@ def outcomes(entries: Sequence[dict], tasks: Sequence[types.Task]) -> list[outco
 
 
 def unsaid(entries: Sequence[dict]) -> dict[str, list[dict]]:
-  """The tasks that have no prediction: "skipped", which cannot be asked, and "lost", to which the endpoint gave no
-  reply; each has uid, sample and why."""
+  """The tasks without a prediction: "skipped", those that cannot be asked, and "lost", those that the endpoint gave no
+  reply to; each has uid, sample and why."""
   return {key: [{"uid": e["uid"], "sample": e["sample"], "why": e[key]} for e in entries if key in e]
           for key in ("skipped", "lost")}
 
 
 def _resume(folder: epath.Path, file: epath.Path, meta: dict, sizes: list[int]) -> list[dict]:
-  """The predictions of whole chunks that are there; what is behind them is dropped."""
+  """The predictions of the whole chunks in the file; what follows them is removed from it."""
   about = folder / "meta.json"
   files.make(folder)
   if files.exists(about):
@@ -228,7 +227,10 @@ def _chunk(policy, rollout, tasks, number, sample, cfg) -> list[dict]:
 
 
 def unfit(policy: turns.Policy, task: types.Task) -> str | None:
-  """Why a task cannot be asked.  Its picture is decoded again when it is: all of a chunk would fill the memory."""
+  """Why a task cannot be asked, or None.
+
+  The decoded picture is not kept, but decoded again when the task is asked: those of a chunk would fill the memory.
+  """
   try:
     turns.check(policy, dataclasses.replace(task, image=images.decode(task.image, policy.image.decode_max_pixels)))
   except ValueError as e:

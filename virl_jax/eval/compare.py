@@ -1,7 +1,7 @@
 """Two evaluations of the same tasks: the difference, an exact test, and the tasks that flipped.
 
-A folder is one that `evaluate` has written for a benchmark: results.json, rows.jsonl (what each prediction was worth)
-and shown.jsonl (tasks and raw answers, for pages).
+A folder is one that `evaluate` has written for a benchmark: results.json, rows.jsonl (the score of each prediction) and
+shown.jsonl (tasks and raw answers, for pages).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from etils import epath
 from virl_jax.eval import outcome
 from virl_jax.run import files
 
-_RIGHT = 0.5  # a score from here on is a right answer, as everywhere
+_RIGHT = 0.5  # the least score of a right answer, as in `data.answers`
 _TOLD = ("model", "step", "zoom", "options_seed", "limit", "judge", "rule", "layout")
 CHANGES = {(False, True): "gained", (True, False): "lost", (True, True): "right in both",
            (False, False): "wrong in both"}
@@ -23,14 +23,14 @@ CHANGES = {(False, True): "gained", (True, False): "lost", (True, True): "right 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-  """An evaluation as it lies in its folder.
+  """An evaluation, as read from its folder.
 
   Attributes:
     name: what to call it.
-    result: of results.json.
-    rows: what each prediction was worth.
-    shown: entries of `report.benchmark`, or none where the folder has no such file.
-    folder: where it lies.
+    result: what results.json holds.
+    rows: what rows.jsonl holds: each prediction with its score.
+    shown: what shown.jsonl holds, entries of `report.benchmark`; [] if there is no such file.
+    folder: where it is.
   """
 
   name: str
@@ -52,11 +52,11 @@ def pairs(a: str, b: str) -> list[tuple[Side, Side]]:
   """The evaluations of two folders, benchmark by benchmark.
 
   Args:
-    a: a benchmark's folder, or one that has such folders.
-    b: the same of the other.
+    a: a benchmark's folder, or one with such folders in it.
+    b: the other.
 
   Raises:
-    ValueError: there is none, or the two have not the same ones.
+    ValueError: there is no evaluation, or the two folders have evaluations of different names.
   """
   found = [_folders(name) for name in (a, b)]
   if all(list(each) == [""] for each in found):
@@ -83,7 +83,7 @@ def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
     benchmark's own figure of both; flips, the tasks, with both answers.
 
   Raises:
-    ValueError: they are not of the same benchmark and tasks, by name.
+    ValueError: they are not of the same benchmark, and of the same tasks by name and accepted answers.
   """
   benchmarks = [side.result.get("benchmark") for side in (a, b)]
   if benchmarks[0] != benchmarks[1]:
@@ -121,7 +121,7 @@ def change(old: float, new: float) -> str:
 
 
 def _apart(a: str, b: str) -> list[str]:
-  """What of two paths is not the same: "x" and "y" of runs/x/vstar and runs/y/vstar."""
+  """The parts of two paths that differ: "x" and "y" of runs/x/vstar and runs/y/vstar."""
   parts = [name.rstrip("/").split("/") for name in (a, b)]
   for end in (0, -1):
     while all(len(each) > 1 for each in parts) and parts[0][end] == parts[1][end]:
@@ -144,7 +144,7 @@ def _figures(uids: Sequence[str], old: dict[str, float], new: dict[str, float], 
 
 
 def _folders(name: str) -> dict[str, epath.Path]:
-  """Folders with results, by the name under the given one; "" for itself."""
+  """Folders with results, by their name in the given folder; "" for the folder itself."""
   folder = files.path(name)
   if not files.is_dir(folder):
     raise ValueError(f"{name} must be a folder that evaluate has written. Received: no folder")

@@ -1,12 +1,12 @@
-"""Figures that are ratios of sums over predictions, or means of such: their values, and the intervals of all at once.
+"""Figures that are ratios of sums over predictions, or means of these: their values, and the intervals of all at once.
 
     accuracy        scores / predictions
     F1              2 TP / (2 TP + FP + FN)
     HR-Bench        the mean over cycles of (scores / predictions of the cycle)
 
-An interval is a 95% percentile bootstrap interval over what was drawn together: tasks, with all of their samples, or
-what a benchmark names: images, questions.  Each resample is one for all figures, so that what makes an image hard for
-one split makes it hard for the others, too.
+An interval is a 95% percentile bootstrap interval over clusters, which are drawn as one: tasks, with all of their
+samples, or what a benchmark names: images, questions.  All figures share each resample, so that an image that is hard
+in one split is hard in the others, too.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from virl_jax.eval import outcome
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ratio:
-  """A sum over another, with what each prediction adds to both.
+  """One sum divided by another, with what each prediction adds to both.
 
   Attributes:
     uids: of each prediction's task.
-    top_N, bottom_N: float64[N].
+    top_N, bottom_N: float64[N], what each prediction adds to numerator and denominator.
   """
 
   uids: tuple[str, ...]
@@ -34,20 +34,20 @@ class Ratio:
 
   @property
   def value(self) -> float | None:
-    """None where there is nothing to divide by."""
+    """The figure; None if the denominator is 0."""
     bottom = self.bottom_N.sum()
     return float(self.top_N.sum() / bottom) if bottom > 0 else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mean:
-  """The mean of figures; of those that have no value, without them."""
+  """The mean of figures; those without a value are left out."""
 
   parts: tuple[Ratio | Mean, ...]
 
   @property
   def value(self) -> float | None:
-    """None of none."""
+    """The figure; None if no part has a value."""
     known = [part.value for part in self.parts if part.value is not None]
     return float(np.mean(known)) if known else None
 
@@ -57,8 +57,8 @@ def ratio(rows: Sequence[dict], top: Callable[[dict], float], bottom: Callable[[
   """A figure of predictions.
 
   Args:
-    rows: of `eval.benchmarks.rows.scored`.
-    top, bottom: what a prediction adds to either sum.
+    rows: as `eval.benchmarks.rows.scored` gives them.
+    top, bottom: what a prediction adds to the numerator and to the denominator.
   """
   sums_2N = [np.array([of(row) for row in rows], np.float64) for of in (top, bottom)]
   return Ratio(tuple(row["uid"] for row in rows), *sums_2N)
@@ -75,13 +75,13 @@ def intervals(tree: dict, drawn_with: Callable[[str], str] = lambda uid: uid, bo
   """The intervals of nested figures.
 
   Args:
-    tree: figures, and what is none.
-    drawn_with: of a task's uid, what it is drawn together with.
+    tree: nested figures; anything else in it is left out.
+    drawn_with: gives the name of a task's cluster, from its uid.
     bootstrap: resamples, 1 or more.
     seed: of the resampling.
 
   Returns:
-    [low, high] for each figure, nested as they are; None for one that is not defined.
+    [low, high] for each figure, nested like these; None for a figure without a value.
 
   Source: ours; Efron's percentile bootstrap, over clusters.
   """

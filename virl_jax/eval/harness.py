@@ -45,7 +45,7 @@ class Judged:
         answer=t.answer, score=t.score)
 
   def entry(self, decode: Callable[[Sequence[int]], str] | None = None) -> dict:
-    """For the report's gallery; `decode` as there."""
+    """An entry for the report's gallery; see `gallery.entry`, also for `decode`."""
     t = self.trajectory
     return gallery.entry(t, t.task.image, self.ious, self.classes, None, None, None, None, decode)
 
@@ -55,13 +55,13 @@ _looks = jax.jit(judge_lib.looks, static_argnames="cfg")
 
 def judge(trajectories: list[types.Trajectory], max_rounds: int, cfg: reward.Config,
           model: verdicts.Verdicts | None = None) -> list[Judged]:
-  """Answers, and IoU and class of every visual action.
+  """Judges answers, and IoU and class of every visual action.
 
   Args:
     trajectories: any number, as a rollout gives them.
     max_rounds: most visual actions in one.
     cfg: the reward, for h0.
-    model: who is asked about answers that no rule takes, by all processes together; None for nobody.
+    model: the judge model that is asked about answers that are wrong by their rule, by all processes together; or None.
   """
   answers.grade(trajectories, model)
   if not trajectories:
@@ -88,14 +88,14 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
     model: see `judge`.
 
   Returns:
-    In the tasks' order; of several processes, this one's own.
+    One for each task, in order; with several processes, only this one's.
   """
   policy = dataclasses.replace(policy, engine=dataclasses.replace(policy.engine, slots=slots))
   return judge(engine.rollout(policy, params, tasks, key, 1, temperature), policy.rollout.max_rounds, cfg, model)
 
 
 def result(judged: list[Judged], h0: float, bootstrap: int) -> dict:
-  """What `eval_before.json` and `eval_after.json` hold: the summary, and each task's outcome; of all processes."""
+  """What `eval_before.json` and `eval_after.json` hold: the summary, and each task's outcome, over all processes."""
   outcomes = hosts.in_order([(j.trajectory.index, j.outcome) for j in judged])
   return outcome.summary(outcomes, h0, bootstrap) | {"outcomes": [dataclasses.asdict(o) for o in outcomes]}
 
@@ -104,8 +104,8 @@ def outcomes(saved: dict, tasks: list[types.Task] | None = None) -> list[outcome
   """The outcomes of a saved result.
 
   Args:
-    saved: what `result` gave, as JSON has it.
-    tasks: what it was about, in order; names the tasks where the result does not, as older runs wrote them.
+    saved: what `result` gave, read from JSON.
+    tasks: the tasks, in order; they name the outcomes where the result does not, as in older runs.
   """
   found = saved["outcomes"]
   uids = [t.uid for t in tasks] if tasks and len(tasks) == len(found) else [f"number {i}" for i in range(len(found))]

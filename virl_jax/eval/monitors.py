@@ -1,8 +1,8 @@
 """Names what goes wrong in a run while it trains: one pure function a failure, over the lines of metrics.jsonl.
 
-Each looks at means or medians over the last `window` steps, so that one noisy step raises no alarm.  Where the history
-is too short, or fewer than half of those steps have the numbers, there is none.  Alarms are stored nowhere: the same
-history gives the same ones to a run, to one that is resumed, and to the report.
+Each looks at means or medians over the last `window` steps, so that one noisy step raises no alarm.  There is no alarm
+if the history is too short, or fewer than half of those steps have the numbers.  Alarms are stored nowhere: the same
+history gives the same alarms in a run, in a resumed run, and in the report.
 
 Our reading: the paper names visual thinking collapse, invocation explosion and superficial grounding, and gives no
 thresholds.  The other three, and every threshold, are ours.
@@ -26,17 +26,17 @@ class Config:
 
   Attributes:
     window: steps that means and medians are taken over, 1 or more.
-    past: steps before those that count as the recent past, 1 or more.
-    collapse_acc_ans: visual thinking collapse: share of right answers, at least.
+    past: steps before the window that count as the recent past, 1 or more.
+    collapse_acc_ans: visual thinking collapse: share of right answers, at least;
     collapse_zooms: and zooms a trajectory, at most.
-    explosion_ratio: invocation explosion: zooms, as a multiple of the recent past's, at least.
-    explosion_zooms: and so many more zooms a trajectory, at least.
-    explosion_acc_drop: and so much less of the answers right, as a share of 1, at least.
-    superficial_zooms: superficial grounding: zooms a trajectory, at least.
+    explosion_ratio: invocation explosion: zooms, as a multiple of the recent past's, at least;
+    explosion_zooms: and rise in zooms a trajectory, at least;
+    explosion_acc_drop: and fall in the share of right answers, at least.
+    superficial_zooms: superficial grounding: zooms a trajectory, at least;
     superficial_acc_rat: and share of right zooms, at most.
-    hacking_log2: box-size hacking: doublings between the area of a box and that of the truth, either way, at least.
-    hacking_growth: and so many doublings more than in the run's first steps, at least.
-    hacking_fidelity_rise: and so much more fidelity reward than in those, at least.
+    hacking_log2: box-size hacking: doublings between the area of a box and that of the truth, either way, at least;
+    hacking_growth: and rise in these doublings since the run's first steps, at least;
+    hacking_fidelity_rise: and rise in the fidelity reward since then, at least.
     entropy_nats: entropy collapse: entropy, at most;
     entropy_share: or entropy as a share of the run's first, at most.
     drift_mean_nats: sampler drift: mean gap between the sampler's and the trainer's log-probabilities, at least;
@@ -77,7 +77,7 @@ class Alarm:
 
   Attributes:
     name: of the monitor.
-    step: the last step of the history, as its line has it, counted from 0.
+    step: the last step of the history, as in its line, counted from 0.
     message: one sentence with the numbers and what to do next.
   """
 
@@ -144,7 +144,7 @@ def superficial_grounding(history: History, cfg: Config) -> Alarm | None:
 
   Source: ViRL (arXiv 2511.23031) names it; the thresholds are ours.
   """
-  # A fidelity of exactly 0 comes of tasks without boxes: there zooms are not wrong, nobody can tell.
+  # A fidelity of exactly 0 comes from tasks without boxes, whose zooms are neither right nor wrong.
   judged = [line for line in _last(history, cfg) if _number(line.get("reward/fidelity")) != 0.0]
   now = _means(judged, "rationale_count", "acc_rat", of=cfg.window)
   if now is None or now[0] < cfg.superficial_zooms or now[1] > cfg.superficial_acc_rat:
@@ -262,7 +262,7 @@ def begun(history: History, cfg: Config) -> list[Alarm]:
 
 
 def all_begun(history: History, cfg: Config) -> list[Alarm]:
-  """Every alarm of a run where it begins, in order; one that ends and comes again is there again.
+  """Every alarm of a run, at the step where it begins, in order; one that ends and begins again is listed again.
 
   Args:
     history: lines of metrics.jsonl, oldest first.
@@ -278,7 +278,7 @@ def stopping(alarms: Sequence[Alarm], cfg: Config) -> Alarm | None:
 
   Args:
     alarms: those that have begun so far.
-    cfg: `stop` is what counts.
+    cfg: of which only `stop` is used.
 
   Source: ours.
   """
@@ -295,12 +295,12 @@ def _past(history, cfg):
 
 
 def _first(history, cfg):
-  """The run's first steps, where they are not among the last."""
+  """The run's first steps, if they are not among the last."""
   return history[:cfg.window] if len(history) >= 2 * cfg.window else ()
 
 
 def _means(lines, *keys, of=None, average=statistics.fmean):
-  """Each key's average over the lines that have all keys; None if fewer than half of `of` (all lines) have."""
+  """Each key's average over the lines that have all keys; None if fewer than half of `of` (default: all) have them."""
   rows = [[_number(line.get(key)) for key in keys] for line in lines]
   rows = [row for row in rows if None not in row]
   if not rows or 2 * len(rows) < (of or len(lines)):

@@ -14,7 +14,7 @@ Each metric is a ratio of two sums over tasks:
 A metric whose denominator is 0 is None.  Intervals are 95% percentile bootstrap intervals over
 tasks: a task is drawn with all of its actions, because actions of one task are not independent.
 
-Our reading: the paper names the first four and the mean IoU; over which tasks each is taken is ours.
+Our reading: the paper names the first four and the mean IoU; which tasks each is taken over is ours.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Outcome:
   Attributes:
     uid: the task's.
     correct: the answer was right.
-    ious: for each visual action its best IoU with a ground-truth box, in [0, 1].
-    invalid_actions: zooms that were asked for and refused.
+    ious: for each visual action, its best IoU with a ground-truth box, in [0, 1].
+    invalid_actions: how many calls were refused.
     has_boxes: the task has ground-truth boxes.
     overlong: the trajectory ran out of tokens.
     kind: the task's family.
     answerable: the task has accepted answers.
     answer: what was answered, or None.
-    score: what the task's rule gives for the answer, in [0, 1]; None: as `correct` says.
+    score: what the task's rule gives for the answer, in [0, 1]; None: 1 if `correct`, else 0.
   """
 
   uid: str
@@ -66,15 +66,16 @@ def summary(outcomes: list[Outcome], h0: float, bootstrap: int = 2000, seed: int
   """All metrics with their intervals, and the main ones by kind of task.
 
   Args:
-    outcomes: one a task; may be empty.
+    outcomes: one for each task; may be empty.
     h0: IoU in [0, 1] that makes a visual action correct.
     bootstrap: resamples, 1 or more.
     seed: of the resampling.
-    drawn_with: of each outcome, what it is drawn together with, where several are of one task; None: each by itself.
+    drawn_with: for each outcome, the name of its cluster, which is drawn as one, such as that of its task if there are
+      several samples; None: each by itself.
 
   Returns:
     {"n": int, METRIC: {"value", "low", "high"}, ..., "by_kind": {kind: {"n", METRIC: value, ...}}},
-    ready for JSON; None stands for what is not defined.
+    ready for JSON; None for what is not defined.
 
   Raises:
     ValueError: an argument is out of range.
@@ -104,7 +105,7 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
   cancels out: the interval is narrower than two separate ones suggest.
 
   Args:
-    before: one outcome a task.
+    before: one outcome for each task.
     after: the outcomes of the same tasks, by `uid`, in any order.
     h0: IoU in [0, 1] that makes a visual action correct.
     bootstrap: resamples, 1 or more.
@@ -112,8 +113,8 @@ def difference(before: list[Outcome], after: list[Outcome], h0: float, bootstrap
     drawn_with: as for `summary`, in the order of `before`.
 
   Returns:
-    {"n": int, "acc_ans": {"value", "low", "high"}, "acc_rat": {...}}; None stands for what is not
-    defined on one of the sides.
+    {"n": int, "acc_ans": {"value", "low", "high"}, "acc_rat": {...}}; None for what is not defined on
+    one of the sides.
 
   Raises:
     ValueError: an argument is out of range, or the outcomes are not of the same tasks.
@@ -140,7 +141,7 @@ def mean(values: Sequence[float], bootstrap: int = 2000, seed: int = 0) -> dict:
     seed: of the resampling.
 
   Returns:
-    {"n", "value", "low", "high"}; None stands for what is not defined, of no values.
+    {"n", "value", "low", "high"}; the last three are None if there are no values.
 
   Source: ours; the interval is Efron's percentile bootstrap.
   """
@@ -153,16 +154,19 @@ def mean(values: Sequence[float], bootstrap: int = 2000, seed: int = 0) -> dict:
 
 
 def sign_test(better: int, worse: int) -> float:
-  """How likely so uneven a split is, if each of the two is as likely as the other: exact, two-sided.
+  """How likely a split at least this uneven is, if both sides are equally likely: exact, two-sided.
 
-  Of tasks that one policy gets right and another wrong, and the other way round, this is McNemar's exact test.
+  For tasks that only one of two policies gets right, this is McNemar's exact test.
 
   Args:
     better: tasks that got better.
     worse: tasks that got worse.
 
   Returns:
-    The p-value, in [0, 1]; 1 if there are none.
+    The p-value, in [0, 1]; 1 if both are 0.
+
+  Raises:
+    ValueError: a count is negative.
 
   Source: McNemar 1947; the binomial's tails in whole numbers.
   """
@@ -180,7 +184,7 @@ def paired(before: list[Outcome], after: list[Outcome]) -> list[Outcome]:
   """The outcomes of `after` in the order of `before`'s tasks.
 
   Raises:
-    ValueError: the two are not about the same tasks, each once.
+    ValueError: the two are not about the same tasks, or have several outcomes of one.
   """
   found = {new.uid: new for new in after}
   for name, outcomes in (("before", before), ("after", after)):
@@ -241,10 +245,10 @@ def _check(h0, bootstrap):
 
 
 def terms(outcomes: list[Outcome], h0: float) -> tuple[np.ndarray, np.ndarray]:
-  """Each task's part in the numerator and the denominator of each metric.
+  """What each task adds to the numerator and the denominator of each metric.
 
   Args:
-    outcomes: one a task, N of them.
+    outcomes: one for each of N tasks.
     h0: IoU in [0, 1] that makes a visual action correct.
 
   Returns:
@@ -274,13 +278,13 @@ def resample(n: int, bootstrap: int, seed: int, *terms: np.ndarray) -> list[np.n
   """The sums over each resample of n tasks.
 
   Args:
-    n: tasks; a resample has as many, drawn with replacement.
-    bootstrap: resamples, S.
+    n: how many tasks; a resample has as many, drawn with replacement.
+    bootstrap: how many resamples, S.
     seed: of the drawing.
-    *terms: float64[N, K] each, what a task adds to K sums.
+    *terms: float64[N, K] each, what each task adds to K sums.
 
   Returns:
-    float64[S, K] for each of the terms, of the same resamples.
+    float64[S, K] for each of the terms, all from the same resamples.
   """
   if n == 0:
     return [np.zeros((bootstrap, term_NK.shape[1])) for term_NK in terms]
@@ -295,7 +299,7 @@ def resample(n: int, bootstrap: int, seed: int, *terms: np.ndarray) -> list[np.n
 
 
 def _resample_together(drawn_with, bootstrap, seed, *terms):
-  """`resample`, of what is drawn together as one."""
+  """`resample`, over clusters; see `summary`."""
   if drawn_with is None:
     return resample(len(terms[0]), bootstrap, seed, *terms)
   number = {name: i for i, name in enumerate(dict.fromkeys(drawn_with))}
@@ -307,15 +311,15 @@ def _resample_together(drawn_with, bootstrap, seed, *terms):
 
 
 def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-  """float64 of their shape, one by the other; NaN where the denominator is 0."""
+  """float64 of their shape, the first divided by the second; NaN where the second is not above 0."""
   return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom > 0)
 
 
 def interval(value: float, samples_S: np.ndarray) -> dict:
-  """{"value", "low", "high"}: a figure between the 2.5th and the 97.5th percentile of its resamples.
+  """{"value", "low", "high"}: a figure, and the 2.5th and 97.5th percentiles of its resamples; None for NaN.
 
   Args:
-    value: NaN where it is not defined.
+    value: the figure; NaN if it is not defined.
     samples_S: float64[S]; those that are NaN are left out.
   """
   samples_S = samples_S[~np.isnan(samples_S)]

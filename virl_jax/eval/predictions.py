@@ -2,7 +2,7 @@
 
     layout            what a row has                                              for
     ours              uid, answer or text; sample, boxes                          all benchmarks
-    VLMEvalKit        index, prediction (a table with tabs, or JSON)              what is named by index
+    VLMEvalKit        index, prediction (a table with tabs, or JSON)              tasks that are named by index
     DeepEyes          image, question, answer, prompt_text, pred_ans              vstar
     lowest loss       input_image, question, options, output (an index)           vstar
     ZoomEye           index, category, answer and output, a letter a cycle        hrbench
@@ -11,8 +11,8 @@
     with references   questionId, question, predicted_answer, ground_truth        docvqa, infographicsvqa
     template          Question_id, ..., "Ground truth", Output                    mme_realworld
 
-Some hold their questions and references too, so that they can be scored without the benchmark's own files; letters then
-mean the options of their own prompts.
+Some layouts also hold questions and references, so that they can be scored without the benchmark's own files; letters
+then mean the options of their own prompts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from virl_jax.eval.benchmarks import vstar
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 _BARE = rows_lib.How(need_images=False, seed=None)
 
-# Tables that others' programs read, and whether where the policy looked stands in the text of a prediction.
+# Tables that others' programs read, and whether a prediction's text has the boxes that the policy looked at.
 TABLES = {"vlmevalkit": False, "treebench": True}
 
 
@@ -45,10 +45,10 @@ class Read:
   """A file of predictions.
 
   Attributes:
-    layout: a name out of the table above.
-    loaded: what they are about: the benchmark's tasks, or those that the file holds itself.
+    layout: a name from the module's table.
+    loaded: the benchmark's tasks, or those that the file holds itself.
     predictions: by uid.
-    strange: names of predictions for which there is no task.
+    strange: uids of predictions for which there is no task.
     rejects: rows that could not be used.
   """
 
@@ -65,18 +65,18 @@ def read(path: str, benchmark: str, loaded: rows_lib.Loaded | None) -> Read:
   Args:
     path: of the file.
     benchmark: its name, as `table.BENCHMARKS` has it.
-    loaded: its tasks, in the order of its files, options too; None where the predictions hold their own.
+    loaded: its tasks, and their options, in the order of its files; None if the predictions hold their own tasks.
 
   Raises:
-    ValueError: the file is of no layout that is known for this benchmark, needs the benchmark's own files, or does not
-      go with them.
+    ValueError: the file has no layout that is known for this benchmark, needs the benchmark's own files, or has no
+      prediction for their tasks.
   """
   found = list(tables.tsv(path, ())) if path.endswith(".tsv") else tables.json_rows(path)
   return of_rows(found, path, benchmark, loaded)
 
 
 def of_rows(found: list, path: str, benchmark: str, loaded: rows_lib.Loaded | None) -> Read:
-  """`read`, of rows that have been read already."""
+  """`read` for rows that have been read already."""
   first = next((row for row in found if isinstance(row, dict)), {})
   layouts = _LAYOUTS.get(benchmark, ()) + _ALWAYS
   for name, keys, reader in layouts:
@@ -88,8 +88,8 @@ def of_rows(found: list, path: str, benchmark: str, loaded: rows_lib.Loaded | No
 
 
 def prediction(raw: str) -> rows_lib.Prediction:
-  """What a raw text answers: what stands in its last answer tag, or all of it; with the boxes that it writes in
-  TreeBench's form."""
+  """A raw text as a prediction: the text in its last answer tag, or all of it, and the boxes that it has in TreeBench's
+  form."""
   answers = _ANSWER.findall(raw)
   return rows_lib.Prediction(answers[-1].strip() if answers else raw, treebench.written(raw))
 
@@ -98,9 +98,9 @@ def table(found: Read, with_boxes: bool) -> str:
   """Predictions as VLMEvalKit's programs read them: index, question, options, answer, category, prediction.
 
   Args:
-    found: predictions and tasks; of several samples, the first.
-    with_boxes: whether where the policy looked stands before the answer, whole pixels of the original, in the only form
-      that TreeBench reads: <think><box>[x1,y1,x2,y2]</box></think>.
+    found: predictions and tasks; only the first of several samples is used.
+    with_boxes: whether the boxes that the policy looked at are put before the answer, in whole pixels of the original
+      and the only form that TreeBench reads: <think><box>[x1,y1,x2,y2]</box></think>.
 
   Returns:
     A table with tabs between its columns.
@@ -147,16 +147,16 @@ class _Found:
     """A prediction with its own question and references.
 
     Raises:
-      Unusable: the benchmark's files have the task, and none of its options is the one that was picked.
+      Unusable: see `at_home`.
     """
     self.own.add(number, task.uid, lambda: task, group)
     self.put(task.uid, self.at_home(task.uid, task.options, text))
 
   def at_home(self, uid: str, options: tuple[str, ...] | None, text: str) -> str:
-    """An answer that was given to options in an order of their own, in the letters of the benchmark's file.
+    """An answer to options that were in another order, with the letter of the benchmark's file.
 
     Raises:
-      Unusable: that has no option of the text that was picked.
+      Unusable: the benchmark's file has the task, but not the option that was picked.
     """
     task = self._tasks.get(uid)
     picked = choice.letter(text, options) if task is not None and task.options and options else None
@@ -186,7 +186,8 @@ def _collect(name, reader, found, path, loaded) -> Read:
   return Read(name, about, it.predictions, strange, tuple(rejects))
 
 
-# Each takes what is being collected and all rows, and gives what takes a row: (number, row) -> None.
+# Readers of the layouts.  Each takes what is being collected and all rows, and returns what reads one row:
+# (number, row) -> None.
 
 
 def _ours(it: _Found, _):
@@ -200,7 +201,7 @@ def _ours(it: _Found, _):
     if answer is not None and not isinstance(answer, str):
       raise tables.Unusable("answer is not text")
     found, uid = prediction(answer or ""), tables.text(row, "uid")
-    if row.get("options"):  # as they were shown, perhaps in another order than here
+    if row.get("options"):  # as they were shown, perhaps in another order than in the benchmark's file
       found = dataclasses.replace(found, text=it.at_home(uid, tables.texts(row, "options"), found.text))
     if isinstance(row.get("boxes"), list):
       found = dataclasses.replace(found, boxes=tuple(types.Box(*box) for box in row["boxes"]))
@@ -254,8 +255,8 @@ def _zoomeye(it: _Found, _):
 
 
 def _llava_pope(it: _Found, found):
-  """Answers pair with labels by their order within a split, for ids have offsets by split, or none: all of a split's,
-  or those whose prompts show that they are in step."""
+  """Answers are paired with questions by their order within a split, because ids have an offset in each split, or none.
+  The pairs count only if there are as many answers as questions, or if the prompts are the questions."""
   loaded = it.need("LLaVA")
   if loaded.rejects:
     raise ValueError(f"{it.path} pairs with the benchmark's rows by their order, so that none may be missing. "
@@ -289,12 +290,12 @@ def _llava_pope(it: _Found, found):
 
 
 def _spelt(question: str) -> str:
-  """A question of POPE's, whose older release has a slip of the pen in some."""
+  """A question of POPE; the older release misspells a word in some."""
   return question.strip().replace("imange", "image")
 
 
 def _splits(path, found, tasks) -> Callable[[dict], str]:
-  """Which split an answer is of: as it says, as the file of questions beside it says, or the only one there is."""
+  """Gives the split of an answer: as it says, as the file of questions beside it says, or the only one there is."""
   if any(isinstance(row, dict) and "category" in row for row in found):
     return lambda row: str(tables.get(row, "category"))
   folder, name = os.path.split(path)
@@ -309,7 +310,7 @@ def _splits(path, found, tasks) -> Callable[[dict], str]:
 
 
 def _llava_textvqa(it: _Found, _):
-  """Their question_id is the image's."""
+  """LLaVA's question_id is the image's id."""
   tasks: dict[tuple[str, str], list[str]] = {}
   for task in it.need("LLaVA").tasks:
     image = os.path.splitext(os.path.basename(task.image))[0]
@@ -340,7 +341,7 @@ def _with_references(it: _Found, _):
 
 
 def _template(it: _Found, _):
-  """The file of questions, with an output in each row; so its own tasks are read as the benchmark reads them."""
+  """The file of questions with an output in each row, so that its tasks are read as the benchmark's file is."""
   own = {task.uid: task for task in mme_realworld.load(it.path, _BARE).tasks}
 
   def take(number, row):
@@ -354,7 +355,7 @@ def _template(it: _Found, _):
 
 _SUBMISSIONS = (("submission", {"questionId", "answer"}, _submission),
                 ("with references", {"questionId", "predicted_answer", "ground_truth"}, _with_references))
-# By benchmark: a layout's name, the keys that tell it, and what reads it.
+# By benchmark: a layout's name, the keys that identify it, and its reader.
 _LAYOUTS = {
     "vstar": (("DeepEyes", {"image", "question", "answer", "pred_ans", "prompt_text"}, _deepeyes),
               ("lowest loss", {"input_image", "test_type", "options", "output"}, _lowest_loss)),

@@ -3,9 +3,9 @@
     python -m virl_jax.report runs/a
     python -m virl_jax.report runs/a runs/b --out=a_and_b.html
 
-A run writes its own report when it ends; this one may be asked for at any time, while it runs too.  Of two runs, the
-page has curves, evaluations (with the paired difference, where both were asked the same tasks) and trajectories of
-both, and where their configurations differ.
+A run writes its own report when it ends; this command makes one at any time, even while the run goes on.  The page of
+two runs has curves, evaluations (with the paired difference, if both were asked the same tasks) and trajectories of
+both, and the knobs in which their configurations differ.
 """
 
 from __future__ import annotations

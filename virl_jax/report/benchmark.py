@@ -13,9 +13,9 @@ from virl_jax.eval import compare
 from virl_jax.report import gallery
 from virl_jax.report import page
 
-_PICTURES = 100          # of a page: to decode thousands of large ones takes longer than to look at them
-_ROOM = 32_000_000       # characters of all that is shown
-_LISTED = 20             # of what was not evaluated
+_PICTURES = 100          # most pictures of a page: decoding thousands of large ones takes too long
+_ROOM = 32_000_000       # characters of all predictions on a page
+_LISTED = 20             # rows that were not evaluated, for each cause
 _MEASURES = (("acc_ans", "Answers right", True), ("acc_rat", "Actions right", True), ("hit_rate", "Hit rate", True),
              ("mean_iou", "Mean IoU", False), ("mean_best_iou", "Best IoU per task", False),
              ("rationale_count", "Zooms per task", False), ("invalid_action_rate", "Invalid zooms", True),
@@ -23,17 +23,17 @@ _MEASURES = (("acc_ans", "Answers right", True), ("acc_rat", "Actions right", Tr
 
 
 def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tuple[str, int], dict]) -> list[dict]:
-  """What pages show of predictions: entries as `gallery.entry` has them, but of raw answers rather than turns.
+  """What pages show of predictions: entries like those of `gallery.entry`, but with raw answers instead of turns.
 
   Args:
     tasks: of the benchmark.
-    rows: what predictions were worth; see `eval.benchmarks.rows.scored`.
-    said: by uid and sample, of a prediction: text, boxes (pixels of the original) and, where they are known, options,
-      ious, classes and stop.
+    rows: predictions with their scores; see `eval.benchmarks.rows.scored`.
+    said: by uid and sample, the text of a prediction, its boxes (pixels of the original) and, if they are known, its
+      options, ious, classes and stop.
 
   Returns:
-    One a row.  A picture that is a file is named, under "file", and not in it; of others the first to be looked at have
-    theirs.
+    One for each row.  A picture that is a file is only named, under "file"; of the others, those that a page shows are
+    included.
   """
   by_uid, found = {task.uid: task for task in tasks}, []
   for row in rows:
@@ -66,9 +66,9 @@ def evaluation(result: dict, shown: Sequence[dict], lost: dict) -> str:
   """The page of a benchmark's results.
 
   Args:
-    result: of the benchmark's `score`, with rows, and what `evaluate` adds.
-    shown: of `entries`.
-    lost: what was not evaluated: by what it is, a list of lines.
+    result: what the benchmark's `score` gave, with rows, and what `evaluate` adds.
+    shown: what `entries` gave.
+    lost: lines about what was not evaluated, by cause.
 
   Returns:
     A whole HTML document.
@@ -106,8 +106,8 @@ def comparison(found: dict, a: compare.Side, b: compare.Side) -> str:
   """The page of two evaluations of the same tasks.
 
   Args:
-    found: of `compare.compare`.
-    a, b: what was compared.
+    found: what `compare.compare` gave.
+    a, b: the two evaluations.
 
   Returns:
     A whole HTML document.
@@ -140,7 +140,7 @@ def _chosen(shown: Sequence[dict]) -> set[int]:
 
 
 def _ready(entry: dict, wanted: bool) -> dict:
-  """An entry with its picture, if it is wanted and can be had, or why it has none; and a size in any case."""
+  """An entry with its picture, if it is wanted and can be read, or why it has none; and with a size in any case."""
   if entry["image"] is not None:
     return entry
   why = "" if not entry["file"] else "no room for this picture"
@@ -150,11 +150,11 @@ def _ready(entry: dict, wanted: bool) -> dict:
     except ValueError:
       why = "its picture can no longer be read"
   corners = [v for box in [*entry["boxes_gt"], *entry["boxes"]] for v in box if v is not None]
-  side = max(corners, default=0.0) or 4.0  # boxes lie right to each other all the same
+  side = max(corners, default=0.0) or 4.0  # any size keeps the boxes' places relative to each other
   return entry | {"width": max(1, round(side)), "height": max(1, round(side)), "left_out": why}
 
 
-@functools.lru_cache(maxsize=1)  # two of a task stand next to each other
+@functools.lru_cache(maxsize=1)  # predictions for one task come one after the other
 def _decoded(path: str) -> Image.Image:
   return images.decode(path)
 
@@ -184,7 +184,7 @@ def _values(measure: dict | None) -> tuple:
 
 
 def _flat(tree: dict, ends: dict, prefix: str = ""):
-  """(name, value with its interval, whether it is a share) of nested figures."""
+  """(name, value with its interval, whether it is a share) for each of nested figures."""
   for key, value in tree.items():
     if isinstance(value, dict):
       yield from _flat(value, ends.get(key) or {}, f"{prefix}{key}: ")

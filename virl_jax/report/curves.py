@@ -10,7 +10,7 @@ import statistics
 _WIDTH, _HEIGHT = 360, 196
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 54, 34, 24  # margins around the plot: tick labels, last value, title
 _MAX_DRAWN = 400    # more points than this can't be told apart at this width
-_MAX_HOVER = 120    # each hover target is an element of its own
+_MAX_HOVER = 120    # each hover target is a separate element
 _ACCENT = "var(--accent, #1f6fb5)"
 _OTHER = "var(--other, #8a63d2)"
 _ALERT = "var(--bad, #b8420b)"
@@ -29,19 +29,19 @@ def svg(points: Sequence[tuple[float, float]], title: str, *, subtitle: str = ""
   Args:
     points: (x, y) in order of x; where y is NaN or infinite the line is broken.
     title: what is drawn.
-    subtitle: said more quietly beside the title.
-    log: whether y is logarithmic; what is not positive is then left out.
+    subtitle: in smaller, paler letters beside the title.
+    log: whether y is logarithmic; values that are not positive are then left out.
     zero: whether the y axis always includes 0; without effect if `log`.
-    cap: what exceeds this many times the median (> 0) is drawn as a triangle at the top edge and kept out
-      of the average, so that one slow first step does not flatten all the others.
-    marks: (x, tag, label) in order of x, moments worth a vertical line; the tag, a few characters, stands above it,
+    cap: values above this many times the median (> 0) are drawn as triangles at the top edge and left out of
+      the average, so that one slow first step does not flatten all the others.
+    marks: (x, tag, label) in order of x, moments that get a vertical line; the tag, a few characters, is above it,
       the label is shown on hovering.
     before: an evaluation before the run, drawn at the left edge: its value, or value, low and high.
     after: the same after the run, at the right edge.
-    beside: the same quantity of a second run, of which the moving average alone is drawn, dashed, in --other.
+    beside: the same quantity of a second run, of which only the moving average is drawn, dashed, in --other.
 
   Returns:
-    One <svg> element, well-formed XML that needs nothing from elsewhere.
+    One <svg> element, well-formed XML that refers to nothing outside of it.
   """
   kept = [(float(x), float(y)) for x, y in points if math.isfinite(x)]
   shown = [(x, y) for x, y in kept if _drawable(y, log)]
@@ -85,7 +85,7 @@ def svg(points: Sequence[tuple[float, float]], title: str, *, subtitle: str = ""
 
 
 def number(value: float | None) -> str:
-  """Three significant digits at most, thousands as k, millions as M; a dash for what is missing."""
+  """At most three significant digits, thousands as k, millions as M, billions as G; a dash for a missing value."""
   if value is None or math.isnan(value):
     return "–"
   if math.isinf(value):
@@ -114,7 +114,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def smooth(ys: Sequence[float]) -> list[float]:
-  """An exponential moving average over about a twelfth of the points, unbiased from the first on."""
+  """An exponential moving average over about a twelfth of the points, unbiased from the first point on."""
   alpha = 2.0 / (max(3.0, len(ys) / 12.0) + 1.0)
   mean, weight, out = 0.0, 0.0, []
   for y in ys:
@@ -125,7 +125,7 @@ def smooth(ys: Sequence[float]) -> list[float]:
 
 
 class _scale:
-  """A straight map from values to pixels; a single value sits in the middle."""
+  """A linear (or logarithmic) map from values to pixels; a single value is in the middle."""
 
   def __init__(self, values, low_px, high_px, pad, log=False):
     self.low, self.high = min(values), max(values)
@@ -155,7 +155,7 @@ def _y_axis(values, log):
             [10.0 ** e for e in range(first, last + 1, every)])
   at_y = _scale(values, bottom, top, 0.06)
   low, high = at_y.domain
-  if min(values) == 0 < max(values):  # nothing below 0: let the axis stand on it
+  if min(values) == 0 < max(values):  # nothing is below 0: let the axis begin there
     at_y = _scale([0.0, high], bottom, top, 0.0)
     low = 0.0
   return at_y, ticks(low, high)
@@ -182,7 +182,7 @@ def _marks(marks, at_x):
                f'y1="{_TOP - 4}" y2="{_HEIGHT - _BOTTOM}" style="stroke:{_ALERT}" stroke-opacity=".7" '
                f'stroke-dasharray="2 3"/>')
     wide = 3.2 * len(tag) + 1
-    at = max(at_x(x), free + wide)  # beside the tag before, but not so far that it seems another mark's
+    at = max(at_x(x), free + wide)  # beside the tag before, but not so far that it seems to be another mark's
     if at - at_x(x) <= 10:
       free = at + wide
       out.append(f'<text x="{at:.1f}" y="{_TOP - 6}" font-size="10" font-weight="600" text-anchor="middle" '
@@ -271,7 +271,7 @@ def _end(side, interval, at_y, log):
 
 
 def _interval(value) -> tuple[float, float, float] | None:
-  """(value, low, high); low and high are NaN where not known."""
+  """(value, low, high); low and high are NaN if not known."""
   if value is None:
     return None
   if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""One trajectory of `report.gallery` as a picture, for boards that show no pages: its boxes, question and answer."""
+"""One trajectory of `report.gallery` as a picture, for dashboards that show no pages: boxes, question and answer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def picture(item: dict) -> Image.Image:
     item: what `gallery.entry` returns.
 
   Returns:
-    RGB: the picture with the ground truth in green and the policy's boxes by class, numbered; below it question and
-    answer, of which characters that the font lacks are question marks.
+    RGB: the picture with the ground truth in green and the policy's boxes in their classes' colours, numbered; below it
+    question and answer, with question marks for characters that the font lacks.
   """
   seen = Image.open(io.BytesIO(base64.b64decode(item["image"].partition(",")[2]))).convert("RGB")
   scale = max(1.0, _SIDE_PX / max(seen.size))
@@ -55,10 +55,10 @@ def picture(item: dict) -> Image.Image:
 
 
 def beside(*pictures: Image.Image, height_px: int = 252) -> Image.Image:
-  """Pictures in a row, of one height, on white; those that become twice as large or more, pixel by pixel.
+  """Pictures in a row, on white, with the same height; enlarged pixel by pixel if they become at least twice as large.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there are none.
   """
   if not pictures:
     raise ValueError("beside needs a picture. Received: none")

@@ -17,11 +17,11 @@ from virl_jax.run import files
 if typing.TYPE_CHECKING:
   from virl_jax import types
 
-IMAGE_SIDE_PX = 640     # longer pictures are shrunk to this: enough for a page
+IMAGE_SIDE_PX = 640     # pictures with a longer side are shrunk to this: enough for a page
 CROP_SIDE_PX = 224
 _LOSSLESS_SIDE_PX = 300  # small pictures stay lossless, so that fine textures stay crisp
 _JPEG_QUALITY = 85
-_DIGITS = 4              # of each token's numbers: more than colours can show
+_DIGITS = 4              # decimals of each token's numbers: more than colours can show
 
 
 def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | None,
@@ -29,7 +29,7 @@ def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | No
           reward: float | None, reward_parts: dict[str, float] | None,
           decode: Callable[[Sequence[int]], str] | None = None,
           by_token: Mapping[str, np.ndarray] | None = None) -> dict:
-  """Makes one trajectory into a JSON-able dict.
+  """Makes one trajectory into a dict that is ready for JSON.
 
   Args:
     traj: what the policy did.
@@ -40,18 +40,18 @@ def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | No
     advantage: of the whole trajectory; None outside training.
     reward: total; None outside training.
     reward_parts: the terms of the reward by name, or None.
-    decode: text of token ids; None leaves single tokens out.
-    by_token: what training made of each token, by name, each float32[T] over `traj.ids`: "advantage", "modulator" and
+    decode: gives the text of token ids; None leaves single tokens out.
+    by_token: training's numbers for each token, by name, each float32[T] over `traj.ids`: "advantage", "modulator" and
       "trainer", the trainer's own log-probability in nats; or None.
 
   Returns:
     uid, rollout, kind, source, question, options, answers, answer, correct, stop, width, height, boxes_gt,
     boxes, reward, reward_parts, advantage, image (data URI) and turns; each turn has role, text, action (its name or
     None), box (the region that the action was about), box_shown (as written), error, iou, class, modulator, advantage
-    and crop (data URI or None).  Boxes are pixels of the original picture.  A turn of the assistant's also has ids, as
-    sampled, and learned, whether it is trained on; one that was sampled has "tokens" where `decode` is given: text, the
-    text of each; logp, nats as sampled; and advantage, modulator and gap (the trainer's log-probability less the
-    sampler's) where `by_token` has them: numbers, or one number if all are the same.
+    and crop (data URI or None).  Boxes are pixels of the original picture.  An assistant turn also has ids, as sampled,
+    and learned, whether it is trained on; if it is, and `decode` is given, it has "tokens": text, the text of each;
+    logp, nats as sampled; and advantage, modulator and gap (the trainer's log-probability less the sampler's) if
+    `by_token` has them: a number for each token, or one number if all are the same.
 
   Raises:
     ValueError: a sequence does not have one element for each visual action.
@@ -74,7 +74,7 @@ def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | No
       shown["class"] = None if classes is None else str(classes[k])
       shown["modulator"] = None if modulators is None else _number(modulators[k])
       back = traj.turns[at + 1] if at + 1 < len(traj.turns) else None
-      told = back is not None and back.role == "tool" and back.image_index is None  # in words alone
+      told = back is not None and back.role == "tool" and back.image_index is None  # only words came back
       shown["crop"] = None if told else crop(image, turn.region)
       k += 1
     if turn.role == "assistant" and advantage is not None:
@@ -115,7 +115,7 @@ def data_uri(image: Image.Image, max_side_px: int) -> str:
 
 
 def save(path: str, entries: list[dict]) -> None:
-  """Writes entries, one JSON object a line, replacing the file whole."""
+  """Writes entries, one JSON object a line; an existing file is replaced as a whole."""
   file = files.path(path)
   files.make(file.parent)
   files.write_text(file, "".join(json.dumps(item, allow_nan=False) + "\n" for item in entries))
@@ -144,7 +144,7 @@ def _tokens(turn: types.Turn, decode: Callable[[Sequence[int]], str], found: dic
 
 
 def _pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-  """The text of each id; that of several which only together make a character stands with the first of them."""
+  """The text of each id; if several make up one character, the first has it and the others have ""."""
   pieces, at = [], 0
   while at < len(ids):
     n = 1
@@ -152,7 +152,7 @@ def _pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[
     while "\ufffd" in text and n < 4 and at + n < len(ids):  # no character has more than four bytes
       n += 1
       text = decode(ids[at:at + n])
-    if "\ufffd" in text:  # it is none, however many follow
+    if "\ufffd" in text:  # no character, however many ids follow
       n, text = 1, "\ufffd"
     pieces += [text, *[""] * (n - 1)]
     at += n
@@ -165,7 +165,7 @@ def _short(values: Sequence[float]) -> list[float | None] | float | None:
 
 
 def crop(image: Image.Image, box: Sequence[float]) -> str | None:
-  """The data URI of what lies in a box, or None where it holds no pixel of the picture."""
+  """The data URI of what is in a box, or None if the box holds no pixel of the picture."""
   if not all(math.isfinite(v) for v in box):
     return None
   left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))

@@ -1,7 +1,7 @@
 """The report of a run, or of two side by side: a single HTML file that needs no network.
 
-Here the page's plain data is put together; how it is made safe stands in page.py, and what it looks like in
-page.html.j2, viewer.html.j2, viewer.js and page.css.
+Here the page's plain data is put together; page.py makes it safe, and page.html.j2, viewer.html.j2, viewer.js and
+page.css say what it looks like.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from virl_jax.run import files
 from virl_jax.run import goodput
 from virl_jax.run import log
 
-_GALLERY_BYTES = 32_000_000  # of a page: curves and tables need far less than the rest
+_GALLERY_BYTES = 32_000_000  # of trajectories on a page: curves and tables need far less
 
-# The headline: key in an evaluation's summary, name, what it means, whether it is a share (of 1).
+# The headline figures: key in an evaluation's summary, name, what it means, whether it is a share (of 1).
 _CARDS = (
     ("acc_ans", "Answer accuracy", "answers that are right", True),
     ("acc_rat", "Rationale accuracy", "zooms that hit the evidence, IoU ≥ {h0}", True),
@@ -62,12 +62,12 @@ _CHARTS = (
                  ("speed/mfu", "Model FLOPs utilisation", {"zero": True}),
                  ("speed/goodput", "Goodput", {"zero": True}))))
 
-_ALARM_STEPS = 8       # beginnings of one alarm that are listed; the curves show all
+_ALARM_STEPS = 8       # steps at which one alarm begins that are listed; the curves show all
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a run has left.
+  """What a report shows of a run.
 
   Attributes:
     name: of the run.
@@ -92,11 +92,11 @@ def render(run: Run, beside: Run | None = None) -> str:
   """Makes the page.
 
   Args:
-    run: what it is about.
-    beside: a second run to compare with.
+    run: the run.
+    beside: a second run to compare with, or None.
 
   Returns:
-    A whole HTML document.  What is empty or None is left out.
+    A whole HTML document.  Parts whose data is empty or None are left out.
   """
   before, after = run.before or {}, run.after or {}
   ended, runs = bool(run.after), [run] + [beside] * (beside is not None)
@@ -124,19 +124,19 @@ def render(run: Run, beside: Run | None = None) -> str:
 
 
 def write(workdir: str, beside: str | None = None, out: str | None = None) -> str:
-  """Makes report.html from what a run has left in its folder so far.
+  """Makes report.html from what a run has written to its workdir so far.
 
   Args:
-    workdir: may hold config.json, metrics.jsonl, wallclock.jsonl, eval_before.json, eval_after.json and
+    workdir: may hold config.json, metrics.jsonl, wallclock.jsonl, eval_before.json, eval_after.json,
       rollouts/{before,step_*,after}.jsonl and bad_batches/; what is missing is left out of the page.
-    beside: folder of a second run to compare with; None for none.
-    out: the page; None for report.html in `workdir`.
+    beside: workdir of a second run to compare with, or None.
+    out: where the page goes; None for report.html in `workdir`.
 
   Returns:
     The page's path.
 
   Raises:
-    ValueError: a folder is none, or a file in it is not what its name says.
+    ValueError: a workdir is no folder, or a file in it is not what its name says.
   """
   first, second = read(workdir), None
   if beside is not None:
@@ -151,7 +151,7 @@ def write(workdir: str, beside: str | None = None, out: str | None = None) -> st
 
 
 def read(workdir: str) -> Run:
-  """What a run has left in its folder; see `write`."""
+  """What a run has written to its workdir; see `write`, also for what is raised."""
   folder = files.path(workdir)
   if not files.is_dir(folder):
     raise ValueError(f"workdir must be a folder. Received: {workdir!r}")
@@ -172,7 +172,7 @@ def _json(path):
 
 
 def _kept_rollouts(folder: epath.Path) -> list[tuple[str, list[dict]]]:
-  """The rollouts in order of time, bad batches among them."""
+  """The rollouts and the bad batches, in order of time."""
   rollouts = folder / "rollouts"
   steps = [(step, f"Step {step}", path) for step, path in _numbered(rollouts, r"step_(\d+)\.jsonl")]
   skipped = [(step, f"Skipped, step {step}", path / "trajectories.jsonl")
@@ -184,7 +184,7 @@ def _kept_rollouts(folder: epath.Path) -> list[tuple[str, list[dict]]]:
 
 
 def _first_to_last(runs: Sequence[Run]) -> list[tuple[int, str, list[dict]]]:
-  """(number of the run, label, entries) by what a page should have room for first: the end, the beginning, skipped
+  """(number of the run, label, entries), the most important for a page first: after training, before it, skipped
   batches, and then the steps from the last on."""
   rank = lambda label: next(i for i, start in enumerate(("After", "Before", "Skipped", "")) if label.startswith(start))
   found = [(rank(label), -at, number, label, entries) for number, run in enumerate(runs)
@@ -193,7 +193,7 @@ def _first_to_last(runs: Sequence[Run]) -> list[tuple[int, str, list[dict]]]:
 
 
 def _numbered(folder, pattern):
-  """What of a folder has a name like this: (number, path), in order."""
+  """(number, path) of what has a name like this in a folder, in order."""
   found = [(int(match[1]), name) for name in files.names(folder) if (match := re.fullmatch(pattern, name))]
   return [(number, folder / name) for number, name in sorted(found)]
 
@@ -220,7 +220,7 @@ def _facts(run):
 
 
 def _sound(run, alarms):
-  """Whether the figures can be trusted: the gap between sampler and trainer first of all."""
+  """Tiles that tell whether the figures can be trusted: first, the gap between sampler and trainer."""
   tiles, cfg = [], _monitor(run.config)
   for key, name, limit in (("rollout/logp_gap_mean", "Sampler–trainer gap, mean", cfg.drift_mean_nats),
                            ("rollout/logp_gap_max", "Sampler–trainer gap, largest", cfg.drift_max_nats)):
@@ -265,7 +265,7 @@ def _side(run, beside):
 
 
 def _differences(one, other):
-  """Knobs that are not the same: (name, value in the first, value in the second)."""
+  """Knobs that differ: (name, value in the first, value in the second)."""
   found = [dict(flat(config)) for config in (one, other)]
   return [(key, *(each.get(key, "–") for each in found)) for key in dict.fromkeys([*found[0], *found[1]])
           if found[0].get(key) != found[1].get(key)]
@@ -277,7 +277,7 @@ def _cards(config, before, after, difference, ended):
   for key, name, meaning, share in _CARDS:
     b, a = _interval(before.get(key)), _interval(after.get(key))
     if b or a:
-      # Nothing to measure after training (no zoom is right) is not what was before.
+      # If there is nothing to measure after training (no zoom), the value from before is not shown in its place.
       out.append({"key": key, "name": name, "meaning": meaning.format(h0=h0), "share": share,
                   "shown": (a if ended else b) or (None, None, None), "was": b if ended else None,
                   "change": _change(b, a, _interval(difference.get(key)), judged=key != "rationale_count"),
@@ -297,7 +297,7 @@ def _change(before, after, difference, judged):
 
 
 def _strip(before, after, top):
-  """Where the two intervals lie on one axis, 192 wide."""
+  """The places of the two intervals on one axis, 192 wide."""
   ends = [v for e in (before, after) if e for v in e if v is not None]
   top = top or max(ends, default=0.0) * 1.1 or 1.0
   at = lambda v: None if v is None else 4 + 192 * min(max(v / top, 0.0), 1.0)
@@ -326,12 +326,12 @@ def _cell(before, after, share, ended):
 
 
 def _monitor(config):
-  section = config.get("monitor") or {}  # runs once had none
+  section = config.get("monitor") or {}  # older runs have none
   return monitors.Config(**{f.name: section[f.name] for f in dataclasses.fields(monitors.Config) if f.name in section})
 
 
 def _begun(run):
-  """The alarms of a run by monitor, in order of the first: a monitor's number in the page is its place."""
+  """The alarms of a run: a list for each monitor, in order of the first alarm.  The page numbers monitors by place."""
   steps = [line for line in run.metrics if _is_number(line.get("step"))]
   found = {}
   for alarm in monitors.all_begun(steps, _monitor(run.config)):
@@ -349,7 +349,7 @@ def _spoken(alarm):
 
 
 def _wall(clock):
-  """Where the time since the first start went: each part that took any, with its share."""
+  """Where the time since the first start went: each part that took some, with its share."""
   parts = goodput.split(clock)
   total = sum(parts.values())
   if not total:
@@ -371,7 +371,7 @@ def _training(run, beside, alarms):
       points, others = _points(run, key), _points(beside, key) if beside else []
       if points or others:
         ends = {"before": before.get(key), "after": after.get(key)} if heading == "Behaviour" else {}
-        # Markup: `curves.svg` draws numbers, and escapes its few words.
+        # Safe as markup: `curves.svg` draws numbers, and escapes its few words.
         drawn.append(markupsafe.Markup(curves.svg(points, name, subtitle=key, marks=marks, beside=others, **how,
                                                   **ends)))
     if drawn:

@@ -1,6 +1,6 @@
 """What a notebook shows of runs: pages, curves, trajectories and words, as objects that Jupyter and Colab display.
 
-None of it needs IPython, and text of models and data sets is never markup here either.
+None of it needs IPython, and text of models and data sets is never treated as markup.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from virl_jax.report import page as page_lib
 
 _PAGE_PX = 640          # height of a frame
 _CURVE_PX = 200         # least width of a curve
-_WORDS_PX = 300         # and of what stands side by side
-# As page.css has them, for less and for more than the middle.
+_WORDS_PX = 300         # the same for `side_by_side`
+# The colours of page.css for values below and above the middle.
 _LESS, _MORE = "232,84,44", "43,143,230"
-# What a token's colour is about: its name on the page, the middle, and the least distance from it in full colour.
+# What a token's colour can show: its name on the page, the middle, and the least distance from it for full colour.
 _COLOURS = {"logp": ("log-probability, nats", 0.0, 2.0), "advantage": ("advantage", 0.0, 1e-9),
             "modulator": ("modulator", 1.0, 0.1), "gap": ("trainer less sampler, nats", 0.0, 1e-6)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """Markup that a notebook displays where it is a cell's last value.
+  """Markup that a notebook displays if it is a cell's last value.
 
   Attributes:
     html: the markup.
@@ -39,13 +39,13 @@ class Shown:
 
 
 def page(document: str, height_px: int = _PAGE_PX) -> Shown:
-  """A whole HTML document in a frame, apart from the notebook's own page.
+  """A whole HTML document in a frame, isolated from the notebook's own page.
 
   Args:
-    document: such as `html.render` gives.
+    document: the document, such as `html.render` gives.
     height_px: of the frame.
   """
-  # Without allow-same-origin: the document's script sees nothing of the notebook.
+  # There is no allow-same-origin, so the document's script sees nothing of the notebook.
   return Shown('<iframe sandbox="allow-scripts" style="width:100%;border:1px solid #8886;border-radius:6px" '
                f'height="{int(height_px)}" srcdoc="{markup.escape(document)}"></iframe>')
 
@@ -66,7 +66,7 @@ def charts(lines: Sequence[dict], names: Sequence[str]) -> Shown:
 
   Args:
     lines: of metrics.jsonl, as `log.read` gives them.
-    names: of metrics; one that no line has is left out.
+    names: of metrics; those that no line has are left out.
   """
   found = [(name, [(line["step"], line[name]) for line in lines if name in line]) for name in names]
   return _row((curves.svg(points, name) for name, points in found if points), _CURVE_PX, 1.5 * _CURVE_PX)
@@ -80,7 +80,7 @@ def words(entry: dict, by: str) -> Shown:
     by: "logp", "advantage", "modulator" or "gap".
 
   Raises:
-    ValueError: there is no such number of each token.
+    ValueError: `by` is none of these, or the entry does not have it for its tokens.
   """
   if by not in _COLOURS:
     raise ValueError(f"by must be one of {', '.join(_COLOURS)}. Received: {by!r}")
@@ -97,7 +97,7 @@ def words(entry: dict, by: str) -> Shown:
 
 
 def side_by_side(*shown: Shown) -> Shown:
-  """Several in a row, or under each other where there is no room."""
+  """Several in a row, or below each other if there is no room."""
   return _row((each.html for each in shown), _WORDS_PX)
 
 

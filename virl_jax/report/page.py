@@ -1,8 +1,8 @@
-"""What all pages are made with: the template's environment, data for the script, what may stand in them as markup.
+"""What all pages are made with: the template's environment, data for the script, and what may be markup in them.
 
-A page is one HTML file that needs no network and nothing beside it.  Everything that a model or a data set wrote is
-hostile text.  The template escapes whatever it prints and takes out what can't be seen; what the script shows is JSON
-that can't end its element, and goes into text nodes; the page's policy allows this package's script and no other.
+A page is one HTML file that needs no network and no other file.  Everything that a model or a data set wrote is hostile
+text.  The template escapes whatever it prints and removes what can't be seen; what the script shows is JSON that can't
+end its element, and goes into text nodes; the page's content security policy allows this package's script and no other.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from virl_jax.report import curves
 from virl_jax.report import trajectory
 
 _IMAGE_URI = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
-# Control characters, lone surrogates and marks that reorder text: they could make a page unreadable or
-# make it say what the model did not.
+# Control characters, lone surrogates and marks that reorder text: they could make a page unreadable, or
+# make it show what the model did not write.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# Inside a script element; JSON has these characters in strings alone, where such an escape means the same.
+# For JSON in a script element; it has these characters only in strings, where such an escape means the same.
 _ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
@@ -34,7 +34,11 @@ class Shown:
   """The trajectories of a page, each picture once.
 
   Args:
-    room: characters that they may take; those that find none are counted.
+    room: characters that they may take in all.
+
+  Attributes:
+    items: the trajectories that have been added.
+    left_out: how many there was no room for.
   """
 
   def __init__(self, room: int):
@@ -44,13 +48,16 @@ class Shown:
     self._room = room
 
   def add(self, entry: dict, when: str, run: int = 0, **more) -> bool:
-    """Takes an entry of `gallery`, if there is room.
+    """Adds an entry of `gallery`, if there is room.
 
     Args:
       entry: as `gallery.entry` gives it.
-      when: what it is of, such as "Step 20".
+      when: what it is from, such as "Step 20".
       run: number of the run.
-      **more: what else the script is to know of it.
+      **more: further fields for the script.
+
+    Returns:
+      Whether it was added.
     """
     if self._room < 0:
       self.left_out += 1
@@ -76,12 +83,12 @@ class Shown:
     return True
 
   def data(self, runs: Sequence[str], beside: bool, word: str = "rollout", start: str = "") -> markupsafe.Markup | None:
-    """What the script reads; None without any.
+    """The JSON that the script reads; None if there are no trajectories.
 
     Args:
       runs: their names.
-      beside: whether two of a task are shown side by side from the start.
-      word: for one of several of a task.
+      beside: whether two trajectories of a task are shown side by side from the start.
+      word: what one of several trajectories of a task is called.
       start: name of the run whose trajectories are listed at first; "" for all.
     """
     if not self.items:
@@ -91,7 +98,7 @@ class Shown:
 
 
 def clean(value: object) -> object:
-  """JSON-able data without invisible characters in its strings, and with null for numbers that are not finite."""
+  """Data for JSON without invisible characters in its strings, and with null for numbers that are not finite."""
   if isinstance(value, str):
     return visible(value)
   if isinstance(value, float):
@@ -102,7 +109,7 @@ def clean(value: object) -> object:
 
 
 def embedded(value: object) -> markupsafe.Markup:
-  """JSON that may stand in a script element: nothing in it can end the element or begin another."""
+  """JSON that is safe in a script element: nothing in it can end the element or begin another."""
   text = json.dumps(clean(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
   return markupsafe.Markup(text.translate(_ESCAPED))
 
@@ -113,11 +120,11 @@ def render(template: str, values: dict, trajectories: markupsafe.Markup | None) 
   Args:
     template: name of a file of this package that extends base.html.j2.
     values: what it prints.
-    trajectories: of `Shown.data`.
+    trajectories: what `Shown.data` gave.
   """
   script = _file("viewer.js")
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-  # Markup: files of this package, never text of a run.
+  # Safe as markup: files of this package, never text of a run.
   return _environment().get_template(template).render(values | {
       "css": markupsafe.Markup(_file("page.css")), "script": markupsafe.Markup(script),
       "script_hash": f"sha256-{digest}", "trajectories": trajectories, "classes": trajectory.CLASSES})
@@ -134,13 +141,13 @@ def plain(template: str, values: dict) -> str:
 
 
 def visible(value: object) -> str:
-  """Whatever the template prints goes through here before it is escaped: nothing invisible is left in it."""
+  """A value as text without invisible characters; whatever the template prints goes through here before escaping."""
   if isinstance(value, markupsafe.Markup):
-    return value  # a macro's output, whose values came through here, or markup of this package
+    return value  # a macro's output, whose values have been through here, or markup of this package
   return _UNSEEN.sub("\ufffd", str(value).replace("\r\n", "\n"))
 
 
-@functools.cache  # with the templates that it has compiled
+@functools.cache  # keeps the compiled templates
 def _environment() -> jinja2.Environment:
   env = jinja2.Environment(loader=jinja2.FunctionLoader(_file), autoescape=True, undefined=jinja2.StrictUndefined,
                            finalize=visible, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
@@ -153,12 +160,12 @@ def _cut(text: str, longest: int) -> str:
 
 
 def _is_picture(uri: object) -> bool:
-  """Whether it is the data URI of a picture."""
+  """Whether a value is the data URI of a picture."""
   return isinstance(uri, str) and _IMAGE_URI.fullmatch(uri) is not None
 
 
 def _picture(uri: object, alt: str) -> markupsafe.Markup:
-  """A picture, if that is what the data URI is of, or nothing."""
+  """An <img> element, or nothing if the value is not the data URI of a picture."""
   return markupsafe.Markup('<img src="{}" alt="{}">').format(uri, alt) if _is_picture(uri) else markupsafe.Markup()
 
 
@@ -167,7 +174,7 @@ def _file(name: str) -> str:
 
 
 def figure(value: float | None, share: bool, unit: str = "") -> str:
-  """A measure for people; the unit is that of shares."""
+  """A measure as text; a share is in percent, with the unit behind it."""
   if value is None:
     return "–"
   return (f"{100 * value:.1f}{unit}" if share else f"{value:.2f}").replace("-", "−")

@@ -22,9 +22,9 @@ def render(found: dict) -> str:
   """Makes the page.
 
   Args:
-    found: title; counts, as counts.json has them; lines, as tasks.jsonl and rejects.jsonl have them; examples, such
-      lines with question, options, answers, picture (a data URI or None), and rects (x, y, width, height in pixels);
-      config, nested.
+    found: title; counts, as in counts.json; lines, as in tasks.jsonl and rejects.jsonl; examples, such lines with
+      question, options, answers, picture (a data URI or None) and rects (x, y, width, height in pixels); config,
+      nested.
 
   Returns:
     A whole HTML document, the same for the same tasks.
@@ -43,7 +43,7 @@ def _facts(counts) -> list[str]:
 
 
 def _steps(counts) -> list[dict]:
-  """The funnel: what is left, in all and of each source."""
+  """The funnel: how many tasks are left after each stage, in all and by source."""
   steps = [("read", counts["read"]), *((_STAGES[name], it) for name, it in counts["after"].items())]
   return [{"name": name, "n": it["all"], "share": it["all"] / max(counts["read"]["all"], 1),
            "cells": [(it["sources"].get(source, 0), it["sources"].get(source, 0) / n)
@@ -58,7 +58,7 @@ def _dropped(counts) -> list[dict]:
 
 
 def _charts(lines: Sequence[dict]) -> list[dict]:
-  """Distributions before and after; of tasks where the value is known."""
+  """Distributions before and after, over tasks whose value is known."""
   percent = lambda v: f"{100 * v:g}%"
   seen = [line for line in lines if line["width"]]
   boxed = [line for line in seen if line["boxes"]]
@@ -77,7 +77,7 @@ def _charts(lines: Sequence[dict]) -> list[dict]:
 
 
 def _binned(value: Callable[[dict], float], ends: Sequence[float], name: Callable[[float], str], closed: bool = False):
-  """What names a line's bin, and the names of all bins in order; `closed` bins hold their upper end."""
+  """A function that names a line's bin, and the names of all bins in order; `closed` bins include their upper end."""
   if closed:
     names = ["none", *(f"{name(low)} to {name(high)}" for low, high in zip(ends[:-1], [*ends[1:-1], 1.0])), "all"]
     return lambda it: names[sum(value(it) > end for end in ends)], names
@@ -112,7 +112,7 @@ def _chart(title, lines, how) -> dict:
 
 
 def _groups(examples: Sequence[dict]) -> list[dict]:
-  """Examples by reason, in the order in which they come."""
+  """Examples by reason, in the given order."""
   groups: dict[str, list[dict]] = {}
   for it in examples:
     groups.setdefault(it["reason"], []).append(it)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import re
 
 CLASSES = ("correct", "redundant", "erroneous")
-_ZOOM = "image_zoom_in_tool"  # the action that goes without saying
+_ZOOM = "image_zoom_in_tool"  # the action that need not be named
 _TINY_CROP_PX = 96            # smaller crops are enlarged on the page, pixel by pixel
 _CRISP_SIDE_PX = 300          # so are pictures up to this size
 _LONGEST_TEXT = 12000         # characters shown of one turn
@@ -22,22 +22,22 @@ def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
   Args:
     item: what `gallery.entry` returns.  A turn may also have "action", the name of the visual action that it
       carried out; a turn without it that has a box is a zoom.
-    keep: a picture's data URI -> its number among the page's pictures, or None for what is no picture.
+    keep: a picture's data URI -> its number among the page's pictures, or None if it is no picture.
 
   Returns:
     uid, rollout, kind, source, question, options, answers, answer, reward, advantage, score, width and height; and
-    outcome ("right", "wrong", or "no answer known"); stop in words, "" if nobody knows; change (of two evaluations);
-    best, the best IoU of all actions, 0 without one, None if not known; classes, which there are; parts, the reward's
-    terms as pairs; picture, its number, and left_out, why it has none; crisp (whether it is shown pixel by pixel);
-    drawn, the policy's boxes, each a place (x, y, width, height in pixels of the original picture), kind, title,
-    number, and left and top in per cent and how many numbers stand beside it; truth, the places of the ground truth;
-    and turns, each with role, text (pieces, of which every second is a special token), number (counted from 1 over
-    those that have a box, else None), kind, call ("zoom 1"), other_action (its name if it is no zoom), class, iou,
-    modulator, advantage, error, tokens, crop (a picture's number), tiny and notes.
+    outcome ("right", "wrong", or "no answer known"); stop in words, "" if not known; change (between two evaluations);
+    best, the best IoU of all actions, 0 without actions, None if not known; classes, those that occur; parts, the
+    reward's terms as pairs; picture, its number, and left_out, why it has none; crisp (whether it is shown pixel by
+    pixel); drawn, the policy's boxes, each a place (x, y, width, height in pixels of the original picture), kind,
+    title, number, and the number's left and top in percent and how many other numbers are to its left; truth, the
+    places of the ground truth; and turns, each with role, text (pieces, of which every second is a special token),
+    number (counted from 1 over those that have a box, else None), kind, call ("zoom 1"), other_action (its name if it
+    is no zoom), class, iou, modulator, advantage, error, tokens, crop (a picture's number), tiny and notes.
   """
   width, height = int(item["width"]), int(item["height"])
   turns, drawn, number = [], [], 0
-  rows: list[list[float]] = []  # of numbers that stand side by side: left %, top %, how many
+  rows: list[list[float]] = []  # of numbers that are side by side: left %, top %, how many
   for turn in item["turns"]:
     box = turn["box"]
     number += box is not None
@@ -67,12 +67,12 @@ def view(item: dict, keep: Callable[[str | None], int | None]) -> dict:
 
 
 def cut(text: str) -> str:
-  """An answer that is not too long for a line or two."""
+  """An answer, cut off if it is too long for a few lines."""
   return text if len(text) <= _LONGEST_ANSWER else text[:_LONGEST_ANSWER] + " …"
 
 
 def transcript(text: str) -> list[str]:
-  """What a turn holds in pieces, of which every second is a special token, which the style dims."""
+  """A turn's text in pieces, of which every second is a special token, which the style dims."""
   text = _REPEATED.sub(lambda m: f"{m[1]}×{len(m[0]) // len(m[1])}", text.strip("\n"))
   more = len(text) - _LONGEST_TEXT
   pieces = _SPECIAL.split(text[:_LONGEST_TEXT])
@@ -108,7 +108,7 @@ def _tokens(found: dict) -> dict:
 
 
 def _measured(value: object) -> float | None:
-  """A number as it is; None for whatever else a file may hold in its place."""
+  """A number as it is; None for anything else that a file may hold in its place."""
   return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
@@ -118,7 +118,7 @@ def _place(box: Sequence[float]) -> dict[str, str]:
 
 
 def _corner(box, width, height, rows):
-  """Where a box's number goes: its upper left corner, in line with numbers already there."""
+  """Where a box's number goes: its upper left corner, in percent, and how many numbers are there already."""
   left, top = (min(max(100.0 * v / whole, 0.0), 100.0) for v, whole in ((box[0], width), (box[1], height)))
   for row in rows:
     if abs(left - row[0]) < 6 and abs(top - row[1]) < 6:

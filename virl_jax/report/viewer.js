@@ -1,5 +1,5 @@
-// Looks through trajectories: filters, a list, one of them or two side by side, an enlarged picture.
-// All that a model or a data set wrote comes out of the JSON in the page and goes into text nodes; nothing is ever
+// Shows trajectories: filters, a list, one or two of them side by side, an enlarged picture.
+// Everything that a model or a data set wrote comes from the JSON in the page and goes into text nodes; nothing is ever
 // parsed as markup.
 "use strict";
 (() => {
@@ -42,7 +42,7 @@ const chip = (text, name = "", title = "") => {
 };
 
 // --- filters -------------------------------------------------------------------------------------------------------
-const FILTERS = {          // name of a control: what of an item it chooses by; an item may have several
+const FILTERS = {          // name of a control: an item's values for it; an item may have several
   run: i => [runs[i.run]], when: i => [i.when], outcome: i => [i.outcome], change: i => [i.change],
   class: i => i.classes.length ? i.classes : ["no action"], stop: i => [i.stop], kind: i => [i.kind],
   source: i => [i.source]};
@@ -98,7 +98,7 @@ function filter(keep) {
   if (shown[at] !== current || !current) draw();
 }
 
-// --- the list: only the rows that can be seen are there --------------------------------------------------------------
+// --- the list: only visible rows are in the page ---------------------------------------------------------------------
 const list = find("list"), space = find("space");
 let drawnFrom = -1, drawnTo = -1;
 function rows(anew) {
@@ -358,7 +358,7 @@ dialog.addEventListener("close", () => { fitted = null; });
 dialog.addEventListener("click", e => { if (e.target === dialog) dialog.close(); });
 addEventListener("resize", () => { size(); rows(true); });
 
-// --- hands -----------------------------------------------------------------------------------------------------------
+// --- keys, mouse and touch -------------------------------------------------------------------------------------------
 for (const select of [...Object.values(controls), sort]) select.addEventListener("change", () => filter(true));
 for (const input of [low, high, search]) input.addEventListener("input", () => filter(true));
 find("reset").addEventListener("click", () => {

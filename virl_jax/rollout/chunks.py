@@ -1,7 +1,7 @@
 """Prompts and tool turns for rows of the cache, as padded arrays of few shapes.
 
 Rows are split over lanes, one for each part of the mesh that holds rows of its own; a chunk has the same
-number of rows for each lane, so that each device appends to what it holds.
+number of rows for each lane, so that each device appends to its own rows.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Shape:
   """The shape of a chunk.
 
   Attributes:
-    rows: a lane.
+    rows: for each lane.
     tokens: T.
-    windows, cells: the most that any image has; 0 if no row has one.
+    windows, cells: the most that any image has, see `patches.extent`; 0 if no row has an image.
   """
 
   rows: int
@@ -42,7 +42,7 @@ class Shape:
 
 
 def shape(entries: list[Entry], grid: patches.Grid) -> tuple[int, int, int, int]:
-  """What a chunk of these needs at least, rows a lane and tokens before any bucket: rows, tokens, windows, cells."""
+  """The least shape of a chunk of these: rows for each lane, tokens (both before padding), windows and cells."""
   if not entries:
     return 0, 0, 0, 0
   rows = np.bincount([e.lane for e in entries]).max()
@@ -51,13 +51,13 @@ def shape(entries: list[Entry], grid: patches.Grid) -> tuple[int, int, int, int]
 
 
 def build(entries: list[Entry], shape: Shape, lanes: int, slots: int, policy: turns.Policy) -> sample.Chunk:
-  """Pads.
+  """A padded chunk of replies.
 
   Args:
     entries: for the lanes of this process, no slot twice.
     shape: large enough for them.
-    lanes: of this process.
-    slots: rows of a lane's cache; padding rows of a chunk get this number.
+    lanes: how many this process has.
+    slots: rows of a lane's cache; padding rows of the chunk get this number.
     policy: for the grid and the placeholder.
 
   Returns:

@@ -1,9 +1,9 @@
 """Rollouts of a step, graded.  Dynamic sampling: uninformative groups are replaced, the batch keeps its shape.
 
-A group whose rewards are all equal is not informative: it has no advantage.  Instead of training on what is left,
-further prompts are rolled out, and the informative groups among them take the places of the others in order, until no
-place is left or the tries are spent; what is left then stays.  So the batch does not depend on how many processes there
-are, and little of it moves between them.
+A group whose rewards are all equal is not informative: its advantages are 0.  Instead of training on fewer groups,
+further prompts are rolled out, and the informative groups among them replace the uninformative ones in order, until
+none is left or the tries are used up; the rest stays.  So the batch does not depend on how many processes there are,
+and little of it moves between them.
 Source: DAPO (arXiv 2503.14476), section 3.2.
 """
 
@@ -25,27 +25,27 @@ from virl_jax.run import hosts
 from virl_jax.run import verdicts
 
 T = TypeVar("T")
-_FURTHER = 2 ** 30  # folded into the step's key; no trajectory's index is ever so large
+_FURTHER = 2 ** 30  # folded into the step's key; no trajectory's index is that large
 
 
 def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Callable[[int], list[types.Task]],
         key: jax.Array, group_size: int, tries: int, informative: Callable[[list[types.Trajectory]], np.ndarray],
         judge: verdicts.Verdicts | None = None) -> tuple[list[types.Trajectory], dict[str, float]]:
-  """Rolls out tasks, and further ones in place of groups that are not informative; says which answers are right.
+  """Rolls out tasks, and further ones in place of groups that are not informative; grades the answers.
 
   Args:
     policy: everything but the parameters.
     params: the policy's parameters.
     tasks: the step's own.
-    draw: as many further tasks, for try 1, 2, ...; a pure function.
+    draw: gives as many further tasks, for try 1, 2, ...; a pure function.
     key: of the step.
     group_size: G.
-    tries: how many further batches at most; 0 keeps what comes.
-    informative: bool for each trajectory of whole groups, whether its group is informative.
-    judge: who is asked about answers that no rule takes; None for nobody.
+    tries: how many further batches at most; 0 keeps the first as it is.
+    informative: gives bool for each trajectory of whole groups: whether its group is informative.
+    judge: the judge model that is asked about answers that are wrong by their rule; or None.
 
   Returns:
-    Trajectories, groups together, as many as the first try gave; and metrics: what all tries took, and how many
+    Trajectories, graded, groups together, as many as the first try gave; and metrics: what all tries took, and how many
     further ones there were.
   """
   stats, judged = None, {}
@@ -72,11 +72,11 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], draw: Calla
 
 
 def _moved(groups: dict[int, T], moves: list[tuple[int, int]]) -> dict[int, T]:
-  """This process's part of what takes places in the batch, by place.
+  """This process's part of the groups that move into the batch, by place.
 
   Args:
-    groups: this process's part of a try, by number.
-    moves: (place in the batch, number in the try) of all processes; `hosts.mine` says whose either is.
+    groups: this process's groups of a try, by number.
+    moves: (place in the batch, number in the try), for all processes; `hosts.mine` says whose each of the two is.
   """
   sent = {place: groups[number] for place, number in moves if number in groups and not hosts.mine(place)}
   arrived = {place: group for sent in hosts.everyone(sent) for place, group in sent.items()}
@@ -93,7 +93,7 @@ def _sum(a: engine.Stats, b: engine.Stats) -> engine.Stats:
 
 
 def _metrics(stats: engine.Stats, further: int) -> dict[str, float]:
-  """Of all processes together, whose seconds pass at the same time."""
+  """Metrics of all processes together, whose seconds pass at the same time."""
   all_ = functools.reduce(_sum, hosts.everyone(stats))
   each = jax.process_count()
   all_ = dataclasses.replace(all_, seconds=all_.seconds / each, idle_s=all_.idle_s / each)

@@ -1,16 +1,16 @@
 """A continuous-batching engine: the policy decodes to the end of a turn, the host replies, the policy goes on.
 
 A fixed number of decode slots serves any number of trajectories.  The device decodes a segment of tokens in
-all slots that have a turn to write; meanwhile threads read the turns that the segment before ended and carry out
-what these ask for; between two segments the replies are appended and freed slots are filled from the queue.  A
-prompt is prefilled once for its group.  What was sampled is kept as it was sampled, and depends on (key,
-trajectory, turn) alone: not on slots, neighbours or order.  What is done when does not depend on how fast the
-threads are, so that a rollout can be repeated bit for bit.
+all slots that have a turn to write; meanwhile threads read the turns that ended in the segment before, and carry
+out their calls; between two segments the replies are appended and freed slots are filled from the queue.  A
+prompt is prefilled once for its group.  Sampled tokens are kept exactly as sampled, and depend only on (key,
+trajectory, turn): not on slots, neighbours or order.  The order of work does not depend on how fast the threads
+are, so that a rollout can be repeated bit for bit.
 
-What a turn leads to is not known here: `protocol` says it (`turns` unless a test or a benchmark plays another).
+What a turn leads to is decided by `protocol` (`turns`, except in tests and benchmarks that use another).
 
 Several processes run this in lock-step, each with its own rows and pictures: before each call to the
-device they agree on its shape, which is all they need to know of each other.
+device they agree on its shape, which is all they need to know about each other.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Stats:
 
   Attributes:
     seconds: from start to end.
-    idle_s: of these, the device had nothing to do.
-    prompt_tokens, appended_tokens, sampled_tokens: prefilled, appended after turns, sampled.
+    idle_s: how many of these the device had nothing to do.
+    prompt_tokens, appended_tokens, sampled_tokens: how many were prefilled, appended after turns, sampled.
     steps: decode steps.
-    slot_steps: rows decoded, over all steps; `sampled_tokens` of them gave a token.
-    appends: calls that appended, prompts and tool turns.
+    slot_steps: rows decoded, summed over steps; `sampled_tokens` of them gave a token.
+    appends: calls that appended prompts or tool turns.
   """
 
   seconds: float = 0.0
@@ -90,8 +90,8 @@ class _Lane:
   """The slots of one part of the mesh and what waits for them.
 
   Attributes:
-    rows: who is in each slot, or None.
-    holds: whose prompt each slot's cache begins with.
+    rows: the row in each slot, or None.
+    holds: the group whose prompt each slot's cache begins with, or None.
     queue: groups that are not prefilled yet.
   """
 
@@ -123,18 +123,18 @@ def run(policy: turns.Policy, params: dict, tasks: list[types.Task], key: jax.Ar
   Args:
     policy: everything but the parameters.
     params: the policy's parameters.
-    tasks: prompts, the same on all processes, but for pictures of another one's (`hosts.mine`).  Trajectory
-      i * group_size + g is rollout g of task i, and that number is its index.
+    tasks: prompts, the same on all processes, except that the pictures of other processes' tasks (`hosts.mine`)
+      may be missing.  Rollout g of task i has the index i * group_size + g.
     key: of the step.  A trajectory's samples depend on (key, index, turn) and nothing else.
     group_size: G.
     temperature: overrides `policy.rollout.temperature`; 0 is greedy.
-    protocol: has `begin`, `left`, `hear` and `read` as `turns` does: what a turn leads to.
-    seeds: int32 of each trajectory, which its samples depend on in place of its index: what is sampled for a task is
-      then the same in whatever company it is asked.
+    protocol: says what a turn leads to: has `begin`, `left`, `hear` and `read`, like `turns`.
+    seeds: int32 for each trajectory, which its samples depend on in place of its index: then the samples of a task do
+      not depend on which other tasks are asked.
 
   Returns:
-    The trajectories by index, groups together, each with a stop reason; with several processes, those of
-    this process's rows.  And what it took.
+    The trajectories by index, groups together, each with a stop reason; with several processes, only this
+    process's.  And what the rollout took.
 
   Raises:
     ValueError: if there are no tasks, an image can't be decoded, or a prompt leaves no room to answer.
@@ -166,14 +166,14 @@ class _Loop:
     for lane in range(self.n_lanes):
       groups = groups_of[lane::self.n_lanes]
       self.lanes.append(_Lane([None] * self.slots, [None] * self.slots, collections.deque(groups)))
-    # By lane and slot: turns that are being read, of the last segment and of the one before.
+    # By lane and slot: turns that are being read, from the last segment and from the one before.
     self.reading: dict[tuple[int, int], concurrent.futures.Future] = {}
     self.read_before: dict[tuple[int, int], concurrent.futures.Future] = {}
     self.done: list[types.Trajectory] = []
     self.stats = Stats()
     self.length = shapes.up(policy.rollout.max_total_tokens, cache_lib.BLOCK)
     self.state = sample.start(policy.model, self.slots * self.shards, self.length, policy.mesh)
-    # The few shapes that there are.
+    # The few shapes that programs are compiled for.
     self.decode_rows = shapes.row_sizes(self.slots, cfg.decode_ratio)
     self.append_rows = shapes.row_sizes(self.slots, cfg.append_ratio)
     self.prompt_rows = shapes.row_sizes(-(-self.slots // group_size), cfg.append_ratio)
@@ -188,7 +188,7 @@ class _Loop:
     self.stats.seconds = time.perf_counter() - began
     return sorted(self.done, key=lambda t: t.index), self.stats
 
-  # --- one round: what is ready goes in, then a segment is decoded ------------------------------------------
+  # --- one round: replies and prompts are appended, then a segment is decoded --------------------------------
 
   def _round(self) -> bool:
     ready = self._ready()
@@ -198,7 +198,7 @@ class _Loop:
     writers = self._writers()
     most = max(collections.Counter(lane for lane, _ in writers).values(), default=0)
     grid = self.policy.model.vision.grid
-    # This is all that processes have to know of each other.
+    # This is all that processes have to know about each other.
     old_moves, new_moves, (running, left, *_), *needs = hosts.agree(np.array([
         _extent(old), _extent(new), (most, self._left(), 0, 0),
         *(chunks.shape(entries, grid) for entries in (prompts, *by_size))])).tolist()
@@ -212,9 +212,10 @@ class _Loop:
     return bool(running or left)
 
   def _ready(self) -> list[chunks.Entry]:
-    """Replies of turns that have been read; trajectories that have stopped leave their slots.
+    """Replies to turns that have been read; trajectories that have stopped leave their slots.
 
-    Threads have the time of one segment for a turn; then the loop waits for it, or at once if no other row can write.
+    Threads have the time of one segment to read a turn; then the loop waits for them, and at once if no other row can
+    write.
     """
     taken, self.read_before, self.reading = self.read_before, self.reading, {}
     if not self._writers():
@@ -231,18 +232,18 @@ class _Loop:
     return entries
 
   def _fill(self) -> tuple[list[_Restart], list[chunks.Entry], list[_Restart]]:
-    """Who moves into free slots: copies of prompts that are held already, new prompts, copies of the new."""
+    """What moves into free slots: copies of prompts that some slot holds, new prompts, and copies of these."""
     old, prompts, new = [], [], []
     for number, lane in enumerate(self.lanes):
       ahead = -(-self.slots // self.group_size) + 1
       for group in itertools.islice(lane.queue, ahead):
         group.prompt = group.prompt or self.pool.submit(self.protocol.begin, self.policy, group.task)
-      fresh, origin = set(), {}  # of what is moved in this round: slots with new prompts, and where copies are from
+      fresh, origin = set(), {}  # in this round: slots with new prompts, and by slot where its copy is from
       for slot in (s for s, row in enumerate(lane.rows) if row is None):
         group = lane.holds[slot]
         source = slot
         if group is None or not group.waiting:
-          # Only a slot of a group that no longer waits gets here: the last copy of a prompt is never lost.
+          # Only a slot whose group has no rollouts waiting gets here: the last copy of a needed prompt is never lost.
           source = next((s for s, g in enumerate(lane.holds) if g is not None and g.waiting), None)
           group = None if source is None else lane.holds[source]
           source = origin.get(source, source)
@@ -260,7 +261,7 @@ class _Loop:
     return old, prompts, new
 
   def _writers(self) -> list[tuple[int, int]]:
-    """Lane and slot of each row that has a turn to write: not those whose last turn is still being read."""
+    """Lane and slot of each row that has a turn to write: all but those whose last turn is still being read."""
     return [(number, slot) for number, lane in enumerate(self.lanes) for slot, row in enumerate(lane.rows)
             if row is not None and (number, slot) not in self.reading and (number, slot) not in self.read_before]
 
@@ -272,7 +273,7 @@ class _Loop:
   # --- calls to the device ----------------------------------------------------------------------------------
 
   def _dispatch(self) -> None:
-    """Before each call: ends the device's idle time, if it has been idle."""
+    """To be called before each call to the device: ends its idle time, if it has been idle."""
     if self.rested is not None:
       self.stats.idle_s += time.perf_counter() - self.rested
       self.rested = None
@@ -310,7 +311,7 @@ class _Loop:
       self.stats.appended_tokens += added
 
   def _decode(self, writers: list[tuple[int, int]], most: int) -> None:
-    """Decodes a segment, and has the turns that it ended read."""
+    """Decodes a segment, and has threads read the turns that ended in it."""
     cfg, policy = self.policy.engine, self.policy
     self._dispatch()
     each = shapes.least(most, self.decode_rows)

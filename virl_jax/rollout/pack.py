@@ -1,6 +1,6 @@
 """Trajectories (host, ragged) -> Batch (padded, static shapes).  Numpy only; the caller places it.
 
-Of several processes each packs its own trajectories, for its own devices; they agree on the shapes.
+Each process packs its own trajectories, for its own devices; the processes agree on the shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from virl_jax.model import patches
 from virl_jax.model import rope
 from virl_jax.run import hosts
 
-MAX_JOINED = 8  # trajectories that a row holds at most
+MAX_JOINED = 8  # most trajectories in a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Config:
     pad_tokens: T is a multiple of this, or of four times this if rows are joined.
     pad_shown: counts of shown images are multiples of this.
     pad_images: counts of crops are multiples of this.
-    mask_stops: rows that ended for one of these reasons are masked from the loss.
+    mask_stops: trajectories that ended for one of these reasons are masked from the loss.
     scope: which of a turn's tokens are its visual action's; see `rl.credit.SCOPES`.
-    join: put several trajectories into a row of the model's, where they fit.
+    join: put several trajectories into one row of the model's batch, where they fit.
     pad_joined: counts of such rows are multiples of this.
-    microbatch_tokens: of a shard, at most; 0 for one microbatch.  At least T.
-    row_shown, row_crops: with microbatches: places for shown images and for crops that a row has.  Few programs serve
-      all batches only if every microbatch has as many; what is not filled is computed all the same.
-    shards: over how many devices of all processes trajectories are split; 1 if they don't divide.
+    microbatch_tokens: most tokens of a shard in a microbatch, at least T; 0 for one microbatch.
+    row_shown, row_crops: with microbatches: how many shown images and crops each row has places for.  Few programs
+      serve all batches only if every microbatch has as many places; empty ones are computed, too.
+    shards: how many devices of all processes trajectories are split over; 1 if they don't divide.
   """
 
   grid: patches.Grid
@@ -64,15 +64,15 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
   An image that several rows of a microbatch and shard share (the same object) is kept once.
 
   Args:
-    trajectories: rows; those of one group next to each other.
+    trajectories: graded; those of one group next to each other.
     cfg: padding.
 
   Returns:
     The batch, with numpy leaves.
 
   Raises:
-    ValueError: if there are none, one has more visual actions than `cfg.max_rounds`, or rows are longer than a
-      microbatch.
+    ValueError: if there are none, they are not graded, one has more visual actions than `cfg.max_rounds` or more images
+      than a row has places for, or a row is longer than a microbatch.
   """
   if not trajectories:
     raise ValueError("trajectories must not be empty")
@@ -119,21 +119,21 @@ def pack(trajectories: list[types.Trajectory], cfg: Config) -> types.Batch:
 
 
 def width(longest: int, pad_tokens: int, join: bool) -> int:
-  """T of rows whose longest trajectory has so many tokens; the other two as in `Config`."""
-  # Joined rows are full whatever their width: one that fits all batches is one program less to compile.
+  """T for rows whose longest trajectory has `longest` tokens; the other two as in `Config`."""
+  # Joined rows are full at any width, so a coarse one wastes nothing and needs fewer programs to be compiled.
   return shapes.up(longest, pad_tokens * (4 if join else 1))
 
 
 def _credited(turn: types.Turn, scope: str) -> tuple[int, int]:
-  """Which of a turn's tokens are its action's: by scope, or what of it comes nearest where the action names no such."""
+  """Which of a turn's tokens are its action's: by scope, or by the next wider one if the action has no such span."""
   whole = (0, len(turn.ids))
   return whole if scope == "turn" else turn.spans.get(scope) or turn.spans.get("call") or whole
 
 
 def _dealt(trajectories: list[types.Trajectory], shards: int) -> list[int]:
-  """An order in which each shard's part of the batch has about as many tokens, by the longest first.
+  """An order in which all shards' parts of the batch have about as many tokens: the longest are dealt first.
 
-  Groups stay together, with the image that they share, unless some shard then had a twentieth more to do than the mean.
+  Groups stay together, with the image that they share, unless a shard then had over 5% more tokens than the mean.
   """
   lengths = [len(t.ids) for t in trajectories]
   groups = [[b for b, _ in same] for _, same in itertools.groupby(enumerate(trajectories), lambda e: id(e[1].task))]
@@ -154,9 +154,9 @@ def _dealt(trajectories: list[types.Trajectory], shards: int) -> list[int]:
 
 
 def _placed(trajectories, lengths: list[int], width: int, shards: int, cfg: Config) -> list[list[list[list[int]]]]:
-  """Which trajectories go where: by microbatch, shard and row, each microbatch with as many rows.
+  """Trajectories by microbatch, shard and row; all microbatches have as many rows.
 
-  A shard's trajectories are its own part of the batch, neighbours in it; their numbers are the batch's.
+  A shard's trajectories are its own part of the batch, which is contiguous; their numbers are the batch's.
   """
   each = len(lengths) // shards
   of_shards = []
@@ -167,7 +167,7 @@ def _placed(trajectories, lengths: list[int], width: int, shards: int, cfg: Conf
       longest_first = sorted(mine, key=lambda b: (-lengths[b], b))
       rows = joined(lengths, longest_first, width, lambda row: _has_room(trajectories, row, cfg))
       if cfg.microbatch_tokens:
-        # A group's trajectories near each other are worth as much: their row encodes the image they share once.
+        # In no more rows, it is better to keep groups together: a row encodes an image that is shared in it once.
         near = joined(lengths, mine, width, lambda row: _has_room(trajectories, row, cfg))
         rows = near if len(near) <= len(rows) else rows
     of_shards.append(rows)
@@ -200,16 +200,16 @@ def image_counts(cfg: Config, at_once: int, shown: int, crops: int) -> tuple[int
 
 def joined(lengths: list[int], which: Iterable[int], width: int,
            has_room: Callable[[list[int]], bool] = lambda row: True) -> list[list[int]]:
-  """Sequences in few rows, each whole in one of them: first fit.
+  """Puts sequences into few rows, each whole into one of them: first fit.
 
   Args:
     lengths: of all sequences, in tokens.
-    which: of them, in the order that they are placed in.
-    width: of the rows; at most `MAX_JOINED` sequences go into one.
-    has_room: whether these sequences can share a row, their length apart.
+    which: the sequences to place, in the order in which they are placed.
+    width: of the rows, in tokens; at most `MAX_JOINED` sequences go into one.
+    has_room: whether these sequences can share a row, apart from their length.
 
   Returns:
-    For each row which sequences it holds, the longest first.
+    For each row, the sequences in it, the longest first.
   """
   free, rows = [], []
   for b in which:
@@ -251,7 +251,7 @@ def boxes(trajectories: list[types.Trajectory], max_rounds: int, truths: int = 0
   Args:
     trajectories: rows, at least one.
     max_rounds: R.
-    truths: at least so many ground-truth boxes have room.
+    truths: J is at least this.
 
   Returns:
     Regions of the actions float32[B, R, 4] and bool[B, R]; ground-truth boxes float32[B, J, 4] and bool[B, J], J a
@@ -275,10 +275,10 @@ def boxes(trajectories: list[types.Trajectory], max_rounds: int, truths: int = 0
 
 
 def outcomes(trajectories: list[types.Trajectory]) -> tuple[np.ndarray, np.ndarray]:
-  """float32[B] each: how right the answer is, in [0, 1]; 1 if every turn was well formed.
+  """float32[B] each: how right the answer is, in [0, 1]; and 1 if every turn was well formed, else 0.
 
   Raises:
-    ValueError: if `data.answers.grade` has not said yet whether the answers are right.
+    ValueError: if `data.answers.grade` has not graded the answers yet.
   """
   if any(t.correct is None for t in trajectories):
     raise ValueError("trajectories must have been graded (data.answers.grade) before they are scored")
@@ -292,7 +292,7 @@ def answerable(trajectories: list[types.Trajectory]) -> np.ndarray:
 
 
 def counted(trajectories: list[types.Trajectory], mask_stops: tuple[types.StopReason, ...]) -> np.ndarray:
-  """bool[B]: False on those that ended for one of these reasons, which the loss is not about."""
+  """bool[B]: False on trajectories that ended for one of these reasons and are therefore masked from the loss."""
   return np.array([t.stop not in mask_stops for t in trajectories])
 
 
@@ -302,8 +302,8 @@ def well_formed(trajectory: types.Trajectory) -> bool:
 
 
 def _images(trajectories, placed, cfg) -> tuple[tuple[types.ImageBatch, ...], dict[tuple[int, int], np.ndarray]]:
-  """Two buckets, shown images and crops, of each microbatch; and by (trajectory, image) where its merged tokens are
-  among those of its microbatch and shard."""
+  """Two buckets, shown images and crops, of each microbatch; and, by (trajectory, image), the places of its merged
+  tokens among those of its microbatch and shard."""
   M, shards = len(placed), len(placed[0])
   mine = [[({}, {}) for _ in range(shards)] for _ in range(M)]  # by id(image): shown, crops
   for (m, s, _), row in _rows(placed):
@@ -333,9 +333,9 @@ def _images(trajectories, placed, cfg) -> tuple[tuple[types.ImageBatch, ...], di
 
 
 def split(trajectories: list[types.Trajectory], group_size: int, minibatches: int) -> list[list[types.Trajectory]]:
-  """Deals whole groups into minibatches, neighbours together: the data's order is a drawn one already.
+  """Splits whole groups into minibatches of neighbours: the data's order is already random.
 
-  So each process, whose groups are every so-manieth, has as many in each minibatch.
+  The groups of a process are evenly spread over the batch, so that all have as many in each minibatch.
 
   Args:
     trajectories: whole groups, one after the other; of this process.

@@ -1,8 +1,8 @@
 """Rollouts whose words come from an OpenAI-compatible endpoint: the loop, the crop and the parser are ours.
 
-The same prompt, budgets and rules as in the engine (`turns`); the endpoint only writes turns.  What it is sent are the
-words and the pictures of our own chat text, turn by turn, so that a server with the model's chat template reads the
-very same; pictures go as they are shown, already of a size that the model keeps, so that boxes mean the same pixels.
+Prompt, budgets and rules are those of the engine (`turns`); the endpoint only writes turns.  It is sent the words and
+pictures of our own chat text, turn by turn, so that a server with the model's chat template reads the same text.
+Pictures are sent as they are shown, already of a size that the model keeps, so that boxes mean the same pixels.
 
 An endpoint that does not reply is waited for and asked again, for as long as `endpoint.patience_s` says; then it is an
 error, or no trajectory.  None ends because of a connection.
@@ -37,13 +37,13 @@ T = TypeVar("T")
 
 
 class Endpoint:
-  """An endpoint that several threads use, which find out together that it is gone."""
+  """An endpoint that several threads share, and with it the knowledge that it is gone."""
 
   def __init__(self, url: str, cfg: endpoint.Config, say: Callable[[str], None] = lambda line: None):
     """Args:
-      url: up to and with "/v1".
+      url: up to and including "/v1".
       cfg: how it is asked.
-      say: is told when it does not reply.
+      say: called with a line when it does not reply.
     """
     if not url.startswith(("http://", "https://")):
       raise ValueError(f"--endpoint must be an address, http://HOST:PORT/v1. Received: {url!r}")
@@ -95,10 +95,11 @@ def rollout(policy: turns.Policy, server: Endpoint, tasks: Sequence[types.Task],
   """Rolls out every task `group_size` times.
 
   Args:
-    policy: as the engine takes it; of its model only the shapes, of the codec all.
-    server: who writes.
+    policy: as the engine takes it; of its model only the shapes are used.
+    server: the endpoint that writes.
     tasks: prompts.
-    seeds: int32 of each trajectory, i * group_size + g of rollout g of task i; sent with each request.
+    seeds: int32 for each trajectory, by index; rollout g of task i has the index i * group_size + g.  A number that
+      depends on the seed and the turn is sent with each request.
     group_size: G.
     temperature: overrides `policy.rollout.temperature`; 0 is greedy.
 
@@ -138,12 +139,12 @@ def attempts(policy: turns.Policy, server: Endpoint, tasks: Sequence[types.Task]
 
 
 def seed(*of: object) -> int:
-  """31 bits that depend on what a sample is of, and on nothing else."""
+  """A seed of 31 bits, a pure function of the arguments' texts."""
   return int.from_bytes(hashlib.blake2b(" ".join(map(str, of)).encode(), digest_size=4).digest()) >> 1
 
 
 def _at_once(server: Endpoint, n: int, one: Callable[[int], T]) -> list[T]:
-  """What `one` makes of 0 to n - 1, as many at a time as the endpoint may be asked."""
+  """`one` of 0 to n - 1, as many at a time as the endpoint may be asked."""
   pool = futures.ThreadPoolExecutor(server.cfg.in_flight)
   try:
     return list(pool.map(one, range(n)))
@@ -168,9 +169,9 @@ def _one(policy, server, task, index, at, temperature) -> types.Trajectory:
 
 
 def _hear(policy: turns.Policy, row: row_lib.Row, said: endpoint.Said) -> None:
-  """Adds a turn to the row, closed unless it was cut off; of one that is too long, the part that fits.
+  """Adds a turn to the row, closed unless it was cut off; only the part that fits if it is too long.
 
-  Stop strings are found here: endpoints take them off the text.
+  Stop strings are found here and not by the endpoint, which would remove them from the text.
   """
   ids = policy.codec.encode(prompt.plain(said.text.removesuffix(prompt.END)))
   if said.finish != "length":
@@ -183,11 +184,11 @@ def messages(words: str, shown: Sequence[str]) -> list[dict]:
   """Chat text as messages of the endpoint.
 
   Args:
-    words: whole turns, and then the assistant's opening, as `prompt.render` and `prompt.tool_turn` have them.
+    words: whole turns, and then the assistant's opening, as `prompt.render` and `prompt.tool_turn` write them.
     shown: data URIs of the pictures, in the order of their placeholders.
 
   Returns:
-    {"role", "content"}; where there are pictures, content is in parts, in the order of the text.
+    {"role", "content"} for each whole turn; if it has pictures, content is in parts, in the order of the text.
   """
   found, used = [], 0
   for role, text in _TURN.findall(words):

@@ -1,7 +1,7 @@
-"""A recorded conversation as one of ours: the assistant's turns in our protocol, each zoom carried out again.
+"""A recorded conversation as a trajectory: the assistant's turns in our protocol, each zoom carried out again.
 
 Each turn goes through `turns.read` as if it had been sampled, so that a demonstration is a `types.Trajectory` like any
-other: the same prompt, the same crops, the same budgets, and what can't be a rollout can't be learned.
+other: the same prompt, the same crops, the same budgets.  What can't be a rollout can't be learned.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def replay(policy: turns.Policy, found: script.Script) -> types.Trajectory:
 
   Args:
     policy: protocol, pixel limits and budgets.
-    found: the script, its image at hand.
+    found: the script; its task has an image.
 
   Returns:
-    The trajectory, with an answer; turns that are learned have log-probabilities, 0 each, the others None.
+    The trajectory, with an answer; turns that are learned have log-probabilities, all 0, the others None.
 
   Raises:
-    Unusable: it can't be one; says why.
+    Unusable: it can't be one; the error says why.
   """
   try:
     picture = images.decode(found.task.image, policy.image.decode_max_pixels)
@@ -52,7 +52,7 @@ def replay(policy: turns.Policy, found: script.Script) -> types.Trajectory:
 
 
 def _say(policy: turns.Policy, row: row_lib.Row, said: script.Verbatim | script.Look | script.Answer) -> None:
-  """One turn, and what it leads to."""
+  """Adds one turn, and what it leads to."""
   traj = row.traj
   if traj.stop is not None:
     raise script.Unusable("it goes on after its answer")
@@ -76,7 +76,7 @@ def _say(policy: turns.Policy, row: row_lib.Row, said: script.Verbatim | script.
 
 
 def _ids(policy: turns.Policy, row: row_lib.Row, said: script.Verbatim | script.Look | script.Answer) -> np.ndarray:
-  """The tokens of a turn, its end among them: those that were sampled, if they are of this tokenizer."""
+  """The tokens of a turn and its end: those that were sampled, if this tokenizer gives them the same text."""
   codec = policy.codec
   if isinstance(said, script.Verbatim):
     ids = np.asarray(said.ids or (), np.int32)
@@ -111,7 +111,7 @@ def _call(policy: turns.Policy, row: row_lib.Row, look: script.Look) -> dict:
   shown = patches.shown_wh(shots[named], grid)
   exact = images.to_shown(box, shots[named].region, shown)
   written = [round(v) for v in exact]
-  for low in (0, 1):  # what is thinner than a pixel as shown takes the pixel that it is in
+  for low in (0, 1):  # a box thinner than a pixel as shown gets the pixel that it is in
     if written[low] == written[low + 2]:
       written[low] = min(int(exact[low]), shown[low] - 1)
       written[low + 2] = written[low] + 1

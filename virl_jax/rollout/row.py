@@ -18,11 +18,11 @@ class Reply:
   """What is appended to a row's cache.
 
   Attributes:
-    ids: int32[T]; after a turn its last token first, if that is not in the cache yet.
-    image: the one among them, or None.
-    start: tokens that the row keeps before it.
+    ids: int32[T]; they begin with the last token of the turn before, if that is not in the cache yet.
+    image: the one whose placeholders are among them, or None.
+    start: how many tokens the row keeps before them.
     pos_XT: int32 M-RoPE positions.
-    next_pos: the position after it.
+    next_pos: the position after them.
   """
 
   ids: np.ndarray
@@ -37,11 +37,11 @@ class Row:
   """A trajectory that has not ended.
 
   Attributes:
-    traj: what there is of it.
+    traj: the trajectory so far.
     picture: the original.
     filled: tokens in the cache before the turn that is being written.
     next_pos: M-RoPE position of that turn's first token.
-    turn: which of its turns that is.
+    turn: its number, from 0.
     ids, logp: what has been sampled of it, segment by segment.
   """
 
@@ -55,7 +55,7 @@ class Row:
 
   @property
   def said(self) -> int:
-    """Tokens sampled of this turn."""
+    """How many tokens of this turn have been sampled."""
     return sum(map(len, self.ids))
 
   def hear(self, ids: np.ndarray, logp: np.ndarray) -> None:
@@ -64,7 +64,7 @@ class Row:
     self.logp.append(logp)
 
   def take(self) -> tuple[np.ndarray, np.ndarray]:
-    """All that was sampled of the turn, ids and log-probabilities; the row is ready for its next."""
+    """All that was sampled of the turn, ids and log-probabilities; empties both for the next turn."""
     ids, logp = np.concatenate(self.ids), np.concatenate(self.logp)
     self.ids, self.logp = [], []
     return ids, logp

@@ -1,8 +1,8 @@
 """Jitted prefill, append, restart and decode over a visible key/value cache.
 
-The cache has a fixed number of rows, the decode slots; a trajectory lives in one until it ends, then the
-next moves in.  Three calls, all with a donated state: `append` puts right-padded chunks (prompts, tool turns
-with their crops) behind some rows; `restart` sets rows back to the end of a prompt that this or another row
+The cache has a fixed number of rows, the decode slots; a trajectory has one until it ends, then the next gets
+it.  There are three calls, all with a donated state: `append` adds right-padded chunks (prompts, tool turns
+with their crops) to some rows; `restart` sets rows back to the end of a prompt that this or another row
 holds, so that a prompt is prefilled once for its whole group; `decode` samples a segment of tokens in all
 rows that have a turn to write.  A token that ends a turn is sampled but not yet in the cache: the next chunk
 starts with it.
@@ -31,8 +31,8 @@ class Filter:
 
   Attributes:
     top_k: the k likeliest tokens; 0 for all.
-    top_p: the fewest tokens whose probabilities add up to this; 1 for all.
-    min_p: tokens at least this share as likely as the likeliest; 0 for all.
+    top_p: the fewest tokens whose probabilities add up to this, the likeliest first; 1 for all.
+    min_p: tokens with at least this share of the likeliest one's probability; 0 for all.
   """
 
   top_k: int = 0
@@ -46,13 +46,13 @@ class Filter:
 
 @flax.struct.dataclass
 class State:
-  """Where each row stands between two calls.
+  """The state of each row between two calls.
 
   Attributes:
-    cache: what it has seen.
+    cache: keys and values of its tokens.
     pos_B: int32, M-RoPE position of its next token.
     hidden_BD: final hidden state of its last token in the cache, from which the next is sampled.
-    prompt_BD: the same at the end of its prompt.
+    prompt_BD: the same for the last token of its prompt.
   """
 
   cache: cache_lib.Cache
@@ -67,12 +67,13 @@ class Chunk:
 
   Attributes:
     tokens_AT: int32, right-padded.
-    n_new_A: int32, real tokens; 0 leaves a row alone.
+    n_new_A: int32, how many tokens are not padding; 0 leaves a row unchanged.
     pos_AXT: int32 M-RoPE positions.
     next_pos_A: int32, the position after the chunk.
     vision_AT: int32 index into the merged tokens of `images`; -1 on text.
     images: buckets of new images.
-    row_A: int32, which row of its shard each is for, no row twice; None for all rows in order.
+    row_A: int32, the row of its shard that each is for, no row twice, past the last for padding; None for all rows in
+      order.
     start_A: int32, how many tokens the row keeps before the chunk; None to keep all.
   """
 
@@ -91,9 +92,9 @@ class Writers:
   """Which rows sample, and how much.
 
   Attributes:
-    index_A: int32, the trajectory; its samples depend on (key, index, turn) and on nothing beside it.
+    index_A: int32, the trajectory's index or seed; its samples depend on (key, index, turn) and nothing else.
     turn_A: int32, which of its turns this is.
-    said_A: int32, tokens of the turn that were sampled before.
+    said_A: int32, how many tokens of the turn were sampled before.
     left_A: int32, most tokens that it may still sample in this turn; 0 for padding.
     row_A: int32, its row within its shard, no row twice, past the last for padding; None for all rows in order.
   """
@@ -116,15 +117,15 @@ def _within(fn):
 
 
 def weights(params: dict, cfg: family.Config, mesh: jax.sharding.Mesh | None = None) -> dict:
-  """A policy's parameters for rollouts: in the compute dtype, where rollouts want them.
+  """A policy's parameters for rollouts: in the compute dtype, and sharded as rollouts need them.
 
-  Training splits parameters over all devices and gathers them layer by layer, which pays for a batch; a token would
-  wait for all of them.  What lies right already, as frozen parameters may, is not copied.
+  Training splits parameters over all devices and gathers them layer by layer, which pays for a batch, but would make
+  each sampled token wait.  Parameters that are as needed already, as frozen ones may be, are not copied.
 
   Args:
     params: the parameters; not donated.
     cfg: for the compute dtype.
-    mesh: of the rollouts, of the devices that the parameters are on; None for where they are.
+    mesh: of the rollouts, over the devices that the parameters are on; None leaves them where they are.
   """
   leaves, tree = jax.tree.flatten(params)
   at, where = moves(params, cfg, mesh)
@@ -137,10 +138,10 @@ def weights(params: dict, cfg: family.Config, mesh: jax.sharding.Mesh | None = N
 
 
 def moves(params: dict, cfg: family.Config, mesh: jax.sharding.Mesh | None) -> tuple[list[int], tuple]:
-  """Which of the parameters `weights` copies, by their number among the leaves, and where each of them goes.
+  """Which of the parameters `weights` copies, by their number among the leaves, and the sharding each of them gets.
 
   Args:
-    params, cfg, mesh: as `weights` takes them; of parameters, only shapes, dtypes and places are looked at.
+    params, cfg, mesh: as `weights` takes them; only shapes, dtypes and shardings of parameters are used.
   """
   leaves = jax.tree.leaves(params)
   where = [a.sharding for a in leaves] if mesh is None else jax.tree.leaves(family.shardings(cfg, mesh))
@@ -151,9 +152,9 @@ def moves(params: dict, cfg: family.Config, mesh: jax.sharding.Mesh | None) -> t
 
 @functools.partial(jax.jit, static_argnames=("dtype", "where", "in_turn"))
 def copy(arrays: list[jax.Array], dtype, where: tuple, in_turn: bool = False) -> list[jax.Array]:
-  """Parameters in a dtype and, each, in the place given; one after the other, if they are to be copied in turn.
+  """Copies of parameters, in a dtype and with the given shardings; made one after the other if `in_turn`.
 
-  In turn, v7b's copy on 64 TPUs v5e peaks at 8.8 GiB in place of 14.6, and on 8 H100 at 28.1 in place of 23.9.
+  In turn, v7b's copy on 64 TPUs v5e peaks at 8.8 GiB instead of 14.6, but on 8 H100 at 28.1 instead of 23.9.
   """
   done = []
   for a, s in zip(arrays, where):
@@ -192,9 +193,12 @@ def append(params: dict, cfg: family.Config, state: State, chunk: Chunk, prompt:
     params: the policy.
     cfg: static.
     state: donated.
-    chunk: what to append; the caller sees to it that the cache has room.
-    prompt: whether the chunk is what `restart` goes back to the end of.
-    mesh: what rows are split over, `chunk.row_A` within each part; None for one device.
+    chunk: what to append; the caller makes sure that the cache has room.
+    prompt: whether these are prompts, whose ends `restart` goes back to.
+    mesh: what rows are split over; `chunk.row_A` counts within each part; None for one device.
+
+  Returns:
+    The new state.
   """
   B, cache = len(state.pos_B), state.cache
   row_A = None if chunk.row_A is None else cache_lib.global_rows(chunk.row_A, B)
@@ -206,7 +210,7 @@ def append(params: dict, cfg: family.Config, state: State, chunk: Chunk, prompt:
   h, cache = model.extend(params, cfg, x, chunk.pos_AXT, chunk.n_new_A, cache, chunk.row_A)
   last = jnp.take_along_axis(h, jnp.maximum(chunk.n_new_A - 1, 0)[:, None, None], axis=1)[:, 0]
   new = chunk.n_new_A > 0
-  # A chunk row without tokens puts back what was there.
+  # A chunk's row without tokens leaves the state as it was.
   put = lambda old, value: old.at[at].set(
       jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), value, old[at]), mode="drop")
   return State(cache, put(state.pos_B, chunk.next_pos_A), put(state.hidden_BD, last),
@@ -221,12 +225,15 @@ def restart(state: State, to_A: jax.Array, from_A: jax.Array, len_A: jax.Array, 
 
   Args:
     state: donated.
-    to_A: int32, rows within their shard, none twice; past the last for nothing.
+    to_A: int32, rows within their shard, none twice; past the last for padding.
     from_A: int32, the row of the same shard that holds the prompt: the row itself, or another.
     len_A: int32, the prompt's tokens.
     pos_A: int32, the position after it.
-    width: static, at least the longest of these prompts.
+    width: static, in tokens, at least the longest of these prompts.
     mesh: what rows are split over; None for one device.
+
+  Returns:
+    The new state.
   """
   k, v = (cache_lib.copy(a, to_A, from_A, width) for a in (state.cache.k_LBKSH, state.cache.v_LBKSH))
   B = len(state.pos_B)
@@ -264,19 +271,19 @@ def decode(params: dict, cfg: family.Config, state: State, writers: Writers, key
     params: the policy.
     cfg: static.
     state: donated.
-    writers: who writes what.
+    writers: the rows that sample.
     key: of the step.
     temperature: float32 scalar; 0 is greedy.
-    steps: most tokens a row in this segment.
+    steps: most tokens that a row samples in this segment.
     serve: int32 scalar; the segment ends early when this many rows have ended their turns.
-    keep: static; what is sampled from.
+    keep: static; which part of the distribution is sampled from.
     mesh: what rows are split over; None for one device.
 
   Returns:
     The state, tokens int32[A, steps], their log-probabilities float32[A, steps] in nats, and int32[A] how
     many each row sampled.  A row that ended its turn has one of `cfg.eos` last.  Log-probabilities are those of the
-    policy that the loss is about, temperature in and placeholders out, before `keep` takes anything away
-    (at temperature 1 if greedy).
+    policy that the loss is about: with the temperature (1 if greedy), without placeholders, before `keep` removes
+    tokens.
   """
   model, A, B = family.of(cfg), len(writers.index_A), len(state.pos_B)
   at = slice(None) if writers.row_A is None else cache_lib.global_rows(writers.row_A, B)

@@ -9,17 +9,17 @@ from virl_jax import checks
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """See `config.py`, section `engine`.  What is sampled depends on none of it; sums may be rounded in another order.
+  """See `config.py`, section `engine`.  None of it changes what is sampled, apart from rounding in another order.
 
   Attributes:
     slots: rows of the cache on all devices; 0 for as many as trajectories.
     segment_tokens: most tokens that are decoded before the host looks at which turns have ended.
-    serve_share: of the slots; where the turns of so many have ended, the host looks sooner.
+    serve_share: share of the slots; the host looks sooner when the turns of so many have ended.
     decode_ratio: between the numbers of rows that decoding is compiled for.
-    append_ratio: the same for rows that are given something.
+    append_ratio: the same for rows that something is appended to.
     token_steps: sizes of a tool turn for each power of two.
     pad_tokens: prompts are padded to multiples of this.
-    threads: of the host.
+    threads: of the host, that read turns.
   """
 
   slots: int = 0

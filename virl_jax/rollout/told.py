@@ -1,6 +1,7 @@
 """Reports one trajectory while it is sampled: its words, where the policy looks, what comes back.
 
-`Protocol` is `turns`, for the engine's argument of that name, and reports besides; it does not change what is sampled.
+`Protocol`, for the engine's argument of that name, does what `turns` does and also reports it; it does not change what
+is sampled.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Began:
 
   Attributes:
     picture: the original, decoded.
-    shown: width and height in pixels, as the policy is shown it.
+    shown: its width and height in pixels, as the policy is shown it.
   """
 
   picture: Image.Image
@@ -36,8 +37,8 @@ class Said:
   """Some more words of a turn, without the token that ends it.
 
   Attributes:
-    turn: which, from 0.
-    text: what has not been told yet.
+    turn: its number, from 0.
+    text: what has not been reported yet.
   """
 
   turn: int
@@ -49,13 +50,13 @@ class Looked:
   """A visual action was carried out.
 
   Attributes:
-    turn: that took it, from 0.
+    turn: the number of the turn that took it, from 0.
     action: its name.
     region: what it was about, in pixels of the original, or None.
     crop: the part of the original that came back, or None.
-    cut: where that part lies in the original, whole pixels, or None; it may be larger than `region`.
-    shown: width and height in pixels, as the policy is shown it, or None.
-    text: what came back in words, and what the policy was told with it.
+    cut: where that part is in the original, whole pixels, or None; it may be larger than `region`.
+    shown: the crop's width and height in pixels, as the policy is shown it, or None.
+    text: what came back in words, with any notice.
   """
 
   turn: int
@@ -72,7 +73,7 @@ class Refused:
   """A call was refused.
 
   Attributes:
-    turn: that made it, from 0.
+    turn: the number of the turn that made it, from 0.
     error: what was wrong with it.
   """
 
@@ -99,8 +100,8 @@ class Protocol:
   """`turns` for a rollout of one trajectory, which reports what happens.
 
   Args:
-    tell: called with each of the above as it happens, one after the other, in the engine's threads.  What it raises
-      ends the rollout.
+    tell: called with each of the above as it happens, one after the other, in the engine's threads.  An exception that
+      it raises ends the rollout.
   """
 
   left = staticmethod(turns.left)
@@ -122,7 +123,7 @@ class Protocol:
     if len(said) and said[-1] in policy.codec.eos:
       said = said[:-1]
     text = policy.codec.decode(said)
-    if not over:  # a character may have come in part
+    if not over:  # the last character may not be complete yet
       text = text.rstrip("\ufffd")
     if len(text) > self._told:
       self._tell(Said(row.turn, text[self._told:]))
@@ -150,6 +151,6 @@ class Protocol:
 
 
 def _words(text: str) -> str:
-  """What a tool's turn says beside its picture."""
+  """The words of a tool turn, without its picture."""
   inside = text.partition("<tool_response>")[2].partition("</tool_response>")[0]
   return inside.replace(prompt_lib.IMAGE, "").strip()

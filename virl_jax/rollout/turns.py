@@ -1,8 +1,8 @@
 """One trajectory on the host: its prompt, and what each sampled turn leads to.
 
-Every turn is read once, by strict rules that never raise: it takes a visual action (what that shows comes back),
-answers, or fails (the policy gets the reason, or the trajectory ends).  Budgets are kept here.
-A turn holds one call: credit goes to one visual action a turn, so two calls in one are an error.
+Every turn is read once, by strict rules that never raise: it takes a visual action (whose result comes back), answers,
+or fails (the policy is told why, or the trajectory ends).  Budgets are kept here.
+A turn holds one call: credit goes to one visual action a turn, so two calls in one turn are an error.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Policy:
     prompt: how prompts are worded.
     image: pixel limits.
     rollout: budgets and sampling.
-    mesh: where rows go.
+    mesh: what rows are split over.
     engine: how the device is used.
     actions: the visual actions that it may take, by name; see `actions.table`.
   """
@@ -78,10 +78,10 @@ def without_actions(policy: Policy) -> Policy:
 
 
 def check(policy: Policy, task: types.Task) -> None:
-  """Whether a task, its picture decoded, can be asked within the budgets.
+  """Checks that a task, its picture decoded, can be asked within the budgets.
 
   Raises:
-    ValueError: names what it is beyond.
+    ValueError: it cannot; names the budget.
   """
   grid, cfg = policy.model.vision.grid, policy.image
   h, w = images.smart_resize(task.image.height, task.image.width, grid.factor, cfg.min_pixels, cfg.max_pixels)
@@ -92,7 +92,7 @@ def begin(policy: Policy, task: types.Task) -> row_lib.Prompt:
   """The task as the policy is shown it.
 
   Raises:
-    ValueError: if the image can't be decoded, or what `check` says.
+    ValueError: the image can't be decoded, or the task can't be asked; see `check`.
   """
   grid = policy.model.vision.grid
   try:
@@ -105,10 +105,10 @@ def begin(policy: Policy, task: types.Task) -> row_lib.Prompt:
 
 
 def _prompt(policy: Policy, task: types.Task, vision_tokens: int) -> np.ndarray:
-  """int32[T], the prompt of a task whose image is shown as so many tokens.
+  """int32[T], the prompt of a task whose image takes this many tokens.
 
   Raises:
-    ValueError: it is beyond a budget.
+    ValueError: it exceeds a budget.
   """
   cfg = policy.rollout
   if cfg.max_vision_tokens and vision_tokens > cfg.max_vision_tokens:
@@ -132,10 +132,10 @@ def hear(policy: Policy, row: row_lib.Row, ids: np.ndarray, logp: np.ndarray) ->
   """Takes in a segment of the turn.
 
   Args:
-    policy: for the end of turn and the stop strings.
+    policy: for the end-of-turn tokens, budgets and stop strings.
     row: its `ids` and `logp` grow; what was sampled past a stop string is dropped.
     ids: int32[T], sampled.
-    logp: float32[T].
+    logp: float32[T], their log-probabilities, in nats.
 
   Returns:
     Whether the turn is over.
@@ -152,13 +152,13 @@ def hear(policy: Policy, row: row_lib.Row, ids: np.ndarray, logp: np.ndarray) ->
 
 
 def stops_at(codec: prompt.Codec, ids: np.ndarray, stops: tuple[str, ...]) -> int:
-  """How many of the tokens it takes for their text to hold one of the stop strings; 0 if it holds none."""
+  """How many of the tokens it takes until their text holds a stop string; 0 if it never does."""
   holds = lambda n: any(stop in codec.decode(ids[:n]) for stop in stops)
   return _least(holds, len(ids)) if holds(len(ids)) else 0
 
 
 def _least(holds, most: int) -> int:
-  """The least n from 1 to `most` for which `holds(n)`, which goes on holding from there and holds for `most`."""
+  """The least n from 1 to `most` with `holds(n)`, which must be monotonic and true for `most`."""
   low, high = 1, most
   while low < high:
     middle = (low + high) // 2
@@ -167,7 +167,7 @@ def _least(holds, most: int) -> int:
 
 
 def token_span(codec: prompt.Codec, ids: np.ndarray, chars: tuple[int, int]) -> tuple[int, int]:
-  """Which tokens hold the characters first..last-1 of the tokens' text, half-open."""
+  """Which tokens hold these characters of the tokens' text; both half-open."""
   reaches = lambda length: _least(lambda n: len(codec.decode(ids[:n])) >= length, len(ids))
   return reaches(chars[0] + 1) - 1, reaches(chars[1])
 
@@ -177,7 +177,7 @@ def read(policy: Policy, row: row_lib.Row) -> row_lib.Reply | None:
 
   Args:
     policy: rules and budgets.
-    row: its turn is taken out of `ids` and `logp`; the trajectory grows, or stops.
+    row: its `ids` and `logp` are emptied; the trajectory gets the turn and, unless it stops, the reply.
 
   Returns:
     What to append before the next turn, or None if the trajectory has stopped.
@@ -214,10 +214,10 @@ def _answer_call(policy: Policy, row: row_lib.Row, said: types.Turn, action: str
     policy: budgets.
     row: the trajectory grows by the tool's turn, or stops.
     said: the turn that called.
-    action: the name of what it called, if that was clear.
-    seen: what the action came to, or what was wrong.
-    ended: whether the turn has an end-of-turn token, which was sampled but never fed.  Where it is not the chat
-      template's own, that follows it.
+    action: the name of the action that it called, if the call was well formed.
+    seen: the action's result, or what was wrong.
+    ended: whether the turn has an end-of-turn token, which was sampled but is not in the cache yet.  If it is not the
+      chat template's own, that one follows it.
   """
   traj, codec, cfg, grid = row.traj, policy.codec, policy.rollout, policy.model.vision.grid
   error = seen if isinstance(seen, str) else None

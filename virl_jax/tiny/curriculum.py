@@ -1,6 +1,6 @@
 """What the tiny base learns from, and when: stages of demonstrations, from easy to hard, drawn by worker processes.
 
-A batch is a pure function of (course, step), so that a warm start goes on where it was.  Source: ours.
+A batch is a pure function of (course, step), so that a warm start can go on where it was.  Source: ours.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Stage:
 
   Attributes:
     until: share of all steps at which it ends.
-    objects: fewest and most objects in a picture; 0 stands for the configured most.
-    whole_every: every so many steps demonstrations are whole; in between, only their first zoom.
+    objects: fewest and most objects in a picture; 0 as the most is the configured most.
+    whole_every: demonstrations are whole in every so-many-th step; in between they have only their first zoom.
     noise: share of clumsy zooms.
     learn: one of `demos.LEARN`.
   """
@@ -42,9 +42,9 @@ class Stage:
   learn: str
 
 
-# What is on it?  Where is it?  Which one is it?  And at last: how to zoom badly.  The order matters: fine textures
-# are learned from scratch in 10,000 samples, and not at all by a vision tower that has first learned to find things.
-# Finding the only object takes some 20,000 samples before anything is learned, then goes fast.
+# What is on it?  Where is it?  Which one is it?  And last: how to zoom badly.  The order matters: fine textures are
+# learned from scratch in 10,000 samples, and not at all by a vision tower that has first learned to find things.
+# Finding the only object shows no progress for some 20,000 samples, and is then learned fast.
 STAGES = (
     Stage(0.14, (2, 0), 1, 0.0, "reading"),
     Stage(0.36, (1, 1), 3, 0.0, "careful"),
@@ -78,7 +78,7 @@ class Course:
   p_count: float = 0.0
 
 
-@functools.cache  # one tokenizer a worker process
+@functools.cache  # one tokenizer for each worker process
 def _voice(course: Course) -> demos.Voice:
   import transformers
   tokenizer = transformers.AutoTokenizer.from_pretrained(course.tokenizer_dir)
@@ -94,7 +94,7 @@ def _picture(course: Course, objects: tuple[int, int], index: int) -> demos.Pict
 
 
 def last(objects: tuple[int, int]) -> tuple[Stage, ...]:
-  """The last stage alone, for a base that has been through the others, on pictures of so many objects."""
+  """Only the last stage, for a base that has learned the others; `objects` are the fewest and most in a picture."""
   return (dataclasses.replace(STAGES[-1], objects=objects),)
 
 
@@ -105,7 +105,7 @@ def stage_of(step: int, course: Course) -> Stage:
 
 
 def draw_batch(course: Course, step: int):
-  """The batch of one step (numpy leaves)."""
+  """The batch of one step, a `types.Batch` with numpy leaves."""
   stage = stage_of(step, course)
   manner, noise = demos.Config(), stage.noise
   if stage.learn == "all":
@@ -120,7 +120,7 @@ def draw_batch(course: Course, step: int):
     drawn = _picture(course, objects, (step * pictures + i) % course.pictures)
     rows += demos.lesson(drawn, np.random.default_rng([course.seed, step, i]), questions, noise,
                          stage.learn, _voice(course), manner, None if whole else 1)
-  # Counts can differ widely in length: joined and padded more coarsely, they need few programs.
+  # Demonstrations of counting differ widely in length: joined and padded more coarsely, they need few programs.
   counting = kind == "counting"
   return pack.pack(rows, pack.Config(
       course.grid, course.image_token, max_rounds=max(4, course.most_objects), pad_tokens=64 if counting else 16,
@@ -131,12 +131,12 @@ def batches(course: Course, start: int, workers: int):
   """Batches from step `start` on, drawn ahead by so many worker processes, in order.
 
   Raises:
-    SystemExit: a worker was killed, likely for want of memory.
+    SystemExit: a worker was killed, probably because memory ran out.
   """
-  # Fresh interpreters: a fork of a process that has started JAX can hang.  They draw, they don't compute.
+  # Fresh interpreters, because a fork of a process that has started JAX can hang.  They need no accelerator.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   context = multiprocessing.get_context("spawn")
-  # Ctrl-C reaches them too; they end with this process, which has something to save.
+  # Ctrl-C reaches the workers, too; they end with this process, which first saves a checkpoint.
   ignore = (signal.SIGINT, signal.SIG_IGN)
   with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
     ahead = collections.deque()
@@ -147,7 +147,7 @@ def batches(course: Course, start: int, workers: int):
           yield ahead.popleft().result()
       while ahead:
         yield ahead.popleft().result()
-    except concurrent.futures.process.BrokenProcessPool as e:  # the kernel kills without a word
+    except concurrent.futures.process.BrokenProcessPool as e:  # the kernel kills without a message
       raise SystemExit(f"a process that draws pictures was killed, likely for want of memory: each of {workers} keeps "
                        f"up to {course.pictures} of 0.4 MB. Lower config.warmstart.pictures or workers, or just give "
                        "the same command again: it goes on from the last checkpoint") from e

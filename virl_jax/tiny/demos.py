@@ -1,10 +1,10 @@
 """Demonstrations of the zoom protocol on needle pictures, from careful to clumsy.  Source: ours.
 
-A demonstrator knows where the objects are.  It zooms on what the question names, says what it reads in
-the crop, and answers.  With `noise` it zooms as a poor policy does: too loosely, off centre, at times on
-the wrong object; what it cannot read it calls unclear, tries once more, and then guesses.  With `p_direct` it
-answers some questions without looking, as the colours suggest.  To count it looks at every object once, colour by
-colour, and says each time what it reads, how many it has, and which colour is next.
+A demonstrator knows where the objects are.  It zooms into what the question names, says what it reads in
+the crop, and answers.  With `noise` it zooms as a poor policy does: too loosely, off centre, at times into
+the wrong object; if it cannot read a mark, it calls it unclear, may try once more, and then guesses.  With `p_direct`
+it answers some questions without looking, as the colours suggest.  To count, it looks at every object once, in order
+of colour, and says each time what it reads, how many it has counted, and which colour is next.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from virl_jax.model import patches
 from virl_jax.rollout.actions import zoom
 from virl_jax.tiny import needle
 
-# A mark is readable when a crop holds this share of the object at this many shown pixels a picture pixel.
+# A mark is readable if a crop holds at least _COVERAGE of the object, with at least _SCALE shown pixels for each pixel
+# of the picture.
 _COVERAGE = 0.6
-# All turns; all but clumsy zooms; no zoom, only the words about crops.
+# What is learned: all turns; all but clumsy zooms; no zooms, only the answers, which say what crops show.
 LEARN = ("all", "careful", "reading")
 _UNCLEAR = "unclear"
 _SCALE = 0.9
@@ -97,7 +98,7 @@ def _readable(crop: types.ImageInput, target: types.Box, grid: patches.Grid) -> 
 
 
 def _thought(question: needle.Question, read: list[str], ahead: needle.Thing | None) -> str:
-  """The words about the last crop; where objects are counted, also the number so far and the next one's colour."""
+  """The words about the last crop; if objects are counted, also the number so far and the next one's colour."""
   words = read[-1:]
   if question.counted is not None:
     words += [question.answer(read)] * bool(read) + ([ahead.colour] if ahead else [])
@@ -114,7 +115,7 @@ def demonstrate(scene: needle.Scene, question: needle.Question, image, shown: ty
     image: the picture, PIL.
     shown: the picture as the policy is shown it.
     noise: chance that a zoom is clumsy.
-    learn: what is trained on, one of `LEARN`; the rest is only looked at.
+    learn: what is trained on, one of `LEARN`; the rest is only context.
     rng: source of everything random.
     voice: tokens.
     cfg: how clumsy.
@@ -136,7 +137,7 @@ def demonstrate(scene: needle.Scene, question: needle.Question, image, shown: ty
 
   if cfg.p_direct and rng.random() < cfg.p_direct:
     answer, targets = needle.guess(question, scene.mark), ()
-  read, said = [], []  # the mark read in the end, for each target; and for each crop
+  read, said = [], []  # the mark that was read for each target in the end, and for each crop
   for target in targets:
     others = [t.box for t in scene.things if t is not target]
     for _ in range(2 if learn == "all" and not counts else 1):
@@ -170,9 +171,9 @@ class Picture:
   """A drawn scene, ready to be shown.
 
   Attributes:
-    scene: what is on it, without its pixels.
+    scene: what is in it, without its pixels.
     image: the picture, PIL.
-    shown: as the policy is shown it.
+    shown: the picture as the policy is shown it.
   """
 
   scene: needle.Scene
@@ -182,7 +183,7 @@ class Picture:
 
 def picture(rng: np.random.Generator, marks: tuple[str, ...], objects: tuple[int, int], side_px: int, voice: Voice
             ) -> Picture:
-  """Draws a picture to hold a lesson on.
+  """Draws a picture for a lesson.
 
   Args:
     rng: source of everything random.
@@ -208,7 +209,7 @@ def lesson(seen: Picture, rng: np.random.Generator, questions: int, noise: float
     noise, learn: see `demonstrate`.
     voice: tokens.
     cfg: how clumsy.
-    turns: keep only so many turns of each; None for all.
+    turns: how many turns of each are kept; None for all.
   """
   scene, out = seen.scene, []
   order = rng.permutation(len(scene.things))

@@ -1,8 +1,8 @@
 """The needle task: marks that only a good zoom can read.
 
 A picture holds a few coloured objects; each carries a mark made of fine texture with no mean contrast.
-The policy is shown the picture at a third of its size, where every mark averages away to the object's
-own colour; a crop of the object shows it.  The question names one object or two by colour and shape, or is about all.
+The policy is shown the picture at a third of its size, where every mark averages out to the object's
+own colour; a crop of the object shows it.  The question names one or two objects by colour and shape, or is about all.
 
 Families, easiest first (a policy of two million parameters learns the first two in minutes):
     pattern       which texture covers the object
@@ -11,9 +11,9 @@ Families, easiest first (a policy of two million parameters learns the first two
     pair_FAMILY   whether two objects carry the same mark; needs two zooms
     count_FAMILY  how many of the objects carry a mark; needs as many zooms as there are objects
 
-`draw` is a pure function of (seed, index).  `source.load` stores a set of drawings as array_record through
-tensorflow-datasets, once, and reads tasks back; from there on a needle picture is a file like any
-photograph's.  Source: ours.
+`draw` is a pure function of its arguments.  `source.load` stores a set of drawings as array_record through
+tensorflow-datasets, once, and reads tasks back; from there on a needle picture is an image file like any
+photograph.  Source: ours.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ MARKS = {"pattern": PATTERNS, "dot": tuple(DOTS), "digit": DIGITS}
 FAMILIES = tuple(prefix + m for prefix in ("", "pair_", "count_") for m in MARKS)
 _CONTRAST = {"pattern": 45, "digit": 34}   # standard deviation around the object's colour, levels
 _PERIOD = 3        # of every texture, pixels: with no mean contrast, resizing to a third leaves nothing of it
-_BLOTCH = 6.0      # of digits' surfaces, levels: hides what the glyph's edges leave when resized
+_BLOTCH = 6.0      # standard deviation of blotches on digits' surfaces, levels: they hide what resizing leaves of edges
 _LIGHT = 70        # how much the wall's red grows to the right, and its blue downwards, levels
 _NOISE = 5.0       # standard deviation of the pixel noise, levels
-VERSION = 3       # raise it when `draw` changes: stored sets are named by it
+VERSION = 3       # to be raised when `draw` changes: stored sets are named by it
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """What is drawn; see `config.py`, section `data.needle`.
 
-  With `guessable` above 0 that share of the train split can be answered without a zoom: there, an object's mark
-  follows from its colour.  The other splits never have such pictures.
+  With `guessable` above 0, that share of the train split can be answered without a zoom: an object's mark follows
+  from its colour.  Other splits never have such pictures.
   """
 
   families: tuple[str, ...] = ("pattern", "pair_pattern")
@@ -100,8 +100,8 @@ class Question:
 
   Attributes:
     text: in words.
-    targets: the objects that have to be looked at, in the order to do it.
-    counted: the mark whose bearers are to be counted; None for the other questions.
+    targets: the objects that have to be looked at, in the order in which to do so.
+    counted: the mark whose objects are to be counted; None for other questions.
   """
 
   text: str
@@ -109,7 +109,7 @@ class Question:
   counted: str | None = None
 
   def answer(self, marks: Sequence[str]) -> str:
-    """What follows from the marks that were read on the targets."""
+    """The answer that follows from the marks that were read on the targets."""
     if self.counted is not None:
       return str(list(marks).count(self.counted))
     return marks[0] if len(marks) == 1 else "yes" if marks[0] == marks[1] else "no"
@@ -122,12 +122,12 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """A picture and what is on it.
+  """A picture and what is in it.
 
   Attributes:
-    pixels: uint8[side, side, 3].
+    pixels: uint8[side, side, 3], or None once they have been encoded.
     things: the objects.
-    mark: which kind of mark they carry, a key of `MARKS`.
+    mark: the kind of mark that they carry, a key of `MARKS`.
   """
 
   pixels: np.ndarray
@@ -136,7 +136,7 @@ class Scene:
 
 
 def _texture(mark: str, kind: str, colour: np.ndarray, h: int, w: int, rng: np.random.Generator) -> np.ndarray:
-  """float32[h, w, 3]: an object's surface, its mean the object's colour whatever the mark."""
+  """float32[h, w, 3]: an object's surface; its mean is the object's colour, whatever the mark."""
   period = _PERIOD
   half = period // 2
   y, x = np.mgrid[:h, :w] + rng.integers(0, period, 2)[:, None, None]
@@ -151,9 +151,9 @@ def _texture(mark: str, kind: str, colour: np.ndarray, h: int, w: int, rng: np.r
     share = 2 * share * (1 - share) if mark == "checks" else share
     return surface + _CONTRAST[kind] * _balanced(on, share)[..., None]
   if kind == "dot":
-    # Short of pure black and white, so that noise is not cut off on one side.
+    # Not quite black and white, so that noise is not cut off on one side.
     step = np.clip(np.asarray(DOTS[mark], np.float32), 15, 240) - colour
-    share = share ** 2  # dots take the whole step, all else takes it back: no mean contrast
+    share = share ** 2  # dots take the whole step, and all else makes up for it: no mean contrast
     return surface + np.where((rows & columns)[..., None], step, -step * share / (1 - share))
   # The glyph is made of whole cells of the texture, so that its edges have no mean contrast either.
   middle = [np.clip(v - v % period + half - v[0, 0], 0, n - 1) for v, n in ((y, h), (x, w))]
@@ -163,7 +163,7 @@ def _texture(mark: str, kind: str, colour: np.ndarray, h: int, w: int, rng: np.r
 
 
 def _balanced(on: np.ndarray, share: float) -> np.ndarray:
-  """`on`, a `share` of it True, as numbers of mean 0 and standard deviation 1."""
+  """`on`, of which `share` is True, as numbers with mean 0 and standard deviation 1."""
   return (on - share) / np.sqrt(share * (1 - share))
 
 
@@ -179,7 +179,7 @@ def _glyph(digit: str, h: int, w: int) -> np.ndarray:
 def _background(side: int, rng: np.random.Generator) -> np.ndarray:
   """float32[side, side, 3]: a dull wall, warm light from the right and cold light from below, grey clutter.
 
-  The light is always from there: it tells places apart for a vision tower that has no learned positions and
+  The light always comes from there: it tells places apart for a vision tower that has no learned positions and
   only two million parameters to make up for that.
   """
   grey, tint = rng.uniform(115, 140), rng.uniform(-8, 8, 3).astype(np.float32)
@@ -272,9 +272,9 @@ def ask_pair(scene: Scene, i: int, j: int) -> Question:
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Question:
-  """How many of the objects carry a mark that at least one does; the numbers that occur are as likely as each other.
+  """How many of the objects carry a mark that at least one carries; all counts that occur are equally likely.
 
-  Nothing says where to begin: the targets are in the order of `COLOURS`.
+  The question names no object to begin with, so the targets are in the order of `COLOURS`.
   """
   things = tuple(sorted(scene.things, key=lambda t: list(COLOURS).index(t.colour)))
   carried, by_number = [t.mark for t in things], {}
@@ -309,7 +309,7 @@ def draw(seed: int, stream: str, index: int, cfg: Config) -> tuple[types.Task, S
     The task, and the scene behind it (for demonstrations and tests).
   """
   rng = rng_for(seed, stream, index)
-  # From a generator of its own: the other pictures are the same whatever the share.
+  # From a separate generator, so that the other pictures are the same, whatever the share.
   guessable = stream == "train" and rng_for(seed, "guess", index).random() < cfg.guessable
   family = cfg.families[index % len(cfg.families)]
   kind, _, mark = family.rpartition("_")
@@ -325,7 +325,7 @@ def draw(seed: int, stream: str, index: int, cfg: Config) -> tuple[types.Task, S
 
 
 def choose_pair(scene: Scene, rng: np.random.Generator) -> tuple[int, int]:
-  """Two objects, as often of the same mark as of different ones where the picture allows it."""
+  """Two objects, equally often with the same mark and with different ones, where the picture allows it."""
   n = len(scene.things)
   pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
   same = [p for p in pairs if scene.things[p[0]].mark == scene.things[p[1]].mark]

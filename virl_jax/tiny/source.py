@@ -28,7 +28,7 @@ class Source:
                       tuple(types.Box(*b) for b in fields["boxes"]), None, fields["kind"])
 
   def fingerprint(self) -> str:
-    """The same for the same pictures, of both splits: of what they are drawn from, the configuration and `VERSION`."""
+    """A hash that is the same for the same pictures, and for both splits: of the configuration and `needle.VERSION`."""
     return f"needle-{self._digest}"
 
   def describe(self) -> str:

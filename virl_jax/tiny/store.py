@@ -15,14 +15,14 @@ from virl_jax.run import progress
 from virl_jax.run import signals
 from virl_jax.tiny import needle
 
-tfds.disable_progress_bar()  # it draws into pipes and files, too
+tfds.disable_progress_bar()  # it also draws into pipes and files
 
 
 class Needle(tfds.core.GeneratorBasedBuilder):
   """Needle pictures with questions, answers and rationale boxes.
 
   Args:
-    cfg: what is drawn.  One configuration a folder: `source.load` names the folder by a hash of it.
+    cfg: what is drawn.  A folder has one configuration: `source.load` names it by its hash.
     folder: where the set is.
   """
 
@@ -45,7 +45,7 @@ class Needle(tfds.core.GeneratorBasedBuilder):
     return self._examples(split, size)
 
   def _log_download_bytes(self):
-    """Nothing is downloaded: TFDS would say that it is."""
+    """Prints nothing: TFDS would say that it downloads, and nothing is downloaded."""
 
   _log_download_done = _log_download_bytes
 
@@ -62,13 +62,13 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
   """The split's records, {"image": bytes, "task": JSON}; generates the set if the folder lacks it.
 
   Args:
-    folder: of this configuration alone.
+    folder: for this configuration only.
     split: "train" or "test".
-    cfg: what to draw if need be.
+    cfg: what to draw if the folder lacks it.
   """
   kept = pathlib.Path(Needle(cfg, folder).data_dir)
   if not kept.exists():
-    # In another folder first, and then renamed: runs that start together all draw, and the first to finish is kept.
+    # Drawn in another folder, which is then renamed: runs that start together all draw, and the first to finish wins.
     kept.parent.mkdir(parents=True, exist_ok=True)
     with (tempfile.TemporaryDirectory(dir=folder) as elsewhere,
           signals.closing(lambda: shutil.rmtree(elsewhere, ignore_errors=True))):
@@ -79,5 +79,5 @@ def read(folder: pathlib.Path, split: str, cfg: needle.Config):
       except OSError:
         if not kept.exists():
           raise
-  # A new builder, whichever process drew the set: one only knows the splits that were there when it was made.
+  # A new builder, because a builder only knows the splits that were there when it was made.
   return Needle(cfg, folder).as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})

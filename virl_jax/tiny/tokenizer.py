@@ -1,7 +1,7 @@
 """The tiny base's tokenizer: byte-level BPE with Qwen's special tokens, digits one token each.
 
 The vocabulary is learned from the protocol's fixed text as whole strings and from the needle task's
-words one by one, so that boilerplate costs a token and coordinates cost one a digit.
+words one by one, so that boilerplate costs one token, and coordinates cost one for each digit.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from virl_jax.tiny import needle
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
            "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-# Added tokens that are text, not control: decoding keeps them, as in Qwen2.5.
+# Added tokens that are text and not control tokens: decoding keeps them, as in Qwen2.5.
 ADDED = ("<tool_call>", "</tool_call>")
 
-# Our writing of Qwen2.5's chat format: roles, tools in the system turn, calls and responses in tags, and images
-# as Qwen2.5-VL has them.
+# Qwen2.5's chat format in our own words: roles, tools in the system turn, calls and responses in tags, and images
+# as in Qwen2.5-VL.
 CHAT_TEMPLATE = """\
 {%- macro words(content) -%}
   {%- if content is string -%}{{- content -}}
@@ -68,7 +68,7 @@ CHAT_TEMPLATE = """\
 
 
 def _corpus(system: str) -> list[str]:
-  """Strings to learn merges from; no merge crosses from one into another."""
+  """Strings to learn merges from; no merge goes across two of them."""
   call = prompt.call_text(zoom.call((0, 0, 0, 0)))
   fixed = [f"system\n{system}", "user\n", "assistant\n", "user\n<tool_response>\n", "\n</tool_response>", "\n",
            *call.replace("<tool_call>", "0").replace("</tool_call>", "0").replace("2", "0").split("0"),
@@ -90,7 +90,7 @@ def build(folder: str | pathlib.Path, system: str, vocab: int = 1024):
     folder: where tokenizer.json, tokenizer_config.json, chat_template.jinja and
       preprocessor_config.json go.
     system: the system turn that the tiny policy is shown.
-    vocab: most tokens.
+    vocab: most tokens in the vocabulary.
 
   Returns:
     The transformers tokenizer, read back from the folder.
@@ -116,12 +116,12 @@ def build(folder: str | pathlib.Path, system: str, vocab: int = 1024):
       "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 7056, "patch_size": 14,
       "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
       "image_std": [0.26862954, 0.26130258, 0.27577711]}, indent=2) + "\n")
-  import transformers  # seconds to import
+  import transformers  # takes seconds to import
   return transformers.AutoTokenizer.from_pretrained(str(folder))
 
 
 def token_ids(tokenizer) -> dict:
-  """The ids that `qwen.Config` wants, by its field names."""
+  """The ids that `qwen.Config` needs, by its field names."""
   names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start": "<|vision_start|>",
            "vision_end": "<|vision_end|>", "vision_pad": "<|vision_pad|>"}
   ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in names.items()}

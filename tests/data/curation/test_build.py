@@ -1,4 +1,4 @@
-"""Building sets: what is counted, one result whoever makes the parts, and going on after any end."""
+"""Building sets: what is counted, the same result whichever process makes the parts, and going on after any end."""
 
 import collections
 import io
@@ -45,7 +45,7 @@ def raw(tmp_path):
                                          "boxes": [[1, 2, 10, 20]], "id": f"r{i}", "task": f"k{i % 2}", **fields})
   lines = [line(i) for i in range(16)]
   lines += [line(16, boxes=[[-5, 2, 10, 50], [1, 1, 2, 2]]), line(17, boxes=[[1, 40, 9, 60]]), line(18, boxes=[]),
-            line(19, question="q0?", image="img/0.png")]  # the last is the first by another name
+            line(19, question="q0?", image="img/0.png")]  # the last is the first under another name
   lines += [line(0), line(1, image="img/9.png"), line(22, image="img/none.png"), line(23, image="img/no.png"),
             line(24, image="img/cut.png"), "nonsense", line(26, answers=[], boxes=[[5, 5, 5, 9]]),
             line(27, question="")]
@@ -63,7 +63,7 @@ def job(raw, out, **fields):
 
 
 def content(out):
-  """All files of a set, but for tensorflow-datasets' own two."""
+  """All files of a set, except tensorflow-datasets' own two."""
   folder = pathlib.Path(out) / "jsonl-train"
   return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
           if p.is_file() and p.name not in ("dataset_info.json", "features.json", "set.json")}
@@ -126,7 +126,7 @@ def test_whoever_makes_the_parts_the_bytes_are_the_same(how, raw, tmp_path):
 
 
 def test_a_build_that_ends_anywhere_goes_on(raw, tmp_path, monkeypatch):
-  """Ended before each of the things that it does to files, in turn."""
+  """It is ended before each of its operations on files, in turn."""
   build.run(job(raw, tmp_path / "whole"))
   want, ended, made = content(tmp_path / "whole"), 0, []
   replace, make_part = os.replace, parts.make_part
@@ -156,7 +156,7 @@ def test_a_build_that_ends_anywhere_goes_on(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "make_part", lambda job, chunk: made.append(chunk[0]) or make_part(job, chunk))
     build.run(job(raw, out))
     assert content(out) == want, ended
-    assert not there & {f"part-{number:06d}" for number in made}  # what was made is not made again
+    assert not there & {f"part-{number:06d}" for number in made}  # existing parts are not made again
     made.clear()
     monkeypatch.setattr(parts, "make_part", make_part)
     ended += 1
@@ -262,7 +262,7 @@ def test_another_sub_command_is_refused():
 def test_beam_gives_the_same_bytes(raw, tmp_path):
   pytest.importorskip("apache_beam")
   build.run(job(raw, tmp_path / "one"))
-  # In this process: workers of their own would have chunks of another size.
+  # In this process: separate workers would have chunks of another size.
   options = ["--runner=DirectRunner", "--direct_running_mode=in_memory"]
   assert build.run(job(raw, tmp_path / "beam"), beam_options=options).to_dict() == WANT
   assert content(tmp_path / "one") == content(tmp_path / "beam")
@@ -289,11 +289,11 @@ def test_beam_goes_on_where_another_way_ended(raw, tmp_path):
      "project", "p"),
     (["--runner=DirectRunner", "--direct_num_workers=2"], "DirectOptions", "direct_num_workers", 2)])
 def test_beam_s_other_runners_take_their_flags(options, view, flag, value, raw, tmp_path):
-  """The pipeline is built and not run: no cluster is here."""
+  """The pipeline is built but not run: there is no cluster."""
   pytest.importorskip("apache_beam")
   from apache_beam.options import pipeline_options
   from apache_beam.runners.direct import direct_runner
-  # Dataflow's own runner asks the cloud for its buckets as soon as it is made.
+  # Dataflow's own runner asks the cloud for buckets as soon as it is made.
   runner = direct_runner.DirectRunner() if "--runner=DataflowRunner" in options else None
   made = build.pipeline(job(raw, tmp_path / "out"), options, runner)
   assert getattr(made._options.view_as(getattr(pipeline_options, view)), flag) == value

@@ -13,7 +13,7 @@ from virl_jax.data.curation import facts
 
 
 def photo(seed: int, size=(320, 240)) -> Image.Image:
-  """Something with structure, another for each seed."""
+  """A picture with structure, different for each seed."""
   rough = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), np.uint8)
   return Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC)
 
@@ -62,7 +62,7 @@ def test_a_picture_saved_again_is_near(change):
 def test_near_is_what_a_slow_loop_finds():
   rng = np.random.default_rng(1)
   looks = []
-  for _ in range(60):  # clusters of hashes, with a few bits turned
+  for _ in range(60):  # clusters of hashes that differ in a few bits
     bits, thumb = int(rng.integers(0, 2 ** 63)), rng.integers(0, 255, 768).astype(np.uint8)
     for _ in range(4):
       turned = bits

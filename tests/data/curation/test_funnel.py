@@ -1,5 +1,5 @@
-"""Curation as a whole: what is left and said of the rest, stopping anywhere, and asking nobody twice.  What a policy
-says is played here."""
+"""Curation as a whole: which tasks are left and why others are not, stopping anywhere, and asking for nothing twice.  A
+policy's answers are played here."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ HOSTILE = '<script>alert(1)</script>"'
 
 
 def make(folder: pathlib.Path, source: str, tasks: list[dict], raw: pathlib.Path | None = None) -> None:
-  """A finished set, pictures in it or in a raw folder."""
+  """Writes a finished set, with pictures in it or in a raw folder."""
   made, digests = [], []
   for i, fields in enumerate(tasks):
     data = fields.pop("data")
@@ -51,7 +51,7 @@ def make(folder: pathlib.Path, source: str, tasks: list[dict], raw: pathlib.Path
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  """Two sets: 30 tasks in one, 6 in a raw folder; by the rules, 5 are to go."""
+  """Two sets: one with 30 tasks, one with 6 whose pictures are in a raw folder; the rules drop 5."""
   tmp_path = tmp_path_factory.mktemp("data")
   raw = tmp_path / "raw"
   raw.mkdir()
@@ -74,7 +74,7 @@ def job(data, out, **fields) -> funnel.Job:
 
 
 class Played:
-  """A policy whose answers depend on the task and the seed; some tasks are always solved, some never, some blind."""
+  """A policy whose answers depend on task and seed: it solves some tasks always, some never, some without zooming."""
 
   def __init__(self):
     self.asked = []
@@ -85,7 +85,7 @@ class Played:
     for i, seed in enumerate(seeds):
       task = tasks[i // samples]
       self.asked.append((task.uid, zooms, seed))
-      way = int(task.provenance[:2], 16) % 4  # never, always, blind, now and then
+      way = int(task.provenance[:2], 16) % 4  # never, always, without zooming, now and then
       right = way == 1 and zooms or way == 2 and not zooms or way == 3 and zooms and seed % 2
       said = types.Turn("assistant", np.arange(2), action="zoom", region=types.Box(0, 0, 2, 2)) if zooms else None
       found.append(types.Trajectory(task, i, np.zeros(1, np.int32), [said] if said else [], [],
@@ -129,7 +129,7 @@ def test_what_is_left_and_what_is_said_of_the_rest(data, tmp_path):
     assert int(line["provenance"][:2], 16) % 4 == 3, "those that are solved now and then, with zooms"
   n_asked = sum(1 for line in rejects + kept if line["pass_with"] is not None)
   assert n_asked == 30 and len(played.asked) == 30 * 6 and len({seed for _, _, seed in played.asked}) == 180
-  # Training reads it.
+  # Training reads the result.
   c = config_lib.default()
   c.data.source, c.data.path = "set", str(out)
   found = [*sources.load(c, "train").tasks, *sources.load(c, "test").tasks]
@@ -137,7 +137,7 @@ def test_what_is_left_and_what_is_said_of_the_rest(data, tmp_path):
   original = {t.uid: t for name in ("a-train", "b-train") for t in sets.load(data / name, "all", 0.5, 0).tasks}
   for task in found:
     assert vars(task) == vars(original[task.uid]) and images.decode(task.image).size == (320, 240)
-  # From easy to hard, by what the policy made of them.
+  # From easy to hard, by how often the policy solved them.
   c.data.easy_first_epochs, c.data.easy_first_width = 1, 0.0
   source, rate_of = sources.load(c, "train"), {line["uid"]: line["pass_with"] for line in kept}
   rates = [rate_of[source.task(source.plan.due(0, step, 1)[0]).uid] for step in range(len(source))]
@@ -177,7 +177,7 @@ def test_stopped_anywhere_it_ends_as_if_it_had_not_been(data, tmp_path, monkeypa
   monkeypatch.setattr(funnel.files, "write_bytes", dying)
   stops = 0
   while True:
-    left[0] = 3  # three files further each time
+    left[0] = 3  # three more files each time
     try:
       funnel.run(job(data, out), Played().asker())
       break
@@ -246,7 +246,7 @@ def test_folders_that_are_not_its_own_are_left_alone(data, tmp_path):
 
 @pytest.fixture
 def benchmark(tmp_path):
-  """Two records on pictures of which one is in the data, saved again; and one of which the picture is gone."""
+  """Two records with pictures, one of which is in the data, saved again; and one whose picture is missing."""
   folder = tmp_path / "bench"
   folder.mkdir()
   (folder / "x.jpg").write_bytes(saved(photo(5), "JPEG", quality=60))
@@ -272,7 +272,7 @@ def test_benchmarks_are_kept_out(data, tmp_path, benchmark):
 @pytest.mark.parametrize("together", [False, True], ids=["endpoint", "engine"])
 @pytest.mark.parametrize("n", [2, 3])
 def test_several_processes_leave_what_one_does(data, tmp_path, monkeypatch, n, together):
-  """With an endpoint each asks about shards of its own; with the engine, all of them about each, some tasks each."""
+  """With an endpoint, each asks about its own shards; with the engine, all take part in each shard, with some tasks."""
   funnel.run(job(data, tmp_path / "one" / "out"), Played().asker())
   want, played, died = content(tmp_path / "one" / "out"), [Played() for _ in range(n)], []
 

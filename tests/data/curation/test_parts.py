@@ -1,4 +1,4 @@
-"""The parts of a set: what they are made for, how large they get, and ids that come but once."""
+"""The parts of a set: what jobs are refused, how large parts get, and ids that come only once."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Files of recorded conversations become scripts; what is none is counted by reason."""
+"""Files of recorded conversations become scripts; records that can't are counted by reason."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ def read(path, **choice):
 
 
 def only(path, **choice):
-  """The one script of a file."""
+  """The only script in a file."""
   found = read(path, **choice)
   assert not found.left_out and not found.not_chosen
   (it,) = found.scripts.values()
@@ -145,7 +145,7 @@ def test_our_own_rollouts(folder):
   assert found.task == types.Task("t", str(folder / "a.png"), "Which?", ("B",), (types.Box(1, 2, 3, 4),), None, "k")
   assert found.said == (script.Verbatim("look", (4, 5), False), script.Verbatim("<answer>B</answer>"))
   assert (found.reward, found.correct, found.folder) == (1.0, True, "")
-  # A picture that was shrunk, or stored with loss, is looked up elsewhere.
+  # The original of a picture that was shrunk, or stored with loss, is looked up elsewhere.
   for image, whole in ((uri((200, 100)), True), (uri((100, 50)), False), (uri((200, 100), "JPEG"), False),
                        (None, False)):
     found = only(write(folder / "step.jsonl", [rollout(image=image)], lines=True))

@@ -10,9 +10,9 @@ from virl_jax.data.sources import fields
     ("What?\nA. x\nB. y", "What?", ("x", "y")), ("What?\n(A) x\n(B) y\n(C) z", "What?", ("x", "y", "z")),
     ("What?\nA: x\nB: y\nAnswer with the option's letter.", "What?", ("x", "y")),
     ("What?\nOptions:\nA. x\nB. y", "What?", ("x", "y")), ("Two\nlines?\n\nA. x\n\nB. y", "Two\nlines?", ("x", "y")),
-    ("What?\nA. x", "What?\nA. x", None),                  # one is none
-    ("What?\nB. x\nC. y", "What?\nB. x\nC. y", None),      # nor do they begin at B
-    ("A. x\nB. y", "A. x\nB. y", None),                    # and a question comes before
+    ("What?\nA. x", "What?\nA. x", None),                  # one is not enough
+    ("What?\nB. x\nC. y", "What?\nB. x\nC. y", None),      # options begin at A
+    ("A. x\nB. y", "A. x\nB. y", None),                    # and follow a question
     ("What?\nA. x\nB. y\nand so on", "What?\nA. x\nB. y\nand so on", None),
     ("Was A. Lincoln here?", "Was A. Lincoln here?", None), (17, "17", None)])
 def test_questions(text, question, options):

@@ -1,4 +1,4 @@
-"""Small samples of every publisher's format, made here: all their fields, and the traps that real files hold."""
+"""Small samples of every publisher's format, made here: all their fields, and the traps in real files."""
 
 import collections
 import json
@@ -158,7 +158,7 @@ def test_visual_cot_s_items(tmp_path):
 
 
 def test_visual_cot_prefers_floats(tmp_path):
-  """Of a set in both layouts the metadata, of an item in benchmark_det that box, if it is the same one."""
+  """For a set in both layouts, the metadata is read; for an item in benchmark_det, that box, if it is the same one."""
   put(tmp_path, "viscot_363k.json", [cot_item(), cot_item("cub", 9)])
   put(tmp_path, "metadata/vsr_cot_train.jsonl", [cot_line()])
   assert [(raw.kind, raw.boxes[0][0]) for raw in read("visual_cot", tmp_path)] == [("vsr", 343.87), ("cub", 343)]
@@ -209,7 +209,7 @@ def test_textvqa_joins_by_image_and_question_and_never_by_id(tmp_path):
   counts = collections.Counter()
   for raw in got[:5]:
     counts.update(raw.notes)
-  assert counts == {"joined with Visual-CoT": 2, "not in Visual-CoT": 3}  # the join's yield
+  assert counts == {"joined with Visual-CoT": 2, "not in Visual-CoT": 3}  # how many boxes were joined
   assert reasons(got) == ["another split", "fields are missing"]
   assert not any(raw.notes or raw.boxes for raw in read("textvqa", tmp_path)[:5])
 
@@ -273,7 +273,7 @@ def test_visual7w_telling_and_pointing(tmp_path):
   assert telling[0].notes == {"telling questions with boxes": 1}
   assert telling[1].notes == {"telling questions without boxes": 1}
   assert all(sorted(raw.options) == ["Bed.", "Chair.", "Grass.", "Table."] for raw in telling)
-  assert len({raw.options.index("Grass.") for raw in telling}) > 2  # and not at A in each
+  assert len({raw.options.index("Grass.") for raw in telling}) > 2  # and not always at A
   assert [raw.options for raw in telling] == [raw.options for raw in read("visual7w", tmp_path)[:12]]
   pointing = next(raw for raw in got if getattr(raw, "kind", "") == "visual7w_pointing")
   assert (pointing.uid, pointing.answers, pointing.boxes) == ("pointing/100", (), ((-1, -1, 30, 40),))
@@ -416,7 +416,7 @@ def test_hf_parquet(tmp_path):
 
 
 def test_visualprobe_made_into_parquet(tmp_path):
-  """Its publishers have JSON beside pictures; what others make of it has schemas that are read anyway."""
+  """Its publishers have JSON beside pictures; parquet files that others make have schemas that other sources read."""
   probe = {"problem": "<image>\nWhat is on the sign?", "solution": "stop", "doc_id": 4, "data_source": "visual_probe"}
   put_rows(tmp_path / "hf", "data/train-00000-of-00001.parquet", [
       probe | {"images": [{"bytes": b"x", "path": "1.png"}]}])

@@ -1,5 +1,5 @@
-"""Real records in their publishers' own formats: each loader gives the counts that were taken from the files by other
-code (expected.json beside them); every figure is read from there."""
+"""Real records in their publishers' own formats: each loader gives the counts that other code took from the files;
+expected.json beside them holds these."""
 
 import collections
 import json
@@ -22,7 +22,7 @@ def expected():
 
 
 def read(source, folder, split, **more):
-  """The raw records, none of which is a reject; and what they come to, for the sizes that they state."""
+  """The raw records, none of which is a reject; and their counts, if pictures have the sizes that they state."""
   raws = list(table.SOURCES[source].read(str(NATIVE / folder), split, **more))
   assert not [r for r in raws if isinstance(r, records.Reject)]
   counts = records.Counts()
@@ -136,7 +136,7 @@ def test_visual_cot_s_benchmark(expected):
     assert sum("boxes from benchmark_det" in raw.notes for raw in own) == want["det_bbox_truncates_to_item_box"]
     assert not any("Please provide" in raw.question or "<image>" in raw.question for raw in own)
   whole = sum(side != int(side) for raw in raws if raw.kind == "vsr" for box in raw.boxes for side in box)
-  assert whole  # the floats, and not what is left of them in the items
+  assert whole  # the floats, not the whole numbers that the items have
 
 
 def test_grit(expected):

@@ -1,4 +1,4 @@
-"""From what a reader yields to a task: repairs by hand, reasons, and sums."""
+"""From what a reader yields to a task: repairs worked out by hand, reasons, and counts."""
 
 import dataclasses
 import json

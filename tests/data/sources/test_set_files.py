@@ -1,4 +1,4 @@
-"""What lies in a finished set: tasks as they were, by a spec of tensorflow-datasets, and ends that are repeated."""
+"""The files of a finished set: tasks as they were, in a spec of tensorflow-datasets; and finishing again."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ def test_a_task_comes_back_as_it_was():
 def test_what_is_stored_is_the_spec(tmp_path):
   task = a_task(5)
   got = set_files.features().deserialize_example_np(set_files.encode(task))
-  assert set_files.features().serialize_example(set_files.features().encode_example(got))  # they know each field
+  assert set_files.features().serialize_example(set_files.features().encode_example(got))  # TFDS knows each field
   assert set(got) == {*set_files.TEXTS, *set_files.LISTS, "image", "image_path", "boxes"}
   assert {f.name for f in dataclasses.fields(types.Task)} <= set(got)
 
@@ -33,7 +33,7 @@ def test_an_end_that_was_cut_off_is_repeated(tmp_path):
   folder = tmp_path / "s"
   folder.mkdir()
   parts = [set_files.write_part(folder / f"p{i}", [a_task(i)], [digest_of(a_task(i))]) for i in range(3)]
-  os.replace(folder / "p0", folder / "gqa-train.array_record-00000-of-00003")  # as far as it came
+  os.replace(folder / "p0", folder / "gqa-train.array_record-00000-of-00003")  # as far as an interrupted end got
   (folder / "gqa-train.array_record-00000-of-00007").write_bytes(b"of an earlier build")
   for _ in range(2):
     set_files.finish(folder, "gqa", "train", parts, "", {})

@@ -1,4 +1,4 @@
-"""Finished sets: what is written is read back, by us and by tensorflow-datasets; both sides are dealt by image."""
+"""Finished sets: what is written is read back, by us and by tensorflow-datasets; the split is by image."""
 
 import collections
 import dataclasses
@@ -55,7 +55,7 @@ def test_a_set_is_read_back_lazily_and_in_order(tmp_path):
 
 
 def test_tensorflow_datasets_reads_it_as_its_own(tmp_path):
-  """In a process of its own: TensorFlow must not come with it."""
+  """In its own process, because TensorFlow must not be imported with it."""
   tasks = write(tmp_path / "out", [a_task(i) for i in range(5)], root=str(tmp_path))
   code = f"""
 import sys, tensorflow_datasets as tfds
@@ -91,7 +91,7 @@ def test_sides_are_dealt_by_image(tmp_path):
   assert len(set(test.image_N.tolist())) == len(images[1])
   other = sets.load(tmp_path / "s", "test", 0.25, 4)
   assert {t.image for t in other.tasks} != images[1]
-  # each image is held out about as often as the share says
+  # Each image is held out about as often as the fraction says.
   held = collections.Counter(t.image for seed in range(40) for t in sets.load(tmp_path / "s", "test", 0.25, seed).tasks)
   assert len(held) == 50 and max(held.values()) < 4 * 40 * 0.65
 

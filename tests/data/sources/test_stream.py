@@ -1,4 +1,4 @@
-"""Raw files a record at a time: whatever json makes of the whole, in pieces of any size; and what is refused."""
+"""Raw files a record at a time: the same as json gives for the whole, in pieces of any size; and what is refused."""
 
 import json
 import tracemalloc

@@ -1,4 +1,4 @@
-"""A second visual action, of this file's own: rolled out, scored, trained on and drawn beside the zoom."""
+"""A second visual action, defined in this file: rolled out, scored, trained on and drawn beside the zoom."""
 
 import dataclasses
 import sys
@@ -62,7 +62,7 @@ def carry_out(policy, row, asked):
 
 
 class Dialect(prompt.Codec):
-  """The shipped base knows one tool.  Here a call that follows a thought spells the other one's name."""
+  """The tiny base knows only one tool: here a call that follows a thought is given the other one's name."""
 
   def decode(self, ids):
     text = super().decode(ids)
@@ -122,7 +122,7 @@ def test_both_are_scored_and_trained_on(played, scope):
   line = pooled.merge([metrics])
   assert line["rationale_count"] == np.mean([len(t.regions) for t in found]) and line["mean_iou"] > 0
   assert (np.asarray(scored.class_BR) != credit.NONE).sum() == sum(len(t.regions) for t in found)
-  if scope == "turn":  # the update is the same program whatever the scope
+  if scope == "turn":  # the update is the same program for every scope
     state, metrics = step_lib.update_step(state, scored, cfg)
     assert np.isfinite(pooled.merge([metrics])["loss/total"]) and int(state.update) == 1
 

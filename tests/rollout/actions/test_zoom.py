@@ -48,13 +48,13 @@ def test_expanded_regions(picture_wh, corners, min_side, aspect):
   (x1, x2), (y1, y2) = sorted(corners[:2]), sorted(corners[2:])
   w, h = picture_wh
   box = types.Box(x1 * w, y1 * h, x2 * w, y2 * h)
-  hypothesis.assume(min(box.x2 - box.x1, box.y2 - box.y1) >= 1e-3)  # as `zoom.check` sees to
+  hypothesis.assume(min(box.x2 - box.x1, box.y2 - box.y1) >= 1e-3)  # `zoom.check` makes sure of this
   cfg = images.Config(crop_min_side_px=min_side, crop_max_aspect=aspect)
   got = zoom.expand(box, picture_wh, cfg)
   assert 0 <= got.x1 <= box.x1 and box.x2 <= got.x2 <= w and 0 <= got.y1 <= box.y1 and box.y2 <= got.y2 <= h
   gw, gh, near = got.x2 - got.x1, got.y2 - got.y1, 1e-6
   assert gw >= min(min_side, w) - near and gh >= min(min_side, h) - near
-  if min(w, h) >= max(gw, gh):  # the picture did not get in the way
+  if min(w, h) >= max(gw, gh):  # the picture is large enough
     assert max(gw, gh) <= aspect * min(gw, gh) * (1 + near) + near
   bw, bh = box.x2 - box.x1, box.y2 - box.y1
   if min(bw, bh) >= min_side and max(bw, bh) <= aspect * min(bw, bh):

@@ -1,7 +1,7 @@
 """The last stage: which tasks need zooming, and are neither hopeless nor always solved, by a policy's answers.
 
-Source: the paper filters by reasoning (tasks that are solved without zooming go) and by difficulty; its thresholds are
-not published in what we have: these are ours.
+Source: the paper filters by reasoning (it drops tasks that are solved without zooming) and by difficulty.  We know no
+published thresholds: these are ours.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Config:
 
 
 def rate(scores: Sequence[float]) -> float | None:
-  """Share of samples that are right, by `answers.RIGHT`; None of none."""
+  """Share of samples that are right, by `answers.RIGHT`; None if there are no samples."""
   return sum(score >= answers_lib.RIGHT for score in scores) / len(scores) if scores else None
 
 
@@ -40,10 +40,10 @@ def judge(with_zoom: Sequence[float], without: Sequence[float], cfg: Config, who
   """Why a task is dropped; None if it stays.
 
   Args:
-    with_zoom: what its samples with zooming are worth, each in [0, 1]; of none, nothing is concluded.
+    with_zoom: scores of its samples with zooming, each in [0, 1]; from none, nothing is concluded.
     without: the same with zooming off.
     cfg: thresholds.
-    whole: whether its rationale is the whole picture and it is kept for that: it may be solved without zooming.
+    whole: whether its rationale box is the whole picture and such tasks are kept: it may be solved without zooming.
   """
   looked, blind = rate(with_zoom), rate(without)
   if blind is not None and blind > cfg.most_without and not whole:

@@ -1,14 +1,14 @@
 """From a source's raw folder to a finished set (`data/sources/set_files.py`): what `curate build` does.
 
-Its parts (`parts`) are made in this process, in others, or in a Beam pipeline.  A part that is written is not made
-again: a build that was interrupted goes on, and all ways give the same bytes.  In DIR/SOURCE-SPLIT/:
+A set's parts (`parts`) are made in this process, in others, or in a Beam pipeline; the bytes are always the same.  A
+part that has been written is not made again, so that an interrupted build can go on.  In DIR/SOURCE-SPLIT/:
 
     the set, see `set_files`
     counts.json      records read, tasks, boxes ok, clipped and unusable, rejects by reason; see `records.Counts`
     rejects.jsonl    {"where", "reason", "detail"} of each
-    .build/          while it is made: plan.json (what is made of what), parts and their reports
+    .build/          while the set is made: plan.json (what it is made from), parts and their reports
 
-and in DIR/ the counts of all of them by name (counts.json), and their rejects, with source and split (rejects.jsonl).
+and in DIR/ the counts of all sets by name (counts.json), and their rejects, with source and split (rejects.jsonl).
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _EXAMPLES = 3
 
 def run(job: parts_lib.Job, jobs: int = 1, beam_options: list[str] | None = None,
         say: Callable[[str], None] = lambda line: None) -> records.Counts:
-  """Builds a set, or goes on with it, or leaves it as it is if it is whole and of the same files.
+  """Builds a set, or goes on with it, or leaves it as it is if it is whole and made from the same files.
 
   Args:
-    job: what.
+    job: what to build.
     jobs: how many processes make parts; with 1, this one does.
-    beam_options: a Beam pipeline makes them instead, with these options, such as --runner=DirectRunner.
-    say: is told what goes on.
+    beam_options: if given, a Beam pipeline makes the parts, with these options, such as --runner=DirectRunner.
+    say: called with each line of progress.
 
   Returns:
     What became of the records.
 
   Raises:
-    ValueError: the raw folder or a file of it is not what is wanted, or more than the given share was rejected, or
-      there is no task.  What was made stays, and another start goes on from there.
+    ValueError: the raw folder or a file of it is not what is wanted, or a larger share than allowed was rejected, or
+      there is no task.  The parts made so far are kept, and another start goes on from there.
   """
   plan = _plan(job)
   counts = _built(job.folder, plan)
@@ -65,7 +65,7 @@ def run(job: parts_lib.Job, jobs: int = 1, beam_options: list[str] | None = None
 
 
 def gather(out: str) -> dict[str, dict]:
-  """Writes DIR/counts.json and DIR/rejects.jsonl, of all sets in DIR.
+  """Writes DIR/counts.json and DIR/rejects.jsonl for all sets in DIR.
 
   Args:
     out: DIR.
@@ -92,9 +92,9 @@ def pipeline(job: parts_lib.Job, options: list[str], runner=None):
   """The Beam pipeline that makes a job's parts; it is not run.
 
   Args:
-    job: what; DIR must be a file system that all workers see.
+    job: what to build; DIR must be on a file system that all workers see.
     options: of Beam, such as --runner=FlinkRunner and --flink_master=HOST:PORT.
-    runner: an object of Beam's that takes the place of the options' runner.
+    runner: a Beam runner object that replaces the options' runner.
 
   Raises:
     ValueError: Beam is not installed, or has no such runner.
@@ -127,7 +127,7 @@ def _beam(job, options):
 
 
 def _processes(job, jobs):
-  """Makes the parts that are missing; gives the numbers of all."""
+  """Makes the missing parts; returns the numbers of all parts."""
   if jobs == 1:
     n_chunks = 0
     for chunk in parts_lib.chunks(job):
@@ -153,7 +153,7 @@ def _processes(job, jobs):
 
 
 def _plan(job):
-  """What is made of what: as long as this stays the same, parts that are there are good."""
+  """What the set is made from: as long as this stays the same, existing parts are good."""
   module = table.SOURCES[job.source]
   more = {"boxes_from": job.boxes_from} if job.source in table.JOINED else {}
   if not os.path.exists(job.root):
@@ -167,7 +167,7 @@ def _plan(job):
 
 
 def _built(folder, plan):
-  """The counts of a set that is whole and made by the same plan, or None."""
+  """The counts of the set if it is whole and made by the same plan, or None."""
   try:
     about = json.loads((folder / "set.json").read_text())["about"]
     is_whole = about["plan"] == plan and all((folder / name).is_file() for name in (
@@ -178,7 +178,7 @@ def _built(folder, plan):
 
 
 def _begin(folder, plan, say):
-  """The folder of the parts, with those that an earlier start of the same plan has made."""
+  """The folder of the parts, with those that an earlier start with the same plan has made."""
   parts = folder / ".build"
   there = parts / "plan.json"
   if there.is_file() and json.loads(there.read_text()) == plan:
@@ -194,7 +194,7 @@ def _begin(folder, plan, say):
 
 
 def _end(job, plan, parts, numbers, say):
-  """The set of its parts, with counts and rejects."""
+  """Writes the set from its parts, with counts and rejects."""
   counts, made = records.Counts(), []
   partial = job.folder / "rejects.jsonl.tmp"
   examples = {}
@@ -231,7 +231,7 @@ def _end(job, plan, parts, numbers, say):
 
 
 def _words(reason, count, examples, job):
-  """A reason with its first examples and, for missing images, what lies there instead."""
+  """A reason with its first examples and, for missing images, what is there instead."""
   said = f"{count} {reason} ({'; '.join(e['where'] + ': ' + e['detail'] for e in examples)})"
   if reason == "missing image":
     folder = os.path.dirname(examples[0]["detail"])

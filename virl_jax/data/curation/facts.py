@@ -1,15 +1,15 @@
-"""What curation knows of a task: facts, read once, that rules and reports go by.  A pure function of task and picture.
+"""What curation knows of a task: facts, read once, for rules and reports.  A pure function of task and picture.
 
     answer types     option     one of given options
                      yes_no     yes or no
                      number     a number, with or without a unit
                      text       anything else
                      none       no answer: only a box is asked for
-    question types   how it begins, one of `_OPENERS`; "is", "are", "does" and so on are "yes/no", all else "other"
+    question types   how a question begins, one of `_OPENERS`; "is", "are", "does" and so on are "yes/no"; or "other"
 
-A picture is known by two things: a hash of 64 bits (the signs of its lowest frequencies, about their median), by which
-near-duplicates are looked for, and a thumbnail, by which they are confirmed: flat drawings and pages of text share
-hashes and differ there.  Source: the perceptual hash of DCT coefficients is common knowledge; its use here is ours.
+A picture is recognised by two things: a hash of 64 bits (which of its lowest frequencies are above their median), which
+finds near-duplicates, and a thumbnail, which confirms them: flat drawings and pages of text share hashes but differ in
+their thumbnails.  Source: the perceptual hash of DCT coefficients is common knowledge; its use here is ours.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from virl_jax import types
 from virl_jax.data import answers as answers_lib
 from virl_jax.data import images
 
-VERSION = 1        # raised when a fact is computed otherwise, so that older ones are not used
+VERSION = 1        # raised when a fact is computed in another way, so that older ones are not used
 THUMB_PX = 16      # side of the thumbnail
 _HASHED_PX = 32    # side of what is hashed
-_LOW = 8           # frequencies a side
+_LOW = 8           # frequencies in each direction
 ANSWER_TYPES = ("option", "yes_no", "number", "text", "none")
 _OPENERS = ("what", "which", "how many", "how", "who", "where", "when", "why")
 _YES_NO = ("is", "are", "was", "were", "do", "does", "did", "can", "could", "has", "have", "will", "would")
@@ -41,7 +41,7 @@ _TURN = np.cos(np.pi / _HASHED_PX * (np.arange(_HASHED_PX) + 0.5) * np.arange(_L
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-  """A picture.
+  """What a picture is recognised by.
 
   Attributes:
     size_px: width and height, upright.
@@ -56,17 +56,17 @@ class Look:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """A task.
+  """The facts of a task.
 
   Attributes:
     provenance, uid, source, kind, question: as the task has them.
     image: hash of the image file, as the set's index has it.
-    answer_type, question_type: see above.
-    answer_chars: of the shortest accepted answer.
-    attainable: whether an accepted answer is right by the task's own rule.
-    n_boxes: how many.
-    coverage: share of the picture in [0, 1] that they cover together.
-    least_box_px: pixels of the smallest in the picture as it is shown.
+    answer_type, question_type: see the module.
+    answer_chars: length of the shortest accepted answer; 0 if there is none.
+    attainable: whether an accepted answer scores above 0 by the task's own rule, or none is asked for.
+    n_boxes: how many rationale boxes.
+    coverage: share of the picture that the boxes cover together, in [0, 1].
+    least_box_px: area of the smallest box in the picture as shown, in pixels; 0 if there is none.
     box_problem: why a box cannot be zoomed into; "" if all can.
     problem: why the picture cannot be used; "" if it can.
     look: the picture; None if it cannot be used.
@@ -104,7 +104,7 @@ class Facts:
 
 
 def look(picture: Image.Image) -> Look:
-  """What a decoded picture is known by."""
+  """What a decoded picture is recognised by."""
   grey = np.asarray(picture.convert("L").resize((_HASHED_PX, _HASHED_PX), Image.Resampling.BOX), np.float64)
   low = (_TURN @ grey @ _TURN.T).ravel()
   bits = low > np.median(low[1:])
@@ -139,7 +139,7 @@ def of(task: types.Task, image: int, cfg: images.Config, factor: int) -> Facts:
 
 
 def coverage(boxes: Sequence[types.Box], size_px: tuple[int, int]) -> float:
-  """Share of a picture that boxes cover together, what they share counted once."""
+  """Share of a picture that boxes cover together, in [0, 1]; where boxes overlap counts once."""
   w, h = size_px
   clipped = [(max(b.x1, 0.0), max(b.y1, 0.0), min(b.x2, float(w)), min(b.y2, float(h))) for b in boxes]
   xs = sorted({x for x1, _, x2, _ in clipped for x in (x1, x2)})
@@ -174,18 +174,18 @@ def question_type(question: str) -> str:
 
 
 def words(text: str) -> list[str]:
-  """Its words in small letters, without what stands between them."""
+  """The words of a text in lower case, without what is between them."""
   return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 
 def near(looks: Sequence[Look], distance: int, difference: float) -> Iterable[tuple[int, int]]:
-  """Pairs of near-duplicate pictures, each once, by number.
+  """Pairs of near-duplicate pictures, by number.
 
-  Two hashes that differ in at most `distance` bits have one of distance + 1 stretches of bits in common: only such are
+  Two hashes that differ in at most `distance` bits agree in one of distance + 1 stretches of bits: only such hashes are
   compared.
 
   Args:
-    looks: the pictures; of one picture, one look.
+    looks: the pictures, one look for each.
     distance: most bits in which the hashes may differ.
     difference: most levels of 255 by which the thumbnails may differ on average.
 

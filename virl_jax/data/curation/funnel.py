@@ -1,20 +1,20 @@
 """From finished sets to a smaller one whose tasks need looking: what `python -m virl_jax.curate` does.
 
     facts    of each task, read once (`facts`)
-    rules    what can be said without a policy (`rules`)
-    policy   what one says to those that are left, with zooms and without, and whether it is right (`policy`)
-    filter   who stays by that (`band`)
+    rules    what can be decided without a policy (`rules`)
+    policy   a policy's answers to the tasks that are left, with zooms and without, and their scores (`policy`)
+    filter   which tasks stay, by these answers (`band`)
 
-Tasks are dealt to shards by their content.  A shard's facts, and what was said to it, are files that are written whole,
-each with a hash of all that went into it: a program that was stopped goes on, and one with other thresholds of the
-filter reads no picture again and asks nobody.  In OUT/:
+Tasks are dealt to shards by their content.  A shard's facts, and the policy's answers to its tasks, are files that are
+written whole, each with a hash of all that went into it: an interrupted curation goes on, and one with other thresholds
+of the filter reads no picture again and asks no policy.  In OUT/:
 
     NAME/                 for each set of the data, those of its tasks that stay; OUT is what data.path takes
     tasks.jsonl           each task that stays: its facts in short, and how often it was solved
-    rejects.jsonl         each that does not: the same, stage, reason and detail
+    rejects.jsonl         each task that is dropped: the same, with stage, reason and detail
     counts.json           how many, by stage, reason and source
     report.html           the same for people, with pictures
-    .curate/              facts-*, samples-*: one file a shard
+    .curate/              facts/ and samples/: one file a shard
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from virl_jax.run import hosts
 
 _FORMAT = 1
 _PART_TASKS = 4096
-_EXAMPLES = 3          # of each reason
+_EXAMPLES = 3          # for each reason
 _KEPT_EXAMPLES = 9
 _EXAMPLE_SIDE_PX = 360
 _UNASKED = "could not be asked"
@@ -60,13 +60,13 @@ class Job:
 
   Attributes:
     data: the set, or folder of sets.
-    out: where the rest goes.
+    out: OUT, see the module.
     shard_tasks: about how many tasks a shard has.
-    benchmarks: "NAME=PATH" or "NAME=PATH=IMAGES" of each whose pictures nobody may train on.
+    benchmarks: "NAME=PATH" or "NAME=PATH=IMAGES" of each benchmark whose pictures nobody may train on.
     rules, policy, band: thresholds of the stages.
     image: how pictures are shown.
     factor: what a shown picture's sides are multiples of, pixels.
-    seed: of all that is drawn.
+    seed: of the choice among near-duplicates and of the sampling.
   """
 
   data: str
@@ -88,7 +88,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class _Sets:
-  """The data: sets by name, and where each task of each shard is, (set, index)."""
+  """The data: sets by name, and the place, (set, index), of each task of each shard."""
 
   names: tuple[str, ...]
   sources: tuple[sets.Source, ...]
@@ -106,10 +106,10 @@ def run(job: Job, asker: policy_lib.Asker | None = None, threads: int = 2,
   """Curates, or goes on with it.
 
   Args:
-    job: what.
-    asker: who is asked; None for nobody, and then nothing is filtered by what a policy says.
-    threads: of this process, that read pictures.
-    say: is told what goes on, by each process.
+    job: what to curate, and how.
+    asker: the policy that is asked; None for none: then no task is filtered by a policy's answers.
+    threads: how many read pictures in this process.
+    say: called with each line of progress, by each process.
 
   Returns:
     What counts.json holds.
@@ -155,7 +155,7 @@ def _open(job: Job) -> _Sets:
   return dataclasses.replace(data, shards=tuple(map(tuple, shards)))
 
 
-# --- shards: files that are whole and of what is wanted now, or made again ----------------------------------------
+# --- shards: a file that is not whole, or not made from what is wanted now, is made again -------------------------
 
 
 def _digest(*parts) -> str:
@@ -163,7 +163,7 @@ def _digest(*parts) -> str:
 
 
 def _read(path: pathlib.Path, of: str) -> list[dict] | None:
-  """The lines of a shard's file, if it was made of what `of` is the hash of."""
+  """The lines of a shard's file, if it is whole and was made from what `of` is the hash of; else None."""
   try:
     head, *lines = path.read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines] if json.loads(head) == {"of": of, "n": len(lines)} else None
@@ -176,7 +176,7 @@ def _keep(path: pathlib.Path, of: str, lines: Sequence[dict]) -> None:
 
 
 def _facts(job, data, threads, say) -> dict[tuple[int, int], facts_lib.Facts]:
-  """Of each task, by place, in the order of the sets."""
+  """The facts of each task, by place, in the order of the sets."""
   names = ("min_pixels", "max_pixels", "crop_min_side_px", "crop_max_aspect", "crop_expand", "decode_max_pixels")
   how = [facts_lib.VERSION, job.factor, *(getattr(job.image, name) for name in names)]
   paths = [job.work / "facts" / f"{number:05d}.jsonl" for number in range(len(data.shards))]
@@ -240,7 +240,7 @@ def _look(image, max_pixels) -> dict:
   try:
     it = facts_lib.look(images.decode(image, max_pixels))
   except ValueError:
-    return {"look": [0, 0, 0, ""]}  # nobody can be asked about it
+    return {"look": [0, 0, 0, ""]}  # no question about it can be asked
   return {"look": [*it.size_px, it.hash, it.thumb.hex()]}
 
 
@@ -253,7 +253,7 @@ def _rules(job, facts, leaks) -> dict[tuple[int, int], rules.Drop]:
 
 
 def _said(job, data, facts, drops, asker, say) -> dict[tuple[int, int], dict]:
-  """What the policy says to the tasks that are left, by place; nothing if there is none."""
+  """The policy's answers to the tasks that are left, by place; empty if there is no policy."""
   if asker is None or not job.policy.is_on:
     return {}
   shards = [[place for place in shard if place not in drops] for shard in data.shards]
@@ -278,7 +278,7 @@ def _said(job, data, facts, drops, asker, say) -> dict[tuple[int, int], dict]:
           for place, line in zip(shard, _read(path, digest))}
 
 
-# --- what comes of it ---------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------------
 
 
 def _write(job, data, facts, drops, said) -> dict:
@@ -303,7 +303,7 @@ def _write(job, data, facts, drops, said) -> dict:
 
 
 def _set(job, data, number, places, folder) -> None:
-  """A set of those that stay; of none, none."""
+  """Writes a set of the tasks that stay, if there are any."""
   if folder.exists():
     if not _is_ours(folder):
       raise ValueError(f"--out must be a folder of its own: {folder} is there, and is none of curate's sets")
@@ -323,7 +323,7 @@ def _set(job, data, number, places, folder) -> None:
 
 
 def _is_ours(folder: pathlib.Path) -> bool:
-  """Whether a folder holds a set that curation has made, or has begun to make, and nothing else of worth."""
+  """Whether a folder holds a set that curation has made, or only files of one that it has begun to make."""
   try:
     return "curated" in json.loads((folder / "set.json").read_text())["about"]
   except (OSError, ValueError, KeyError, TypeError):
@@ -343,7 +343,7 @@ def _line(job, name, it: facts_lib.Facts, said, drop) -> dict:
 
 
 def _counts(facts, drops, kept, is_asked) -> dict:
-  """How many: read, dropped by stage and reason, left after each stage, kept; each in all and by source."""
+  """How many tasks were read, dropped by stage and reason, left after each stage, and kept; in all and by source."""
   def whole(places):
     return {"all": len(places), "sources": dict(sorted(collections.Counter(facts[p].source for p in places).items()))}
 
@@ -365,7 +365,7 @@ def _most(counts) -> str:
 
 
 def _examples(job, data, facts, drops, lines) -> list[dict]:
-  """Some tasks of each reason, and some that stay, with their pictures: those whose hash comes first."""
+  """Some tasks for each reason, and some that stay, with their pictures: those whose hash comes first."""
   groups = collections.defaultdict(list)
   for place in sorted(facts, key=lambda place: facts[place].provenance):
     group = groups[drops[place].reason if place in drops else ""]

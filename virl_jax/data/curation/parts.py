@@ -1,7 +1,7 @@
 """The pure half of `curate build`: a source's records in chunks, and the part of a set that each chunk becomes.
 
-Records are read in the order of their files and dealt out in chunks; each becomes one part, by a pure function of the
-chunk and its pictures: whoever makes it, the bytes are the same.  In DIR/SOURCE-SPLIT/.build/:
+Records are read in the order of their files and dealt out in chunks.  Each chunk becomes one part, by a pure function
+of the chunk and its pictures: whichever process makes it, the bytes are the same.  In DIR/SOURCE-SPLIT/.build/:
 
     part-000000.array_record    tasks, see `set_files.write_part`
     part-000000.json            the part's report, written last: counts, rejects, index
@@ -26,8 +26,8 @@ from virl_jax.data.sources import table
 
 CHUNK_RECORDS = 4096
 CHUNK_BYTES = 64 << 20    # of encoded pictures
-_SEEN_PENDING = 1 << 18   # new ids before they are sorted in
-_PICTURES = 1 << 17       # whose size and hash a process remembers
+_SEEN_PENDING = 1 << 18   # how many new ids are gathered before they are sorted in
+_PICTURES = 1 << 17       # how many pictures' sizes and hashes a process remembers
 _ADDRESS = re.compile(r" ?<?[\w.]+ object at 0x[0-9a-f]+>?")
 
 
@@ -41,7 +41,7 @@ class Job:
     split: which of its splits.
     out: DIR; the set goes into a folder of it.
     boxes_from: the raw folder of Visual-CoT, for sources of `table.JOINED`; "" for none.
-    embed: whether pictures that lie in files are copied into the set.
+    embed: whether pictures in files of their own are copied into the set.
     decode: whether each picture is decoded, to find those that are cut off; else only its header is read.
     max_rejects: the largest share of records that may be rejected.
   """
@@ -75,7 +75,7 @@ class Job:
 
   @property
   def parts(self) -> pathlib.Path:
-    """Where its parts are, while it is made."""
+    """Where its parts are while it is made."""
     return self.folder / ".build"
 
   @property
@@ -84,12 +84,12 @@ class Job:
     return os.path.dirname(self.root) or "." if os.path.isfile(self.root) else self.root
 
 
-# A run of records in the order they were read, or what was wrong with them.
+# Its number, and successive records, or what was wrong with them, in the order in which they were read.
 Chunk = tuple[int, list[records.Raw | records.Reject]]
 
 
 def chunks(job: Job) -> Iterator[Chunk]:
-  """The records of a source in chunks, numbered from 0, each id but once: a pure function of its files."""
+  """The records of a source in chunks, numbered from 0, each id only once: a pure function of its files."""
   module = table.SOURCES[job.source]
   more = {"boxes_from": job.boxes_from} if job.source in table.JOINED else {}
   seen, number, batch, size = _Seen(), 0, [], 0
@@ -107,7 +107,7 @@ def make_part(job: Job, chunk: Chunk) -> int:
   """Writes the part of a chunk, and then its report; the same chunk gives the same bytes.
 
   Args:
-    job: what it is for.
+    job: what is built.
     chunk: see `chunks`.
 
   Returns:
@@ -153,12 +153,12 @@ def _of_bytes(data, decode):
   try:
     size = images.decode(data).size if decode else images.upright_size(data)
   except ValueError as error:
-    return _ADDRESS.sub("", str(error))  # Pillow names an object in memory, at another address each time
+    return _ADDRESS.sub("", str(error))  # Pillow names an object by its address, which differs each time
   return records.Picture(size, records.digest(data))
 
 
 def _look(raw, job):
-  """A record's picture, and the bytes that are stored in its place if that is wanted; or a reject."""
+  """A record's picture, and its bytes if they are to be embedded, else None; or a reject."""
   if isinstance(raw.image, bytes):
     picture, data = _of_bytes(raw.image, job.decode), None
   else:
@@ -174,13 +174,13 @@ def _look(raw, job):
 
 
 class _Seen:
-  """Ids that have come before, as 8-byte hashes in sorted arrays: tens of millions fit."""
+  """Ids that have come before, as 8-byte hashes in a sorted array: tens of millions fit into memory."""
 
   def __init__(self):
     self._sorted, self._pending = np.zeros(0, np.uint64), set()
 
   def news(self, hashes: list[int]) -> list[bool]:
-    """Of each, whether it has not come before, in this call or an earlier one."""
+    """For each, whether it is new: not seen in this call or an earlier one."""
     old = self._sorted
     wanted = np.array(hashes, np.uint64)
     places = np.minimum(np.searchsorted(old, wanted), max(len(old) - 1, 0))
@@ -206,17 +206,17 @@ def _first_of_each(batch, seen):
 
 
 def part_path(parts: pathlib.Path, number: int) -> pathlib.Path:
-  """Of a part, in the folder of the parts."""
+  """Where a part is, in the folder of the parts."""
   return parts / f"part-{number:06d}.array_record"
 
 
 def report_path(parts: pathlib.Path, number: int) -> pathlib.Path:
-  """Of its report."""
+  """Where a part's report is."""
   return parts / f"part-{number:06d}.json"
 
 
 def write(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all, though another worker may write the same."""
+  """Writes a file whole or not at all, even if another worker writes the same one."""
   partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   partial.write_text(text, "utf-8")
   os.replace(partial, path)

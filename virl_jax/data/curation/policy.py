@@ -1,8 +1,8 @@
-"""The second stage and the third: what a policy says to a task, with zooms and without, and whether that is right.
+"""The stage `policy`: a policy's answers to a task, with zooms and without, and whether they are right.
 
-Who writes is the engine, on the whole mesh, or an endpoint.  What is sampled for a task depends on the seed, on the
-task's content and on the number of the sample: not on its neighbours, its shard or how often the program was stopped.
-Answers are judged by the tasks' own rules (`data.answers`).
+The answers come from the engine, on the whole mesh, or from an endpoint.  What is sampled for a task depends on the
+seed, the task's content and the number of the sample, not on its neighbours, its shard or how often the program was
+stopped.  Answers are judged by the tasks' own rules (`data.answers`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Rollout = Callable[[Sequence[types.Task], Sequence[int], int, bool], list[types.
 
 @dataclasses.dataclass(frozen=True)
 class Asker:
-  """Who is asked.
+  """A policy that can be asked.
 
   Attributes:
     policy: its shapes, wording and budgets.
-    rollout: has it speak.
+    rollout: samples its answers.
     together: whether all processes take part in each shard; else shards are dealt to them.
-    about: what its words depend on, ready for JSON.
+    about: what its answers depend on, ready for JSON.
   """
 
   policy: turns.Policy
@@ -47,7 +47,7 @@ def by_engine(policy: turns.Policy, params: dict, cfg: stages.Policy, seed: int,
 
   Args:
     policy: everything but the parameters.
-    params: its parameters, as rollouts want them.
+    params: its parameters, as rollouts need them.
     cfg: how it is asked.
     seed: of the sampling.
     about: see `Asker`.
@@ -71,12 +71,12 @@ def by_endpoint(policy: turns.Policy, server: remote.Endpoint, cfg: stages.Polic
 
 
 def ask(asker: Asker, tasks: Sequence[types.Task], cfg: stages.Policy, seed: int) -> list[dict]:
-  """What is said to some tasks.
+  """A policy's answers to some tasks.
 
   Args:
-    asker: who is asked.
+    asker: the policy that is asked.
     tasks: the tasks; if all processes take part, the same on all.
-    cfg: how often.
+    cfg: how often each is asked.
     seed: of the sampling.
 
   Returns:

@@ -1,8 +1,8 @@
-"""The first stage: what is decided about a task without a policy.  Pure functions of facts.
+"""The stage `rules`: what is decided about a task without a policy.  Pure functions of facts.
 
 `alone` looks at each task by itself, `together` at what it shares with others: pictures of benchmarks, near-duplicates,
-caps.  Which of several near-duplicates stays does not depend on their order: the one whose content hash, mixed with the
-seed, is least.
+caps.  Which of several near-duplicates stays does not depend on their order: it is the one whose content hash, mixed
+with the seed, is least.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Config:
       object.__setattr__(self, name, tuple(getattr(self, name)))
 
   def is_whole(self, task: facts_lib.Facts) -> bool:
-    """Whether the task's rationale is the whole picture, and such are kept."""
+    """Whether the task's rationale box is the whole picture, and such tasks are kept."""
     return self.keep_whole and task.coverage >= self.whole_from
 
 
@@ -92,13 +92,13 @@ def together(tasks: Sequence[facts_lib.Facts], benchmarks: Sequence[tuple[str, f
   """Which tasks are dropped because of others.
 
   Args:
-    tasks: those that stay by themselves.
+    tasks: those that `alone` keeps.
     benchmarks: pictures that nobody may train on, each with the name of its benchmark.
     cfg: thresholds.
     seed: draws which of several stay.
 
   Returns:
-    Why, by number.
+    Why each is dropped, by its number in `tasks`.
   """
   drops = _leaked(tasks, benchmarks, cfg)
   left = sorted((i for i in range(len(tasks)) if i not in drops), key=lambda i: _rank(tasks[i], seed))
@@ -124,12 +124,12 @@ def together(tasks: Sequence[facts_lib.Facts], benchmarks: Sequence[tuple[str, f
 
 
 def similarity(a: frozenset, b: frozenset) -> float:
-  """Share of the words of two questions that both have."""
+  """Share of the words of two questions that both have, in [0, 1]; 1 if neither has any."""
   return len(a & b) / len(a | b) if a | b else 1.0
 
 
 def _leaked(tasks, benchmarks, cfg) -> dict[int, Drop]:
-  """Tasks on a picture that a benchmark has, whatever is asked."""
+  """Tasks on a picture that a benchmark has, whatever the question."""
   looks, numbers = _pictures(tasks, range(len(tasks)))
   names: dict[int, str] = {}
   for first, second in facts_lib.near([*looks, *(it for _, it in benchmarks)], cfg.hash_distance, cfg.pixel_difference):
@@ -139,7 +139,7 @@ def _leaked(tasks, benchmarks, cfg) -> dict[int, Drop]:
 
 
 def _groups(tasks, left, cfg) -> dict[int, int]:
-  """Of each task, which group of near-duplicate pictures its own belongs to: a picture's number, the least."""
+  """For each task, the group of near-duplicate pictures that its own belongs to: the least number of these pictures."""
   looks, numbers = _pictures(tasks, left)
   parent = list(range(len(looks)))
 

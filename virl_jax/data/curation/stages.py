@@ -1,4 +1,4 @@
-"""The section `curate` of the configuration: what each stage of curation goes by."""
+"""The section `curate` of the configuration: the settings of each stage of curation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """All of it; see `config.py`, section `curate`."""
+  """All settings of curation; see `config.py`, section `curate`."""
 
   shard_tasks: int
   benchmarks: tuple[str, ...]

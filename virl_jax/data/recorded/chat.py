@@ -1,10 +1,10 @@
-"""Conversations about an image, as supervised fine-tuning wants them: ShareGPT's `conversations`, OpenAI's `messages`.
+"""Conversations about an image, for supervised fine-tuning: ShareGPT's `conversations`, OpenAI's `messages`.
 
     {"conversations": [{"from": "human" | "gpt" | "function_call" | "observation" | "system", "value": ...}],
      "images": [path, ...]}                                           LLaMA-Factory's ShareGPT
     {"messages": [{"role": "user" | "assistant" | "tool" | "system", "content": text or parts}], "images": [...]}
 
-Of either, the first user turn is the question, with the image; then the assistant and what it is shown take turns.
+In both, the first user turn is the question, with the image; then assistant turns alternate with what they are shown.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def messages(record: dict) -> list[tuple[str, str]]:
-  """(role, text) of each turn: "system", "user", "assistant" or "tool"; an assistant's calls stand in its text, in
+  """(role, text) of each turn: "system", "user", "assistant" or "tool"; an assistant's calls are in its text, in
   <tool_call> tags.
 
   Raises:
-    Unusable: it is no such record.
+    Unusable: the record has another layout.
   """
   turns = record.get("conversations", record.get("messages"))
   if isinstance(turns, str):  # parquet files hold it as text
@@ -52,7 +52,7 @@ def messages(record: dict) -> list[tuple[str, str]]:
       arguments = function.get("arguments")
       arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
       text += f'<tool_call>\n{{"name": {json.dumps(function.get("name"))}, "arguments": {arguments}}}\n</tool_call>'
-    if found and role == "assistant" and found[-1][0] == "assistant":  # a thought, and the call apart from it
+    if found and role == "assistant" and found[-1][0] == "assistant":  # a thought, and its call as a separate turn
       found[-1] = role, f"{found[-1][1]}\n{text}"
     else:
       found.append((role, text))
@@ -60,7 +60,7 @@ def messages(record: dict) -> list[tuple[str, str]]:
 
 
 def _text(content: object) -> str:
-  """A turn's text; what stands for an image in parts becomes <image>."""
+  """A turn's text; a part that is an image becomes <image>."""
   if isinstance(content, list):
     parts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in content]
     content = "".join("<image>" if str(part.get("type")).startswith("image") else str(part.get("text", ""))
@@ -73,14 +73,14 @@ def _text(content: object) -> str:
 
 
 def task(record: dict, turns: list[tuple[str, str]], folder: str, uid: str, answer: str) -> types.Task:
-  """What is asked.
+  """The task that a conversation is about.
 
   Args:
     record: the image is the first of `images`, or `image`: a path, or {"path": ..., "bytes": ...}.
     turns: what `messages` gave.
     folder: that paths are relative to.
-    uid: of the task, where the record has no `id`.
-    answer: what counts as right where the record says nothing: what the conversation ends with.
+    uid: of the task, if the record has no `id`.
+    answer: the accepted answer if the record has none: the one that the conversation ends with.
 
   Raises:
     Unusable: there is no question, or not one image.
@@ -109,10 +109,10 @@ def task(record: dict, turns: list[tuple[str, str]], folder: str, uid: str, answ
 
 
 def said(turns: list[tuple[str, str]]) -> list[str]:
-  """The assistant's turns, once it is sure that somebody answers each but the last.
+  """The texts of the assistant's turns.
 
   Raises:
-    Unusable: there are none, or two follow each other.
+    Unusable: there are none, or the conversation does not begin with the user and end with the assistant.
   """
   spoken = [role for role, _ in turns if role != "system"]
   if "assistant" not in spoken:
@@ -123,7 +123,7 @@ def said(turns: list[tuple[str, str]]) -> list[str]:
 
 
 def seen(turns: list[tuple[str, str]]) -> None:
-  """Makes sure that every call showed something: then the i-th image that came back is the i-th call's.
+  """Makes sure that every call got an image back: then the i-th image that came back is the i-th call's.
 
   Raises:
     Unusable: what follows an assistant's turn has no image.
@@ -135,12 +135,12 @@ def seen(turns: list[tuple[str, str]]) -> None:
 
 
 def thought(text: str) -> str:
-  """What is thought in a text, without tags."""
+  """The thought that a text is, without tags."""
   return _THINK.sub("", text).strip()
 
 
 def answer(text: str) -> script.Answer:
-  """A last turn: what stands in answer tags, or else all that is not thought.
+  """A last turn: what is in answer tags, or else all that follows the thought.
 
   Raises:
     Unusable: there is no answer, or several.

@@ -9,7 +9,7 @@
        {"from": "gpt", "value": "<think>..</think><answer>orange</answer>"}]}
 
 A box is in shares of its source: the original image, or the i-th observation ("observation_i"), which is what the i-th
-grounding showed.  Its object is not always JSON: keys may stand without quotes.
+grounding showed.  A grounding is not always JSON: its keys may lack quotes.
 Source: Mini-o3 (arXiv 2509.07969) and its data set, as its public tools read it.
 """
 
@@ -27,7 +27,7 @@ _OF = re.compile(r"""["']?source["']?\s*:\s*["']?(\w+)""")
 
 
 def is_mine(record: dict) -> bool:
-  """Whether a record is a conversation with groundings, or has a system turn that asks for such."""
+  """Whether a record is a conversation with groundings, or with a system turn that asks for them."""
   turns = record.get("conversations")
   return isinstance(turns, (list, str)) and "grounding>" in str(turns)
 
@@ -38,11 +38,11 @@ def read(record: dict, folder: str, uid: str, frame: str) -> script.Script:
   Args:
     record: of the file.
     folder: that images' paths are relative to.
-    uid: of the task, where the record has no `id`.
+    uid: of the task, if the record has no `id`.
     frame: not used: boxes are shares.
 
   Raises:
-    Unusable: says why it can't be one.
+    Unusable: it can't be one; the error says why.
   """
   del frame
   turns = chat.messages(record)

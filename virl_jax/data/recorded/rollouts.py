@@ -1,8 +1,9 @@
 """Our own rollouts, as a workdir keeps them in rollouts/step_*.jsonl (`report.gallery`), and demonstrations like them.
 
 A line has the turns word for word, and the ids that were sampled.  Its picture is the original only if it is small;
-else, or where there is none, it is looked up by the task's uid in the run's own data.  A demonstration may name an
-image file instead, relative to its own, and a turn of it may say `"learned": false`: then it is only looked at.
+otherwise, or if there is none, the original is looked up by the task's uid in the run's own data.  A demonstration may
+name an image file instead, relative to its own file, and a turn of it may say `"learned": false`: then the turn is part
+of the context but not trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PNG = "data:image/png;base64,"  # what was not shrunk is stored without loss
 
 
 def is_mine(record: dict) -> bool:
-  """Whether a record is a line of such a file."""
+  """Whether a record is a line of such a file: it has turns and a uid."""
   return "turns" in record and "uid" in record
 
 
@@ -31,10 +32,10 @@ def read(record: dict, folder: str, uid: str, frame: str) -> script.Script:
     record: of the file.
     folder: that images' paths are relative to.
     uid: not used: a line has its own.
-    frame: not used: boxes stand in the turns, in the policy's own frame.
+    frame: not used: boxes are in the turns, in the policy's own frame.
 
   Raises:
-    Unusable: says why it can't be one.
+    Unusable: it can't be one; the error says why.
   """
   del uid, frame
   try:

@@ -1,6 +1,6 @@
 """What a recorded conversation says, free of any protocol: a task, and turn by turn what the assistant did.
 
-`rollout.replay` has it said in ours.  Observations are not kept: what a zoom shows is for our own zoom to say.
+`rollout.replay` turns it into our protocol.  Observations are not kept: our own zoom makes them again.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import dataclasses
 
 from virl_jax import types
 
-# How the numbers of a box are to be read, as shares of the image that they are of, with its size as shown to our policy
-# and as cut from the original, pixels.
+# What the numbers of a box are: pixels of its image as cut from the original, pixels of it as shown to our policy,
+# shares of its sides, or thousandths of them.
 FRAMES = ("original", "shown", "share", "thousandths")
 
 
@@ -18,7 +18,7 @@ class Unusable(ValueError):
   """Why a recorded conversation can't be learned from.
 
   Attributes:
-    reason: in a few words, the same for all of a kind.
+    reason: in a few words, the same for all records with the same fault.
     detail: what came, or "".
   """
 
@@ -32,9 +32,9 @@ class Verbatim:
   """A turn in our own protocol, word for word.
 
   Attributes:
-    text: the turn, with or without its end.
-    ids: as sampled, or None; they count if they are this text by the tokenizer at hand.
-    learned: whether it is trained on; if not, it is only looked at.
+    text: the turn, with or without its end-of-turn token.
+    ids: as sampled, or None; they are used if they are this text by the tokenizer at hand.
+    learned: whether it is trained on; if not, it is only context.
   """
 
   text: str
@@ -50,7 +50,7 @@ class Look:
     thought: what is said before.
     box: four numbers, x1, y1, x2, y2.
     frame: how they are to be read, one of `FRAMES`.
-    of: which image they are of: 0 the first, k the k-th that came back.
+    of: which image the box is in: 0 is the first image, k the k-th that came back.
   """
 
   thought: str
@@ -74,9 +74,9 @@ class Script:
   Attributes:
     task: what is asked.  Its image is a path or bytes; "" where it has to be looked up by the task's uid.
     said: what the assistant did, turn by turn.
-    reward: what it earned in all, or None.
+    reward: its total reward, or None if that is not known.
     correct: whether its answer was right, or None if that is not known.
-    folder: where its file lies, if its image has to be looked up.
+    folder: that of its file, if its image has to be looked up; else "".
   """
 
   task: types.Task

@@ -2,8 +2,7 @@
 
 `chat` has the record's layout.  The only tool is the zoom, by the name that our policy and DeepEyes have for it, with
 `bbox_2d` and perhaps `target_image`.  What its numbers mean differs by data set: pixels of the image file, pixels of
-the image as it was shown, shares of its sides, or thousandths of them; the file does not say which, and its user
-does.
+the image as it was shown, shares of its sides, or thousandths of them; the file does not say which, so the user has to.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
 def is_mine(record: dict) -> bool:
-  """Whether a record is a conversation at all."""
+  """Whether a record is any conversation."""
   return "conversations" in record or "messages" in record
 
 
@@ -30,11 +29,11 @@ def read(record: dict, folder: str, uid: str, frame: str) -> script.Script:
   Args:
     record: of the file.
     folder: that images' paths are relative to.
-    uid: of the task, where the record has no `id`.
+    uid: of the task, if the record has no `id`.
     frame: how boxes are to be read, one of `script.FRAMES`.
 
   Raises:
-    Unusable: says why it can't be one.
+    Unusable: it can't be one; the error says why.
   """
   turns = chat.messages(record)
   *calls, last = chat.said(turns)

@@ -17,7 +17,7 @@ from virl_jax.data.recorded import rollouts
 from virl_jax.data.recorded import script
 from virl_jax.data.recorded import sharegpt
 
-KINDS = {"rollouts": rollouts, "mini_o3": mini_o3, "sharegpt": sharegpt}  # the first that says so has the record
+KINDS = {"rollouts": rollouts, "mini_o3": mini_o3, "sharegpt": sharegpt}  # the first whose `is_mine` is true reads it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Choice:
 
   Attributes:
     frame: of ShareGPT's boxes, one of `script.FRAMES`.
-    only_right: drop those whose answer is known to be wrong.
-    least_reward: drop those that are known to have earned less.
-    best_of: of those of one task, keep so many that earned the most; 0 keeps all.
+    only_right: drop conversations whose answer is known to be wrong.
+    least_reward: drop conversations whose reward is known to be less.
+    best_of: keep this many conversations of each task, those with the most reward; 0 keeps all.
   """
 
   frame: str = "original"
@@ -43,10 +43,10 @@ class Read:
 
   Attributes:
     scripts: by where they were, such as "demos.jsonl:3".
-    left_out: (where, reason, detail) of each record that is no script.
-    not_chosen: the same of each script that was not chosen.
-    kinds: how many records of each kind there were.
-    digest: of all bytes of the files.
+    left_out: (where, reason, detail) for each record that is no script.
+    not_chosen: the same for each script that was not chosen.
+    kinds: how many records there were of each kind.
+    digest: a hash of all bytes of the files.
   """
 
   scripts: dict[str, script.Script]
@@ -57,7 +57,7 @@ class Read:
 
 
 def files_of(path: str) -> list[pathlib.Path]:
-  """The files that a path means: itself, or of a run's workdir the rollouts of its steps, which are of training tasks.
+  """The files that a path means: itself, or the rollouts of the steps in a run's workdir, which are of training tasks.
 
   Raises:
     ValueError: there are none.
@@ -73,14 +73,14 @@ def files_of(path: str) -> list[pathlib.Path]:
 
 
 def read(paths: Sequence[str], choice: Choice) -> Read:
-  """All scripts of some files, and why other records are none.
+  """All scripts in some files, and why other records are none.
 
   Args:
     paths: files, or workdirs.
     choice: which scripts are used.
 
   Raises:
-    ValueError: a path is no such thing, or a file can't be read at all.
+    ValueError: a path is neither a file nor a workdir, or a file can't be read at all.
   """
   scripts: dict[str, script.Script] = {}
   left_out, not_chosen, kinds, digest = [], [], {}, hashlib.blake2b(digest_size=16)
@@ -114,7 +114,7 @@ def read(paths: Sequence[str], choice: Choice) -> Read:
 
 
 def _records(content: bytes, file: pathlib.Path) -> Iterator[tuple[int, object]]:
-  """The records of a file, numbered from 1: a JSON list's, or a line each; None for a line that is no JSON."""
+  """The records of a file, numbered from 1: a JSON list's items, or one a line; None for a line that is not JSON."""
   text = content.decode("utf-8-sig", errors="replace")
   if text.lstrip().startswith("["):
     try:
@@ -141,7 +141,7 @@ def _unwanted(found: script.Script, choice: Choice) -> tuple[str, str] | None:
 
 def _best(scripts: dict[str, script.Script], most: int
           ) -> tuple[dict[str, script.Script], list[tuple[str, str, str]]]:
-  """The scripts of each task that earned the most, in their order; and the others."""
+  """The scripts of each task with the most reward, in the given order; and why the others are not among them."""
   by_task: dict[tuple[str, str], list[str]] = {}
   for where, found in scripts.items():
     by_task.setdefault((found.task.uid, found.task.question), []).append(where)

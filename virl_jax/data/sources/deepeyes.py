@@ -3,7 +3,7 @@
     *.parquet    data_source, prompt: [{role, content}], images: [{bytes, path}], ability, env_name,
                  reward_model: {style, ground_truth}, extra_info: {question, answer, id ...}
 
-The question is extra_info's or, without one, the last user turn's.  There are no boxes.
+The question is that of extra_info or, if there is none, that of the last user turn.  There are no boxes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """The rows.
 
   Raises:
-    ValueError: nothing is there, or a file is of another schema.
+    ValueError: there are no files, or one has another schema.
   """
   for path in files(root, split):
     yield from fields.raws(stream.rows(path, _COLUMNS), functools.partial(_record, split))

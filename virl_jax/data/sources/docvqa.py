@@ -1,9 +1,9 @@
-"""DocVQA (rrc.cvc.uab.es, task 1): questions about scanned pages, several spellings of the answer each.
+"""DocVQA (rrc.cvc.uab.es, task 1): questions about scanned pages, each with several spellings of the answer.
 
     SPLIT_v1.0.json or SPLIT_v1.0_withQT.json    data: questionId, question, image ("documents/NAME.png"), answers
     documents/ or spdocvqa_images/               the pages
 
-It has no boxes of its own; they can be joined from Visual-CoT by image and question.
+It has no boxes; they can be joined from Visual-CoT by image and question.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FIELDS = ("questionId", "question", "image")
 
 
 def files(root: str, split: str, boxes_from: str = "") -> list[str]:
-  """The annotation files of a split.
+  """The annotation files of a split; with `boxes_from`, Visual-CoT's raw folder, also all of its files.
 
   Raises:
     ValueError: there are none.
@@ -36,10 +36,10 @@ def files(root: str, split: str, boxes_from: str = "") -> list[str]:
 
 
 def read(root: str, split: str, boxes_from: str = "") -> Iterator[records.Raw | records.Reject]:
-  """The records of a split; arguments as `textvqa.read` has them.
+  """The records of a split; arguments as for `textvqa.read`.
 
   Raises:
-    ValueError: nothing is there, or a file is of another kind or ends early.
+    ValueError: there are no files, or one is of another kind or ends early.
   """
   folder = stream.folder(root, ("documents", "spdocvqa_images"))
   yield from read_rrc(files(root, split)[0], split, boxes_from, NAME, _FIELDS, MATCH,
@@ -48,11 +48,11 @@ def read(root: str, split: str, boxes_from: str = "") -> Iterator[records.Raw | 
 
 def read_rrc(path: str, split: str, boxes_from: str, name: str, wanted: tuple[str, ...], match: str, image
              ) -> Iterator[records.Raw | records.Reject]:
-  """The records of a file as DocVQA and InfographicsVQA have them.
+  """The records of a file in the layout of DocVQA and InfographicsVQA.
 
   Args:
     path: of the file.
-    split: which.
+    split: its name; records of another one are rejected.
     boxes_from: Visual-CoT's raw folder; "" for no boxes.
     name: of the source.
     wanted: the fields that are needed.

@@ -1,4 +1,4 @@
-"""Fields that several publishers write in several ways: pictures, answers, options within a question."""
+"""Fields that publishers write in different ways: pictures, answers, options within a question."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _INSTRUCTION = re.compile(r"(?:answer|respond|please|select|choose|think|you)\b"
 
 
 class Unusable(Exception):
-  """Why a record can't be read: reason and detail of a `records.Reject`."""
+  """Why a record can't be read: the reason and detail of a `records.Reject`."""
 
 
 def text(value: object) -> str:
-  """A field that is text, or a number that stands for its digits; without blanks at its ends.
+  """A field that is text, or a number, as text; without blanks at its ends.
 
   Raises:
     Unusable: it is neither.
@@ -30,7 +30,7 @@ def text(value: object) -> str:
 
 
 def texts(value: object) -> tuple[str, ...]:
-  """A text, or a list of texts, as a tuple without blank ones; None for none of them.
+  """A text, or a list of texts, as a tuple without blank ones; () for None.
 
   Raises:
     Unusable: it is neither.
@@ -62,7 +62,7 @@ def picture(value: object) -> bytes | str:
 
 
 def question(value: object) -> tuple[str, tuple[str, ...] | None]:
-  """A question without a picture's placeholder, and the options that it ends in, if it does.
+  """A question without the picture's placeholder, and the options at its end, or None.
 
   Options are lines "A. cat", "(A) cat" or "A: cat", from A on, at least two; an instruction may follow them.
 
@@ -89,7 +89,7 @@ def question(value: object) -> tuple[str, tuple[str, ...] | None]:
 
 
 def answer(value: object, options: tuple[str, ...] | None) -> tuple[str, ...]:
-  """Accepted answers; of "B. cat" or "(B) cat" the text, if option B has it.
+  """Accepted answers; "B. cat" and "(B) cat" become "cat" if that is option B.
 
   Raises:
     Unusable: it is neither text nor a list of texts.
@@ -103,13 +103,13 @@ def answer(value: object, options: tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def shuffled(right: str, wrong: Iterable[str], uid: str) -> tuple[str, ...]:
-  """Options in an order of the record's own: with the right one always first, its letter would be learned."""
+  """The options in a fixed order that depends on the record: were the right one always first, A would be learned."""
   rank = lambda option: hashlib.blake2b(f"{uid}\0{option}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
   return tuple(sorted((right, *wrong), key=rank))
 
 
 def box_lists(value: object) -> tuple[tuple[float, ...], ...]:
-  """Boxes as a list of fours, of {"bbox": four}, or one four alone; () for None.
+  """Boxes from a list of four numbers each, a list of {"bbox": four numbers}, or one box alone; () for None.
 
   Raises:
     Unusable: it is no list.
@@ -129,12 +129,12 @@ def box_lists(value: object) -> tuple[tuple[float, ...], ...]:
 
 
 def beside(root: str, path: str, image: bytes | str) -> bytes | str:
-  """The path of an image that is relative to its annotation file, as one relative to the raw folder; bytes as they are.
+  """An image's path, relative to its annotation file, made relative to the raw folder; bytes as they are.
 
   Args:
     root: the raw folder.
     path: of the annotation file.
-    image: as the file has it.
+    image: as the file has it; an absolute path stays.
   """
   if isinstance(image, bytes) or os.path.isabs(image):
     return image
@@ -144,11 +144,11 @@ def beside(root: str, path: str, image: bytes | str) -> bytes | str:
 
 def raws(found: Iterable[tuple[str, dict | records.Reject]], make: Callable[[dict, str], records.Raw]
          ) -> Iterator[records.Raw | records.Reject]:
-  """The records that a file's objects are; rejects as they are, and in place of what can't be one.
+  """A record from each of a file's objects, or a reject if it can't be one; rejects are passed on.
 
   Args:
-    found: where and what, as `stream` gives them.
-    make: of an object and where it is, its record; what it raises for an object is of a field of another type.
+    found: where each object is, and the object, as `stream` gives them.
+    make: gives the record of an object, from the object and where it is.  What it raises rejects the object.
   """
   for where, item in found:
     if isinstance(item, records.Reject):
@@ -162,7 +162,7 @@ def raws(found: Iterable[tuple[str, dict | records.Reject]], make: Callable[[dic
 
 
 def reject(where: str, error: Exception) -> records.Reject:
-  """The error as what is counted; one that is not `Unusable` came of a field of another type."""
+  """The reject that an error becomes; an error that is not `Unusable` comes from a missing or mistyped field."""
   if isinstance(error, Unusable):
     return records.Reject(where, *error.args)
   return records.Reject(where, "fields are missing", f"{type(error).__name__}: {error}"[:200])

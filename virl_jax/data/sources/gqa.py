@@ -5,8 +5,8 @@
     images/ID.jpg
 
 A question's annotations name objects for words of the answer, of the question and of the full answer.  The rationale
-is the answer's objects or, if it has none (as for "yes"), those of the full answer and of the question, each once.
-Without scene graphs, as for testdev, there are no boxes.
+boxes are those of the answer's objects or, if it has none (as for "yes"), of the full answer's and the question's, each
+once.  Without scene graphs, as for testdev, there are no boxes.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def files(root: str, split: str) -> list[str]:
 
 
 def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
-  """The records of a split; holds the boxes of its scene graphs, about 60 bytes an object.
+  """The records of a split; the boxes of its scene graphs are kept in memory, about 60 bytes an object.
 
   Raises:
-    ValueError: nothing is there, or a file is of another kind or ends early.
+    ValueError: there are no files, or one is of another kind or ends early.
   """
   questions = _questions(root, split)
   graphs = {}
@@ -52,7 +52,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
 
 
 def span(key: str) -> tuple[int, int]:
-  """Which words a key of the annotations means: first, and one past the last: "4" is (4, 5), "6:8" is (6, 8).
+  """Which words a key of the annotations means, half-open: "4" is (4, 5), "6:8" is (6, 8).
 
   Raises:
     ValueError: it is no such key.
@@ -78,7 +78,7 @@ def _graphs(root, split):
 
 
 def _boxes_by_image(path):
-  """Of each image its size and, packed as JSON to save memory, its objects' boxes."""
+  """The size of each image and, packed as JSON to save memory, the boxes of its objects."""
   found = {}
   for name, graph in stream.objects(stream.items(path), path, ("width", "height", "objects")):
     if not isinstance(graph, records.Reject):

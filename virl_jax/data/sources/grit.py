@@ -5,8 +5,8 @@
             caption, corners as shares of the image; images/KEY.jpg, or images/KEY[:5]/KEY.jpg, as img2dataset has them
         question, answer, image, width, height, bboxs, dataset (a metadata line of Visual-CoT); images/DATASET/
 
-Each phrase becomes the question where it is, with all its boxes; a noun chunk and a referring expression about the same
-thing are two tasks.
+Each phrase becomes a task that asks where it is, with all its boxes; a noun chunk and a referring expression about the
+same thing are two tasks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """The records.
 
   Raises:
-    ValueError: nothing is there, or a file is of another kind.
+    ValueError: there are no files, or one is of another kind.
   """
   folder = stream.folder(root, ("images", "."))
   for path in files(root, split):
@@ -59,7 +59,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
 
 
 def _look(found):
-  """The same again, and whether the first object is a line of questions."""
+  """The same objects, and whether one of the first is a line of questions."""
   first = list(itertools.islice(found, 8))
   is_line = any(isinstance(item, dict) and "bboxs" in item for _, item in first)
   return itertools.chain(first, found), is_line

@@ -1,9 +1,9 @@
 """Any Hugging Face dataset in parquet files, with the pictures inside or beside them.
 
-    *.parquet    image: {bytes, path}, or images: a list of one; question (or problem); answer or answers; and, if there
-                 are: options or choices, boxes or bboxes or bbox (corners in pixels), id
+    *.parquet    image: {bytes, path}, or images: a list of one; question (or problem); answer or answers; optionally
+                 options or choices, boxes or bboxes or bbox (corners in pixels), id
 
-Columns may come under any of these names, others are ignored.
+Columns may have any of these names; others are ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """The rows.
 
   Raises:
-    ValueError: nothing is there, or a file lacks a picture, a question or answers.
+    ValueError: there are no files, or one lacks a column of pictures, questions or answers.
   """
   for path in files(root, split):
     yield from fields.raws(_named(stream.rows(path, ()), path), functools.partial(_record, root, path, split))
@@ -55,7 +55,7 @@ def _record(root, path, split, got, where):
 
 
 def _named(rows, path):
-  """The rows by field."""
+  """Where each row is, and the row by field instead of by column."""
   names = None
   for where, row in rows:
     names = names or _names(row, path)
@@ -63,7 +63,7 @@ def _named(rows, path):
 
 
 def _names(row, path):
-  """Which column each field is."""
+  """The column of each field that the row has."""
   found = {field: next((name for name in names if name in row), None) for field, names in _NAMES.items()}
   for field in ("image", "question", "answers"):
     if found[field] is None:
@@ -72,7 +72,7 @@ def _names(row, path):
 
 
 def _label(value, options):
-  """Of a whole number with options: the option of that index, from 0."""
+  """The answer; a whole number becomes the option of that index, from 0, if there are options."""
   if options and isinstance(value, int) and not isinstance(value, bool) and str(value) not in options:
     if not 0 <= value < len(options):
       raise fields.Unusable("no answer among the options",

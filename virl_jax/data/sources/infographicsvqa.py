@@ -24,7 +24,7 @@ _FIELDS = ("questionId", "question", "image_local_name")
 
 
 def files(root: str, split: str, boxes_from: str = "") -> list[str]:
-  """The annotation files of a split.
+  """The annotation files of a split; with `boxes_from`, Visual-CoT's raw folder, also all of its files.
 
   Raises:
     ValueError: there are none.
@@ -35,10 +35,10 @@ def files(root: str, split: str, boxes_from: str = "") -> list[str]:
 
 
 def read(root: str, split: str, boxes_from: str = "") -> Iterator[records.Raw | records.Reject]:
-  """The records of a split; arguments as `textvqa.read` has them.
+  """The records of a split; arguments as for `textvqa.read`.
 
   Raises:
-    ValueError: nothing is there, or a file is of another kind or ends early.
+    ValueError: there are no files, or one is of another kind or ends early.
   """
   folder = stream.folder(root, ("infographicsvqa_images", "images", "infographicVQA_images"))
   yield from docvqa.read_rrc(files(root, split)[0], split, boxes_from, NAME, _FIELDS, MATCH,

@@ -5,8 +5,8 @@ One object a line:
     image     path of the image, relative to the records file, or absolute
     question  text
     answers   list of accepted answers; empty if the task is only to find the box
-    boxes     optional list of [x1, y1, x2, y2], pixels of the upright image (as viewers show it: turned by
-              its EXIF orientation, if it has one); may be empty
+    boxes     optional list of [x1, y1, x2, y2], pixels of the upright image (as viewers show it: turned
+              according to its EXIF orientation, if it has one); may be empty
     options   optional list of the texts of options A, B, C ...; one of the answers must be among them, by its text
               or its letter
     id, task  optional: the record's name, and the family that metrics are split by
@@ -14,11 +14,11 @@ One object a line:
 
     width, height  optional, numbers or their digits; only compared with the image's own size, which counts
 
-What is optional may also be null.  Other fields are ignored.  Boxes that reach over the edge are
-clipped to the image.  A record that can't be used, or whose answers nobody can give, is skipped and
-counted by reason; the counts are part of `describe()`, and so is the number of records that state
-another size than their image has, because their boxes may be in another frame.  Images are not
-decoded here, only their headers are read.
+Optional fields may also be null.  Other fields are ignored.  Boxes that reach over the edge are clipped
+to the image.  A record that can't be used, or that no answer can be right for, is skipped and counted by
+reason; the counts are part of `describe()`, and so is the number of records that state another size than
+their image has, because their boxes may be in another frame.  Images are not decoded here: only their
+headers are read.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Source:
     skipped: reason -> number of records of the file that could not be used.
     n_other_size: usable records of the file whose width or height is not the image's.
     digest: see `fingerprint`.
-    rejects: line number, from 1, and reason of each record that could not be used; of several files, "NAME line N".
-    names: of the files, without their ends.
+    rejects: line number, from 1, and reason of each record that could not be used; with several files, "NAME line N".
+    names: of the files, without their extensions.
     set_N: the number of each task's file, in `names`.
   """
 
@@ -81,8 +81,8 @@ class Source:
     return self.tasks[index]
 
   def fingerprint(self) -> str:
-    """The same for the same data, wherever it lies: of both splits, each byte of the records file, and the path from
-    there and the size in bytes of each image that can be used.  Not of what is inside the images."""
+    """A hash that is the same for the same data, wherever it is, and for both splits: of each byte of the records file,
+    and of the path from there and the size in bytes of each usable image, but not of what is in the images."""
     return self.digest
 
   def describe(self) -> str:
@@ -123,7 +123,7 @@ def load(path: str, split: str, eval_fraction: float, seed: int) -> Source:
   if len(set(names)) < len(names):
     raise ValueError(f"files of records must have different names. Received: {path}")
   tasks, set_N, rejects, n_other_size, uids, skipped, digests = [], [], [], 0, set(), collections.Counter(), []
-  folder_of: dict[str, str] = {}  # of an image: that of the first file which has it
+  folder_of: dict[str, str] = {}  # by image: the folder of the first file which has it
   for number, file in enumerate(files):
     some, bad, n_other = _read(file, uids)
     its = collections.Counter(reason for _, reason in bad)
@@ -156,11 +156,11 @@ class _Unusable(Exception):
 
 
 def _read(path, uids):
-  """The usable tasks of a file, line and reason of each of the others, and how many state a wrong size.
+  """The usable tasks of a file, line and reason of each unusable record, and how many tasks state another size.
 
   Args:
     path: of the file.
-    uids: those that are taken; the file's are added.
+    uids: those in use; the file's are added.
   """
   tasks, rejects, n_other_size, sizes = [], [], 0, {}
   for number, line in _lines(path):
@@ -174,7 +174,7 @@ def _read(path, uids):
       rejects.append((number, str(reason)))
       continue
     uid = f"line {number}" if record.get("id") is None else str(record["id"])
-    while uid in uids:  # a task's uid promises to be unique; a file's ids don't
+    while uid in uids:  # a task's uid must be unique; a file's ids may not be
       uid = f"{uid} (line {number})"
     uids.add(uid)
     stated = tuple(_number(record.get(side)) or own for side, own in zip(("width", "height"), sizes[image]))
@@ -253,7 +253,7 @@ def _box(value, size_px):
 
 
 def _digest(path, tasks):
-  """Of the records file, and of its images as far as the file system knows them."""
+  """A hash of the records file, and of its images' paths and sizes."""
   folder = os.path.realpath(os.path.dirname(path))
   with open(path, "rb") as file:
     digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
@@ -264,7 +264,7 @@ def _digest(path, tasks):
 
 
 def _held_out(path, tasks, folder_of, eval_fraction, seed):
-  """The images of the test side: the first of a shuffled list, up to the nearest to the fraction."""
+  """The images of the test side: so many of a shuffled list that their records are nearest to the fraction."""
   counts = collections.Counter(task.image for task in tasks)
   if len(counts) < 2:
     raise ValueError("path must have usable records on at least 2 images for a train and a test split. "
@@ -309,7 +309,7 @@ def _is_finite(value):
 
 
 def _number(value):
-  """A number that may be written in digits, as tables do; what it is not comes back as it is."""
+  """A number that may be written in digits, as tables do; anything else is returned as it is."""
   try:
     return float(value) if isinstance(value, str) else value
   except ValueError:

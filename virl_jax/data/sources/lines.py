@@ -1,6 +1,6 @@
-"""Records of one's own, as `sources/jsonl.py` describes them, a line at a time.
+"""Records of your own, as `sources/jsonl.py` describes them, a line at a time.
 
-    *.jsonl    image, question, answers; boxes, options, id, task; and match, source, split, licence, if they are known
+    *.jsonl    image, question, answers; optionally boxes, options, id, task, match, source, split, licence
 
 Images are relative to the folder of the file.
 """
@@ -23,7 +23,7 @@ _FIELDS = ("image", "question", "answers")
 
 
 def files(root: str, split: str) -> list[str]:
-  """The files of a split; see `stream.splits`; or the one that `root` is.
+  """The files of a split, see `stream.splits`; or `root`, if it is a file.
 
   Raises:
     ValueError: there are none.
@@ -35,7 +35,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """The records.
 
   Raises:
-    ValueError: nothing is there, or a file is of another kind.
+    ValueError: there are no files, or one is of another kind.
   """
   for path in files(root, split):
     folder = os.path.dirname(path) if os.path.isfile(root) else root

@@ -2,8 +2,8 @@
 
     *.json    [{images: [PATH], problem: "<image>...", solution, doc_id, data_source}]
 
-Images are relative to the folder of the file.  There are no boxes.  Its publishers have no other layout; made into
-parquet by others, it is read as `hf_parquet` or, in verl's schema, as `deepeyes`.
+Images are relative to the folder of the file.  There are no boxes.  Its publishers have no other layout; what others
+have made into parquet is read as `hf_parquet` or, in verl's schema, as `deepeyes`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """The records.
 
   Raises:
-    ValueError: nothing is there, or a file is of another kind or ends early.
+    ValueError: there are no files, or one is of another kind or ends early.
   """
   for path in files(root, split):
     yield from fields.raws(stream.listed(path, _FIELDS), functools.partial(_record, root, path, split, set()))
@@ -45,7 +45,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
 def _record(root, path, split, ids, item, where):
   question, options = fields.question(item["problem"])
   name, family = item.get("doc_id"), fields.texts(item.get("data_source"))
-  # doc_id is 0 wherever nobody gave one.
+  # doc_id is 0 where none was given.
   uid = where if name in (None, 0, "0") or name in ids else f"{os.path.basename(path)}/{name}"
   ids.add(name)
   return records.Raw(

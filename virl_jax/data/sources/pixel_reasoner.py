@@ -1,9 +1,9 @@
 """Pixel-Reasoner's RL data: JSON, or the parquet files of its release.
 
     *.json or *.parquet    question, image: PATH or [PATH ...], is_video, answer: text or [text], qid
-    images/                or relative to the folder of the file
+    images/                the pictures; or the folder of the file
 
-Videos are passed over and counted.  There are no boxes.
+Videos are rejected.  There are no boxes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """The records.
 
   Raises:
-    ValueError: nothing is there, or a file is of another kind or ends early.
+    ValueError: there are no files, or one is of another kind or ends early.
   """
   for path in files(root, split):
     base = fields.beside(root, path, "")

@@ -2,8 +2,8 @@
 
 A reader yields `Raw` records, or `Reject`s for what it can't read.  `settle` is a pure function of a raw record and
 its picture's real size: it repairs the boxes and gives a task, or a `Reject` that says why there is none.  `Counts`
-adds up what happened to each.  Boxes are clipped to the image; those with nothing left are dropped; several are kept
-apart.  A record that loses all its boxes stays, if it has answers, and is counted.
+adds up what became of the records.  Boxes are clipped to the image, those with nothing left are dropped, and several
+are never merged.  A record that loses all its boxes stays, if it has answers, and is counted.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from virl_jax.data import answers as answers_lib
 CORNERS, XYWH, UNIT = "corners", "xywh", "unit"  # how a box is written: x1 y1 x2 y2 in pixels, x y w h, corners in 0-1
 OK, CLIPPED, UNUSABLE = "ok", "clipped", "unusable"  # what a box turns out to be
 _MOST_OPTIONS = 26    # as many as there are letters
-_SAME_SHAPE = 0.01    # sides that differ by this share, rounding apart, are of the same picture in another size
+_SAME_SHAPE = 0.01    # width and height scaled alike up to this share, rounding apart: the same picture in another size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Raw:
-  """A record as its publisher wrote it, in our words; nothing is repaired yet.
+  """A record as its publisher wrote it, under our names; nothing is repaired yet.
 
   Attributes:
-    uid: the publisher's own id, or one made of the file and the line; unique within its source and split.
+    uid: the publisher's own id, or one made from the file and the line; unique within its source and split.
     image: the encoded file's bytes, or the path of the image, relative to the raw folder.
     question: without options.
-    answers: all that the publisher gives, repeated ones too: some rules count them; empty if only a box is asked for.
+    answers: all that the publisher gives, with repeats, as some rules count them; empty if only a box is asked for.
     boxes: four numbers each, as `frame` says.
-    frame: "corners" (x1, y1, x2, y2) or "xywh" (x, y, width, height), in pixels of the image as `size_px` has it; or
-      "unit": corners as shares of the image's sides.
+    frame: "corners" (x1, y1, x2, y2) or "xywh" (x, y, width, height), in pixels of an image of `size_px`; or "unit":
+      corners as shares of the image's sides.
     options: texts of the options A, B, C ..., or None.
     match: the rule by which an answer is right, a key of `data.answers.RULES`.
     kind: the family that metrics are split by.
     source, split, licence: see `types.Task`.
     size_px: width and height that the record states for its image, or None.
-    notes: what the reader wants counted: note -> how many.
+    notes: what else the reader counts: note -> how many.
   """
 
   uid: str
@@ -131,7 +131,7 @@ class Counts:
       self.notes["tasks that lost all their boxes"] += 1
 
   def merge(self, other: Counts) -> None:
-    """Adds what another part of the same source came to."""
+    """Adds the counts of another part of the same source."""
     self.records += other.records
     self.tasks += other.tasks
     for mine, its in ((self.boxes, other.boxes), (self.rejects, other.rejects), (self.notes, other.notes)):
@@ -161,7 +161,7 @@ def digest(data: bytes) -> str:
 
 def provenance(image_digest: str, question: str, answers: Iterable[str], options: Iterable[str] | None,
                boxes: Iterable[types.Box], match: str) -> str:
-  """What a task is made of, as a hash of 32 hexadecimal digits; see `types.Task.provenance`."""
+  """A hash of what a task is made of, 32 hexadecimal digits; see `types.Task.provenance`."""
   content = [image_digest, question, list(answers), None if options is None else list(options),
              [[float(side) for side in box] for box in boxes], match]
   return digest(json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode())
@@ -169,7 +169,7 @@ def provenance(image_digest: str, question: str, answers: Iterable[str], options
 
 def repair(boxes: Iterable[Iterable[float]], frame: str, stated_px: tuple[float, float], size_px: tuple[float, float]
            ) -> tuple[tuple[types.Box, ...], dict[str, int]]:
-  """Boxes in pixels of the image, those that can be used.
+  """The usable boxes of a record, in pixels of the image.
 
   Args:
     boxes: as the record has them.
@@ -178,8 +178,8 @@ def repair(boxes: Iterable[Iterable[float]], frame: str, stated_px: tuple[float,
     size_px: width and height that the image has.
 
   Returns:
-    The boxes that are left, clipped to the image, in their order; and how many were "ok" (within the image), "clipped"
-    (with some area left) and "unusable" (no area to begin with, none within the image, or not four finite numbers).
+    The usable boxes, clipped to the image, in their order; and how many were "ok" (within the image), "clipped" (with
+    some area left) and "unusable" (without area, outside the image, or not four finite numbers).
   """
   width, height = size_px
   scale_x, scale_y = (width, height) if frame == UNIT else (width / stated_px[0], height / stated_px[1])
@@ -208,7 +208,7 @@ def repair(boxes: Iterable[Iterable[float]], frame: str, stated_px: tuple[float,
 def settle(raw: Raw, picture: Picture) -> tuple[types.Task | Reject, dict[str, int]]:
   """A raw record as a task.
 
-  Where the record states another size than its picture has, but of the same shape, the boxes are scaled with it.
+  If the record states another size than its picture has, but the same shape, the boxes are scaled to the picture.
 
   Args:
     raw: the record.
@@ -237,7 +237,7 @@ def settle(raw: Raw, picture: Picture) -> tuple[types.Task | Reject, dict[str, i
 
 
 def is_text(value: object) -> bool:
-  """Whether it is a string that says something and that tokenizers take."""
+  """Whether a value is a string that is not blank and that tokenizers take."""
   if not isinstance(value, str) or not value.strip() or "\0" in value:
     return False
   try:
@@ -248,7 +248,7 @@ def is_text(value: object) -> bool:
 
 
 def _unusable(raw):
-  """Reason and detail, if the record can't become a task whatever its picture is; else None."""
+  """Reason and detail, if the record can't become a task, whatever its picture; else None."""
   if not is_text(raw.question):
     return "no question", f"question: {raw.question!r}"
   if not all(is_text(answer) for answer in raw.answers):
@@ -277,7 +277,7 @@ def _four(box):
 
 
 def _same_shape(stated, size):
-  """Whether one is the other in another size."""
+  """Whether two sizes, in pixels, can be of the same picture."""
   if not (stated[0] > 0 and stated[1] > 0):
     return False
   x, y = size[0] / stated[0], size[1] / stated[1]

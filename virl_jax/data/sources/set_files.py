@@ -2,10 +2,10 @@
 
 A set is a folder that tensorflow-datasets reads as one of its own, without TensorFlow:
 
-    dataset_info.json, features.json        tensorflow-datasets' own; written last, so that a set is whole or none
+    dataset_info.json, features.json        tensorflow-datasets' own; written last, so that a set is whole or no set
     NAME-SPLIT.array_record-00000-of-00004  the tasks, as `features` has them
-    index.npy                               of each task, in order: its image and its provenance, as hashes
-    set.json                                the raw folder that images lie in, and what the writer wants kept
+    index.npy                               for each task, in order: its image and its provenance, as hashes
+    set.json                                the raw folder that images are in, and what the writer adds about the set
 
 An image is its encoded file, or a path relative to the raw folder.  Boxes are stored in float32.
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 from virl_jax import types
 
-# The fields of `types.Task`, but for boxes and the picture itself: `image` holds an encoded file or nothing,
+# The fields of `types.Task`, except boxes and the picture itself: `image` holds an encoded file or nothing,
 # `image_path` a path or nothing.
 TEXTS = ("uid", "question", "kind", "match", "source", "split", "licence", "provenance")
 LISTS = ("answers", "options")
@@ -48,7 +48,7 @@ def encode(task: types.Task) -> bytes:
   """A task as tensorflow-datasets stores it: a serialised tf.train.Example of `features()`.
 
   Raises:
-    ValueError: its picture is decoded.
+    ValueError: its picture is a decoded one.
   """
   if not isinstance(task.image, (bytes, str)):
     raise ValueError(f"task {task.uid}: image must be an encoded file's bytes or a path to be stored. "
@@ -96,11 +96,11 @@ def features():
 
 
 def write_part(path: str | os.PathLike, tasks: Iterable[types.Task], image_digests: Iterable[str]) -> Part:
-  """Writes some of a set's tasks, all of them or nothing; what lies there is replaced.
+  """Writes a part of a set, whole or not at all; an existing file is replaced.
 
   Args:
     path: of the array_record file.
-    tasks: in the set's order.
+    tasks: the part's tasks, in the set's order.
     image_digests: of each task's image file; see `records.digest`.
 
   Returns:
@@ -125,15 +125,15 @@ def write_part(path: str | os.PathLike, tasks: Iterable[types.Task], image_diges
 
 
 def finish(folder: str | os.PathLike, name: str, split: str, parts: Sequence[Part], root: str, about: dict) -> None:
-  """Makes a set of parts, which move into it; one that was there is replaced.  Can be repeated if it was cut off.
+  """Makes a set of its parts, which move into it; an existing set is replaced.  Can be repeated if it is interrupted.
 
   Args:
     folder: of the set.
-    name: of the set, lower-case letters, digits and underscores, as tensorflow-datasets has it.
-    split: the split's name there.
+    name: of the set, lower-case letters, digits and underscores, as tensorflow-datasets demands.
+    split: the name of its only split.
     parts: those without tasks leave no file.
     root: the folder that images' paths are relative to; "" if there are no paths.
-    about: what is to be kept in set.json: JSON.
+    about: kept in set.json; ready for JSON.
 
   Raises:
     ValueError: there is no task.
@@ -150,7 +150,7 @@ def finish(folder: str | os.PathLike, name: str, split: str, parts: Sequence[Par
     if old.name not in names:
       old.unlink()
   for part, new in zip(parts, names):
-    if os.path.exists(part.path):  # else it was moved before the end that was cut off
+    if os.path.exists(part.path):  # else an interrupted `finish` has moved it
       os.replace(part.path, folder / new)
   _replace(folder / INDEX_FILE, lambda file: np.save(file, np.concatenate([part.index_N for part in parts])))
   meta = {"format": FORMAT, "root": os.path.abspath(root) if root else "",

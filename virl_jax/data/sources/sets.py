@@ -1,8 +1,8 @@
-"""Finished sets of tasks, as training reads them; `set_files` has what lies in one, and writes it.
+"""Finished sets of tasks, as training reads them; `set_files` says which files one has, and writes them.
 
-A set is a folder, or a folder of such folders, one for each source, which are read one after the other, in the order of
-their names; or several of either.  Beside sets that were curated, or above them, lies tasks.jsonl, which says of each
-task how often a policy solved it.
+A path is a set's folder, or a folder of such folders, which are read one after the other, in the order of their names;
+or several of either.  Curated sets have tasks.jsonl in their folder or in the one above, which says how often a policy
+solved each task.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Source:
     provenance_N: S16, each task's provenance.
     set_N: the number of each task's set, in `names`.
     names: of the sets' folders.
-    about: set.json's own words of each folder that was read.
+    about: for each folder, what set.json has under "about".
   """
 
   def __init__(self, path: str, split: str, records, roots: Sequence[tuple[int, str]], rows_N: np.ndarray,
@@ -53,20 +53,20 @@ class Source:
     return set_files.decode(self._records[row], self._root_of(row))
 
   def stored(self, index: int) -> tuple[types.Task, str]:
-    """The task as it lies in its set, and the raw folder that the path of its image is relative to; "" for none."""
+    """The task as its set stores it, and the raw folder that its image's path is relative to; "" for none."""
     row = int(self._rows_N[index])
     return set_files.decode(self._records[row]), self._root_of(row)
 
   @property
   def tasks(self) -> Sequence[types.Task]:
-    """All of them, read as they are asked for."""
+    """All tasks, each read when it is asked for."""
     return _Tasks(self)
 
   def _root_of(self, row):
     return next(root for end, root in self._roots if row < end)
 
   def fingerprint(self) -> str:
-    """The same for the same tasks, of both splits, wherever they lie and in whatever order."""
+    """A hash that is the same for the same tasks, wherever they are, in any order, and for both splits."""
     return f"set-{self._digest}"
 
   def describe(self) -> str:
@@ -88,13 +88,13 @@ class _Tasks(Sequence):
 
 
 def folders(path: str | os.PathLike) -> list[pathlib.Path]:
-  """The sets in a folder: itself, or those below it, in the order of their names.
+  """The sets in a folder: itself, or the folders in it, in the order of their names.
 
   Args:
     path: the folder, or several with commas between them.
 
   Raises:
-    ValueError: there are none in one of them, or one of the sets comes twice.
+    ValueError: one of the folders has none, or two sets have the same name.
   """
   found = [folder for one in paths(path) for folder in _folders(pathlib.Path(one))]
   found.sort(key=lambda folder: (folder.name, str(folder)))  # whatever the order in which they are given
@@ -105,7 +105,7 @@ def folders(path: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def paths(path: str | os.PathLike) -> list[str]:
-  """What commas stand between, unless it is a path itself."""
+  """The paths in a text with commas between them; a text that is a path itself is one."""
   path = os.fspath(path)
   return [path] if os.path.exists(path) else [one.strip() for one in path.split(",")]
 
@@ -163,16 +163,15 @@ def load(path: str | os.PathLike, split: str, eval_fraction: float, seed: int) -
 
 
 def pass_rates(path: str | os.PathLike) -> dict[bytes, float]:
-  """How often each task was solved when its set was curated, in [0, 1], by provenance as `Source.provenance_N` has it.
+  """How often each task was solved when its set was curated, in [0, 1], by provenance as in `Source.provenance_N`.
 
-  It is `pass_with` of tasks.jsonl, which lies in the set's folder or in the one above; tasks of which nobody knows are
-  left out.
+  It is `pass_with` of tasks.jsonl, which is in the set's folder or in the one above; tasks without it are left out.
 
   Args:
     path: see `folders`.
 
   Raises:
-    ValueError: there is no such file, it says nothing of any task, or a line is none of its.
+    ValueError: there is no such file, it has no pass rate at all, or a line has another layout.
   """
   folders_ = folders(path)
   files = dict.fromkeys(place / _RATES for folder in folders_ for place in (folder, folder.absolute().parent)
@@ -185,7 +184,7 @@ def pass_rates(path: str | os.PathLike) -> dict[bytes, float]:
           said = json.loads(line)
           rate = said["pass_with"]
           if rate is not None:
-            # numpy drops zeros at the end of its bytes.
+            # numpy drops zero bytes at the end, and so do we.
             found[bytes.fromhex(said["provenance"]).rstrip(b"\0")] = float(rate)
             if not 0 <= rate <= 1:
               raise ValueError("pass_with is no share")
@@ -200,7 +199,7 @@ def pass_rates(path: str | os.PathLike) -> dict[bytes, float]:
 
 
 def _read(folder):
-  """Of a set's folder: set.json, the index, and the paths of its array_record files."""
+  """A set's set.json, its index, and the paths of its array_record files."""
   try:
     meta = json.loads((folder / set_files.META).read_text())
     index_N = np.load(folder / set_files.INDEX_FILE)
@@ -219,7 +218,7 @@ def _read(folder):
 
 
 def _root(folder, meta):
-  """The raw folder of a set: where it was, or where it is if both have moved together."""
+  """The raw folder of a set: where it was when the set was built or, if both have moved together, where it is now."""
   if not meta["root"]:
     return ""
   places = [pathlib.Path(meta["root"]), folder / meta["root_from_here"]]
@@ -231,7 +230,7 @@ def _root(folder, meta):
 
 
 def _held_out(image_N, eval_fraction, seed, path):
-  """bool[N], True on the test side: the first images of a shuffled list, up to the nearest to the fraction."""
+  """bool[N], True on the test side: so many images of a shuffled list that their tasks are nearest to the fraction."""
   unique_U, of_N, counts_U = np.unique(image_N, return_inverse=True, return_counts=True)
   if len(unique_U) < 2:
     raise ValueError(f"a set must have tasks on at least 2 images for a train and a test split. "
@@ -245,7 +244,7 @@ def _held_out(image_N, eval_fraction, seed, path):
 
 
 def _mixed(numbers_N, seed):
-  """uint64, as good as drawn at random for each number and seed (splitmix64's finaliser)."""
+  """uint64[N], as good as drawn at random for each number and seed (splitmix64's finaliser)."""
   start = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "little")
   with np.errstate(over="ignore"):
     mixed_N = numbers_N + np.uint64(start)

@@ -1,7 +1,7 @@
 """Raw files, read a record at a time: memory is bounded by one record and a few megabytes, however large the file.
 
-A file that ends early, a folder without what is wanted in it, and a file of another schema are a `ValueError` that
-names what was wanted and the first three examples of what was found.  A single bad line is a `records.Reject`.
+A file that ends early, a folder that lacks what is wanted, or a file of another schema raises a `ValueError` that names
+what was wanted and the first three examples of what was found.  A single bad line gives a `records.Reject`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from virl_jax.data.sources import records
 
 _CHUNK_CHARS = 1 << 20
 _MOST_CHARS = 1 << 27   # of one record; more is a file of another kind
-_NEAR_CHARS = 64        # an error this close to the end of what was read may be for want of the rest
+_NEAR_CHARS = 64        # an error this close to the end of what was read may be due to what was not read yet
 _EXAMPLES = 3
 _BLANK = re.compile(r"[ \t\n\r]*")
 _ROWS = 32              # of a parquet file, at a time: rows may hold large images
 
 
 class _Window:
-  """What has been read of a JSON file, and where in it we are."""
+  """What has been read of a JSON file, and the place in it."""
 
   def __init__(self, file, path):
     self._file, self._path, self._text, self._at, self._passed = file, path, "", 0, 0
@@ -84,7 +84,7 @@ class _Window:
     return self._next() in ("[", "{")
 
   def members(self) -> Iterator[str | int]:
-    """Of the list or object that is next: the number or key of each value; it must be read before the next is asked."""
+    """The number or key of each value of the list or object that comes next; read each value before asking for more."""
     opening = self._next()
     if opening not in ("[", "{"):
       raise self.broken("a list or an object")
@@ -121,7 +121,7 @@ def items(path: str, key: str | None = None) -> Iterator[tuple[str | int, object
 
   Args:
     path: of the file, UTF-8.
-    key: of the member of the outermost object whose own members are wanted; None for the outermost's own.
+    key: under which the outermost object has the list or object that is wanted; None for the outermost itself.
 
   Yields:
     Key or number, and value.
@@ -148,7 +148,7 @@ def items(path: str, key: str | None = None) -> Iterator[tuple[str | int, object
 
 
 def member(path: str, key: str):
-  """A member of a JSON file's outermost object, whole; None if there is none. Others are passed over.
+  """A member of a JSON file's outermost object, whole; None if there is none.  Other members are skipped.
 
   Raises:
     ValueError: the file is no JSON object.
@@ -171,10 +171,10 @@ def is_list(path: str) -> bool:
 
 
 def lines(path: str) -> Iterator[tuple[str, object]]:
-  """The values of a file of JSON lines, blank ones passed over.
+  """The values of a file of JSON lines; blank lines are skipped.
 
   Yields:
-    Where (the file's name and the line, from 1), and the value or, for a line that is no JSON, a `records.Reject`.
+    Where (the file's name and the line, from 1), and the value or, for a line that is not JSON, a `records.Reject`.
 
   Raises:
     ValueError: the file can't be read.
@@ -199,13 +199,13 @@ def rows(path: str, wanted: Iterable[str]) -> Iterator[tuple[str, dict]]:
 
   Args:
     path: of the file.
-    wanted: columns that must be there.
+    wanted: columns that it must have.
 
   Yields:
     Where (the file's name and the row, from 1), and the row.
 
   Raises:
-    ValueError: pyarrow is not installed, the file is no parquet file, ends early, or lacks a column.
+    ValueError: pyarrow is not installed, or the file is no parquet file, ends early, or lacks a column.
   """
   try:
     import pyarrow.parquet
@@ -234,16 +234,19 @@ def rows(path: str, wanted: Iterable[str]) -> Iterator[tuple[str, dict]]:
 
 def objects(found: Iterable[tuple[str, object]], path: str, wanted: Iterable[str]
             ) -> Iterator[tuple[str, dict | records.Reject]]:
-  """Those of the found values that are objects with the wanted fields; others as rejects.
+  """The found values; those that are not objects with the wanted fields become rejects.
 
   Args:
-    found: where and what, as `lines` and `items` give them.
+    found: where each value is, and the value, as `lines` and `items` give them.
     path: of the file, for errors.
-    wanted: fields of each.
+    wanted: fields that each object must have.
+
+  Yields:
+    Where the value is, and the object or a reject.
 
   Raises:
-    ValueError: there is nothing, or the first three, or all if there are fewer, are not what is wanted: it is a file of
-      another kind.
+    ValueError: there are no values, or the first three (or all, if there are fewer) are rejects: the file is of another
+      kind.
   """
   wanted, waiting, began = tuple(wanted), [], False
   for where, value in found:
@@ -266,19 +269,19 @@ def objects(found: Iterable[tuple[str, object]], path: str, wanted: Iterable[str
 
 
 def files(root: str, patterns: Iterable[str], what: str, exclude: str = "") -> list[str]:
-  """The files of a raw folder by the first pattern that any has.
+  """The files of a raw folder that match the first pattern that any file matches.
 
   Args:
     root: the raw folder.
-    patterns: of paths relative to it, the best first, as `glob` has them.
+    patterns: of paths relative to it, for `glob`, the best first.
     what: the source and what is wanted, for the error.
-    exclude: names that this pattern has are passed over.
+    exclude: a regular expression; files whose names contain a match are left out.
 
   Returns:
     Paths, sorted.
 
   Raises:
-    ValueError: there is none; names the patterns, and three of what is there.
+    ValueError: there are none; names the patterns, and three of the files that are there.
   """
   patterns = tuple(patterns)
   if os.path.isdir(root):
@@ -291,14 +294,14 @@ def files(root: str, patterns: Iterable[str], what: str, exclude: str = "") -> l
 
 
 def splits(root: str, split: str, endings: str, what: str) -> list[str]:
-  """The data files of a raw folder, or of the folders in it, whose names say no other split than the one asked for.
+  """The data files of a split in a raw folder or in the folders in it, by the split in their names.
 
   A file without a split in its name is of "train".
 
   Args:
     root: the raw folder.
     split: "train", "val" or "test".
-    endings: of the files' names, the best first, with blanks between.
+    endings: extensions of the files, the best first, with blanks between them.
     what: the source and what is wanted, for the error.
 
   Raises:
@@ -314,13 +317,13 @@ def splits(root: str, split: str, endings: str, what: str) -> list[str]:
 
 
 def listed(path: str, wanted: Iterable[str], key: str | None = None) -> Iterator[tuple[str, dict | records.Reject]]:
-  """The objects of a JSON list, with the file's name and their number, from 0, for where; see `items` and `objects`."""
+  """The objects of a JSON list, each with its place: the file's name and its number, from 0; see `items`, `objects`."""
   name = os.path.basename(path)
   yield from objects(((f"{name}:{number}", value) for number, value in items(path, key)), path, wanted)
 
 
 def any_objects(path: str, wanted: Iterable[str]) -> Iterator[tuple[str, dict | records.Reject]]:
-  """The records of a file of JSON (a list or lines) or parquet; see `objects`."""
+  """The objects of a file of JSON (a list or lines) or the rows of a parquet file; see `objects` and `rows`."""
   wanted = tuple(wanted)
   if path.endswith(".parquet"):
     yield from rows(path, wanted)
@@ -331,7 +334,7 @@ def any_objects(path: str, wanted: Iterable[str]) -> Iterator[tuple[str, dict | 
 
 
 def folder(root: str, candidates: Iterable[str]) -> str:
-  """The first of some folders, relative to a raw folder, that is there; the first of all if none is."""
+  """The first of some folders, relative to a raw folder, that exists; the first of all if none does."""
   candidates = tuple(candidates)
   return next((name for name in candidates if os.path.isdir(os.path.join(root, name))), candidates[0])
 

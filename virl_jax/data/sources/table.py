@@ -1,7 +1,7 @@
-"""The sources that there are, by the name that a command gives them.
+"""The sources, by the names that commands give them.
 
-A source is a module with NAME, SPLITS, LICENCE, WANTED (what must lie in its raw folder), files(root, split) and
-read(root, split); those of `JOINED` take boxes_from, the raw folder of Visual-CoT, as well.
+A source is a module with NAME, SPLITS, LICENCE, WANTED (what must be in its raw folder), files(root, split) and
+read(root, split); those in `JOINED` also take boxes_from, the raw folder of Visual-CoT.
 """
 
 from virl_jax.data.sources import deepeyes

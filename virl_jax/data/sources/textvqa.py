@@ -4,8 +4,8 @@
     TextVQA_with_url_SPLIT_v0.1.json    the first release: image, question, 6 to 22 answers, no ids
     train_images/ID.jpg                 images of train and val; test_images/ of test
 
-Boxes are joined by image and question, never by question id: files of LLaVA's making have the image's id there.  All
-answers are kept, repeated ones and noise too: the official rule counts them.
+Boxes are joined by image and question, never by question id: files that LLaVA made have the image's id there.  All
+answers are kept, with repeats and noise: the official rule counts them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MATCH = "vqa"  # how its benchmark counts
 
 
 def files(root: str, split: str, boxes_from: str = "") -> list[str]:
-  """The annotation files of a split.
+  """The annotation files of a split; with `boxes_from`, Visual-CoT's raw folder, also all of its files.
 
   Raises:
     ValueError: there are none.
@@ -41,11 +41,11 @@ def read(root: str, split: str, boxes_from: str = "") -> Iterator[records.Raw | 
 
   Args:
     root: the raw folder.
-    split: which.
+    split: one of `SPLITS`.
     boxes_from: Visual-CoT's raw folder; "" for no boxes.
 
   Raises:
-    ValueError: nothing is there, or a file is of another kind or ends early.
+    ValueError: there are no files, or one is of another kind or ends early.
   """
   path = files(root, split)[0]
   boxes = visual_cot.boxes_by_question(boxes_from, NAME) if boxes_from else None
@@ -74,11 +74,11 @@ def _record(item, where, split, boxes, folder):
 
 
 def join(boxes: dict | None, image: str, question: str) -> tuple[tuple, tuple | None, dict[str, int]]:
-  """A record's boxes in Visual-CoT, the size that they are for, and what is to be counted.
+  """A record's boxes in Visual-CoT, the size in pixels that they are for, and what is to be counted.
 
   Args:
     boxes: see `visual_cot.boxes_by_question`; None if there is no Visual-CoT.
-    image: the image's name.
+    image: the image's name or path.
     question: the question.
   """
   if boxes is None:

@@ -3,7 +3,7 @@
     *.parquet    images: [{bytes, path}], problem (or question), answer,
                  target_instances: [{bbox: [x1, y1, x2, y2], ...}]
 
-Boxes are corners in pixels; TreeBench, which has the same name for a list of fours in a string, is read too.
+Boxes are corners in pixels.  TreeBench is read too: its column of the same name is a text with a list of boxes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """The rows.
 
   Raises:
-    ValueError: nothing is there, or a file is of another schema.
+    ValueError: there are no files, or one has another schema.
   """
   for path in files(root, split):
     yield from fields.raws(stream.rows(path, _COLUMNS), functools.partial(_record, root, path, split))

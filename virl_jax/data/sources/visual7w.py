@@ -2,13 +2,13 @@
 
     dataset_v7w_telling.json     images: image_id, filename, split, qa_pairs: qa_id, question, type, answer,
                                  multiple_choices (three wrong ones)
-    v7w_telling_answers.json     boxes: qa_id, name, x, y, width, height; several of a question (in the folder itself,
+    v7w_telling_answers.json     boxes: qa_id, name, x, y, width, height; several for a question (in the folder itself,
                                  or in dataset_v7w_grounding_annotations/)
     dataset_v7w_pointing.json    boxes: box_id, name, x, y, width, height; images as above, answers are box ids
     images/v7w_ID.jpg
 
-Either question file will do.  The right option of a telling question stands first nowhere: options are put in an order
-of their own.  A pointing question asks for its answer's box.
+Either question file will do.  The options of a telling question are shuffled, by `fields.shuffled`.  A pointing
+question asks for its answer's box.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def files(root: str, split: str) -> list[str]:
 
 
 def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
-  """The records of a split; holds all boxes of a file, about 200 bytes each.
+  """The records of a split; all boxes of a file are kept in memory, about 200 bytes each.
 
   Raises:
-    ValueError: nothing is there, or of that split, or a file is of another kind or ends early.
+    ValueError: there are no files, one has nothing of that split, is of another kind or ends early.
   """
   files(root, split)
   folder = stream.folder(root, ("images", "visual7w_images"))
@@ -70,7 +70,7 @@ def _find(root, name):
 
 
 def _pairs(path, split):
-  """Where, the image's file name, and the question-answer pair or a reject."""
+  """Where each question-answer pair is, its image's file name, and the pair or a reject."""
   found = set()
   for where, image in stream.listed(path, ("filename", "split", "qa_pairs"), "images"):
     if isinstance(image, records.Reject):

@@ -6,10 +6,11 @@ Both of its layouts are read:
     viscot_363k.json (train)                               image: [PATH, "PATH###[x1, y1, x2, y2]"], conversations
     viscot_benchmark/benchmark/SET.json (val)              the same; and benchmark_det/SET.jsonl with sizes and floats
 
-The items' boxes are whole numbers, which for some sets are floats cut off: where a metadata file has the same set it is
-read instead, and where benchmark_det has the same item its box is taken, if it is the one that was cut off.  Boxes are
-corners in pixels of the original image; the normalised box in the conversation, of the image padded to a square, is
-not used.  Images lie in images/cot/SET/, cot/SET/, cot_image_data/SET/ or images/SET/; textcap's with textvqa's.
+The boxes of the last two layouts are whole numbers, which for some sets are floats cut off: if a metadata file has the
+same set, it is read instead, and if benchmark_det has the same item with a box that cuts off to this one, that box is
+taken.  Boxes are corners in pixels of the original image; the normalised box in the conversation, of the image padded
+to a square, is not used.  Images are in images/cot/SET/, cot/SET/, cot_image_data/SET/ or images/SET/; textcap's are
+with textvqa's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SPLITS = ("train", "val", "test")
 LICENCE = ""  # each of the twelve sets has its own
 WANTED = ("metadata/*_cot_SPLIT.jsonl or viscot_363k.json (train), viscot_benchmark/benchmark/*.json (val), and "
           "images/cot/ or cot/")
-_FOLDERS = {"textcap": "textvqa", "visual7w": "v7w"}  # of sets whose images lie elsewhere than their name says
+_FOLDERS = {"textcap": "textvqa", "visual7w": "v7w"}  # of sets whose images are not in a folder of their name
 _SETS = {"v7w": "visual7w"}  # as `dataset` names them
 _LINE = ("question", "answer", "image", "width", "height", "bboxs", "dataset")
 _ITEM = ("dataset", "image", "conversations")
@@ -52,7 +53,7 @@ def read(root: str, split: str) -> Iterator[records.Raw | records.Reject]:
   """The records of a split, in the files' order; see the module.
 
   Raises:
-    ValueError: nothing is there, or a file is of another kind.
+    ValueError: there are no files, or one is of another kind.
   """
   lines, items = _files(root, split)
   files(root, split)
@@ -76,9 +77,9 @@ def from_line(line: dict, where: str, split: str, prefix: str, name: str = NAME)
   Args:
     line: the object.
     where: its file and line.
-    split: that is asked for.
-    prefix: the folder of sets' folders of images, relative to the raw folder.
-    name: the source that it is of.
+    split: the split that is wanted; lines of another one are rejected.
+    prefix: the folder with a folder of images for each set, relative to the raw folder.
+    name: of the source that the record is for.
   """
   try:
     if line.get("split", split) != split:
@@ -106,14 +107,15 @@ def all_files(root: str) -> list[str]:
 def boxes_by_question(root: str, name: str) -> dict[tuple[str, str], tuple[tuple, tuple | None]]:
   """The boxes of one of its sets, for a source that has none: (image, question) -> boxes, and the size they are for.
 
-  Of all splits: its own need not be the source's.
+  All splits are read: Visual-CoT's need not be the source's.
 
   Args:
     root: Visual-CoT's raw folder.
     name: of the set, such as "textvqa".
 
   Returns:
-    By the image file's name without its ending, and the question as `join_key` has them; boxes are corners.
+    By `join_key` of image and question: the boxes, corners in pixels, and the width and height of the image that they
+    are for, or None.
 
   Raises:
     ValueError: nothing of that set is there.
@@ -132,8 +134,8 @@ def boxes_by_question(root: str, name: str) -> dict[tuple[str, str], tuple[tuple
 
 
 def join_key(image: str, question: str) -> tuple[str, str]:
-  """What a record of another source is joined by: its image's name without folder and ending, its question in lower
-  case."""
+  """What records of other sources are joined by: the image's name without folder and extension, and the question in
+  lower case."""
   return os.path.splitext(os.path.basename(image))[0], " ".join(question.lower().split())
 
 
@@ -143,7 +145,7 @@ def _patterns(split):
 
 
 def _files(root, split):
-  """The metadata files, and those of items."""
+  """The metadata files, and the files of items (the last two layouts)."""
   found = ([], [])
   for folder in ("metadata", "viscot_dataset", "."):
     try:

@@ -12,10 +12,10 @@ _LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]*(.*?)[ \t]*$", re.MULTILINE)
 
 
 def block(text: str) -> tuple[str, ...]:
-  """The options of a text with one a line: "A. cat\\nB. dog\\n".
+  """The options of a text that has one on each line: "A. cat\\nB. dog\\n".
 
   Raises:
-    Unusable: its letters are not A, B, C ..., two at least, each with a text.
+    Unusable: its letters are not A, B, C ..., at least two, each with a text.
   """
   found = _LINE.findall(text)
   if len(found) < 2 or "".join(letter for letter, _ in found) != rows_lib.LETTERS[:len(found)] or not all(
@@ -28,7 +28,7 @@ def asked(text: str) -> tuple[str, tuple[str, ...]]:
   """Question and options of a prompt that has both: the lines before the first option, and the options.
 
   Raises:
-    Unusable: it has no options.
+    Unusable: see `block`.
   """
   options = block(text)
   return text[:_LINE.search(text).start()].strip(), options

@@ -21,7 +21,7 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
   Args:
     path: of the file.
-    how: see there.
+    how: see `rows.How`.
 
   Returns:
     Tasks named by question id; those of a split whose answers are not published have none.
@@ -41,7 +41,7 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
 
 
 def of_file(path: str, how: rows_lib.How, name: str, pictures) -> rows_lib.Loaded:
-  """`load`, of a set that differs in where its pictures are: `pictures` gives their names for a row."""
+  """`load` for a set with pictures elsewhere: `pictures` gives a row's possible paths, as `Reader.file` takes them."""
   reader = rows_lib.Reader(how, os.path.dirname(path))
   for number, row in enumerate(tables.json_rows(path), 1):
     uid = str(row.get("questionId", "")) if isinstance(row, dict) else ""
@@ -52,6 +52,6 @@ def of_file(path: str, how: rows_lib.How, name: str, pictures) -> rows_lib.Loade
 
 
 def anls(name: str, loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
-  """`score`, of a benchmark of that name."""
+  """`score` for the benchmark of that name."""
   rows = rows_lib.scored(loaded, predictions, lambda task, p: official.anls(p.text, task.answers))
   return rows_lib.result(name, RULE, "ANLS", loaded, rows, {"ANLS": rows_lib.mean(rows)})

@@ -1,11 +1,11 @@
-"""HR-Bench 4K and 8K: 200 questions on each, asked four times with the options turned round (Wang et al. 2024).
+"""HR-Bench 4K and 8K: 200 questions each, asked four times with the options in other orders (Wang et al. 2024).
 
 Layouts:
 
     TSV    hr_bench_4k.tsv: index, question, answer, category (single, cross), A to D, cycle_category, image (base64, or
            the index of the row that has it)
     JSON   ZoomEye's annotation_hr-bench_4k.json: a record for each question, with lists of four answers and of four
-           texts of options; its index counts in fours, and its cycle_category is always 0
+           texts of options; its index goes up by four, and its cycle_category is always 0
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
   Args:
     path: of the file.
-    how: see there; options stay in their four orders.
+    how: see `rows.How`; options stay in their four orders.
 
   Returns:
     Tasks named by the index of their row in the TSV, grouped by cycle.
@@ -53,11 +53,11 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
 
 def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
-  """The average over cycles, of all questions and of each category, and what else is quoted.
+  """The average over cycles, of all questions and of each category, and other figures that are quoted.
 
   Returns:
     As `rows.result`; figures: average (over cycles), each category (over cycles), mean_of_categories, pooled, cycles.
-    The cycles of a question are drawn together for intervals.
+    The cycles of a question are one cluster for intervals.
 
   Source: VLMEvalKit's report, whose "Average" is the mean over cycles of each cycle's pooled accuracy.
   """
@@ -74,7 +74,7 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
 
 
 def _question(uid: str, cycle: str) -> str:
-  """The index of a question's first cycle: indices count in fours."""
+  """The index of a question's first cycle: its cycles have successive indices."""
   return str(int(uid) - int(cycle)) if uid.isdecimal() and cycle.isdecimal() else uid
 
 

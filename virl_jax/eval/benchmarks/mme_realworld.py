@@ -3,7 +3,7 @@
 Layouts:
 
     JSON   an array: Question_id, Image, Text, "Answer choices" ("(A) ..."), "Ground truth", Task, Subtask, Category.
-           Keys and values are spelt in several ways ("Question Type", "Question type"; "Perception", "perception")
+           The spelling of keys and values varies ("Question Type", "Question type"; "Perception", "perception")
     TSV    VLMEvalKit's: index, image, question, A to E, answer, category, l2-category
 """
 
@@ -28,10 +28,10 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
   Args:
     path: of the file.
-    how: see there.
+    how: see `rows.How`.
 
   Returns:
-    Tasks of kind "task/subtask", in small letters.
+    Tasks of kind "task/subtask", in lower case.
 
   Raises:
     ValueError: the file cannot be read, or lacks a column.
@@ -52,7 +52,8 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
   """Accuracy of all questions, of perception and reasoning, and of each subtask.
 
   Returns:
-    As `rows.result`; figures: overall, and for each task its accuracy, the mean over its subtasks, and these.
+    As `rows.result`; figures: overall, and for each task its accuracy, the mean over its subtasks, and that of each
+    subtask.
 
   Source: Zhang et al. 2024 ("Avg" and "Avg-C").
   """

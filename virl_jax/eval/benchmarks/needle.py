@@ -1,4 +1,4 @@
-"""The needle pictures' test split, which is drawn and not read: for a policy that learned on them."""
+"""The test split of the needle pictures, which is drawn, not read: for policies that were trained on them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
   """Draws the test split of `needle.Config()`.
 
   Args:
-    path: of no use here.
-    how: where pictures are kept; the rest is of no use here.
+    path: ignored.
+    how: see `rows.How`; only `store` is used.
   """
   del path
   cfg = needle.Config()

@@ -4,11 +4,11 @@ Layouts:
 
     coco         output/coco/coco_pope_{random,popular,adversarial}.json: JSON lines, in spite of the name
     seem         output/seem/{gqa,aokvqa}/..._pope_seem_{...}.json: JSON arrays
-    POPEv2       annotations.json: image_id, image_name, target_object, query, label "Yes" or "No"; two rows an image,
-                 one of them edited
-    labels       question_id and label alone, as some publish beside their predictions; to score, not to ask
+    POPEv2       annotations.json: image_id, image_name, target_object, query, label "Yes" or "No"; two rows for each
+                 image, one of them with an edited image
+    labels       only question_id and label, as some publish beside their predictions; for scoring, not for asking
 
-The older release, with 2,910 rows in its random split, is read as the newer one is.
+The older release, with 2,910 rows in its random split, is read like the newer one.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
   Args:
     path: a file or a folder.
-    how: see there.
+    how: see `rows.How`.
 
   Returns:
-    Tasks named by split and question id ("coco/random/1"), by image name for POPEv2, grouped by split.
+    Tasks named by split and question id ("coco/random/1"), for POPEv2 by image name; grouped by split.
 
   Raises:
-    ValueError: there is no file of POPE's, or one cannot be read.
+    ValueError: there is no file of POPE, or one cannot be read.
   """
   files = [path] if os.path.isfile(path) else sorted(
       os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
@@ -62,7 +62,7 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
 
 def says_yes(text: str) -> bool:
-  """The official reading of an answer.  Only three words are a no, so that "Not sure" is a yes, and "NO" too.
+  """The official reading of an answer.  Only three words are a no, so that "Not sure" is a yes, and so is "NO".
 
   Source: Li et al. 2023, the published evaluation's rule.
   """
@@ -71,7 +71,7 @@ def says_yes(text: str) -> bool:
 
 
 def says(task: types.Task, text: str) -> str:
-  """What an answer amounts to: for a vote among samples."""
+  """What an answer says, "yes" or "no", for a vote among samples."""
   del task
   return "yes" if says_yes(text) else "no"
 
@@ -81,7 +81,7 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
 
   Returns:
     As `rows.result`; figures: accuracy, precision, recall, F1, yes_ratio (means over splits), splits (with n, TP, FP,
-    TN, FN).  Yes is positive.  Questions about an image, of all splits, are drawn together for intervals.
+    TN, FN).  Yes is positive.  All questions about an image, in all splits, are one cluster for intervals.
   """
   yes = lambda task: task.answers[0] == "yes"
   rows = rows_lib.scored(loaded, predictions, lambda task, p: says_yes(p.text) == yes(task))

@@ -1,4 +1,4 @@
-"""Any images, questions and boxes of one's own: the JSON lines that `data.sources.jsonl` describes."""
+"""Images, questions and boxes of your own: the JSON lines that `data.sources.jsonl` describes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ RULE = "the rule that each record names under match, `exact` if it names none; t
 
 
 def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
-  """Reads a records file, whose pictures lie where it says.
+  """Reads a records file, whose pictures are where it says.
 
   Args:
     path: of the file.
-    how: of no use here; options stay in the file's order.
+    how: ignored; options stay in the file's order.
 
   Returns:
     Tasks named by id, or by line.

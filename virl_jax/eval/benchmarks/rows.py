@@ -1,4 +1,4 @@
-"""What all benchmarks have in common: rows that can be used and that cannot, and the rows of a result.
+"""What all benchmarks have in common: rows that can be used and rows that cannot, and the rows of a result.
 
 A benchmark is a module with
 
@@ -6,8 +6,8 @@ A benchmark is a module with
     score(loaded, predictions) -> dict       what predictions are worth, by the rule that it is known by
     says(task, text) -> str                  where its rule reads answers as no other does: see `says` here
 
-A row that cannot be used is counted and named; the others are evaluated, and the share of rows that were stands beside
-the score.  So does a prediction that is missing: it is not wrong, it is not there.
+A row that cannot be used is counted and named; the others are evaluated, and the share of rows that were evaluated is
+given beside the score.  So is the number of missing predictions, which do not count as wrong.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class How:
   """How benchmarks are read.
 
   Attributes:
-    images: folder of the pictures, where they do not lie beside the file; None if they do.
-    need_images: whether a row without a readable picture is no use; False to score predictions without them.
-    seed: draws the order of options where the files have the right one in a place of its own; None leaves them there.
-    store: folder where pictures out of tables are written, once each; None keeps them in memory.
+    images: folder of the pictures; None if they are beside the file.
+    need_images: whether a row without a readable picture is rejected; False to score predictions without pictures.
+    seed: draws the order of options if the files have the right one in a fixed place; None leaves them in order.
+    store: folder where pictures from tables are written, once each; None keeps them in memory.
   """
 
   images: str | None = None
@@ -50,7 +50,7 @@ class How:
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
-  """A row that cannot be used: its number from 1, its name where it has one, and why."""
+  """A row that cannot be used: its number, from 1, its name, or "", and why."""
 
   row: int
   name: str
@@ -62,10 +62,11 @@ class Loaded:
   """What a benchmark asks.
 
   Attributes:
-    tasks: by their `kind`, the benchmark's categories; without answers where the split's are not published.
+    tasks: their `kind` is the benchmark's category; they have no answers if the split's are not published.
     rejects: rows that cannot be used.
-    group: uid -> the part of the benchmark that a score is an average over: a cycle of options, a split.
-    clipped: boxes that reached over the edge, and were cut.
+    group: uid -> the part of the benchmark that the task is in, if the score is an average over parts: a cycle of
+      options, a split.
+    clipped: how many boxes reached over the edge and were clipped.
   """
 
   tasks: tuple[types.Task, ...]
@@ -94,7 +95,7 @@ class Prediction:
   Attributes:
     text: the answer, or the raw text that has it; "" for none.
     boxes: where it looked, pixels of the original image.
-    verdict: what a judge model has said of it, in [0, 1], which then counts in place of the task's rule; or None.
+    verdict: a judge model's score for it, in [0, 1], which counts in place of the task's rule; or None.
   """
 
   text: str
@@ -106,15 +107,15 @@ Predictions = Mapping[str, Sequence[Prediction]]  # by uid; several where a task
 
 
 class Reader:
-  """Collects the tasks of a file, and what is wrong with it.
+  """Collects the tasks of a file, and the rows that cannot be used.
 
   Use: `reader.add(row_number, name, make)` for each row, where `make` returns a task, or raises `tables.Unusable`.
   """
 
   def __init__(self, how: How, folder: str):
     """Args:
-      how: see there.
-      folder: where relative paths of pictures start.
+      how: see `How`.
+      folder: that paths of pictures are relative to.
     """
     self.how, self.folder = how, folder
     self.tasks: list[types.Task] = []
@@ -126,7 +127,14 @@ class Reader:
     self._uids: set[str] = set()
 
   def add(self, number: int, name: str, make: Callable[[], types.Task], group: str | None = None) -> None:
-    """A row becomes a task, or a reject."""
+    """Turns a row into a task, or a reject.
+
+    Args:
+      number: of the row, from 1.
+      name: of the row, for the reject.
+      make: gives the task, or raises `tables.Unusable`.
+      group: see `Loaded`; None for none.
+    """
     try:
       task = make()
       if task.uid in self._uids:
@@ -145,7 +153,7 @@ class Reader:
     return Loaded(tuple(self.tasks), tuple(self.rejects), dict(self.group), self.clipped)
 
   def file(self, *names: str) -> str:
-    """The path of a picture, under the first name that there is a file of.
+    """The path of a picture: the first of some names that is a file.
 
     Args:
       *names: relative to the folder of the pictures.
@@ -173,10 +181,10 @@ class Reader:
     return picture
 
   def boxes(self, found: Iterable[Sequence[float]], image: bytes | str) -> tuple[types.Box, ...]:
-    """Boxes [x1, y1, x2, y2], clipped to their picture if that is there.
+    """Boxes [x1, y1, x2, y2], in pixels, clipped to their picture if pictures are needed.
 
     Raises:
-      Unusable: one is not four numbers, has no area, or lies outside.
+      Unusable: one is not four numbers, has no area, or is outside the picture.
     """
     size = self._size(image) if self.how.need_images else None
     made = []
@@ -205,7 +213,7 @@ class Reader:
 
 
 def keep(data: bytes, store: str | None) -> bytes | str:
-  """Writes a picture into a folder, once; its path, or the picture itself where there is no folder."""
+  """Writes a picture into a folder, once, and returns its path; returns the picture itself if there is no folder."""
   if store is None:
     return data
   path = os.path.join(store, hashlib.blake2b(data, digest_size=16).hexdigest())
@@ -222,7 +230,7 @@ def options_of(row: dict[str, str], letters: str = LETTERS[:8]) -> tuple[str, ..
   """The options in a table's columns A, B, C ..., up to the first that is empty.
 
   Raises:
-    Unusable: there are not two, or one is missing among others.
+    Unusable: there are fewer than two, or one is missing between others.
   """
   found = [tables.utf8((row.get(letter) or "").strip(), letter) for letter in letters]
   n = next((i for i, text in enumerate(found) if not text), len(found))
@@ -235,7 +243,7 @@ def by_letter(letter: str, options: tuple[str, ...]) -> str:
   """The text of the option with that letter.
 
   Raises:
-    Unusable: there is none.
+    Unusable: there is no such option.
   """
   index = LETTERS.find(letter.strip().strip("().").upper()) if letter.strip() else -1
   if not 0 <= index < len(options) or len(letter.strip().strip("().")) != 1:
@@ -244,7 +252,7 @@ def by_letter(letter: str, options: tuple[str, ...]) -> str:
 
 
 def shuffled(uid: str, options: tuple[str, ...], seed: int | None) -> tuple[str, ...]:
-  """Options in an order that depends on the seed and the task's name alone; None leaves them as they are."""
+  """Options in an order that depends only on the seed and the task's uid; as they are if the seed is None."""
   if seed is None:
     return options
   word = int.from_bytes(hashlib.blake2b(f"{seed}\0{uid}".encode(), digest_size=8).digest())
@@ -253,15 +261,16 @@ def shuffled(uid: str, options: tuple[str, ...], seed: int | None) -> tuple[str,
 
 def scored(loaded: Loaded, predictions: Predictions,
            rule: Callable[[types.Task, Prediction], float] | None = None) -> list[dict]:
-  """Each prediction with what it is worth; tasks without answers, or without a prediction, are left out.
+  """Each prediction with its score; tasks without answers, or without a prediction, are left out.
 
   Args:
     loaded: the tasks.
     predictions: by uid.
-    rule: what a prediction for a task is worth, in [0, 1]; None: its verdict, or by the rule that the task names.
+    rule: gives the score of a prediction for a task, in [0, 1]; None: its verdict or, without one, the score by the
+      task's own rule.
 
   Returns:
-    One object a prediction, tasks in order: uid, kind, group, sample, prediction, answers, score.
+    A dict for each prediction, tasks in order: uid, kind, group, sample, prediction, answers, score.
   """
   found = []
   for task in loaded.tasks:
@@ -280,7 +289,7 @@ def scored(loaded: Loaded, predictions: Predictions,
 
 
 def says(task: types.Task, text: str) -> str:
-  """What an answer amounts to, so that two that mean the same are the same: an option's letter, or its plain text."""
+  """What an answer says, the same for answers that mean the same: an option's letter, or else its normal form."""
   if task.options:
     picked = choice.letter(text, task.options)
     same = [i for i, option in enumerate(task.options) if exact.same(text, option)]
@@ -290,17 +299,20 @@ def says(task: types.Task, text: str) -> str:
 
 
 def vote(said: Sequence[str]) -> int:
-  """The place of the first that says what most say; of a tie, what was said first."""
+  """The index of the first sample that says what most say; in a tie, what was said first wins."""
   return said.index(collections.Counter(said).most_common(1)[0][0])  # in the order in which they came
 
 
 def majority(loaded: Loaded, predictions: Predictions, says: Callable[[types.Task, str], str] = says) -> Predictions:
-  """Of each task's samples the one that says what most say.
+  """For each task, the first of its samples that says what most say.
 
   Args:
     loaded: the tasks.
     predictions: by uid.
-    says: what an answer amounts to.
+    says: gives what an answer says.
+
+  Returns:
+    One prediction for each task that has any, by uid.
   """
   tasks = {task.uid: task for task in loaded.tasks}
   return {uid: samples and [samples[vote([says(tasks[uid], p.text) for p in samples])]]
@@ -314,11 +326,11 @@ def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], 
   Args:
     name: of the benchmark.
     rule: that it was scored by, in a line.
-    metric: which of the figures is the one to quote.
+    metric: the name of the figure to quote.
     loaded: the tasks.
-    rows: of `scored`.
-    figures: shares in [0, 1], nested by what they are of: of `eval.figures`, and counts.
-    drawn_with: of a task's uid, what it is drawn together with for intervals.
+    rows: what `scored` gave.
+    figures: nested: figures of `eval.figures`, shares in [0, 1], and counts.
+    drawn_with: gives the name of a task's cluster for intervals, from its uid; see `eval.figures`.
 
   Returns:
     {"benchmark", "rule", "metric", "score", "n", "evaluated", "figures", "intervals", "by_kind", "rows"}, ready for
@@ -328,7 +340,7 @@ def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], 
   done = {row["uid"] for row in rows}
   kinds = split(rows, "kind")
   of_kind = {kind: mean(found) for kind, found in kinds.items()}
-  intervals = figures_lib.intervals({"figures": figures, "kinds": of_kind}, drawn_with)  # of the same resamples
+  intervals = figures_lib.intervals({"figures": figures, "kinds": of_kind}, drawn_with)  # from the same resamples
   ends, intervals = intervals["kinds"], intervals["figures"]
   by_kind = {kind: {"n": len({row["uid"] for row in found}), "value": of_kind[kind].value, "low": ends[kind][0],
                     "high": ends[kind][1]} for kind, found in kinds.items()}
@@ -372,7 +384,7 @@ def means(parts: Iterable[figures_lib.Ratio | figures_lib.Mean]) -> figures_lib.
 
 
 def split(rows: Sequence[dict], key: str) -> dict[str, list[dict]]:
-  """Rows by what they have under a key, in the order of its values."""
+  """Rows grouped by their value of a key, values in sorted order."""
   found: dict[str, list[dict]] = {}
   for row in rows:
     found.setdefault(row[key], []).append(row)

@@ -25,11 +25,11 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
   Args:
     path: of the file.
-    how: see there.
+    how: see `rows.How`.
 
   Returns:
-    Tasks named by question id; those of v0.1 by image id and number of the row ("666bf94242a15dda#1").  A split whose
-    answers are not published has tasks without answers.
+    Tasks named by question id; those of v0.1 by image id and row number ("666bf94242a15dda#1").  Those of a split whose
+    answers are not published have none.
 
   Raises:
     ValueError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""TreeBench: questions whose evidence is boxed (Wang et al. 2025).
+"""TreeBench: questions with boxes of the evidence (Wang et al. 2025).
 
 Layout: a TSV of image (base64), question, "multi-choice options" (a text of lettered lines), answer, category,
 target_instances (the text of a list of boxes [x1, y1, x2, y2], pixels).  It may have an index; else rows are numbered.
@@ -18,7 +18,7 @@ from virl_jax.eval.benchmarks import rows as rows_lib
 RULE = ("the option that an answer begins with the letter of, or whose text it is; mIoU: the mean over a question's "
         "boxes of the best IoU with a box of the prediction, the mean over questions")
 
-# The form in which the publishers read boxes from a policy's text: whole numbers, no spaces.
+# The form of boxes in a policy's text that the publishers read: whole numbers, no spaces.
 _BOX = re.compile(r"<box>\[(\d+),(\d+),(\d+),(\d+)\]</box>")
 _COLUMNS = ("image", "question", "multi-choice options", "answer", "category", "target_instances")
 
@@ -28,7 +28,7 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
   Args:
     path: of the TSV.
-    how: see there.
+    how: see `rows.How`.
 
   Raises:
     ValueError: it cannot be read, or lacks a column.
@@ -41,7 +41,7 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
 
 def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
-  """Accuracy of all questions and of each category, and mIoU where there are boxes.
+  """Accuracy of all questions and of each category, and mIoU over questions with boxes.
 
   Returns:
     As `rows.result`; figures: accuracy, mIoU, categories.  A prediction's boxes are those that come with it, or else
@@ -59,14 +59,18 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
 
 
 def written(text: str) -> tuple[types.Box, ...]:
-  """The boxes of a text, in the publishers' own form."""
+  """The boxes that a text has in the publishers' form."""
   return tuple(types.Box(*map(float, found)) for found in _BOX.findall(text))
 
 
 def mean_iou(boxes: tuple[types.Box, ...], truth: tuple[types.Box, ...]) -> float:
-  """The mean over the boxes of a question of the best IoU with a box of the prediction; 0 if it has none.
+  """The mean over a question's boxes of the best IoU with a box of the prediction, in [0, 1]; 0 if it has none.
 
-  Source: Wang et al. 2025: recall alone; boxes that hit nothing cost nothing.
+  Args:
+    boxes: of the prediction.
+    truth: of the question, at least one.
+
+  Source: Wang et al. 2025.  It is a recall: boxes that hit nothing cost nothing.
   """
   return sum(max((_iou(box, true) for box in boxes), default=0.0) for true in truth) / len(truth)
 

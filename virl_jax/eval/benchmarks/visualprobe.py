@@ -1,7 +1,7 @@
 """VisualProbe: small things in large pictures, free answers (Lai et al. 2025, Mini-o3).
 
-Layout: a JSON array, or JSON lines: problem (with <image> where the picture stands), solution (or ground_truth), images
-(paths, or one), doc_id, data_source (the level of difficulty).
+Layout: a JSON array, or JSON lines: problem (with <image> in the picture's place), solution (or ground_truth), images
+(a list of one path, or a path), doc_id, data_source (the level of difficulty).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
   Args:
     path: of the file.
-    how: see there.
+    how: see `rows.How`.
 
   Returns:
-    Tasks named by doc_id where that is unique, and else by number of the row.
+    Tasks named by doc_id if that is unique, and else by row number.
 
   Raises:
     ValueError: the file cannot be read.
@@ -46,12 +46,12 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
   """Avg@k and the majority's accuracy.
 
   Returns:
-    As `rows.result`; figures: average, majority, samples (the least and the most of a task), levels (average).
+    As `rows.result`; figures: average, majority, samples (the fewest and the most of a task), levels (their average).
   """
   rows = rows_lib.scored(loaded, predictions)
   tasks = rows_lib.split(rows, "uid")
   sizes = [len(found) for found in tasks.values()]
-  # Each sample counts as its part of the task, whatever number of samples that has.
+  # A task's samples share its weight, so that each task counts as much, however many samples it has.
   average = lambda found: figures_lib.ratio(found, lambda row: row["score"] / len(tasks[row["uid"]]),
                                             lambda row: 1 / len(tasks[row["uid"]]))
   figures = {"average": average(rows), "majority": rows_lib.mean([_majority(found) for found in tasks.values()]),

@@ -8,9 +8,9 @@ Layouts:
     JSON lines  test_questions.jsonl: image, text with lettered options, category, label; no boxes
     TSV         VStarBench.tsv: index, image, question, A to D, answer, category; no boxes
 
-The first two have the right option first, so that it is always A unless options are shuffled; runs that left it there
-have the bias of their policy's letters in them.  The last two have other, shorter options in an order of their own:
-a letter of one layout means nothing in another.
+The first two have the right option first, so that it is always A unless options are shuffled; results without shuffling
+contain the policy's bias for or against A.  The last two have other, shorter options in another order: a letter of one
+layout means nothing in another.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def load(path: str, how: rows_lib.How = rows_lib.How()) -> rows_lib.Loaded:
 
   Args:
     path: the folder with the two folders in it, or annotation_vstar.json, test_questions.jsonl, VStarBench.tsv.
-    how: see there; its seed is for the first two.
+    how: see `rows.How`; its seed is for the first two layouts.
 
   Returns:
     Tasks named by folder and file ("direct_attributes/sa_7429"), those of the TSV by index.
 
   Raises:
-    ValueError: there is nothing of the kind.
+    ValueError: there is no such folder or file, or a file cannot be read or lacks a column.
   """
   if os.path.isdir(path):
     return _folders(path, how)
@@ -132,7 +132,7 @@ def _list(row, name):
 
 
 def _corners(box):
-  """Of x, y, width, height."""
+  """x1, y1, x2, y2 from x, y, width, height."""
   if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
     raise tables.Unusable("a box is not four numbers")
   x, y, width, height = box

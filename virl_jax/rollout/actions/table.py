@@ -1,4 +1,4 @@
-"""Which visual actions there are, by the name that a tool call has for them; `zoom` says what one is made of."""
+"""The visual actions, by the names that tool calls have for them; `zoom` says what one consists of."""
 
 from __future__ import annotations
 

@@ -3,12 +3,13 @@
 A visual action is a module with four names, and one line in `actions.table`:
 
     NAME                              how a tool call names it
-    schema(cfg)                       what the system turn says of it, as JSON has it; `cfg` is a `prompt.Config`
-    parse(arguments, text, chars)     a tool call's arguments -> what was asked for, or what is wrong with them
+    schema(cfg)                       its description for the system turn, ready for JSON; `cfg` is a `prompt.Config`
+    parse(arguments, text, chars)     a tool call's arguments -> what it asks for, or what is wrong with them
     carry_out(policy, row, asked)     -> `types.Observation`, or what is wrong with it
 
-What is asked for is a value of the action's own; it has a field `name`, the action's.  What is wrong is a short
-sentence for the policy.  `policy` is a `turns.Policy`, `row` a `row.Row`.  Nothing here raises on what a policy wrote.
+What a call asks for is a type of the action's own, with the action's name in its field `name`.  What is wrong is a
+short sentence for the policy.  `policy` is a `turns.Policy`, `row` a `row.Row`.  Nothing here raises on what a policy
+wrote.
 Source: the tool of DeepEyes (arXiv 2505.14362), in Qwen2.5's own format for tool calls.
 """
 
@@ -31,10 +32,10 @@ class Zoom:
   """A zoom that a call asks for.
 
   Attributes:
-    box: as written, in the frame of the image that it is of, as that was shown.
-    target_image: which image that is: 0 the first, k the k-th that came back.
-    call_chars: where in the text the call stands, tags included, half-open.
-    box_chars: where its four numbers stand, brackets included; the call's if the key is not written plainly.
+    box: x1, y1, x2, y2 as written, in pixels of its image as shown.
+    target_image: which image that is: 0 is the first, k the k-th that came back.
+    call_chars: where the call is in the text, tags included, half-open.
+    box_chars: where its four numbers are, brackets included; `call_chars` if the key is not written plainly.
     name: of the action.
   """
 
@@ -49,7 +50,7 @@ def schema(cfg) -> dict:
   """The tool as the system turn describes it.
 
   Args:
-    cfg: `prompt.Config`; with `zoom_into_crops` a call may name another image than the first.
+    cfg: `prompt.Config`; with `zoom_into_crops`, a call may name another image than the first.
   """
   properties = {
       "bbox_2d": {
@@ -82,12 +83,12 @@ def parse(arguments: object, text: str, chars: tuple[int, int]) -> Zoom | str:
   """Reads a call's arguments.
 
   Args:
-    arguments: as JSON had them, of any type.
+    arguments: as read from JSON, of any type.
     text: the turn.
-    chars: where in it the call stands, tags included, half-open.
+    chars: where the call is in it, tags included, half-open.
 
   Returns:
-    The zoom that is asked for, or what is wrong with it; whether the box makes sense is for the image to say.
+    The zoom that is asked for, or what is wrong with it; whether the box fits its image is for `carry_out` to check.
   """
   box = arguments.get("bbox_2d") if isinstance(arguments, dict) else None
   if not (isinstance(box, list) and len(box) == 4
@@ -112,7 +113,8 @@ def carry_out(policy, row, asked: Zoom) -> types.Observation | str:
     asked: what was asked for.
 
   Returns:
-    The crop and the region that it was about, the box that the policy wrote; or what is wrong with the call.
+    The crop, the region of the original that the policy's box means, and the box as written; or what is wrong with the
+    call.
   """
   grid, limits, shots = policy.model.vision.grid, policy.image, row.traj.images
   if asked.target_image and not policy.prompt.zoom_into_crops:
@@ -149,7 +151,7 @@ def check(box: tuple[float, ...], region: types.Box, shown: tuple[int, int], cfg
     return f"bbox_2d lies outside the image of {shown[0]} x {shown[1]}"
   found = images.to_original(clamped, region, shown)
   w, h = found.x2 - found.x1, found.y2 - found.y1
-  # A box can be too small for float64: nothing is left of it beside the region's own offset.
+  # A box can be too small for float64: added to the region's offset, it has no size left.
   if min(w, h) < (1e-3 if cfg.crop_expand else cfg.crop_min_side_px):
     return "bbox_2d is too small"
   if cfg.crop_expand:
@@ -162,8 +164,8 @@ def check(box: tuple[float, ...], region: types.Box, shown: tuple[int, int], cfg
 def expand(box: types.Box, picture_wh: tuple[int, int], cfg: images.Config) -> types.Box:
   """What is cut for a box that is too small or too thin: a larger region about the same centre.
 
-  A box too thin grows across until `cfg.crop_max_aspect` holds; one too small then grows along both sides
-  alike until its short side has `cfg.crop_min_side_px`.
+  A box that is too thin grows across until `cfg.crop_max_aspect` holds; one that is then too small grows along
+  both sides alike until its short side has `cfg.crop_min_side_px`.
 
   Args:
     box: original pixels, inside the picture.
@@ -171,8 +173,8 @@ def expand(box: types.Box, picture_wh: tuple[int, int], cfg: images.Config) -> t
     cfg: limits.
 
   Returns:
-    A region inside the picture that holds the box; at the picture's edge it is moved, and where the picture
-    itself is too small it is all there is along that side.
+    A region inside the picture that holds the box; it is moved away from the picture's edge, and if the picture
+    itself is too small, it has the whole length of that side.
   """
   w, h = box.x2 - box.x1, box.y2 - box.y1
   w, h = max(w, h / cfg.crop_max_aspect), max(h, w / cfg.crop_max_aspect)
