@@ -2,8 +2,9 @@
 
     python benchmarks/sft.py --out=runs/mute                 # from a base without words; resumable
     python benchmarks/sft.py --out=runs/nothing --of=nothing # from nothing, in three stages: as long as a warm start
+    python benchmarks/sft.py --out=runs/base --of=base       # from the tiny base as it is, fifty updates
     python benchmarks/sft.py --out=runs/sft --only=data      # only the demonstrations
-    python benchmarks/sft.py --out=runs/mute --rl            # and then RL, 3 seeds from either base
+    python benchmarks/sft.py --out=runs/base --of=base --rl  # and then RL, 3 seeds from what came out and from the base
 
 docs/sft.md says which of these were run.
 
@@ -50,7 +51,8 @@ from virl_jax.tiny import needle
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = "configs/tiny_sft.py"
 # By what it begins with, each stage: its demonstrations, how many updates, of how many demonstrations, learning rate.
-STAGES = {"mute": {"protocol": ("finding", 1000, 32, 1e-3)},
+STAGES = {"base": {"careful": ("finding", 50, 32, 1e-3)},
+          "mute": {"protocol": ("finding", 1000, 32, 1e-3)},
           "nothing": {"reading": ("reading", 350, 96, 1.2e-3), "finding_one": ("finding_one", 550, 96, 1.2e-3),
                       "finding": ("finding", 1350, 96, 1.2e-3)}}
 SHOWN = ("acc_ans", "acc_rat", "hit_rate", "rationale_count", "mean_iou")
@@ -62,7 +64,7 @@ def main(argv=None):
   out = pathlib.Path(args.out).absolute()
   c = runpy.run_path(str(ROOT / CONFIG))["get_config"]()
   began = time.time()
-  base = {"mute": mute, "nothing": untrained}[args.of](c, out)
+  base = {"base": shipped, "mute": mute, "nothing": untrained}[args.of](c, out)
   demonstrations(c, base, out, args.pictures)
   if args.only == "data":
     return
@@ -107,6 +109,12 @@ def untrained(c, out: pathlib.Path) -> pathlib.Path:
     files, cfg, params = warmstart.begin(c, None, out)
     weights.save_hf(str(folder), cfg, params, "float32", like=files, beside=serving.files(files, cfg, c))
   return folder
+
+
+def shipped(c, out: pathlib.Path) -> pathlib.Path:
+  """The HF folder of the tiny base."""
+  del c, out
+  return pathlib.Path(load.model_dir("@tiny"))
 
 
 def mute(c, out: pathlib.Path) -> pathlib.Path:
