@@ -471,10 +471,11 @@ MUTANTS = [Mutant(*m) for m in (
      "an interval beside what it is not of"),
     ("eval/figures.py", "number[clusters[uid]] for uid in each.uids", "i for i, uid in enumerate(each.uids)",
      "intervals as if questions about one image were independent"),
+    ("eval/figures.py", "- _samples(it.second, sampled)", "- it.second.value", "an interval that is not paired"),
     ("eval/benchmarks/rows.py", "most_common(1)[0][0]", "most_common()[-1][0]", "the rarest answer is the majority's"),
     ("report/benchmark.py", '(shown[i]["correct"], i)', 'i', "pictures for right answers, too, first"),
     ("eval/outcome.py", "min(1.0, 2 * tail / 2 ** n)", "min(1.0, tail / 2 ** n)", "a one-sided test"),
-    ("eval/compare.py", "new[uid] - old[uid] for uid in uids", "new[uid] for uid in uids",
+    ("eval/compare.py", "new[uid] - old[uid]} for uid in uids", "new[uid]} for uid in uids",
      "the second's mean as difference"),
     ("eval/compare.py", "if answers[0][uid] != answers[1][uid]]", "if False]", "other accepted answers are compared"),
 )]
