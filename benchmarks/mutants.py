@@ -389,6 +389,7 @@ MUTANTS = [Mutant(*m) for m in (
      "answers pair with labels of another release"),
     ("eval/asked.py", ' or "lost" in found[start + i]]', "]", "what an endpoint lost is not asked for again"),
     ("rollout/remote.py", "if self._gone_s or silent_s", "if silent_s", "each task waits for an endpoint that is gone"),
+    ("rollout/remote.py", "if alone > 1:", "if alone:", "an endpoint that is just back loses what waited for it"),
     ("eval/asked.py", "    if keep + size > len(whole):\n", "    if keep >= len(whole):\n",
      "a chunk that was cut off is taken for whole"),
     # --- train.py -----------------------------------------------------------------------------------------------
