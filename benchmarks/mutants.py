@@ -389,6 +389,7 @@ MUTANTS = [Mutant(*m) for m in (
      "answers pair with labels of another release"),
     ("eval/asked.py", ' or "lost" in found[start + i]]', "]", "what an endpoint lost is not asked for again"),
     ("rollout/remote.py", "if self._gone_s or silent_s", "if silent_s", "each task waits for an endpoint that is gone"),
+    ("rollout/remote.py", "if alone > 1:", "if alone:", "an endpoint that is just back loses what waited for it"),
     ("eval/asked.py", "    if keep + size > len(whole):\n", "    if keep >= len(whole):\n",
      "a chunk that was cut off is taken for whole"),
     # --- train.py -----------------------------------------------------------------------------------------------
@@ -471,10 +472,11 @@ MUTANTS = [Mutant(*m) for m in (
      "an interval beside what it is not of"),
     ("eval/figures.py", "number[clusters[uid]] for uid in each.uids", "i for i, uid in enumerate(each.uids)",
      "intervals as if questions about one image were independent"),
+    ("eval/figures.py", "- _samples(it.second, sampled)", "- it.second.value", "an interval that is not paired"),
     ("eval/benchmarks/rows.py", "most_common(1)[0][0]", "most_common()[-1][0]", "the rarest answer is the majority's"),
     ("report/benchmark.py", '(shown[i]["correct"], i)', 'i', "pictures for right answers, too, first"),
     ("eval/outcome.py", "min(1.0, 2 * tail / 2 ** n)", "min(1.0, tail / 2 ** n)", "a one-sided test"),
-    ("eval/compare.py", "new[uid] - old[uid] for uid in uids", "new[uid] for uid in uids",
+    ("eval/compare.py", "new[uid] - old[uid]} for uid in uids", "new[uid]} for uid in uids",
      "the second's mean as difference"),
     ("eval/compare.py", "if answers[0][uid] != answers[1][uid]]", "if False]", "other accepted answers are compared"),
 )]

@@ -12,12 +12,13 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "data.order eval.outcome learner.pooled model.hf "
     "model.cache_kernels model.outdir model.params model.remat model.rope report.curves report.drawn report.trajectory "
     "run.caches run.compiles run.files run.hlo run.progress run.signals",
-    "data.choice data.endpoint data.mixture data.quantity data.recorded.script data.sources.set_files eval.compare "
+    "data.choice data.endpoint data.mixture data.quantity data.recorded.script data.sources.set_files "
     "eval.figures "
     "eval.monitors model.patches "
     "model.sharding model.tuning report.gallery report.page rl.advantage rl.credit rl.loss rl.reward rollout.slots "
     "run.log tiny.needle",
-    "asking.desk data.answers data.images data.judge_model data.recorded.chat data.recorded.rollouts learner.optim "
+    "asking.desk data.answers data.images data.judge_model data.recorded.chat data.recorded.rollouts eval.compare "
+    "learner.optim "
     "model.attention model.cache model.layers run.goodput run.hosts run.placement rl.judge tiny.store",
     "data.batches data.curation.facts data.recorded.mini_o3 data.recorded.sharegpt data.sources.records "
     "data.sources.sets eval.benchmarks.rows learner.checkpoint model.qwen2_5.config report.benchmark report.html "

@@ -309,6 +309,7 @@ def _knobs() -> ConfigDict:
   q.timeout_s = free(300.0)        # for one turn [ours]
   q.wait_s = free(1.0)             # before the second try; then twice as long each time [ours]
   q.patience_s = free(3600.0)      # without any reply, until it counts as gone [ours]
+  q.tries = free(8)                # of a request that fails while others have replies, until it is put aside [ours]
   q.in_flight = free(32)           # requests at a time, of each process [ours]
 
   c.warmstart = u = ConfigDict()   # `python -m virl_jax.warmstart`; it refuses a workdir where these differ; all [ours]

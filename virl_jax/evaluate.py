@@ -209,7 +209,8 @@ def compared(a: str, b: str, out: str | None) -> list[dict]:
   """
   found = []
   for one, other in compare.pairs(a, b):
-    told = compare.compare(one, other)
+    it = table.BENCHMARKS.get(one.result.get("benchmark"))
+    told = compare.compare(one, other, own=getattr(it, "figures", None))
     if out:
       folder = files.path(out)
       if one.folder != files.path(a):  # it has folders of several benchmarks
@@ -325,6 +326,8 @@ def _tell_compared(found: dict) -> None:
            *(f"  {name}: {interval(found[side])}" for name, side in zip(found["names"], "ab")),
            f"  difference: {interval(found['difference'], '+')}, paired",
            f"  {found['gained']} gained, {found['lost']} lost: p = {found['p']:.4g} (McNemar's exact test, two-sided)"]
+  lines += [f"  {name}: {100 * it['a']:.2f} % and {100 * it['b']:.2f} %, difference {interval(it, '+')}, paired"
+            for name, it in found["figures"].items() if ": " not in name and it["low"] is not None]
   if "p_scores" in found:
     lines.append(f"  {found['better']} better, {found['worse']} worse: p = {found['p_scores']:.4g} (sign test of "
                  "scores)")

@@ -6,8 +6,12 @@ import math
 import numpy as np
 import pytest
 
+from virl_jax import types
 from virl_jax.eval import compare
 from virl_jax.eval import outcome
+from virl_jax.eval.benchmarks import hrbench
+from virl_jax.eval.benchmarks import pope
+from virl_jax.eval.benchmarks import rows as rows_lib
 
 
 def _rows(scores, **more):
@@ -81,6 +85,89 @@ def test_samples_are_one_task_and_scores_in_between_have_a_test_of_their_own():
                           _side("B", {"a": [1, 1], "b": [0.3], "c": [0.9]}))
   assert found["a"]["value"] == pytest.approx((1 / 3 + 0.4 + 0.7) / 3)
   assert (found["gained"], found["lost"], found["better"], found["worse"], found["p_scores"]) == (1, 0, 2, 1, 1.0)
+
+
+def _pope(seed, right, images=9, n=60):
+  """Answers to questions of two splits, as `pope.score` gives them; right so often, more often on some images."""
+  rng = np.random.default_rng(seed)
+  tasks = tuple(types.Task(f"coco/{split}/{i}", f"{i % images}.jpg", "?", (("yes", "no")[(i // 3) % 2],), kind="x",
+                           match="yes_no") for split in ("popular", "random") for i in range(n))
+  loaded = rows_lib.Loaded(tasks, group={t.uid: t.uid.rpartition("/")[0] for t in tasks})
+  hit = lambda task: rng.random() < right - 0.4 * (int(task.image[:-4]) % 2)
+  said = {t.uid: [rows_lib.Prediction(t.answers[0] if hit(t) else {"yes": "no", "no": "yes"}[t.answers[0]])]
+          for t in tasks}
+  result = pope.score(loaded, said)
+  return compare.Side(str(seed), result, result["rows"]), loaded
+
+
+def _f1(rows):
+  """F1 of yes, a second time: from precision and recall, the mean over splits; and the other figures."""
+  found = []
+  for split in ("coco/popular", "coco/random"):
+    said, true = (np.array([it == "yes" for it in each]) for each in zip(
+        *((r["prediction"], r["answers"][0]) for r in rows if r["group"] == split)))
+    hits = (said & true).sum()
+    precision, recall = hits / said.sum(), hits / true.sum()
+    found.append((2 * precision * recall / (precision + recall), (said == true).mean(), precision, recall))
+  return np.mean(found, 0)
+
+
+def test_the_difference_of_f1_is_paired_and_drawn_by_image():
+  """Against a loop that builds each resample of images row by row, and works F1 out another way."""
+  sides = [_pope(1, 0.8), _pope(2, 0.9)]
+  loaded = sides[0][1]
+  a, b = (compare.Side(side.name, side.result, json.loads(json.dumps(side.result["rows"]))) for side, _ in sides)
+  found = compare.compare(a, b, 150, pope.figures)
+  json.dumps(found, allow_nan=False)
+  image = {t.uid: t.image for t in loaded.tasks}
+  names, of_image = list(dict.fromkeys(image[r["uid"]] for r in a.rows)), []
+  for side in (a, b):
+    of_image.append({name: [r for r in side.rows if image[r["uid"]] == name] for name in names})
+  slow = []
+  for drawn_N in np.random.default_rng(0).integers(len(names), size=(150, len(names))):
+    old, new = (_f1([r for k in drawn_N for r in rows[names[k]]]) for rows in of_image)
+    slow.append((*(new - old), old[1], new[1]))
+  low, high = np.percentile(slow, (2.5, 97.5), axis=0)
+  old, new = _f1(a.rows), _f1(b.rows)
+  for k, name in enumerate(("F1", "accuracy", "precision", "recall")):
+    it = found["figures"][name]
+    assert (it["a"], it["b"], it["value"]) == pytest.approx((old[k], new[k], new[k] - old[k]), abs=1e-12)
+    assert (it["low"], it["high"]) == pytest.approx((low[k], high[k]), abs=1e-12), name
+  for k, name in ((1, "difference"), (4, "a"), (5, "b")):  # the plain mean of scores, of the same draws
+    assert (found[name]["low"], found[name]["high"]) == pytest.approx((low[k], high[k]), abs=1e-12), name
+  assert "splits: coco/random: F1" in found["figures"] and "splits: coco/random: TP" not in found["figures"]
+  apart = max(it["b"] for it in found["figures"].values()) - min(it["a"] for it in found["figures"].values())
+  assert apart > 0, "the two are not the same"
+
+
+def test_nothing_differs_from_itself():
+  side, _ = _pope(3, 0.7)
+  found = compare.compare(side, side, 50, pope.figures)["figures"]
+  assert found and all((it["value"], it["low"], it["high"]) == (0, 0, 0) for it in found.values())
+
+
+def test_a_figure_that_one_has_not_has_no_difference():
+  """Nobody says yes: there is no precision."""
+  a, loaded = _pope(1, 0.8)
+  never = pope.score(loaded, {t.uid: [rows_lib.Prediction("no")] for t in loaded.tasks})
+  b = compare.Side("never", never, never["rows"])
+  it = compare.compare(a, b, 20, pope.figures)["figures"]["precision"]
+  assert it["a"] > 0 and (it["b"], it["value"], it["low"], it["high"]) == (None,) * 4
+
+
+def test_the_cycles_of_a_question_are_drawn_together():
+  tasks = tuple(types.Task(str(i), "", "?", ("x",), (), ("x", "y"), "single", "options") for i in range(160))
+  loaded = rows_lib.Loaded(tasks, group={t.uid: str(int(t.uid) % 4) for t in tasks})
+  sides = []
+  for wrong in (2, 3):
+    result = hrbench.score(loaded, {t.uid: [rows_lib.Prediction("B" if int(t.uid) // 4 % wrong == 0 else "A")]
+                                    for t in tasks})
+    sides.append(compare.Side(str(wrong), result, result["rows"]))
+  found = compare.compare(*sides, own=hrbench.figures)
+  own = found["figures"]["average"]
+  assert (own["low"], own["high"]) == pytest.approx((found["difference"]["low"], found["difference"]["high"]))
+  apart = np.array([(i % 2 == 0) * 1.0 - (i % 3 == 0) for i in range(40)])
+  assert own["high"] - own["low"] == pytest.approx(2 * 1.96 * apart.std() / np.sqrt(40), rel=0.15), "of 40, not of 160"
 
 
 @pytest.mark.parametrize("b, said", [

@@ -129,6 +129,62 @@ def test_a_dead_endpoint_is_waited_for_and_then_an_error(policy, server, tasks):
   assert len(found) == 8 and it.retries == 20 and len(said) == 1 and "gives no reply (500 busy): waiting" in said[0]
 
 
+class Choosy(Server):
+  """Fails at all that is asked about one picture, for as long as `broken` holds it."""
+
+  def __init__(self, picture):
+    self.broken = picture
+
+    def said(body):
+      if self.broken and self.broken in str(body["messages"][1]["content"]):
+        return {"content": None}, "stop"  # a reply without text, as bad as none
+      return speak(body)
+
+    super().__init__(said)
+
+
+def _sent(policy, task):
+  """The picture of a task as it is sent."""
+  row = turns.begin(policy, task).row(0)
+  return remote._uri(remote.picture(row.picture, row.traj.images[0], policy.model.vision.grid))
+
+
+@pytest.mark.parametrize("place", [0, 3], ids=["first", "last"])
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_a_request_that_alone_fails_is_put_aside(policy, tasks, place, in_flight):
+  """Also with nobody beside it, and long before the endpoint would count as gone."""
+  server = Choosy(_sent(policy, tasks[place]))
+  cfg = endpoint.Config("m", timeout_s=5.0, wait_s=0.01, patience_s=600.0, tries=4, in_flight=in_flight)
+  it = remote.Endpoint(server.url, cfg)
+  try:
+    if in_flight == 1 and place == 0:  # it has replied to nobody yet, and may as well be dead
+      remote.attempts(policy, it, tasks[1:2], [101], 1.0)
+    found = remote.attempts(policy, it, tasks, range(100, 104), 1.0)
+    assert [isinstance(one, str) for one in found] == [i == place for i in range(4)]
+    assert found[place].startswith("a reply without text, ") and "while other requests had a reply" in found[place]
+    asked = sum(server.broken in str(body["messages"][1]["content"]) for body in server.bodies)
+    assert 4 <= asked <= 8, "a bounded number of tries"
+    with pytest.raises(endpoint.PutAside, match="4 times, while other requests had a reply"):
+      remote.rollout(policy, it, tasks[place:place + 1], [100 + place], 1)
+    server.broken = None
+    assert isinstance(remote.attempts(policy, it, tasks[place:place + 1], [100 + place], 1.0)[0], types.Trajectory)
+  finally:
+    server.close()
+
+
+@pytest.mark.parametrize("n", [12, 13])
+def test_an_endpoint_that_is_busy_or_dead_puts_nothing_aside(policy, server, tasks, n):
+  """503 says nothing of a request, and where nobody has a reply it is the endpoint that fails."""
+  cfg = endpoint.Config("m", timeout_s=5.0, wait_s=0.001, patience_s=60.0, tries=2, in_flight=1)
+  it = remote.Endpoint(server.url, cfg)
+  remote.attempts(policy, it, tasks[:1], [7], 1.0)
+  server.faults = [503] * 6
+  assert isinstance(remote.attempts(policy, it, tasks[:1], [7], 1.0)[0], types.Trajectory)
+  server.faults, it.retries = [500] * n, 0
+  assert isinstance(remote.attempts(policy, it, tasks[:1], [7], 1.0)[0], types.Trajectory)
+  assert not server.faults and 0 < it.retries < n, "the others were probes"
+
+
 def attempt(policy, server, tasks, **how):
   cfg = endpoint.Config(**{"model": "m", "timeout_s": 0.5, "wait_s": 0.01, "in_flight": 1} | how)
   return remote.attempts(policy, remote.Endpoint(server.url, cfg), tasks, range(100, 100 + len(tasks)), 1.0)

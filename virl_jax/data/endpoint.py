@@ -16,6 +16,7 @@ import urllib.request
 from virl_jax import checks
 
 _AGAIN = (408, 409, 425, 429)  # and all from 500 on
+_BUSY = (*_AGAIN, 503)  # says nothing about the request
 _KEY_VARIABLE = "OPENAI_API_KEY"
 LONGEST_WAIT_S = 60.0
 
@@ -29,6 +30,7 @@ class Config:
     timeout_s: for one turn.
     wait_s: before the second try; twice as long before each further one, or as the endpoint asks for.
     patience_s: how long an endpoint may give no reply at all before it counts as gone.
+    tries: of one request that fails, while the endpoint replies to others; then it is put aside.
     in_flight: trajectories, and so requests, at a time.
   """
 
@@ -36,11 +38,12 @@ class Config:
   timeout_s: float = 300.0
   wait_s: float = 1.0
   patience_s: float = 3600.0
+  tries: int = 8
   in_flight: int = 32
 
   def __post_init__(self):
     checks.section(vars(self), "endpoint", model=checks.text, timeout_s=checks.real(above=0), wait_s=checks.real(0),
-                   patience_s=checks.real(0), in_flight=checks.whole(1))
+                   patience_s=checks.real(0), tries=checks.whole(2), in_flight=checks.whole(1))
 
 
 class Refused(ValueError):
@@ -51,16 +54,21 @@ class Unreachable(RuntimeError):
   """The endpoint gave no reply, however often it was asked."""
 
 
+class PutAside(RuntimeError):
+  """It replies to others, but not to this request, however often it was asked."""
+
+
 class Again(Exception):
   """The endpoint gave no usable reply this time.
 
   Attributes:
     wait_s: how long it wants to be left alone; None if it did not say.
+    busy: whether it said that it has no time, which is no fault of the request.
   """
 
-  def __init__(self, why: str, wait_s: float | None = None):
+  def __init__(self, why: str, wait_s: float | None = None, busy: bool = False):
     super().__init__(why)
-    self.wait_s = wait_s
+    self.wait_s, self.busy = wait_s, busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +109,7 @@ def chat(url: str, body: dict, timeout_s: float) -> Said:
     words = _body(e)
     if e.code < 500 and e.code not in _AGAIN:
       raise Refused(f"{e.code} from {url} ({words[:200]})") from e
-    raise Again(f"{e.code} {words[:100]}", _asked_for(e.headers.get("Retry-After"))) from e
+    raise Again(f"{e.code} {words[:100]}", _asked_for(e.headers.get("Retry-After")), e.code in _BUSY) from e
   except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:
     raise Again(f"{type(e).__name__}: {e}") from e  # ValueError: cut off JSON
   if not isinstance(text, str):

@@ -6,12 +6,13 @@ shown.jsonl (tasks and raw answers, for pages).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 
 from etils import epath
 
+from virl_jax.eval import figures as figures_lib
 from virl_jax.eval import outcome
 from virl_jax.run import files
 
@@ -68,19 +69,21 @@ def pairs(a: str, b: str) -> list[tuple[Side, Side]]:
   return [(_side(found[0][name], a), _side(found[1][name], b)) for name in found[0]]
 
 
-def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
+def compare(a: Side, b: Side, bootstrap: int = 2000, own: Callable[[list[dict]], dict] | None = None) -> dict:
   """What B has more than A.
 
   Args:
     a, b: evaluations of the same tasks.
-    bootstrap: resamples for intervals.
+    bootstrap: resamples for intervals, of what the benchmark draws together.
+    own: the benchmark's own figures of rows, nested figures of `eval.figures`; None where it has none but the mean.
 
   Returns:
     JSON-able: benchmark; folders; names, what of these tells them apart; n; a, b and difference (B less A), each a mean
     of scores over tasks with its interval, the last one paired; gained and lost, counts of the tasks that flipped, and
     p, of the exact test of these; where scores are not all 0 or 1, better, worse and p_scores, the same of any change
     of score; by_kind, the same by category; differ, what the two were made with where it is not the same; quoted, the
-    benchmark's own figure of both; flips, the tasks, with both answers.
+    benchmark's own figure of both; figures, of each of its own figures a, b and what b has more, a paired difference
+    with value, low and high; flips, the tasks, with both answers.
 
   Raises:
     ValueError: they are not of the same benchmark, and of the same tasks by name and accepted answers.
@@ -104,11 +107,13 @@ def compare(a: Side, b: Side, bootstrap: int = 2000) -> dict:
                      f"{len(other)}, such as {other[0]}: {answers[0][other[0]]!r:.80} and {answers[1][other[0]]!r:.80}")
   kinds = {row["uid"]: row["kind"] for row in a.rows}
   said = [{row["uid"]: row["prediction"] for row in reversed(side.rows)} for side in (a, b)]
-  by_kind = {kind: _figures([uid for uid in old if kinds[uid] == kind], old, new, bootstrap)
+  drawn_with = {row["uid"]: row.get("drawn_with", row["uid"]) for row in a.rows}.get
+  by_kind = {kind: _figures([uid for uid in old if kinds[uid] == kind], old, new, drawn_with, bootstrap)
              for kind in sorted(set(kinds.values()))}
   differ = {key: [side.result.get(key) for side in (a, b)] for key in _TOLD if a.result.get(key) != b.result.get(key)}
   return {"benchmark": benchmarks[0], "folders": [a.name, b.name], "names": _apart(a.name, b.name),
-          **_figures(list(old), old, new, bootstrap), "by_kind": by_kind, "differ": differ,
+          **_figures(list(old), old, new, drawn_with, bootstrap), "by_kind": by_kind, "differ": differ,
+          "figures": _own(own(a.rows), own(b.rows), drawn_with, bootstrap) if own else {},
           "quoted": {"metric": a.result.get("metric"), "values": [side.result.get("score") for side in (a, b)]},
           "flips": [{"uid": uid, "kind": kinds[uid], "change": change(old[uid], new[uid]), "answers": answers[0][uid],
                      "said": [each[uid] for each in said], "scores": [old[uid], new[uid]]}
@@ -130,12 +135,29 @@ def _apart(a: str, b: str) -> list[str]:
   return ["/".join(each) for each in parts]
 
 
-def _figures(uids: Sequence[str], old: dict[str, float], new: dict[str, float], bootstrap: int) -> dict:
+def _own(old: dict, new: dict, drawn_with: Callable, bootstrap: int) -> dict:
+  """Both values of each figure that both have, and their difference; by the flat name of the figure."""
+  both = [{name: it for name, it in figures_lib.flat(tree).items() if isinstance(it, figures_lib.Figure)}
+          for tree in (old, new)]
+  more = {name: figures_lib.Difference(both[1][name], both[0][name]) for name in both[0] if name in both[1]}
+  ends = figures_lib.intervals(more, drawn_with, bootstrap)
+  return {name: {"a": both[0][name].value, "b": both[1][name].value} | _with_ends(it, ends[name])
+          for name, it in more.items()}
+
+
+def _with_ends(it: figures_lib.Figure, ends: Sequence[float] | None) -> dict:
+  low, high = ends or (None, None)
+  return {"value": it.value, "low": low, "high": high}
+
+
+def _figures(uids: Sequence[str], old: dict[str, float], new: dict[str, float], drawn_with: Callable, bootstrap: int
+             ) -> dict:
   flips = [change(old[uid], new[uid]) for uid in uids]
   gained, lost = flips.count("gained"), flips.count("lost")
-  found = {"n": len(uids), "a": outcome.mean([old[uid] for uid in uids], bootstrap),
-           "b": outcome.mean([new[uid] for uid in uids], bootstrap),
-           "difference": outcome.mean([new[uid] - old[uid] for uid in uids], bootstrap),
+  rows = [{"uid": uid, "a": old[uid], "b": new[uid], "difference": new[uid] - old[uid]} for uid in uids]
+  means = {key: figures_lib.ratio(rows, lambda row, key=key: row[key]) for key in ("a", "b", "difference")}
+  ends = figures_lib.intervals(means, drawn_with, bootstrap)
+  found = {"n": len(uids), **{key: {"n": len(uids)} | _with_ends(it, ends[key]) for key, it in means.items()},
            "gained": gained, "lost": lost, "p": outcome.sign_test(gained, lost)}
   if any(scores[uid] not in (0.0, 1.0) for uid in uids for scores in (old, new)):
     better, worse = (sum(sign * (new[uid] - old[uid]) > 0 for uid in uids) for sign in (1, -1))
@@ -162,7 +184,7 @@ def _side(folder: epath.Path, name: str) -> Side:
     result = json.loads(files.read_text(folder / "results.json"))
     rows = _lines(folder / "rows.jsonl")
     for row in rows:
-      row["uid"], row["kind"], row["answers"], row["prediction"], float(row["score"])
+      row["uid"], row["kind"], row["group"], row["answers"], row["prediction"], float(row["score"])
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise ValueError(f"{folder} must have results.json and rows.jsonl as evaluate writes them. Received: "
                      f"{type(e).__name__}: {e}") from e

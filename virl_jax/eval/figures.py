@@ -3,6 +3,7 @@
     accuracy        scores / predictions
     F1              2 TP / (2 TP + FP + FN)
     HR-Bench        the mean over cycles of (scores / predictions of the cycle)
+    a difference    a figure of one policy less the same one of another, on the same tasks
 
 An interval is a 95% percentile bootstrap interval over clusters, which are drawn as one: tasks, with all of their
 samples, or what a benchmark names: images, questions.  All figures share each resample, so that an image that is hard
@@ -52,6 +53,23 @@ class Mean:
     return float(np.mean(known)) if known else None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Difference:
+  """A figure less another: both are of the same resamples, so that the interval is a paired one."""
+
+  first: Ratio | Mean
+  second: Ratio | Mean
+
+  @property
+  def value(self) -> float | None:
+    """None where one of them has none."""
+    values_2 = [self.first.value, self.second.value]
+    return None if None in values_2 else values_2[0] - values_2[1]
+
+
+Figure = Ratio | Mean | Difference
+
+
 def ratio(rows: Sequence[dict], top: Callable[[dict], float], bottom: Callable[[dict], float] = lambda row: 1.0
           ) -> Ratio:
   """A figure of predictions.
@@ -66,8 +84,16 @@ def ratio(rows: Sequence[dict], top: Callable[[dict], float], bottom: Callable[[
 
 def values(tree: dict) -> dict:
   """Nested figures as numbers, ready for JSON; what is none stays as it is."""
-  return {key: values(it) if isinstance(it, dict) else it.value if isinstance(it, (Ratio, Mean)) else it
+  return {key: values(it) if isinstance(it, dict) else it.value if isinstance(it, Figure) else it
           for key, it in tree.items()}
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+  """What nested figures have, by names such as "splits: coco/random: F1"."""
+  found = {}
+  for key, it in tree.items():
+    found |= flat(it, f"{prefix}{key}: ") if isinstance(it, dict) else {f"{prefix}{key}": it}
+  return found
 
 
 def intervals(tree: dict, drawn_with: Callable[[str], str] = lambda uid: uid, bootstrap: int = 2000, seed: int = 0
@@ -107,12 +133,16 @@ def _collect(tree: dict, found: dict[int, Ratio]) -> None:
       found[id(it)] = it
     elif isinstance(it, Mean):
       _collect(dict(enumerate(it.parts)), found)
+    elif isinstance(it, Difference):
+      _collect({"first": it.first, "second": it.second}, found)
 
 
-def _samples(it: Ratio | Mean, sampled: dict[int, np.ndarray]) -> np.ndarray:
+def _samples(it: Figure, sampled: dict[int, np.ndarray]) -> np.ndarray:
   """float64[S]; NaN where a resample has nothing to divide by."""
   if isinstance(it, Ratio):
     return sampled[id(it)]
+  if isinstance(it, Difference):
+    return _samples(it.first, sampled) - _samples(it.second, sampled)
   parts_PS = np.array([_samples(part, sampled) for part in it.parts])
   known_PS = ~np.isnan(parts_PS)
   return outcome.ratio(np.where(known_PS, parts_PS, 0.0).sum(0), known_PS.sum(0).astype(np.float64))
@@ -123,7 +153,7 @@ def _intervals(tree: dict, sampled: dict[int, np.ndarray]) -> dict:
   for key, it in tree.items():
     if isinstance(it, dict):
       found[key] = _intervals(it, sampled)
-    elif isinstance(it, (Ratio, Mean)):
+    elif isinstance(it, Figure):
       ends = None
       if it.value is not None:
         told = outcome.interval(it.value, _samples(it, sampled))

@@ -126,6 +126,7 @@ def comparison(found: dict, a: compare.Side, b: compare.Side) -> str:
   summaries = [side.result.get("summary") or {} for side in (a, b)]
   values = {
       "title": f"{found['benchmark']}: {' and '.join(found['names'])}", "kind": "Two evaluations", "found": found,
+      "own": [(name, it) for name, it in found["figures"].items() if it["value"] is not None],
       "rows": [("all", found), *(found["by_kind"].items() if len(found["by_kind"]) > 1 else ())],
       "measures": [(name, share, [_values(each.get(key)) for each in summaries]) for key, name, share in _MEASURES
                    if any((each.get(key) or {}).get("value") is not None for each in summaries)],

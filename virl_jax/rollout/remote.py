@@ -5,7 +5,8 @@ pictures of our own chat text, turn by turn, so that a server with the model's c
 Pictures are sent as they are shown, already of a size that the model keeps, so that boxes mean the same pixels.
 
 An endpoint that does not reply is waited for and asked again, for as long as `endpoint.patience_s` says; then it is an
-error, or no trajectory.  None ends because of a connection.
+error, or no trajectory.  None ends because of a connection.  A request that alone gets no reply is put aside after
+`endpoint.tries`: some servers fail at what a policy writes badly, and do so each time.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from virl_jax.rollout import turns
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.S)
 _SAY_EVERY_S = 30.0
+MISSING = (endpoint.Unreachable, endpoint.Refused, endpoint.PutAside)  # why there may be no reply
 
 T = TypeVar("T")
 
@@ -50,6 +52,7 @@ class Endpoint:
     self.url, self.cfg, self._say = url, cfg, say
     self._lock, self._replied, self._told = threading.Lock(), 0.0, 0.0
     self._gone_s = 0.0  # since it was given up, for how long it had been silent
+    self._good: dict | None = None  # a request that it has replied to
     self.retries = 0
 
   def ask(self, body: dict) -> endpoint.Said:
@@ -57,13 +60,21 @@ class Endpoint:
 
     Raises:
       endpoint.Unreachable: none came to anybody for `patience_s`; from then on until there is one, at the first try.
+      endpoint.PutAside: this request failed `tries` times, and the endpoint replies to others.
       endpoint.Refused: the endpoint does not take the request.
     """
-    wait_s, began = self.cfg.wait_s, time.monotonic()
+    wait_s, began, failed, alone = self.cfg.wait_s, time.monotonic(), 0, 0
+    since = began
     while True:
       try:
         said = endpoint.chat(self.url, body, self.cfg.timeout_s)
       except endpoint.Again as e:
+        failed += not e.busy
+        if failed >= self.cfg.tries - 1 and not e.busy:
+          alone = alone + 1 if self._replies(since) else 0
+        if alone > 1:  # it failed between two signs of life: twice, for one may be of an endpoint that is just back
+          raise endpoint.PutAside(f"{e}, {failed} times, while other requests had a reply") from e
+        since = time.monotonic()
         self._wait(e, wait_s, began)
         wait_s = min(2 * wait_s, endpoint.LONGEST_WAIT_S)
         continue
@@ -71,8 +82,22 @@ class Endpoint:
         raise endpoint.Refused(f"--endpoint must take chat completions with pictures of {self.cfg.model!r} "
                                f"(config.endpoint.model). Received: {e}") from e
       with self._lock:
-        self._replied, self._gone_s = time.monotonic(), 0.0
+        self._replied, self._gone_s, self._good = time.monotonic(), 0.0, body
       return said
+
+  def _replies(self, since: float) -> bool:
+    """Whether the endpoint has replied to another request since then, or does so now to one that it replied to once."""
+    with self._lock:
+      if self._replied > since or self._good is None:
+        return self._replied > since
+      good = self._good
+    try:
+      endpoint.chat(self.url, good, self.cfg.timeout_s)
+    except (endpoint.Again, endpoint.Refused):
+      return False
+    with self._lock:
+      self._replied, self._gone_s = time.monotonic(), 0.0
+    return True
 
   def _wait(self, e: endpoint.Again, wait_s: float, began: float) -> None:
     with self._lock:
@@ -108,34 +133,34 @@ def rollout(policy: turns.Policy, server: Endpoint, tasks: Sequence[types.Task],
 
   Raises:
     ValueError: a task cannot be asked (see `turns.begin`), or the endpoint refuses a request.
-    endpoint.Unreachable: see `Endpoint.ask`.
+    endpoint.Unreachable, endpoint.PutAside: see `Endpoint.ask`.
   """
   heat = policy.rollout.temperature if temperature is None else temperature
-  return _at_once(server, len(tasks) * group_size,
-                  lambda i: _one(policy, server, tasks[i // group_size], i, seeds[i], heat))
+  return attempts(policy, server, tasks, seeds, heat, group_size, ())
 
 
 def attempts(policy: turns.Policy, server: Endpoint, tasks: Sequence[types.Task], seeds: Sequence[int],
-             temperature: float) -> list[types.Trajectory | str]:
-  """Rolls out every task once, whatever becomes of the others.
+             temperature: float, group_size: int = 1, missing: tuple[type[Exception], ...] = MISSING
+             ) -> list[types.Trajectory | str]:
+  """Rolls out every task, whatever becomes of the others.
 
   Args:
-    policy, server, tasks, seeds, temperature: as for `rollout`.
+    policy, server, tasks, seeds, temperature, group_size: as for `rollout`.
+    missing: what `Endpoint.ask` may raise that leaves the others alone.
 
   Returns:
-    The trajectory of each task, with a stop reason; or in words why there is none: the endpoint gave no reply, or does
-    not take what it is asked.
+    As `rollout`; or in words why there is no trajectory: the endpoint gave no reply, or does not take what it is asked.
 
   Raises:
     ValueError: a task cannot be asked (see `turns.begin`).
   """
   def one(i: int) -> types.Trajectory | str:
     try:
-      return _one(policy, server, tasks[i], i, seeds[i], temperature)
-    except (endpoint.Unreachable, endpoint.Refused) as e:
-      return str(e.__cause__)
+      return _one(policy, server, tasks[i // group_size], i, seeds[i], temperature)
+    except missing as e:
+      return str(e if isinstance(e, endpoint.PutAside) else e.__cause__)
 
-  return _at_once(server, len(tasks), one)
+  return _at_once(server, len(tasks) * group_size, one)
 
 
 def seed(*of: object) -> int:

@@ -30,6 +30,7 @@ import pathlib
 import shutil
 
 from virl_jax import types
+from virl_jax.data import endpoint
 from virl_jax.data import images
 from virl_jax.data.curation import band
 from virl_jax.data.curation import facts as facts_lib
@@ -52,6 +53,7 @@ _EXAMPLES = 3          # for each reason
 _KEPT_EXAMPLES = 9
 _EXAMPLE_SIDE_PX = 360
 _UNASKED = "could not be asked"
+_LOST = "the endpoint gave no reply"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,8 @@ def run(job: Job, asker: policy_lib.Asker | None = None, threads: int = 2,
 
   Raises:
     ValueError: there is no set, a benchmark cannot be read, or no task stays.
+    endpoint.Unreachable: the endpoint is gone; or it gave no reply to some tasks, which are named, when all else is
+      written.
   """
   if "://" in job.out:
     raise ValueError(f"--out must be on a disk, for only a workdir may lie in a bucket. Received: {job.out}")
@@ -131,16 +135,33 @@ def run(job: Job, asker: policy_lib.Asker | None = None, threads: int = 2,
   said = _said(job, data, facts, drops, asker, say)
   for place, line in said.items():
     whole = job.rules.is_whole(facts[place])
-    found = rules.Drop(_UNASKED, line["unasked"]) if line["unasked"] else band.judge(
-        *([sample["score"] for sample in line[name]] for name in ("with", "without")), job.band, whole)
+    found = rules.Drop(_UNASKED, line["unasked"]) if line["unasked"] else rules.Drop(_LOST, line["lost"]) if (
+        "lost" in line) else band.judge(
+            *([sample["score"] for sample in line[name]] for name in ("with", "without")), job.band, whole)
     if found:
       drops[place] = found
-  return hosts.first(lambda: _write(job, data, facts, drops, said))
+  counts = hosts.first(lambda: _write(job, data, facts, drops, said))
+  _missing([f"{facts[place].uid}: {line['lost']}" for place, line in said.items() if "lost" in line])
+  return counts
+
+
+def _missing(lost: Sequence[str]) -> None:
+  """Ends a curation that is not whole.
+
+  Raises:
+    endpoint.Unreachable: some are lost; names them.
+  """
+  if lost:
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    raise endpoint.Unreachable(
+        f"--endpoint gave no reply to {len(lost)} tasks ({'; '.join(lost[:3])}{more}). They count as dropped, none as "
+        "wrong; all else is written: the same command asks for them again")
 
 
 def stage(reason: str) -> str:
   """Which stage drops tasks for a reason."""
-  return ("rules" if reason in (*rules.ALONE, *rules.TOGETHER) else "policy" if reason == _UNASKED else "filter")
+  return ("rules" if reason in (*rules.ALONE, *rules.TOGETHER) else "policy" if reason in (_UNASKED, _LOST) else
+          "filter")
 
 
 def _open(job: Job) -> _Sets:
@@ -260,19 +281,27 @@ def _said(job, data, facts, drops, asker, say) -> dict[tuple[int, int], dict]:
   paths = [job.work / "samples" / f"{number:05d}.jsonl" for number in range(len(shards))]
   of = [_digest("samples", asker.about, dataclasses.asdict(job.policy), job.seed,
                 [facts[place].provenance for place in shard]) for shard in shards]
-  due = hosts.first(lambda: [n for n, shard in enumerate(shards) if shard and _read(paths[n], of[n]) is None])
+  done = [_read(path, digest) or [] for path, digest in zip(paths, of)]
+  wanted = hosts.first(lambda: [[i for i in range(len(shard)) if not lines or "lost" in lines[i]]
+                                for shard, lines in zip(shards, done)])
+  due = [n for n, places in enumerate(wanted) if places]
   if due:
-    say(f"policy: {len(due)} of {len(shards)} shards to ask, {sum(len(shards[n]) for n in due)} tasks")
+    say(f"policy: {len(due)} of {len(shards)} shards to ask, {sum(len(wanted[n]) for n in due)} tasks")
   for at, number in enumerate(due):
     if not asker.together and not hosts.mine(number):
       continue
     hosts.beat("policy")
-    lines = policy_lib.ask(asker, [data.task(place) for place in shards[number]], job.policy, job.seed)
+    found = policy_lib.ask(asker, [data.task(shards[number][i]) for i in wanted[number]], job.policy, job.seed)
+    lines = list(done[number] or found)
+    for i, line in zip(wanted[number], found):
+      lines[i] = line
     if asker.together:
       hosts.first(lambda number=number, lines=lines: _keep(paths[number], of[number], lines))
     else:
       _keep(paths[number], of[number], lines)
     say(f"policy: shard {at + 1} of {len(due)}")
+    if len(found) > 1 and all("lost" in line for line in found):
+      _missing([f"{facts[shards[number][i]].uid}: {line['lost']}" for i, line in zip(wanted[number], found)])
   hosts.meet()
   return {place: line for shard, path, digest in zip(shards, paths, of) if shard
           for place, line in zip(shard, _read(path, digest))}
@@ -347,7 +376,7 @@ def _counts(facts, drops, kept, is_asked) -> dict:
   def whole(places):
     return {"all": len(places), "sources": dict(sorted(collections.Counter(facts[p].source for p in places).items()))}
 
-  reasons = [*rules.ALONE, *rules.TOGETHER] + ([_UNASKED, *band.REASONS] if is_asked else [])
+  reasons = [*rules.ALONE, *rules.TOGETHER] + ([_UNASKED, _LOST, *band.REASONS] if is_asked else [])
   dropped, left, after = [], set(facts), {}
   for step, these in itertools.groupby(reasons, stage):
     for reason in these:
@@ -371,7 +400,7 @@ def _examples(job, data, facts, drops, lines) -> list[dict]:
     group = groups[drops[place].reason if place in drops else ""]
     if len(group) < (_EXAMPLES if place in drops else _KEPT_EXAMPLES):
       group.append(place)
-  order = ["", *rules.ALONE, *rules.TOGETHER, _UNASKED, *band.REASONS]
+  order = ["", *rules.ALONE, *rules.TOGETHER, _UNASKED, _LOST, *band.REASONS]
   found = []
   for reason in (reason for reason in order if reason in groups):
     for place in groups[reason]:

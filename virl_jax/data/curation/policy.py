@@ -14,6 +14,7 @@ import jax
 
 from virl_jax import types
 from virl_jax.data import answers
+from virl_jax.data import endpoint
 from virl_jax.data.curation import stages
 from virl_jax.eval import asked
 from virl_jax.rollout import engine
@@ -21,8 +22,9 @@ from virl_jax.rollout import remote
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
 
-# (tasks, seeds, samples of each, whether they may zoom) -> (index, trajectory), of this process.
-Rollout = Callable[[Sequence[types.Task], Sequence[int], int, bool], list[types.Trajectory]]
+# (tasks, seeds, samples of each, whether they may zoom) -> trajectories, of this process; of an endpoint, all by index,
+# or why there is none.
+Rollout = Callable[[Sequence[types.Task], Sequence[int], int, bool], list[types.Trajectory | str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def by_endpoint(policy: turns.Policy, server: remote.Endpoint, cfg: stages.Polic
   """An endpoint; see `by_engine`."""
   def rollout(tasks, seeds, samples, zooms):
     of = policy if zooms else turns.without_actions(policy)
-    return remote.rollout(of, server, tasks, seeds, samples, cfg.temperature)
+    return remote.attempts(of, server, tasks, seeds, cfg.temperature, samples, (endpoint.PutAside,))
 
   return Asker(policy, rollout, False, about)
 
@@ -81,21 +83,27 @@ def ask(asker: Asker, tasks: Sequence[types.Task], cfg: stages.Policy, seed: int
 
   Returns:
     A dict a task, ready for JSON, in their order: provenance; "with" and "without", a list a sample {"score", "zooms",
-    "stop", "answer"}; "unasked", why it could not be asked, or None.
+    "stop", "answer"}; "unasked", why it could not be asked, or None.  Of a task with a sample that alone got no reply
+    there is "lost", why, and no sample: see `endpoint.PutAside`.
   """
   why = [asked.unfit(asker.policy, task) for task in tasks]
   fit = [i for i, reason in enumerate(why) if reason is None]
   found = [{"provenance": task.provenance, "unasked": reason, "with": [], "without": []}
            for task, reason in zip(tasks, why)]
   for name, samples, zooms in (("with", cfg.with_zoom, True), ("without", cfg.without_zoom, False)):
+    fit = [i for i in fit if "lost" not in found[i]]
     if not samples or not fit:
       continue
     seeds = [remote.seed(seed, tasks[i].provenance, name, k) for i in fit for k in range(samples)]
     said = asker.rollout([tasks[i] for i in fit], seeds, samples, zooms)
-    answers.grade(said)
-    lines = [(t.index, _line(t)) for t in said]
-    for at, line in enumerate(hosts.in_order(lines) if asker.together else [line for _, line in lines]):
+    whole = [t for t in said if not isinstance(t, str)]
+    answers.grade(whole)
+    lines = [(t.index, _line(t)) for t in whole]
+    for at, line in enumerate(hosts.in_order(lines)) if asker.together else lines:
       found[fit[at // samples]][name].append(line)
+    for at, it in enumerate(said):
+      if isinstance(it, str):
+        found[fit[at // samples]] |= {"with": [], "without": [], "lost": it}
   return found
 
 

@@ -62,15 +62,19 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
   Source: VLMEvalKit's report, whose "Average" is the mean over cycles of each cycle's pooled accuracy.
   """
   rows = rows_lib.scored(loaded, predictions)
+  return rows_lib.result("hrbench", RULE, "average", loaded, rows, figures(rows),
+                         lambda uid: _question(uid, loaded.group.get(uid, "")))
+
+
+def figures(rows: list[dict]) -> dict:
+  """The figures of scored rows; see `score`."""
   cycles = rows_lib.split(rows, "group")
   kinds = list(rows_lib.split(rows, "kind"))
   over = lambda kind: rows_lib.means(rows_lib.mean([r for r in found if kind in (None, r["kind"])])
                                      for found in cycles.values())
-  figures = {"average": over(None)} | {kind: over(kind) for kind in kinds}
-  figures |= {"mean_of_categories": rows_lib.means(over(kind) for kind in kinds), "pooled": rows_lib.mean(rows),
-              "cycles": {cycle: rows_lib.mean(found) for cycle, found in cycles.items()}}
-  return rows_lib.result("hrbench", RULE, "average", loaded, rows, figures,
-                         lambda uid: _question(uid, loaded.group.get(uid, "")))
+  return {"average": over(None)} | {kind: over(kind) for kind in kinds} | {
+      "mean_of_categories": rows_lib.means(over(kind) for kind in kinds), "pooled": rows_lib.mean(rows),
+      "cycles": {cycle: rows_lib.mean(found) for cycle, found in cycles.items()}}
 
 
 def _question(uid: str, cycle: str) -> str:

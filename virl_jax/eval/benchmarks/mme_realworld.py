@@ -60,12 +60,17 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
   rows = rows_lib.scored(loaded, predictions)
   for row in rows:
     row["task"] = row["kind"].partition("/")[0]
-  figures: dict = {"overall": rows_lib.mean(rows)}
+  return rows_lib.result("mme_realworld", RULE, "overall", loaded, rows, figures(rows))
+
+
+def figures(rows: list[dict]) -> dict:
+  """The figures of scored rows; see `score`."""
+  tree: dict = {"overall": rows_lib.mean(rows)}
   for task, found in rows_lib.split(rows, "task").items():
     subtasks = {kind.partition("/")[2]: rows_lib.mean(r) for kind, r in rows_lib.split(found, "kind").items()}
-    figures[task] = {"accuracy": rows_lib.mean(found), "mean_of_subtasks": rows_lib.means(subtasks.values()),
-                     "subtasks": subtasks}
-  return rows_lib.result("mme_realworld", RULE, "overall", loaded, rows, figures)
+    tree[task] = {"accuracy": rows_lib.mean(found), "mean_of_subtasks": rows_lib.means(subtasks.values()),
+                  "subtasks": subtasks}
+  return tree
 
 
 def _of_record(reader, row):

@@ -86,10 +86,15 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
   yes = lambda task: task.answers[0] == "yes"
   rows = rows_lib.scored(loaded, predictions, lambda task, p: says_yes(p.text) == yes(task))
   images = {task.uid: task.image or task.uid for task in loaded.tasks}
+  return rows_lib.result("pope", RULE, "F1", loaded, rows, figures(rows), images.get)
+
+
+def figures(rows: list[dict]) -> dict:
+  """The figures of scored rows: of each split, and the means over splits."""
   splits = {group: _figures(found) for group, found in rows_lib.split(rows, "group").items()}
-  figures = {name: rows_lib.means(s[name] for s in splits.values())
-             for name in ("F1", "accuracy", "precision", "recall", "yes_ratio")}
-  return rows_lib.result("pope", RULE, "F1", loaded, rows, figures | {"splits": splits}, images.get)
+  means = {name: rows_lib.means(s[name] for s in splits.values())
+           for name in ("F1", "accuracy", "precision", "recall", "yes_ratio")}
+  return means | {"splits": splits}
 
 
 def _figures(rows: list[dict]) -> dict:

@@ -4,6 +4,8 @@ A benchmark is a module with
 
     load(path, how) -> Loaded                what its files ask, in any of the layouts that it comes in
     score(loaded, predictions) -> dict       what predictions are worth, by the rule that it is known by
+    figures(rows) -> dict                    of scored rows, where its own figures are more than a mean of scores:
+                                             nested figures of `eval.figures`, which two evaluations are compared by
     says(task, text) -> str                  where its rule reads answers as no other does: see `says` here
 
 A row that cannot be used is counted and named; the others are evaluated, and the share of rows that were evaluated is
@@ -335,7 +337,8 @@ def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], 
   Returns:
     {"benchmark", "rule", "metric", "score", "n", "evaluated", "figures", "intervals", "by_kind", "rows"}, ready for
     JSON; an interval is [low, high] under the names of its figure; by_kind has of each category n, its tasks, and the
-    value of its mean score, low and high.
+    value of its mean score, low and high.  Where tasks are drawn together, rows have the number of those under
+    drawn_with.
   """
   done = {row["uid"] for row in rows}
   kinds = split(rows, "kind")
@@ -345,6 +348,10 @@ def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], 
   by_kind = {kind: {"n": len({row["uid"] for row in found}), "value": of_kind[kind].value, "low": ends[kind][0],
                     "high": ends[kind][1]} for kind, found in kinds.items()}
   figures = figures_lib.values(figures)
+  together = {uid: drawn_with(uid) for uid in dict.fromkeys(row["uid"] for row in rows)}
+  if any(uid != name for uid, name in together.items()):
+    number = {name: i for i, name in enumerate(dict.fromkeys(together.values()))}
+    rows = [row | {"drawn_with": number[together[row["uid"]]]} for row in rows]
   return {
       "benchmark": name, "rule": rule, "metric": metric, "score": figures[metric], "n": len(done),
       "evaluated": {"rows": loaded.n_rows, "rejected": len(loaded.rejects),
@@ -357,9 +364,9 @@ def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], 
 def table(result: dict) -> str:
   """The figures of a result for a terminal, in percent where they are shares, and what was evaluated."""
   lines = [f"{result['benchmark']}: {result['rule']}"] if result["rule"] else [result["benchmark"]]
-  flat, ends = list(_flat(result["figures"])), dict(_flat(result["intervals"]))
-  width = max(len(name) for name, _ in flat)
-  lines += [f"  {name.ljust(width)}  {_shown(value)}{_between(ends.get(name))}" for name, value in flat]
+  flat, ends = figures_lib.flat(result["figures"]), figures_lib.flat(result["intervals"])
+  width = max(map(len, flat))
+  lines += [f"  {name.ljust(width)}  {_shown(value)}{_between(ends.get(name))}" for name, value in flat.items()]
   done = result["evaluated"]
   left_out = [f"{done[key]} {key.replace('_', ' ')}" for key in ("rejected", "without_answers", "without_prediction")
               if done[key]]
@@ -389,14 +396,6 @@ def split(rows: Sequence[dict], key: str) -> dict[str, list[dict]]:
   for row in rows:
     found.setdefault(row[key], []).append(row)
   return dict(sorted(found.items()))
-
-
-def _flat(tree: dict, prefix: str = ""):
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f"{prefix}{key}: ")
-    else:
-      yield f"{prefix}{key}", value
 
 
 def _shown(value) -> str:

@@ -52,10 +52,14 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
   for row in rows:
     truth, prediction = by_uid[row["uid"]].boxes, predictions[row["uid"]][row["sample"]]
     row["mIoU"] = mean_iou(prediction.boxes or written(prediction.text), truth) if truth else None
+  return rows_lib.result("treebench", RULE, "accuracy", loaded, rows, figures(rows))
+
+
+def figures(rows: list[dict]) -> dict:
+  """The figures of scored rows; see `score`."""
   boxed = [row for row in rows if row["mIoU"] is not None]
-  figures = {"accuracy": rows_lib.mean(rows), "mIoU": rows_lib.mean(boxed, "mIoU"),
-             "categories": {kind: rows_lib.mean(found) for kind, found in rows_lib.split(rows, "kind").items()}}
-  return rows_lib.result("treebench", RULE, "accuracy", loaded, rows, figures)
+  return {"accuracy": rows_lib.mean(rows), "mIoU": rows_lib.mean(boxed, "mIoU"),
+          "categories": {kind: rows_lib.mean(found) for kind, found in rows_lib.split(rows, "kind").items()}}
 
 
 def written(text: str) -> tuple[types.Box, ...]:
