@@ -15,7 +15,7 @@ import urllib.request
 
 from virl_jax import checks
 
-_AGAIN = (408, 409, 425, 429)  # and all from 500 on
+_AGAIN = (408, 409, 425, 429)  # statuses that are worth another try, as are all from 500 on
 _BUSY = (*_AGAIN, 503)  # says nothing about the request
 _KEY_VARIABLE = "OPENAI_API_KEY"
 LONGEST_WAIT_S = 60.0
@@ -62,8 +62,8 @@ class Again(Exception):
   """The endpoint gave no usable reply this time.
 
   Attributes:
-    wait_s: how long it wants to be left alone; None if it did not say.
-    busy: whether it said that it has no time, which is no fault of the request.
+    wait_s: how long it asks to be left alone; None if it did not say.
+    busy: whether it said that it is busy, which is not the request's fault.
   """
 
   def __init__(self, why: str, wait_s: float | None = None, busy: bool = False):

@@ -83,7 +83,7 @@ def ratio(rows: Sequence[dict], top: Callable[[dict], float], bottom: Callable[[
 
 
 def values(tree: dict) -> dict:
-  """Nested figures as numbers, ready for JSON; what is none stays as it is."""
+  """Nested figures as numbers, ready for JSON; anything else stays as it is."""
   return {key: values(it) if isinstance(it, dict) else it.value if isinstance(it, Figure) else it
           for key, it in tree.items()}
 
@@ -138,7 +138,7 @@ def _collect(tree: dict, found: dict[int, Ratio]) -> None:
 
 
 def _samples(it: Figure, sampled: dict[int, np.ndarray]) -> np.ndarray:
-  """float64[S]; NaN where a resample has nothing to divide by."""
+  """float64[S], the figure of each resample; NaN where its denominator is 0."""
   if isinstance(it, Ratio):
     return sampled[id(it)]
   if isinstance(it, Difference):

@@ -159,7 +159,7 @@ def _missing(lost: Sequence[str]) -> None:
 
 
 def stage(reason: str) -> str:
-  """Which stage drops tasks for a reason."""
+  """The stage that drops tasks for this reason."""
   return ("rules" if reason in (*rules.ALONE, *rules.TOGETHER) else "policy" if reason in (_UNASKED, _LOST) else
           "filter")
 
