@@ -74,8 +74,8 @@ def compare(a: Side, b: Side, bootstrap: int = 2000, own: Callable[[list[dict]],
 
   Args:
     a, b: evaluations of the same tasks.
-    bootstrap: resamples for intervals, of what the benchmark draws together.
-    own: the benchmark's own figures of rows, nested figures of `eval.figures`; None where it has none but the mean.
+    bootstrap: resamples for intervals, over the benchmark's clusters.
+    own: gives the benchmark's own figures of rows, nested figures of `eval.figures`; None if it has only the mean.
 
   Returns:
     Ready for JSON: benchmark; folders; names, the parts of these that differ; n; a, b and difference (B less A), each a
@@ -136,7 +136,7 @@ def _apart(a: str, b: str) -> list[str]:
 
 
 def _own(old: dict, new: dict, drawn_with: Callable, bootstrap: int) -> dict:
-  """Both values of each figure that both have, and their difference; by the flat name of the figure."""
+  """Both values of each figure that both have, and their difference, by the flat name of the figure."""
   both = [{name: it for name, it in figures_lib.flat(tree).items() if isinstance(it, figures_lib.Figure)}
           for tree in (old, new)]
   more = {name: figures_lib.Difference(both[1][name], both[0][name]) for name in both[0] if name in both[1]}

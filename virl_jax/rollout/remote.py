@@ -73,7 +73,7 @@ class Endpoint:
         failed += not e.busy
         if failed >= self.cfg.tries - 1 and not e.busy:
           alone = alone + 1 if self._replies(since) else 0
-        if alone > 1:  # it failed between two signs of life: twice, for one may be of an endpoint that is just back
+        if alone > 1:  # failed between two signs of life, twice: once may be due to an endpoint that is just back
           raise endpoint.PutAside(f"{e}, {failed} times, while other requests had a reply") from e
         since = time.monotonic()
         self._wait(e, wait_s, began)
@@ -87,7 +87,7 @@ class Endpoint:
       return said
 
   def _replies(self, since: float) -> bool:
-    """Whether the endpoint has replied to another request since then, or does so now to one that it replied to once."""
+    """Whether the endpoint has replied to any request since then, or now replies to one that it replied to before."""
     with self._lock:
       if self._replied > since or self._good is None:
         return self._replied > since
@@ -147,7 +147,7 @@ def attempts(policy: turns.Policy, server: Endpoint, tasks: Sequence[types.Task]
 
   Args:
     policy, server, tasks, seeds, temperature, group_size: as for `rollout`.
-    missing: what `Endpoint.ask` may raise that leaves the others alone.
+    missing: which exceptions of `Endpoint.ask` cost only their own trajectory.
 
   Returns:
     As `rollout`; or, in words, why there is no trajectory: the endpoint gave no reply, or does not take the request.

@@ -22,8 +22,8 @@ from virl_jax.rollout import remote
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
 
-# (tasks, seeds, samples of each task, whether the policy may zoom) -> this process's trajectories; from an endpoint all,
-# by index, or why there is none.
+# (tasks, seeds, samples of each task, whether the policy may zoom) -> this process's trajectories; from an endpoint
+# all, by index, or why there is none.
 Rollout = Callable[[Sequence[types.Task], Sequence[int], int, bool], list[types.Trajectory | str]]
 
 
