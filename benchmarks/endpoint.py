@@ -58,7 +58,7 @@ def serve(folder: str) -> tuple[subprocess.Popen, str]:
 
 
 def rollouts(url: str, model: str, n: int) -> dict:
-  """Rolls out both ways, prints what differs, and gives the figures."""
+  """Rolls out both ways, prints what differs, and returns the figures."""
   c = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]()
   c.engine.slots = 8
   p = setup.pieces(c)
@@ -90,7 +90,7 @@ def rollouts(url: str, model: str, n: int) -> dict:
 
 
 def evaluations(url: str, model: str, n: int) -> dict:
-  """Evaluates both ways, prints what differs, and gives the figures, by folder."""
+  """Evaluates both ways, prints what differs, and returns the figures, by folder."""
   with tempfile.TemporaryDirectory() as out:
     how = ["--model=@tiny", "--config=configs/tiny.py", "--benchmark=needle", "--data=-", f"--limit={n}", "--zoom=both"]
     ways = {"ours": [], "theirs": [f"--endpoint={url}", f"--served_model={model or load.model_dir('@tiny')}",
@@ -100,7 +100,7 @@ def evaluations(url: str, model: str, n: int) -> dict:
     for way, more in ways.items():
       began = time.perf_counter()
       ended = subprocess.run([sys.executable, "-m", "virl_jax.evaluate", *how, *more, f"--out={out}/{way}"], cwd=ROOT)
-      if ended.returncode and way == "ours":  # theirs ends so, too, where something had no reply
+      if ended.returncode and way == "ours":  # theirs also ends so if something had no reply
         raise SystemExit("error: the engine's evaluation failed")
       seconds[way] = round(time.perf_counter() - began)
     found = {}

@@ -297,7 +297,7 @@ def test_an_endpoint_that_dies_leaves_what_it_said(tmp_path, server, capsys):
 
 
 def test_one_request_that_fails_for_ever_costs_no_other(tmp_path, server, monkeypatch):
-  """It is put aside soon, named, and asked again by the same command; in the end nothing is left of that."""
+  """It is soon put aside, named, and asked again by the same command; in the end the result shows nothing of it."""
   by_endpoint(server, tmp_path / "whole")
   chat, n = endpoint.chat, []
   bad = json.loads((tmp_path / "whole" / "needle" / "predictions.jsonl").read_text().splitlines()[2])["uid"]

@@ -88,7 +88,7 @@ def test_samples_are_one_task_and_scores_in_between_have_a_test_of_their_own():
 
 
 def _pope(seed, right, images=9, n=60):
-  """Answers to questions of two splits, as `pope.score` gives them; right so often, more often on some images."""
+  """Scored answers to questions of two splits; the share of right ones is `right`, and less on every other image."""
   rng = np.random.default_rng(seed)
   tasks = tuple(types.Task(f"coco/{split}/{i}", f"{i % images}.jpg", "?", (("yes", "no")[(i // 3) % 2],), kind="x",
                            match="yes_no") for split in ("popular", "random") for i in range(n))
@@ -101,7 +101,7 @@ def _pope(seed, right, images=9, n=60):
 
 
 def _f1(rows):
-  """F1 of yes, a second time: from precision and recall, the mean over splits; and the other figures."""
+  """F1 of yes by a second reading, from precision and recall, and the other figures; means over splits."""
   found = []
   for split in ("coco/popular", "coco/random"):
     said, true = (np.array([it == "yes" for it in each]) for each in zip(
@@ -113,7 +113,7 @@ def _f1(rows):
 
 
 def test_the_difference_of_f1_is_paired_and_drawn_by_image():
-  """Against a loop that builds each resample of images row by row, and works F1 out another way."""
+  """Against a loop that builds each resample of images row by row, and computes F1 in another way."""
   sides = [_pope(1, 0.8), _pope(2, 0.9)]
   loaded = sides[0][1]
   a, b = (compare.Side(side.name, side.result, json.loads(json.dumps(side.result["rows"]))) for side, _ in sides)
@@ -147,7 +147,7 @@ def test_nothing_differs_from_itself():
 
 
 def test_a_figure_that_one_has_not_has_no_difference():
-  """Nobody says yes: there is no precision."""
+  """No answer is yes, so there is no precision."""
   a, loaded = _pope(1, 0.8)
   never = pope.score(loaded, {t.uid: [rows_lib.Prediction("no")] for t in loaded.tasks})
   b = compare.Side("never", never, never["rows"])

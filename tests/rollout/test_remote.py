@@ -130,7 +130,7 @@ def test_a_dead_endpoint_is_waited_for_and_then_an_error(policy, server, tasks):
 
 
 class Choosy(Server):
-  """Fails at all that is asked about one picture, for as long as `broken` holds it."""
+  """Fails at every request about one picture, as long as `broken` holds it."""
 
   def __init__(self, picture):
     self.broken = picture
@@ -144,7 +144,7 @@ class Choosy(Server):
 
 
 def _sent(policy, task):
-  """The picture of a task as it is sent."""
+  """The picture of a task, as it is sent."""
   row = turns.begin(policy, task).row(0)
   return remote._uri(remote.picture(row.picture, row.traj.images[0], policy.model.vision.grid))
 
@@ -152,12 +152,12 @@ def _sent(policy, task):
 @pytest.mark.parametrize("place", [0, 3], ids=["first", "last"])
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_a_request_that_alone_fails_is_put_aside(policy, tasks, place, in_flight):
-  """Also with nobody beside it, and long before the endpoint would count as gone."""
+  """Also if it is the only request, and long before the endpoint would count as gone."""
   server = Choosy(_sent(policy, tasks[place]))
   cfg = endpoint.Config("m", timeout_s=5.0, wait_s=0.01, patience_s=600.0, tries=4, in_flight=in_flight)
   it = remote.Endpoint(server.url, cfg)
   try:
-    if in_flight == 1 and place == 0:  # it has replied to nobody yet, and may as well be dead
+    if in_flight == 1 and place == 0:  # it has not replied to any request yet, and may as well be gone
       remote.attempts(policy, it, tasks[1:2], [101], 1.0)
     found = remote.attempts(policy, it, tasks, range(100, 104), 1.0)
     assert [isinstance(one, str) for one in found] == [i == place for i in range(4)]
@@ -174,7 +174,7 @@ def test_a_request_that_alone_fails_is_put_aside(policy, tasks, place, in_flight
 
 @pytest.mark.parametrize("n", [12, 13])
 def test_an_endpoint_that_is_busy_or_dead_puts_nothing_aside(policy, server, tasks, n):
-  """503 says nothing of a request, and where nobody has a reply it is the endpoint that fails."""
+  """503 says nothing about a request, and if no request gets a reply, it is the endpoint that fails."""
   cfg = endpoint.Config("m", timeout_s=5.0, wait_s=0.001, patience_s=60.0, tries=2, in_flight=1)
   it = remote.Endpoint(server.url, cfg)
   remote.attempts(policy, it, tasks[:1], [7], 1.0)

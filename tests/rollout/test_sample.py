@@ -252,7 +252,7 @@ def test_rows_on_eight_devices(small, how):
   state = sample.start(small.cfg, 8, 64, mesh)
   assert state.cache.k_LBKSH.sharding.is_equivalent_to(sharding.cache(mesh, small.cfg.text.kv_heads), 5)
   put = lambda c: placement.place_rows(c, mesh)
-  # Trained in a layout of its own; where rollouts want it, no token waits for weights.
+  # Training has another layout; in that of rollouts, no token waits for weights.
   there = sharding.make(1, 4, 2)
   trained = jax.device_put(small.params, family.shardings(small.cfg, there))
   params = sample.weights(trained, small.cfg, mesh)

@@ -15,8 +15,8 @@ import urllib.request
 
 from virl_jax import checks
 
-_AGAIN = (408, 409, 425, 429)  # and all from 500 on
-_BUSY = (*_AGAIN, 503)  # says nothing about the request
+_AGAIN = (408, 409, 425, 429)  # statuses that are worth another try, as are all from 500 on
+_BUSY = (*_AGAIN, 503)  # statuses that say nothing about the request
 _KEY_VARIABLE = "OPENAI_API_KEY"
 LONGEST_WAIT_S = 60.0
 
@@ -30,7 +30,7 @@ class Config:
     timeout_s: for one turn.
     wait_s: before the second try; twice as long before each further one, or as the endpoint asks for.
     patience_s: how long an endpoint may give no reply at all before it counts as gone.
-    tries: of one request that fails, while the endpoint replies to others; then it is put aside.
+    tries: how often a request that fails is sent while the endpoint replies to others; then it is put aside.
     in_flight: trajectories, and so requests, at a time.
   """
 
@@ -55,15 +55,15 @@ class Unreachable(RuntimeError):
 
 
 class PutAside(RuntimeError):
-  """It replies to others, but not to this request, however often it was asked."""
+  """The endpoint replies to other requests, but not to this one, however often it was asked."""
 
 
 class Again(Exception):
   """The endpoint gave no usable reply this time.
 
   Attributes:
-    wait_s: how long it wants to be left alone; None if it did not say.
-    busy: whether it said that it has no time, which is no fault of the request.
+    wait_s: how long it asks to be left alone; None if it did not say.
+    busy: whether it said that it is busy, which is not the request's fault.
   """
 
   def __init__(self, why: str, wait_s: float | None = None, busy: bool = False):

@@ -2,8 +2,8 @@
 
     import grain
     source = sources.load(config, "train")
-    grain.MapDataset.source(grain_source.Tasks(source)).shuffle(0).map(...)          # a task each, in Grain's order
-    grain.MapDataset.source(grain_source.Steps(source, config.seed, prompts, steps))  # a batch each, in ours
+    grain.MapDataset.source(grain_source.Tasks(source)).shuffle(0).map(...)          # tasks, in Grain's order
+    grain.MapDataset.source(grain_source.Steps(source, config.seed, prompts, steps))  # batches, in our order
 
 Training does not need it: see `batches`.  Grain is not imported here: it needs only `__len__` and `__getitem__`.
 """

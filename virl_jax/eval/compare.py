@@ -74,16 +74,16 @@ def compare(a: Side, b: Side, bootstrap: int = 2000, own: Callable[[list[dict]],
 
   Args:
     a, b: evaluations of the same tasks.
-    bootstrap: resamples for intervals, of what the benchmark draws together.
-    own: the benchmark's own figures of rows, nested figures of `eval.figures`; None where it has none but the mean.
+    bootstrap: resamples for intervals, over the benchmark's clusters.
+    own: gives the benchmark's own figures of rows, nested figures of `eval.figures`; None if it has only the mean.
 
   Returns:
-    JSON-able: benchmark; folders; names, what of these tells them apart; n; a, b and difference (B less A), each a mean
-    of scores over tasks with its interval, the last one paired; gained and lost, counts of the tasks that flipped, and
-    p, of the exact test of these; where scores are not all 0 or 1, better, worse and p_scores, the same of any change
-    of score; by_kind, the same by category; differ, what the two were made with where it is not the same; quoted, the
-    benchmark's own figure of both; figures, of each of its own figures a, b and what b has more, a paired difference
-    with value, low and high; flips, the tasks, with both answers.
+    Ready for JSON: benchmark; folders; names, the parts of these that differ; n; a, b and difference (B less A), each a
+    mean of scores over tasks with its interval, the last one paired; gained and lost, counts of the tasks that flipped,
+    and p, of the exact test of these; if some score is not 0 or 1, better, worse and p_scores, the same for any change
+    of score; by_kind, the same by category; differ, settings that the two do not share; quoted, the benchmark's own
+    figure for both; figures, for each of its own figures a, b and the paired difference (b less a) with value, low and
+    high; flips, the tasks that flipped, with both answers.
 
   Raises:
     ValueError: they are not of the same benchmark, and of the same tasks by name and accepted answers.
@@ -136,7 +136,7 @@ def _apart(a: str, b: str) -> list[str]:
 
 
 def _own(old: dict, new: dict, drawn_with: Callable, bootstrap: int) -> dict:
-  """Both values of each figure that both have, and their difference; by the flat name of the figure."""
+  """Both values of each figure that both have, and their difference, by the flat name of the figure."""
   both = [{name: it for name, it in figures_lib.flat(tree).items() if isinstance(it, figures_lib.Figure)}
           for tree in (old, new)]
   more = {name: figures_lib.Difference(both[1][name], both[0][name]) for name in both[0] if name in both[1]}

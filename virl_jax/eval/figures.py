@@ -3,7 +3,7 @@
     accuracy        scores / predictions
     F1              2 TP / (2 TP + FP + FN)
     HR-Bench        the mean over cycles of (scores / predictions of the cycle)
-    a difference    a figure of one policy less the same one of another, on the same tasks
+    a difference    a figure of one policy less that of another, on the same tasks
 
 An interval is a 95% percentile bootstrap interval over clusters, which are drawn as one: tasks, with all of their
 samples, or what a benchmark names: images, questions.  All figures share each resample, so that an image that is hard
@@ -55,14 +55,14 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Difference:
-  """A figure less another: both are of the same resamples, so that the interval is a paired one."""
+  """The first figure less the second, over the same resamples, so that the interval is a paired one."""
 
   first: Ratio | Mean
   second: Ratio | Mean
 
   @property
   def value(self) -> float | None:
-    """None where one of them has none."""
+    """The difference; None if one of the two has no value."""
     values_2 = [self.first.value, self.second.value]
     return None if None in values_2 else values_2[0] - values_2[1]
 
@@ -83,13 +83,13 @@ def ratio(rows: Sequence[dict], top: Callable[[dict], float], bottom: Callable[[
 
 
 def values(tree: dict) -> dict:
-  """Nested figures as numbers, ready for JSON; what is none stays as it is."""
+  """Nested figures as numbers, ready for JSON; anything else stays as it is."""
   return {key: values(it) if isinstance(it, dict) else it.value if isinstance(it, Figure) else it
           for key, it in tree.items()}
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
-  """What nested figures have, by names such as "splits: coco/random: F1"."""
+  """The leaves of nested figures, by names such as "splits: coco/random: F1"."""
   found = {}
   for key, it in tree.items():
     found |= flat(it, f"{prefix}{key}: ") if isinstance(it, dict) else {f"{prefix}{key}": it}
@@ -138,7 +138,7 @@ def _collect(tree: dict, found: dict[int, Ratio]) -> None:
 
 
 def _samples(it: Figure, sampled: dict[int, np.ndarray]) -> np.ndarray:
-  """float64[S]; NaN where a resample has nothing to divide by."""
+  """float64[S], the figure of each resample; NaN where its denominator is 0."""
   if isinstance(it, Ratio):
     return sampled[id(it)]
   if isinstance(it, Difference):

@@ -4,8 +4,8 @@ Prompt, budgets and rules are those of the engine (`turns`); the endpoint only w
 pictures of our own chat text, turn by turn, so that a server with the model's chat template reads the same text.
 Pictures are sent as they are shown, already of a size that the model keeps, so that boxes mean the same pixels.
 
-An endpoint that does not reply is waited for and asked again, for as long as `endpoint.patience_s` says; then it is an
-error, or no trajectory.  None ends because of a connection.  A request that alone gets no reply is put aside after
+An endpoint that does not reply is waited for and asked again, for `endpoint.patience_s`; then there is an error, or no
+trajectory.  No trajectory ends because of a connection.  If only one request gets no reply, it is put aside after
 `endpoint.tries`: some servers fail at what a policy writes badly, and do so each time.
 """
 
@@ -51,7 +51,7 @@ class Endpoint:
       raise ValueError(f"--endpoint must be an address, http://HOST:PORT/v1. Received: {url!r}")
     self.url, self.cfg, self._say = url, cfg, say
     self._lock, self._replied, self._told = threading.Lock(), 0.0, 0.0
-    self._gone_s = 0.0  # since it was given up, for how long it had been silent
+    self._gone_s = 0.0  # how long it had been silent when it was given up; 0 if it has not been, or has replied since
     self._good: dict | None = None  # a request that it has replied to
     self.retries = 0
 
@@ -59,7 +59,8 @@ class Endpoint:
     """A reply, however many tries that takes.
 
     Raises:
-      endpoint.Unreachable: none came to anybody for `patience_s`; from then on until there is one, at the first try.
+      endpoint.Unreachable: no thread got a reply for `patience_s`; from then on until there is one, the first failed
+        try raises.
       endpoint.PutAside: this request failed `tries` times, and the endpoint replies to others.
       endpoint.Refused: the endpoint does not take the request.
     """
@@ -72,7 +73,7 @@ class Endpoint:
         failed += not e.busy
         if failed >= self.cfg.tries - 1 and not e.busy:
           alone = alone + 1 if self._replies(since) else 0
-        if alone > 1:  # it failed between two signs of life: twice, for one may be of an endpoint that is just back
+        if alone > 1:  # failed between two signs of life, twice: once may be due to an endpoint that is just back
           raise endpoint.PutAside(f"{e}, {failed} times, while other requests had a reply") from e
         since = time.monotonic()
         self._wait(e, wait_s, began)
@@ -86,7 +87,7 @@ class Endpoint:
       return said
 
   def _replies(self, since: float) -> bool:
-    """Whether the endpoint has replied to another request since then, or does so now to one that it replied to once."""
+    """Whether the endpoint has replied to any request since then, or now replies to one that it replied to before."""
     with self._lock:
       if self._replied > since or self._good is None:
         return self._replied > since
@@ -146,10 +147,10 @@ def attempts(policy: turns.Policy, server: Endpoint, tasks: Sequence[types.Task]
 
   Args:
     policy, server, tasks, seeds, temperature, group_size: as for `rollout`.
-    missing: what `Endpoint.ask` may raise that leaves the others alone.
+    missing: which exceptions of `Endpoint.ask` cost only their own trajectory.
 
   Returns:
-    As `rollout`; or in words why there is no trajectory: the endpoint gave no reply, or does not take what it is asked.
+    As `rollout`; or, in words, why there is no trajectory: the endpoint gave no reply, or does not take the request.
 
   Raises:
     ValueError: a task cannot be asked (see `turns.begin`).

@@ -118,8 +118,7 @@ def run(job: Job, asker: policy_lib.Asker | None = None, threads: int = 2,
 
   Raises:
     ValueError: there is no set, a benchmark cannot be read, or no task stays.
-    endpoint.Unreachable: the endpoint is gone; or it gave no reply to some tasks, which are named, when all else is
-      written.
+    endpoint.Unreachable: the endpoint is gone; or it gave no reply to some tasks: names them, once all else is written.
   """
   if "://" in job.out:
     raise ValueError(f"--out must be on a disk, for only a workdir may lie in a bucket. Received: {job.out}")
@@ -146,7 +145,7 @@ def run(job: Job, asker: policy_lib.Asker | None = None, threads: int = 2,
 
 
 def _missing(lost: Sequence[str]) -> None:
-  """Ends a curation that is not whole.
+  """Ends a curation that lacks tasks, each given with why it was lost.
 
   Raises:
     endpoint.Unreachable: some are lost; names them.
@@ -159,7 +158,7 @@ def _missing(lost: Sequence[str]) -> None:
 
 
 def stage(reason: str) -> str:
-  """Which stage drops tasks for a reason."""
+  """The stage that drops tasks for this reason."""
   return ("rules" if reason in (*rules.ALONE, *rules.TOGETHER) else "policy" if reason in (_UNASKED, _LOST) else
           "filter")
 

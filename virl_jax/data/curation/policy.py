@@ -22,8 +22,8 @@ from virl_jax.rollout import remote
 from virl_jax.rollout import turns
 from virl_jax.run import hosts
 
-# (tasks, seeds, samples of each, whether they may zoom) -> trajectories, of this process; of an endpoint, all by index,
-# or why there is none.
+# (tasks, seeds, samples of each task, whether the policy may zoom) -> this process's trajectories; from an endpoint
+# all, by index, or why there is none.
 Rollout = Callable[[Sequence[types.Task], Sequence[int], int, bool], list[types.Trajectory | str]]
 
 
@@ -82,9 +82,9 @@ def ask(asker: Asker, tasks: Sequence[types.Task], cfg: stages.Policy, seed: int
     seed: of the sampling.
 
   Returns:
-    A dict a task, ready for JSON, in their order: provenance; "with" and "without", a list a sample {"score", "zooms",
-    "stop", "answer"}; "unasked", why it could not be asked, or None.  Of a task with a sample that alone got no reply
-    there is "lost", why, and no sample: see `endpoint.PutAside`.
+    A dict for each task, in order, ready for JSON: "provenance"; "with" and "without", lists with {"score", "zooms",
+    "stop", "answer"} for each sample; "unasked", why the task could not be asked, or None.  If an endpoint put a sample
+    aside, the task has "lost", why, and no samples: see `endpoint.PutAside`.
   """
   why = [asked.unfit(asker.policy, task) for task in tasks]
   fit = [i for i, reason in enumerate(why) if reason is None]

@@ -90,7 +90,7 @@ def score(loaded: rows_lib.Loaded, predictions: rows_lib.Predictions) -> dict:
 
 
 def figures(rows: list[dict]) -> dict:
-  """The figures of scored rows: of each split, and the means over splits."""
+  """The figures of scored rows: those of each split, and their means over splits."""
   splits = {group: _figures(found) for group, found in rows_lib.split(rows, "group").items()}
   means = {name: rows_lib.means(s[name] for s in splits.values())
            for name in ("F1", "accuracy", "precision", "recall", "yes_ratio")}

@@ -2,11 +2,11 @@
 
 A benchmark is a module with
 
-    load(path, how) -> Loaded                what its files ask, in any of the layouts that it comes in
-    score(loaded, predictions) -> dict       what predictions are worth, by the rule that it is known by
-    figures(rows) -> dict                    of scored rows, where its own figures are more than a mean of scores:
-                                             nested figures of `eval.figures`, which two evaluations are compared by
-    says(task, text) -> str                  where its rule reads answers as no other does: see `says` here
+    load(path, how) -> Loaded                its tasks, from any of its layouts
+    score(loaded, predictions) -> dict       its figures for predictions, by its official rule
+    figures(rows) -> dict                    only if its own figures are more than a mean of scores: nested figures of
+                                             `eval.figures` for scored rows, by which two evaluations are compared
+    says(task, text) -> str                  only if its rule reads answers in its own way: see `says` here
 
 A row that cannot be used is counted and named; the others are evaluated, and the share of rows that were evaluated is
 given beside the score.  So is the number of missing predictions, which do not count as wrong.
@@ -336,8 +336,8 @@ def result(name: str, rule: str, metric: str, loaded: Loaded, rows: list[dict], 
 
   Returns:
     {"benchmark", "rule", "metric", "score", "n", "evaluated", "figures", "intervals", "by_kind", "rows"}, ready for
-    JSON; an interval is [low, high] under the names of its figure; by_kind has of each category n, its tasks, and the
-    value of its mean score, low and high.  Where tasks are drawn together, rows have the number of those under
+    JSON; an interval is [low, high], nested like its figure; by_kind has for each category n, its number of tasks, and
+    value, low and high of its mean score.  If tasks share clusters, each row has the number of its cluster under
     drawn_with.
   """
   done = {row["uid"] for row in rows}
