@@ -78,10 +78,10 @@ def main():
         continue
       outcomes[type(found).__name__] += 1
       if isinstance(found, zoom.Zoom):
-        box = images.check_zoom(found.box, region, shown, CFG)
+        box = zoom.check(found.box, region, shown, CFG)
         if not isinstance(box, str):
           boxes += 1
-          cut = images.expand(box, (1000, 700), CFG)
+          cut = zoom.expand(box, (1000, 700), CFG)
           assert region.x1 <= box.x1 <= box.x2 <= region.x2 and region.y1 <= box.y1 <= box.y2 <= region.y2, (text, box)
           assert 0 <= cut.x1 <= box.x1 and box.y2 <= cut.y2 <= 700, (text, cut)
     if (start // 10_000) % 10 == 9:
