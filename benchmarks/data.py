@@ -27,6 +27,7 @@ import os
 import pathlib
 import random
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -37,8 +38,6 @@ import numpy as np
 from PIL import Image
 import timing  # of this folder
 
-from configs import tiny
-from configs import v7b
 from virl_jax import types
 from virl_jax.data import batches
 from virl_jax.data import images
@@ -50,6 +49,7 @@ from virl_jax.data.sources import table
 from virl_jax.model import patches
 from virl_jax.run import sources
 
+ROOT = pathlib.Path(__file__).parents[1]
 WORDS = ("the", "truck", "is", "left", "of", "a", "person", "with", "red", "umbrella", "behind", "window", "near", "tv")
 PICTURES = 300
 LONGEST = 12  # words of a question
@@ -57,6 +57,11 @@ LONGEST = 12  # words of a question
 UPDATE_S, SCORE_S, WIDEST_S = 1.6607, 0.4152, 23.0
 PHASES = ("rollout", "score", "update")
 THREADS = (1, 2, 4)  # how many decode pictures: engine.threads
+
+
+def config(name: str):
+  """What configs/NAME.py gives: the folder is in no package, and a script's own folder is all that Python adds."""
+  return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
 
 
 def words(rng: random.Random, count: int) -> str:
@@ -280,7 +285,7 @@ def shown(args, _folder) -> dict:
 
 def least_v7b_s() -> dict[str, float]:
   """The least seconds that a step of configs/v7b.py takes, by name; the last is the smallest in any table."""
-  c = v7b.get_config()
+  c = config("v7b")
   trajectories = c.rollout.prompts * c.rollout.group_size
   # On 8 x H100, a microbatch is a row of `microbatch_tokens` a device; trajectories have half of max_total_tokens.
   microbatches = trajectories * c.rollout.max_total_tokens / 2 / (8 * c.learner.microbatch_tokens)
@@ -290,7 +295,7 @@ def least_v7b_s() -> dict[str, float]:
 
 def batches_part(args, folder: pathlib.Path) -> dict:
   """Batches a second from a feed, with each number of threads, beside what steps of the tiny run and of 7B consume."""
-  tiny_c, v7b_c = tiny.get_config(), v7b.get_config()
+  tiny_c, v7b_c = config("tiny"), config("v7b")
   tiny_c.data.path = str(folder / "needle")
   files = photographs(args)
   every = [files[i % len(files)] + i.to_bytes(4, "big") for i in range(2 * v7b_c.rollout.prompts)]
@@ -335,12 +340,12 @@ def batches_part(args, folder: pathlib.Path) -> dict:
 
 def tiny_step_s(workdir: str, folder: pathlib.Path) -> float:
   """Seconds of the fastest step of configs/tiny.py (others compile), of a workdir or of a run in the folder."""
-  root, run = pathlib.Path(__file__).parents[1], pathlib.Path(workdir or folder / "run")
+  run = pathlib.Path(workdir or folder / "run")
   if not workdir:
-    subprocess.run([sys.executable, "-m", "virl_jax.train", f"--config={root / 'configs' / 'tiny.py'}",
+    subprocess.run([sys.executable, "-m", "virl_jax.train", f"--config={ROOT / 'configs' / 'tiny.py'}",
                     f"--workdir={run}", "--config.steps=6", "--config.eval.tasks=0",
                     f"--config.data.path={folder / 'needle'}", "--config.log.tensorboard=False"],
-                   check=True, cwd=root, stdout=subprocess.DEVNULL)
+                   check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[1:]]
   return min(sum(line[f"time/{phase}_s"] for phase in PHASES) for line in lines)
 

@@ -17,6 +17,8 @@ import argparse
 import dataclasses
 import io
 import math
+import pathlib
+import runpy
 import time
 
 import numpy as np
@@ -24,7 +26,6 @@ from PIL import Image
 import scaling  # of this folder
 import timing  # of this folder
 
-from configs import v7b
 from virl_jax import config as config_lib
 from virl_jax import plan
 from virl_jax import types
@@ -34,6 +35,8 @@ from virl_jax.model import params as params_lib
 from virl_jax.run import costs
 from virl_jax.run import programs
 from virl_jax.run import topologies
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +191,7 @@ def main():
   p.add_argument("--chip", default="v5p", choices=sorted(MACHINES))
   p.add_argument("--prompts", type=int, help="a step; the configuration's if it is not given")
   args = p.parse_args()
-  c = v7b.get_config()
+  c = runpy.run_path(str(ROOT / "configs" / "v7b.py"))["get_config"]()
   if args.prompts:
     c.rollout.prompts = args.prompts
   grid = plan.model_of(c).vision.grid
