@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import functools
 
 from PIL import Image
@@ -13,8 +13,9 @@ from virl_jax.eval import compare
 from virl_jax.report import gallery
 from virl_jax.report import page
 
-_PICTURES = 100          # most pictures of a page: decoding thousands of large ones takes too long
-_ROOM = 32_000_000       # characters of all predictions on a page
+PICTURES = 200           # tasks of a page that have their pictures: decoding thousands takes too long
+_ROOM = 32_000_000       # characters of all predictions on a page with so many pictures; more pictures get more
+_WORDS = 0.25            # the share of the room that is kept for text
 _LISTED = 20             # rows that were not evaluated, for each cause
 _MEASURES = (("acc_ans", "Answers right", True), ("acc_rat", "Actions right", True), ("hit_rate", "Hit rate", True),
              ("mean_iou", "Mean IoU", False), ("mean_best_iou", "Best IoU per task", False),
@@ -22,7 +23,8 @@ _MEASURES = (("acc_ans", "Answers right", True), ("acc_rat", "Actions right", Tr
              ("overlong_rate", "Overlong", True))
 
 
-def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tuple[str, int], dict]) -> list[dict]:
+def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tuple[str, int], dict],
+            pictures: int = PICTURES) -> list[dict]:
   """What pages show of predictions: entries like those of `gallery.entry`, but with raw answers instead of turns.
 
   Args:
@@ -30,6 +32,7 @@ def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tup
     rows: predictions with their scores; see `eval.benchmarks.rows.scored`.
     said: by uid and sample, the text of a prediction, its boxes (pixels of the original) and, if they are known, its
       options, ious, classes and stop.
+    pictures: as for `evaluation`.
 
   Returns:
     One for each row.  A picture that is a file is only named, under "file"; of the others, those that a page shows are
@@ -54,7 +57,7 @@ def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tup
         "width": None, "height": None, "boxes_gt": [[float(v) for v in box] for box in task.boxes], "boxes": boxes,
         "reward": None, "advantage": None, "reward_parts": None, "image": None,
         "file": task.image if isinstance(task.image, str) and task.image else None, "turns": [turn, *zooms]})
-  chosen = _chosen(found)
+  chosen = _chosen(found, pictures)
   for i, entry in enumerate(found):
     image = by_uid[entry["uid"]].image
     if i in chosen and image and not isinstance(image, str):
@@ -62,22 +65,23 @@ def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tup
   return found
 
 
-def evaluation(result: dict, shown: Sequence[dict], lost: dict) -> str:
+def evaluation(result: dict, shown: Sequence[dict], lost: dict, pictures: int = PICTURES) -> str:
   """The page of a benchmark's results.
 
   Args:
     result: what the benchmark's `score` gave, with rows, and what `evaluate` adds.
     shown: what `entries` gave.
     lost: lines about what was not evaluated, by cause.
+    pictures: the most tasks whose pictures are on the page, wrong answers first.
 
   Returns:
     A whole HTML document.
   """
   ends, voted = result["intervals"], result.get("majority")
-  trajectories = page.Shown(_ROOM)
-  chosen = _chosen(shown)
+  trajectories, room = page.Shown(_room(pictures)), _WORDS * _room(pictures)
+  chosen = _chosen(shown, pictures)
   for i in sorted(range(len(shown)), key=lambda i: (i not in chosen, i)):
-    trajectories.add(_ready(shown[i], i in chosen), "")
+    trajectories.add(_ready(shown[i], i in chosen and trajectories.room > room), "")
   summary, gap = result.get("summary") or {}, result.get("zooming_gap") or {}
   done = result["evaluated"]
   values = {
@@ -98,16 +102,17 @@ def evaluation(result: dict, shown: Sequence[dict], lost: dict) -> str:
       "gap": [(name, _values(gap[key])) for key, name in (("acc_ans", "Answers right"), ("acc_rat", "Actions right"))
               if gap and gap[key]["value"] is not None], "gap_n": gap.get("n"),
       "lost": [(what, lines[:_LISTED], len(lines) - _LISTED) for what, lines in lost.items() if lines],
-      "note": _note(trajectories, shown)}
+      "note": _note(trajectories, shown, "wrong answers first")}
   return page.render("evaluation.html.j2", values, trajectories.data([""], False, "sample"))
 
 
-def comparison(found: dict, a: compare.Side, b: compare.Side) -> str:
+def comparison(found: dict, a: compare.Side, b: compare.Side, pictures: int = PICTURES) -> str:
   """The page of two evaluations of the same tasks.
 
   Args:
     found: what `compare.compare` gave.
     a, b: the two evaluations.
+    pictures: the most tasks whose pictures are on the page, those that flipped first.
 
   Returns:
     A whole HTML document.
@@ -117,11 +122,10 @@ def comparison(found: dict, a: compare.Side, b: compare.Side) -> str:
   order = ["lost", "gained", "wrong in both", "right in both"]
   both = sorted(((order.index(told[entry["uid"]]), i, run, entry) for run, side in enumerate((a, b))
                  for i, entry in enumerate(side.shown) if entry["uid"] in told), key=lambda each: each[:3])
-  trajectories, pictured, files = page.Shown(_ROOM), set(), 0
+  trajectories, pictured = page.Shown(_room(pictures)), set()
   for _, _, run, entry in both:
-    if entry["uid"] not in pictured and files < _PICTURES:
+    if len(pictured) < pictures and trajectories.room > _WORDS * _room(pictures):
       pictured.add(entry["uid"])
-      files += 1
     trajectories.add(_ready(entry | {"change": told[entry["uid"]]}, entry["uid"] in pictured), "", run)
   summaries = [side.result.get("summary") or {} for side in (a, b)]
   values = {
@@ -130,14 +134,20 @@ def comparison(found: dict, a: compare.Side, b: compare.Side) -> str:
       "rows": [("all", found), *(found["by_kind"].items() if len(found["by_kind"]) > 1 else ())],
       "measures": [(name, share, [_values(each.get(key)) for each in summaries]) for key, name, share in _MEASURES
                    if any((each.get(key) or {}).get("value") is not None for each in summaries)],
-      "note": _note(trajectories, [entry for *_, entry in both]) if both else
+      "note": _note(trajectories, [entry for *_, entry in both], "those that flipped first",
+                    {uid for uid, change in told.items() if change in order[:2]}) if both else
       "The folders have no shown.jsonl, so that there is nothing to look at."}
   return page.render("comparison.html.j2", values, trajectories.data(found["names"], True, "sample", found["names"][0]))
 
 
-def _chosen(shown: Sequence[dict]) -> set[int]:
+def _room(pictures: int) -> int:
+  """Characters of all that is shown."""
+  return round(_ROOM * max(1.0, pictures / PICTURES))
+
+
+def _chosen(shown: Sequence[dict], pictures: int) -> set[int]:
   """The entries whose pictures are shown: wrong answers first."""
-  return set(sorted(range(len(shown)), key=lambda i: (shown[i]["correct"], i))[:_PICTURES])
+  return set(sorted(range(len(shown)), key=lambda i: (shown[i]["correct"], i))[:pictures])
 
 
 def _ready(entry: dict, wanted: bool) -> dict:
@@ -164,16 +174,19 @@ def _pictured(entry: dict, image: bytes | Image.Image) -> dict:
   decoded = images.decode(image)
   turns = [turn if turn["box"] is None else {**turn, "crop": gallery.crop(decoded, turn["box"])}
            for turn in entry["turns"]]
-  return entry | {"image": gallery.data_uri(decoded, gallery.IMAGE_SIDE_PX), "width": decoded.width,
+  return entry | {"image": gallery.data_uri(decoded, gallery.IMAGE_SIDE_PX, lossless=False), "width": decoded.width,
                   "height": decoded.height, "turns": turns}
 
 
-def _note(trajectories: page.Shown, shown: Sequence[dict]) -> str:
-  """How many predictions the page has no room for."""
+def _note(trajectories: page.Shown, shown: Sequence[dict], order: str, flipped: Collection[str] = ()) -> str:
+  """What the page has no room for: pictures, which come in some order, and predictions."""
   told, seen = [], {item["uid"] for item in trajectories.items if item["picture"] is not None}
-  bare = len({entry["uid"] for entry in shown}) - len(seen)
-  if bare:
-    told.append(f"{len(seen)} tasks have their pictures here; {bare} their words alone.")
+  n, more = len({entry["uid"] for entry in shown}), {entry["uid"] for entry in shown if entry["file"]} - seen
+  if len(seen) < n:
+    of = f"; of the {len(flipped)} that flipped, {len(seen & set(flipped))} have theirs" if flipped else ""
+    told.append(f"Pictures of {len(seen)} of {n} tasks, {order}{of}.")
+  if more:
+    told.append("--pictures=N puts those of N tasks on the page; shown.jsonl names the files of all.")
   if trajectories.left_out:
     told.append(f"{trajectories.left_out} more predictions are in predictions.jsonl or rows.jsonl, for which this page "
                 "has no room.")
