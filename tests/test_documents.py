@@ -59,7 +59,6 @@ NOT_RUN = {
                      "python -m virl_jax.curate --config=configs/curate.py --data=DIR",
                      "python -m virl_jax.curate --config=configs/curate.py --data=SETS --out=DIR"),
                     "README's block has the same, on small files"),
-    "python -m virl_jax.sft --config=configs/tiny_sft.py": "benchmarks/sft.py draws what it learns from",
     "bash launch/local.sh": "tests/launch runs it",
     "python -c import numpy as np, sys": "it wants a bad batch; tests/run/test_bad.py looks into some",
     **dict.fromkeys(("python -m virl_jax.evaluate --model=runs/v7b", "python -m virl_jax.evaluate --endpoint"),

@@ -15,9 +15,11 @@ folder.  --serve is for this machine alone unless --host says otherwise; docs/as
 from __future__ import annotations
 
 if __name__ == "__main__":
-  from virl_jax.run import progress
   from virl_jax.run import signals
   signals.install()
+
+if __name__ == "__main__":
+  from virl_jax.run import progress
   progress.note("starting")  # what is imported takes seconds
 
 from collections.abc import Callable

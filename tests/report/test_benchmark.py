@@ -148,6 +148,13 @@ def test_tasks_that_flipped_are_the_first_to_have_their_pictures(tmp_path, monke
     assert said in _Page(text).text and "--pictures=N puts those of N tasks on the page" in _Page(text).text
     assert len(_data(text)["items"]) == 24, "all have their words"
   assert "Pictures of" not in _Page(benchmark.comparison(found, a, b, 12)).text
+  for i in range(8, 12):  # what can no longer be read takes nobody's place
+    (tmp_path / f"{i}.png").unlink()
+  text = benchmark.comparison(found, a, b, 6)
+  assert pictured(text) == {"u7", *(f"u{i}" for i in range(5))} and "of the 5 that flipped, 1 have theirs" in text
+  gone = benchmark.comparison(found, a, b, 12)
+  assert "Pictures of 8 of 12 tasks" in gone and "--pictures=N" not in gone
+  a, b = _painted(tmp_path, 12, (["red"] * 7 + ["blue"] * 3 + ["red"] * 2, ["red"] * 10 + ["blue"] * 2))
   # Room for some of the pictures alone: the rest has its words all the same, and more pictures have more room.
   size = len(benchmark.comparison(found, a, b, 12)) - len(benchmark.comparison(found, a, b, 0))
   monkeypatch.setattr(benchmark, "_ROOM", size)

@@ -16,6 +16,7 @@ from virl_jax.report import page
 PICTURES = 200           # tasks of a page that have their pictures: decoding thousands takes too long
 _ROOM = 32_000_000       # characters of all predictions on a page with so many pictures; more pictures get more
 _WORDS = 0.25            # the share of the room that is kept for text
+_NO_ROOM = "no room for this picture"
 _LISTED = 20             # rows that were not evaluated, for each cause
 _MEASURES = (("acc_ans", "Answers right", True), ("acc_rat", "Actions right", True), ("hit_rate", "Hit rate", True),
              ("mean_iou", "Mean IoU", False), ("mean_best_iou", "Best IoU per task", False),
@@ -124,9 +125,11 @@ def comparison(found: dict, a: compare.Side, b: compare.Side, pictures: int = PI
                  for i, entry in enumerate(side.shown) if entry["uid"] in told), key=lambda each: each[:3])
   trajectories, pictured = page.Shown(_room(pictures)), set()
   for _, _, run, entry in both:
-    if len(pictured) < pictures and trajectories.room > _WORDS * _room(pictures):
+    wanted = len(pictured) < pictures and trajectories.room > _WORDS * _room(pictures) or entry["uid"] in pictured
+    ready = _ready(entry | {"change": told[entry["uid"]]}, wanted)
+    if ready["image"] is not None:
       pictured.add(entry["uid"])
-    trajectories.add(_ready(entry | {"change": told[entry["uid"]]}, entry["uid"] in pictured), "", run)
+    trajectories.add(ready, "", run)
   summaries = [side.result.get("summary") or {} for side in (a, b)]
   values = {
       "title": f"{found['benchmark']}: {' and '.join(found['names'])}", "kind": "Two evaluations", "found": found,
@@ -154,7 +157,7 @@ def _ready(entry: dict, wanted: bool) -> dict:
   """An entry with its picture, if it is wanted and can be read, or why it has none; and with a size in any case."""
   if entry["image"] is not None:
     return entry
-  why = "" if not entry["file"] else "no room for this picture"
+  why = "" if not entry["file"] else _NO_ROOM
   if wanted and entry["file"]:
     try:
       return _pictured(entry, _decoded(entry["file"]))
@@ -181,7 +184,7 @@ def _pictured(entry: dict, image: bytes | Image.Image) -> dict:
 def _note(trajectories: page.Shown, shown: Sequence[dict], order: str, flipped: Collection[str] = ()) -> str:
   """What the page has no room for: pictures, which come in some order, and predictions."""
   told, seen = [], {item["uid"] for item in trajectories.items if item["picture"] is not None}
-  n, more = len({entry["uid"] for entry in shown}), {entry["uid"] for entry in shown if entry["file"]} - seen
+  n, more = len({entry["uid"] for entry in shown}), any(item["left_out"] == _NO_ROOM for item in trajectories.items)
   if len(seen) < n:
     of = f"; of the {len(flipped)} that flipped, {len(seen & set(flipped))} have theirs" if flipped else ""
     told.append(f"Pictures of {len(seen)} of {n} tasks, {order}{of}.")

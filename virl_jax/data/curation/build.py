@@ -129,7 +129,7 @@ def _beam(job, options):
 
 def _processes(job, jobs):
   """Makes the missing parts; returns the numbers of all parts."""
-  with progress.bar(None, f"reading {job.source}", "record") as bar:  # the number of records is not known before the end
+  with progress.bar(None, f"reading {job.source}", "record") as bar:  # nobody knows the total yet
     return _made(job, jobs, bar)
 
 
