@@ -92,7 +92,8 @@ def score(path: str, benchmark: str, data: str | None = None, judge: judge_model
 def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str, cfg: asked.Config = asked.Config(),
              c: config_lib.ConfigDict | None = None, how: rows_lib.How = rows_lib.How(), limit: int = 0,
              zooms: str = "on", options: str = "shuffled", tables: Sequence[str] = (),
-             judge: judge_model.Judge | None = None, url: str = "", served: str = "") -> list[dict]:
+             judge: judge_model.Judge | None = None, url: str = "", served: str = "",
+             pictures: int = benchmark_page.PICTURES) -> list[dict]:
   """Asks a policy, and scores what it says.
 
   Args:
@@ -111,6 +112,7 @@ def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str
     judge: as for `score`; the summary is by the rules of the tasks all the same.
     url: of an endpoint that is asked in place of the engine; "" for none.
     served: what the endpoint calls the model; "" for what `endpoint.model` of the configuration says.
+    pictures: of so many tasks at most a page has the pictures.
 
   Returns:
     What each benchmark's `score` gives, for each way it was asked, with "summary" (`outcome.summary`) of the same
@@ -176,7 +178,7 @@ def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str
         pages.append((folder, result, read, entries))
       gap = {key: value for key, value in results[-1].items() if key == "zooming_gap"}  # which the first shows, too
       hosts.first(lambda pages=pages, gap=gap: [
-          _page(folder, result | gap, read, said) for folder, result, read, said in pages])
+          _page(folder, result | gap, read, said, pictures) for folder, result, read, said in pages])
   _lost(url, lost)
   return results
 
@@ -193,12 +195,13 @@ def _lost(url: str, lost: Sequence[str]) -> None:
         "as wrong; what is finished is kept: the same command asks for them again, and for those after them")
 
 
-def compared(a: str, b: str, out: str | None) -> list[dict]:
+def compared(a: str, b: str, out: str | None, pictures: int = benchmark_page.PICTURES) -> list[dict]:
   """The difference of two evaluations, for each benchmark.
 
   Args:
     a, b: folders that `evaluate` has written, of a benchmark or of several.
     out: folder for comparison.json and comparison.html, in folders as `a` has them; None for none.
+    pictures: of so many tasks at most the page has the pictures.
 
   Returns:
     What `compare.compare` gives for each.
@@ -216,7 +219,7 @@ def compared(a: str, b: str, out: str | None) -> list[dict]:
         folder = folder / one.folder.name
       files.make(folder)
       files.write_text(folder / "comparison.json", json.dumps(told, indent=1) + "\n")
-      files.write_text(folder / "comparison.html", benchmark_page.comparison(told, one, other))
+      files.write_text(folder / "comparison.html", benchmark_page.comparison(told, one, other, pictures))
     found.append(told)
   return found
 
@@ -300,19 +303,19 @@ def _write(folder: epath.Path, result: dict, read: predictions.Read, tables: Seq
   files.write_text(folder / "results.json", json.dumps(_bare(result) | unsaid | lost, indent=1) + "\n")
 
 
-def _page(folder: epath.Path, result: dict, read: predictions.Read, entries: Sequence[dict]) -> None:
+def _page(folder: epath.Path, result: dict, read: predictions.Read, entries: Sequence[dict], pictures: int) -> None:
   """What can be looked at: tasks and raw answers, and a page of them."""
   said = {(uid, i): {"text": p.text, "boxes": p.boxes} for uid, samples in read.predictions.items()
           for i, p in enumerate(samples)}
   said |= {(e["uid"], e["sample"]): e for e in entries if "text" in e}
-  shown = benchmark_page.entries(read.loaded.tasks, result["rows"], said)
+  shown = benchmark_page.entries(read.loaded.tasks, result["rows"], said, pictures)
   lost = {"rows that cannot be used": [f"row {r.row} {r.name}: {r.cause}" for r in read.loaded.rejects],
           "tasks that cannot be asked": [f"{e['uid']}: {e['why']}" for e in result.get("skipped", ())],
           "tasks that the endpoint gave no reply to": [f"{e['uid']}: {e['why']}" for e in result.get("lost", ())],
           "predictions for no row": list(read.strange),
           "predictions that cannot be used": [f"row {r.row} {r.name}: {r.cause}" for r in read.rejects]}
   gallery.save(str(folder / "shown.jsonl"), shown)
-  files.write_text(folder / "report.html", benchmark_page.evaluation(result, shown, lost))
+  files.write_text(folder / "report.html", benchmark_page.evaluation(result, shown, lost, pictures))
 
 
 def _tell_compared(found: dict) -> None:
@@ -384,6 +387,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   number("slots", 64, 1, "Tasks that are asked at a time.")
   flags.DEFINE_multi_enum("table", [], list(predictions.TABLES), "Tables of the predictions for others' programs.",
                           flag_values=values)
+  number("pictures", benchmark_page.PICTURES, 0, "Most tasks whose pictures a page has.")
   number("limit", 0, 0, "Of each benchmark only so many tasks; 0 for all.")
   text("judge", "Address of an OpenAI-compatible endpoint, http://HOST:PORT/v1, that judges free answers.")
   text("judge_model", "What the endpoint calls the model.")
@@ -398,7 +402,7 @@ def main(argv):
     if len(argv) != 2 or args.model or args.score or args.benchmark:
       raise app.UsageError("--compare needs two folders, --compare A B, and no benchmark, model or predictions")
     with setup.told():
-      for found in compared(args.compare, argv[1], args.out):
+      for found in compared(args.compare, argv[1], args.out, args.pictures):
         _tell_compared(found)
     return
   if len(argv) > 1:
@@ -420,7 +424,7 @@ def main(argv):
       how = rows_lib.How(args.images, seed=args.seed, store=store)
       cfg = asked.Config(args.seed, args.temperature, args.samples, args.slots)
       evaluate(args.model, args.benchmark, args.data, args.out, cfg, args.config, how, args.limit, args.zoom,
-               args.options, args.table, _judge(args), args.endpoint or "", args.served_model or "")
+               args.options, args.table, _judge(args), args.endpoint or "", args.served_model or "", args.pictures)
     return
   with setup.told():
     if len(args.benchmark) > 1 or len(args.data) > 1:
@@ -431,7 +435,7 @@ def main(argv):
     if args.out:
       folder = files.path(args.out) / result["benchmark"]
       _write(folder, result, read, args.table)
-      _page(folder, result, read, ())
+      _page(folder, result, read, (), args.pictures)
     _tell(result, read)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 from PIL import Image
 import pytest
 
@@ -22,7 +23,7 @@ def _task(i, image="", kind="colour", boxes=(types.Box(1, 2, 11, 12),)):
   return types.Task(f"u{i}", image, f"Which {i}?", ("red",), boxes, ("red", "blue"), kind, source="set")
 
 
-def _result(tasks, texts, **more):
+def _result(tasks, texts, pictures=benchmark.PICTURES, **more):
   """What a benchmark gives, and what its pages show."""
   loaded = rows_lib.Loaded(tuple(tasks))
   found = {t.uid: [rows_lib.Prediction(text)] for t, text in zip(tasks, texts)}
@@ -31,7 +32,7 @@ def _result(tasks, texts, **more):
   said = {(t.uid, 0): {"text": f"<think>hm</think><answer>{text}</answer>", "boxes": [[0, 0, 10, 10]], "ious": [0.6],
                        "classes": ["correct"], "stop": "answered"} for t, text in zip(tasks, texts)}
   result = rows_lib.result("vstar", "option", "accuracy", loaded, rows, figures) | more
-  return result, benchmark.entries(tasks, rows, said)
+  return result, benchmark.entries(tasks, rows, said, pictures)
 
 
 def test_a_page_of_results(tmp_path):
@@ -76,22 +77,21 @@ def test_several_samples_and_what_most_of_them_say():
   assert "Avg@4" in page and "of the majority: accuracy 100.0% 90.0 to 100.0" in page
 
 
-def test_pictures_go_to_wrong_answers_first_and_what_has_none_says_so(tmp_path, monkeypatch):
-  monkeypatch.setattr(benchmark, "_PICTURES", 2)
+def test_pictures_go_to_wrong_answers_first_and_what_has_none_says_so(tmp_path):
   Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
   path = str(tmp_path / "a.png")
   tasks = [_task(0, path), _task(1, path), _task(2, str(tmp_path / "gone.png")), _task(3, ""),
            _task(4, Image.new("RGB", (30, 20))), _task(5, (tmp_path / "a.png").read_bytes())]
-  result, shown = _result(tasks, ["red", "blue", "blue", "red", "red", "red"])
+  result, shown = _result(tasks, ["red", "blue", "blue", "red", "red", "red"], 2)
   assert [e["file"] for e in shown] == [path, path, str(tmp_path / "gone.png"), None, None, None]
   assert all(e["image"] is None for e in shown), "what has no file is embedded if it is one of the first"
-  text = benchmark.evaluation(result, shown, {})
+  text = benchmark.evaluation(result, shown, {}, 2)
   told = {item["uid"]: (item["picture"] is not None, item["left_out"]) for item in _data(text)["items"]}
   assert told == {"u1": (True, ""), "u2": (False, "its picture can no longer be read"),
                   "u0": (False, "no room for this picture"), "u3": (False, ""), "u4": (False, ""), "u5": (False, "")}
-  assert "1 tasks have their pictures here; 5 their words alone." in _Page(text).text
-  monkeypatch.setattr(benchmark, "_PICTURES", 6)
-  _, shown = _result(tasks, ["red"] * 6)
+  assert ("Pictures of 1 of 6 tasks, wrong answers first. --pictures=N puts those of N tasks on the page; shown.jsonl "
+          "names") in _Page(text).text
+  _, shown = _result(tasks, ["red"] * 6, 6)
   assert [(e["image"] is not None, e["width"]) for e in shown[3:]] == [(False, None), (True, 30), (True, 60)]
 
 
@@ -123,6 +123,45 @@ def test_a_page_of_two():
       ("u5", 0, "lost"), ("u5", 1, "lost"), ("u1", 0, "gained"), ("u1", 1, "gained")]
   bare = benchmark.comparison(compare.compare(a, b), *(compare.Side(s.name, s.result, s.rows) for s in (a, b)))
   assert "have no shown.jsonl" in _Page(bare).text and "<script" not in bare
+
+
+def _painted(folder, n, texts_of):
+  """Two evaluations of tasks with a picture each, no two the same."""
+  rng, tasks = np.random.default_rng(0), []
+  for i in range(n):
+    Image.fromarray(rng.integers(0, 255, (160, 240, 3), np.uint8)).save(folder / f"{i}.png")
+    tasks.append(_task(i, str(folder / f"{i}.png")))
+  sides = [_result(tasks, texts) for texts in texts_of]
+  return [compare.Side(name, result, result["rows"], shown) for name, (result, shown) in zip("ab", sides)]
+
+
+def test_tasks_that_flipped_are_the_first_to_have_their_pictures(tmp_path, monkeypatch):
+  """Of 12 tasks the last five flipped, whatever else there is."""
+  a, b = _painted(tmp_path, 12, (["red"] * 7 + ["blue"] * 3 + ["red"] * 2, ["red"] * 10 + ["blue"] * 2))
+  found = compare.compare(a, b)
+  pictured = lambda text: {i["uid"] for i in _data(text)["items"] if i["picture"] is not None}
+  flipped = {f"u{i}" for i in range(7, 12)}
+  for pictures, some in ((4, 4), (6, 5)):
+    said = f"Pictures of {pictures} of 12 tasks, those that flipped first; of the 5 that flipped, {some} have theirs."
+    text = benchmark.comparison(found, a, b, pictures)
+    assert len(pictured(text)) == pictures and (pictured(text) <= flipped if pictures < 5 else flipped < pictured(text))
+    assert said in _Page(text).text and "--pictures=N puts those of N tasks on the page" in _Page(text).text
+    assert len(_data(text)["items"]) == 24, "all have their words"
+  assert "Pictures of" not in _Page(benchmark.comparison(found, a, b, 12)).text
+  for i in range(8, 12):  # what can no longer be read takes nobody's place
+    (tmp_path / f"{i}.png").unlink()
+  text = benchmark.comparison(found, a, b, 6)
+  assert pictured(text) == {"u7", *(f"u{i}" for i in range(5))} and "of the 5 that flipped, 1 have theirs" in text
+  gone = benchmark.comparison(found, a, b, 12)
+  assert "Pictures of 8 of 12 tasks" in gone and "--pictures=N" not in gone
+  a, b = _painted(tmp_path, 12, (["red"] * 7 + ["blue"] * 3 + ["red"] * 2, ["red"] * 10 + ["blue"] * 2))
+  # Room for some of the pictures alone: the rest has its words all the same, and more pictures have more room.
+  size = len(benchmark.comparison(found, a, b, 12)) - len(benchmark.comparison(found, a, b, 0))
+  monkeypatch.setattr(benchmark, "_ROOM", size)
+  monkeypatch.setattr(benchmark, "PICTURES", 12)
+  text = benchmark.comparison(found, a, b, 12)
+  assert flipped < pictured(text) and 5 < len(pictured(text)) < 12 and len(_data(text)["items"]) == 24
+  assert len(pictured(benchmark.comparison(found, a, b, 24))) == 12
 
 
 def _crowded():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import functools
 
 from PIL import Image
@@ -13,8 +13,10 @@ from virl_jax.eval import compare
 from virl_jax.report import gallery
 from virl_jax.report import page
 
-_PICTURES = 100          # of a page: to decode thousands of large ones takes longer than to look at them
-_ROOM = 32_000_000       # characters of all that is shown
+PICTURES = 200           # tasks of a page that have theirs: to decode thousands takes longer than to look at them
+_ROOM = 32_000_000       # characters of all that is shown, with so many pictures; more of them have more
+_WORDS = 0.25            # of the room, which pictures leave to words
+_NO_ROOM = "no room for this picture"
 _LISTED = 20             # of what was not evaluated
 _MEASURES = (("acc_ans", "Answers right", True), ("acc_rat", "Actions right", True), ("hit_rate", "Hit rate", True),
              ("mean_iou", "Mean IoU", False), ("mean_best_iou", "Best IoU per task", False),
@@ -22,7 +24,8 @@ _MEASURES = (("acc_ans", "Answers right", True), ("acc_rat", "Actions right", Tr
              ("overlong_rate", "Overlong", True))
 
 
-def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tuple[str, int], dict]) -> list[dict]:
+def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tuple[str, int], dict],
+            pictures: int = PICTURES) -> list[dict]:
   """What pages show of predictions: entries as `gallery.entry` has them, but of raw answers rather than turns.
 
   Args:
@@ -30,6 +33,7 @@ def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tup
     rows: what predictions were worth; see `eval.benchmarks.rows.scored`.
     said: by uid and sample, of a prediction: text, boxes (pixels of the original) and, where they are known, options,
       ious, classes and stop.
+    pictures: as for `evaluation`.
 
   Returns:
     One a row.  A picture that is a file is named, under "file", and not in it; of others the first to be looked at have
@@ -54,7 +58,7 @@ def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tup
         "width": None, "height": None, "boxes_gt": [[float(v) for v in box] for box in task.boxes], "boxes": boxes,
         "reward": None, "advantage": None, "reward_parts": None, "image": None,
         "file": task.image if isinstance(task.image, str) and task.image else None, "turns": [turn, *zooms]})
-  chosen = _chosen(found)
+  chosen = _chosen(found, pictures)
   for i, entry in enumerate(found):
     image = by_uid[entry["uid"]].image
     if i in chosen and image and not isinstance(image, str):
@@ -62,22 +66,23 @@ def entries(tasks: Sequence[types.Task], rows: Sequence[dict], said: Mapping[tup
   return found
 
 
-def evaluation(result: dict, shown: Sequence[dict], lost: dict) -> str:
+def evaluation(result: dict, shown: Sequence[dict], lost: dict, pictures: int = PICTURES) -> str:
   """The page of a benchmark's results.
 
   Args:
     result: of the benchmark's `score`, with rows, and what `evaluate` adds.
     shown: of `entries`.
     lost: what was not evaluated: by what it is, a list of lines.
+    pictures: of so many tasks at most the pictures are in the page, wrong answers first.
 
   Returns:
     A whole HTML document.
   """
   ends, voted = result["intervals"], result.get("majority")
-  trajectories = page.Shown(_ROOM)
-  chosen = _chosen(shown)
+  trajectories, room = page.Shown(_room(pictures)), _WORDS * _room(pictures)
+  chosen = _chosen(shown, pictures)
   for i in sorted(range(len(shown)), key=lambda i: (i not in chosen, i)):
-    trajectories.add(_ready(shown[i], i in chosen), "")
+    trajectories.add(_ready(shown[i], i in chosen and trajectories.room > room), "")
   summary, gap = result.get("summary") or {}, result.get("zooming_gap") or {}
   done = result["evaluated"]
   values = {
@@ -98,16 +103,17 @@ def evaluation(result: dict, shown: Sequence[dict], lost: dict) -> str:
       "gap": [(name, _values(gap[key])) for key, name in (("acc_ans", "Answers right"), ("acc_rat", "Actions right"))
               if gap and gap[key]["value"] is not None], "gap_n": gap.get("n"),
       "lost": [(what, lines[:_LISTED], len(lines) - _LISTED) for what, lines in lost.items() if lines],
-      "note": _note(trajectories, shown)}
+      "note": _note(trajectories, shown, "wrong answers first")}
   return page.render("evaluation.html.j2", values, trajectories.data([""], False, "sample"))
 
 
-def comparison(found: dict, a: compare.Side, b: compare.Side) -> str:
+def comparison(found: dict, a: compare.Side, b: compare.Side, pictures: int = PICTURES) -> str:
   """The page of two evaluations of the same tasks.
 
   Args:
     found: of `compare.compare`.
     a, b: what was compared.
+    pictures: of so many tasks at most the pictures are in the page, those that flipped first.
 
   Returns:
     A whole HTML document.
@@ -117,12 +123,13 @@ def comparison(found: dict, a: compare.Side, b: compare.Side) -> str:
   order = ["lost", "gained", "wrong in both", "right in both"]
   both = sorted(((order.index(told[entry["uid"]]), i, run, entry) for run, side in enumerate((a, b))
                  for i, entry in enumerate(side.shown) if entry["uid"] in told), key=lambda each: each[:3])
-  trajectories, pictured, files = page.Shown(_ROOM), set(), 0
+  trajectories, pictured = page.Shown(_room(pictures)), set()
   for _, _, run, entry in both:
-    if entry["uid"] not in pictured and files < _PICTURES:
+    wanted = len(pictured) < pictures and trajectories.room > _WORDS * _room(pictures) or entry["uid"] in pictured
+    ready = _ready(entry | {"change": told[entry["uid"]]}, wanted)
+    if ready["image"] is not None:
       pictured.add(entry["uid"])
-      files += 1
-    trajectories.add(_ready(entry | {"change": told[entry["uid"]]}, entry["uid"] in pictured), "", run)
+    trajectories.add(ready, "", run)
   summaries = [side.result.get("summary") or {} for side in (a, b)]
   values = {
       "title": f"{found['benchmark']}: {' and '.join(found['names'])}", "kind": "Two evaluations", "found": found,
@@ -130,21 +137,27 @@ def comparison(found: dict, a: compare.Side, b: compare.Side) -> str:
       "rows": [("all", found), *(found["by_kind"].items() if len(found["by_kind"]) > 1 else ())],
       "measures": [(name, share, [_values(each.get(key)) for each in summaries]) for key, name, share in _MEASURES
                    if any((each.get(key) or {}).get("value") is not None for each in summaries)],
-      "note": _note(trajectories, [entry for *_, entry in both]) if both else
+      "note": _note(trajectories, [entry for *_, entry in both], "those that flipped first",
+                    {uid for uid, change in told.items() if change in order[:2]}) if both else
       "The folders have no shown.jsonl, so that there is nothing to look at."}
   return page.render("comparison.html.j2", values, trajectories.data(found["names"], True, "sample", found["names"][0]))
 
 
-def _chosen(shown: Sequence[dict]) -> set[int]:
+def _room(pictures: int) -> int:
+  """Characters of all that is shown."""
+  return round(_ROOM * max(1.0, pictures / PICTURES))
+
+
+def _chosen(shown: Sequence[dict], pictures: int) -> set[int]:
   """The entries whose pictures are shown: wrong answers first."""
-  return set(sorted(range(len(shown)), key=lambda i: (shown[i]["correct"], i))[:_PICTURES])
+  return set(sorted(range(len(shown)), key=lambda i: (shown[i]["correct"], i))[:pictures])
 
 
 def _ready(entry: dict, wanted: bool) -> dict:
   """An entry with its picture, if it is wanted and can be had, or why it has none; and a size in any case."""
   if entry["image"] is not None:
     return entry
-  why = "" if not entry["file"] else "no room for this picture"
+  why = "" if not entry["file"] else _NO_ROOM
   if wanted and entry["file"]:
     try:
       return _pictured(entry, _decoded(entry["file"]))
@@ -164,16 +177,19 @@ def _pictured(entry: dict, image: bytes | Image.Image) -> dict:
   decoded = images.decode(image)
   turns = [turn if turn["box"] is None else {**turn, "crop": gallery.crop(decoded, turn["box"])}
            for turn in entry["turns"]]
-  return entry | {"image": gallery.data_uri(decoded, gallery.IMAGE_SIDE_PX), "width": decoded.width,
+  return entry | {"image": gallery.data_uri(decoded, gallery.IMAGE_SIDE_PX, lossless=False), "width": decoded.width,
                   "height": decoded.height, "turns": turns}
 
 
-def _note(trajectories: page.Shown, shown: Sequence[dict]) -> str:
-  """How many predictions the page has no room for."""
+def _note(trajectories: page.Shown, shown: Sequence[dict], order: str, flipped: Collection[str] = ()) -> str:
+  """What the page has no room for: pictures, which come in some order, and predictions."""
   told, seen = [], {item["uid"] for item in trajectories.items if item["picture"] is not None}
-  bare = len({entry["uid"] for entry in shown}) - len(seen)
-  if bare:
-    told.append(f"{len(seen)} tasks have their pictures here; {bare} their words alone.")
+  n, more = len({entry["uid"] for entry in shown}), any(item["left_out"] == _NO_ROOM for item in trajectories.items)
+  if len(seen) < n:
+    of = f"; of the {len(flipped)} that flipped, {len(seen & set(flipped))} have theirs" if flipped else ""
+    told.append(f"Pictures of {len(seen)} of {n} tasks, {order}{of}.")
+  if more:
+    told.append("--pictures=N puts those of N tasks on the page; shown.jsonl names the files of all.")
   if trajectories.left_out:
     told.append(f"{trajectories.left_out} more predictions are in predictions.jsonl or rows.jsonl, for which this page "
                 "has no room.")

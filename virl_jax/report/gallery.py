@@ -98,14 +98,20 @@ def entry(traj: types.Trajectory, image: Image.Image, ious: Sequence[float] | No
       "image": data_uri(image, IMAGE_SIDE_PX), "turns": turns}
 
 
-def data_uri(image: Image.Image, max_side_px: int) -> str:
-  """Encodes a picture into a data URI, shrunk (never enlarged) to a longest side in pixels."""
+def data_uri(image: Image.Image, max_side_px: int, lossless: bool = True) -> str:
+  """Encodes a picture into a data URI, shrunk (never enlarged) to a longest side in pixels.
+
+  Args:
+    image: decoded.
+    max_side_px: pixels of the longest side.
+    lossless: whether small ones are kept as they are, which takes several times the room.
+  """
   scale = max_side_px / max(image.size)
   if scale < 1:
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)
   buffer = io.BytesIO()
-  if max(image.size) <= _LOSSLESS_SIDE_PX:
+  if lossless and max(image.size) <= _LOSSLESS_SIDE_PX:
     image.convert("RGB").save(buffer, "PNG", optimize=True)
     mime = "image/png"
   else:

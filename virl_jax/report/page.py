@@ -39,9 +39,14 @@ class Shown:
 
   def __init__(self, room: int):
     self.items: list[dict] = []
-    self.left_out = 0
+    self.left_out = 0  # of entries
     self._pictures: dict[str, int] = {}
     self._room = room
+
+  @property
+  def room(self) -> int:
+    """Characters that are left; negative when it is full."""
+    return self._room
 
   def add(self, entry: dict, when: str, run: int = 0, **more) -> bool:
     """Takes an entry of `gallery`, if there is room.
