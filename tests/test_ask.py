@@ -12,6 +12,7 @@ import sys
 
 from absl import app
 from absl import flags
+from PIL import Image
 import pytest
 
 from configs import tiny
@@ -66,6 +67,33 @@ def test_a_slip_is_a_line(monkeypatch, tmp_path, args, said):
   more = () if "--serve" in args else ("--question=?",)
   with pytest.raises(SystemExit, match=said):
     here(monkeypatch, "--model=@tiny", *more, *(a.format(place=tmp_path) for a in args))
+
+
+def test_what_is_waited_for_is_said_before_it_is_waited_for(monkeypatch, tmp_path, capsys):
+  """On standard error: standard output has the answer alone."""
+  picture, heard = tmp_path / "a.png", []
+  Image.new("RGB", (60, 40)).save(picture)
+
+  def load(*args):
+    heard.append(capsys.readouterr())
+    return lambda task, tell: heard.append(capsys.readouterr())
+
+  monkeypatch.setattr(ask, "load", load)
+  here(monkeypatch, "--model=@tiny", f"--image={picture}", "--question=q")
+  assert [it.err.strip().partition(" after ")[0] for it in heard] == ["loading @tiny", "loaded"]
+  assert "waits for its programs, which are compiled unless the cache has them" in heard[1].err
+  assert not heard[0].out and not heard[1].out
+  monkeypatch.setattr(ask, "serve", lambda *args: heard.append(capsys.readouterr()))
+  here(monkeypatch, "--model=@tiny", "--serve")
+  assert heard[-2].err == "loading @tiny\n" and heard[-1].err.startswith("loaded after ")
+
+
+def test_the_first_word_comes_before_what_takes_long_to_import():
+  """There is no JAX here, so that its import ends the program."""
+  code = ("import sys, runpy\nsys.modules['jax'] = None\n"
+          "runpy.run_module('virl_jax.ask', run_name='__main__', alter_sys=True)")
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode and done.stderr.startswith("starting\n") and "jax" in done.stderr.splitlines()[-1]
 
 
 def test_what_is_printed():

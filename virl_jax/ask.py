@@ -5,7 +5,8 @@
     python -m virl_jax.ask --model=runs/v7b --serve --port=7860
 
 The reasoning is printed while it is sampled; each zoom says which region it is about, in pixels of the original, and
-what came back.  --out is a page with the picture, its boxes, the crops and all words, which needs nothing beside it.
+what came back.  Standard error says what is waited for until then.  --out is a page with the picture, its boxes, the
+crops and all words, which needs nothing beside it.
 
 --model and --config are those of `evaluate`: a run's folder, whose own configuration says how it is asked, or an HF
 folder.  --serve is for this machine alone unless --host says otherwise; docs/ask.md has what it refuses.
@@ -17,9 +18,14 @@ if __name__ == "__main__":
   from virl_jax.run import signals
   signals.install()
 
+if __name__ == "__main__":
+  from virl_jax.run import progress
+  progress.note("starting")  # what is imported takes seconds
+
 from collections.abc import Callable
 import dataclasses
 import sys
+import time
 
 from absl import app
 from absl import flags
@@ -38,6 +44,7 @@ from virl_jax.rollout import sample
 from virl_jax.rollout import told
 from virl_jax.rollout import turns
 from virl_jax.run import files
+from virl_jax.run import progress
 from virl_jax.run import setup
 
 _PAGE_ROOM = 32_000_000  # characters of a page: more than one trajectory can have
@@ -227,11 +234,21 @@ def main(argv):
     if args.serve:
       cfg = site.Config(args.host, args.port, tuple(args.names), args.upload_mb * 10 ** 6,
                         args.upload_megapixels * 10 ** 6)
-      serve(load(args.model, args.config, args.temperature, args.seed), args.model, cfg, args.waiting)
+      serve(_loaded(args), args.model, cfg, args.waiting)
       return
     picture = images.decode(args.image)  # before what takes long
     task = types.Task(args.image, picture, args.question, options=tuple(args.options) or None, kind="asked")
-    ask(load(args.model, args.config, args.temperature, args.seed), task, args.out)
+    ask(_loaded(args), task, args.out)
+
+
+def _loaded(args) -> Asked:
+  """The policy that the flags name; says on standard error what is waited for."""
+  progress.note(f"loading {args.model}")
+  began = time.perf_counter()
+  asked = load(args.model, args.config, args.temperature, args.seed)
+  progress.note(f"loaded after {time.perf_counter() - began:.0f} s; the first answer about a picture of some size "
+                "waits for its programs, which are compiled unless the cache has them")
+  return asked
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ progress._DELAY_S = progress._EVERY_S = 0
 for i in progress.over(range(3), 3, "drawing", "picture", {shown}):
   if i == 1:
     progress.say("a line")
+    progress.note("a note")
 with progress.bar(2_000_000, "loading", "parameter", {shown}) as it:
   it.update(1_500_000)
 with progress.bar(None, "reading", "record", {shown}) as it:
@@ -47,18 +48,18 @@ def test_a_terminal_has_bars_that_make_way_for_lines():
   said = in_a_terminal()
   assert "drawing:" in said and "/3 [" in said and "picture" in said and "1.50M/2.00M" in said
   assert "reading: 3.00k record" in said
-  before = said.partition("a line")[0].rpartition("\r")
-  assert not before[2].strip(), "the line begins where the bar was"
+  for line in ("a line", "a note"):
+    assert not said.partition(line)[0].rpartition("\r")[2].strip(), "the line begins where the bar was"
   assert not said.rpartition("\r")[2].strip(), "a bar goes when it is done"
 
 
 def test_other_processes_have_none():
-  assert in_a_terminal(shown=False).strip() == "a line"
+  assert in_a_terminal(shown=False).split() == "a line a note".split()
 
 
 def test_a_pipe_has_lines_alone():
   done = subprocess.run([sys.executable, "-c", SCRIPT.format(shown=True)], capture_output=True, text=True, check=True)
-  assert (done.stdout, done.stderr) == ("a line\n", "")
+  assert (done.stdout, done.stderr) == ("a line\n", "a note\n")
 
 
 def test_the_items_come_through():

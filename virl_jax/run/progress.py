@@ -37,6 +37,12 @@ def over(items: Iterable, total: int, words: str, unit: str, shown: bool = True)
       it.update(1)
 
 
+def note(line: object) -> None:
+  """Prints a line on standard error, above the bars: what goes on, where standard output has what comes of it."""
+  with tqdm.tqdm.external_write_mode(file=sys.stderr):
+    print(line, file=sys.stderr, flush=True)
+
+
 def say(line: object) -> None:
   """Prints a line, above the bars that there are."""
   with tqdm.tqdm.external_write_mode(file=sys.stdout):
