@@ -45,6 +45,28 @@ def same(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_equal((x.dtype, x.sharding), (y.dtype, y.sharding)), a, b)
 
 
+def test_what_takes_long_is_said(tmp_path, monkeypatch, capsys):
+  """Of a large state, and of no small one; its size is that of all its leaves."""
+  saves = checkpoint.Checkpoints(tmp_path, 1, 3)
+  saves.maybe_save(1, make_state(1))
+  saves.resume(make_state())
+  assert not capsys.readouterr().out
+  monkeypatch.setattr(checkpoint, "_TOLD_BYTES", 1)
+  state = make_state(2)
+  gib = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state)) / 2 ** 30
+  monkeypatch.setattr(saves._manager, "is_saving_in_progress", lambda: True)
+  saves.maybe_save(2, state)
+  capsys.readouterr()
+  saves.wait()
+  assert capsys.readouterr().out.splitlines() == [f"saving step 2 ({gib:.2f} GiB)", "saving step 2: 0 s"]
+  monkeypatch.undo()
+  monkeypatch.setattr(checkpoint, "_TOLD_BYTES", 1)
+  same(saves.resume(make_state())[1], state)
+  assert capsys.readouterr().out.splitlines() == [f"restoring step 2 ({gib:.2f} GiB)", "restoring step 2: 0 s"]
+  saves.close()
+  assert not capsys.readouterr().out, "there is nothing to wait for"
+
+
 def test_the_best_is_kept_beside_the_newest(tmp_path):
   """Whoever asks for it later, and though a worse one is newer."""
   saves = checkpoint.Checkpoints(tmp_path, 1, 2, best=True)

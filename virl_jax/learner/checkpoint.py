@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
+import time
 from typing import TypeVar
 
 from etils import epath
@@ -23,6 +25,7 @@ from virl_jax.run import hosts
 _SUMS = "checksums.json"  # in a checkpoint's folder: file in the folders below it -> BLAKE2b of its bytes
 _SCORE = "score"
 _THREADS = 8  # that read files to sum them up
+_TOLD_BYTES = 2 ** 29  # a state from this size on takes seconds to read or write, which is said
 
 T = TypeVar("T")
 
@@ -49,6 +52,7 @@ class Checkpoints:
   def __init__(self, folder: str | os.PathLike, every: int, keep: int, best: bool = False):
     self.folder, self.every = files.absolute(files.path(folder)), every
     self._saving: int | None = None
+    self._saving_bytes = 0
     self._best = best
     kept = [policies.LatestN(n=keep)]
     if best:
@@ -89,8 +93,8 @@ class Checkpoints:
     """
     if not (last or self.due(step)) or self._manager.latest_step() == step:
       return False
-    self._manager.wait_until_finished()
-    self._saving = step
+    self.wait()
+    self._saving, self._saving_bytes = step, _bytes(state)
     self._manager.save(step, args=ocp.args.StandardSave(state), metrics=None if score is None else {_SCORE: score})
     return True
 
@@ -157,7 +161,8 @@ class Checkpoints:
       Damaged: the checkpoint is not what was written.
       ValueError: there is none, or it does not fit.
     """
-    return self._restore(step, ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
+    return self._restore(step, ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
+                         _bytes(state))
 
   def restore_params(self, step: int, params):
     """Only the parameters saved at `step`: a third of what a state takes.
@@ -172,20 +177,22 @@ class Checkpoints:
     """
     item = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
     found = self._restore(step, ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True))
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True),
+                          _bytes(params))
     return found["params"]
 
-  def _restore(self, step: int, args):
+  def _restore(self, step: int, args, n_bytes: int):
     self.wait()  # a checkpoint that is being written has no folder yet
     name = f"checkpoint {step} in {self.folder}"
     if not files.is_dir(self.folder / str(step)):
       raise ValueError(f"{name} must be one of those there are. Received: {self.steps()}")
-    sealed = self._verify(step, name)
     found = told = cause = None
-    try:
-      found = self._manager.restore(step, args=args)
-    except Exception as e:  # Orbax raises that, and nearly everything else
-      cause, told = e, str(e).partition("\n")[0][:200]  # of pages
+    with _said(f"restoring step {step}", n_bytes):
+      sealed = self._verify(step, name)
+      try:
+        found = self._manager.restore(step, args=args)
+      except Exception as e:  # Orbax raises that, and nearly everything else
+        cause, told = e, str(e).partition("\n")[0][:200]  # of pages
     told = next((said for said in hosts.everyone(told) if said is not None), None)
     if told is not None:
       if sealed:
@@ -233,12 +240,32 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns when every save is on disk."""
-    self._manager.wait_until_finished()
+    if self._manager.is_saving_in_progress():
+      with _said(f"saving step {self._saving}", self._saving_bytes):
+        self._manager.wait_until_finished()
+    self._manager.wait_until_finished()  # raises what went wrong
 
   def close(self) -> None:
     """Waits and releases the manager."""
-    self._manager.wait_until_finished()
+    self.wait()
     self._manager.close()
+
+
+def _bytes(tree) -> int:
+  """Of all leaves of a state or its shapes, on all devices together, each once."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@contextlib.contextmanager
+def _said(what: str, n_bytes: int):
+  """Says what is waited for, and afterwards for how long, where there is much to wait for."""
+  if n_bytes < _TOLD_BYTES:
+    yield
+    return
+  hosts.say(f"{what} ({n_bytes / 2 ** 30:.2f} GiB)")
+  began = time.perf_counter()
+  yield
+  hosts.say(f"{what}: {time.perf_counter() - began:.0f} s")
 
 
 def _sums(folder: epath.Path, names=None) -> dict[str, str]:

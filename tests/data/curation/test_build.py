@@ -89,6 +89,22 @@ def test_what_is_counted_and_named(raw, tmp_path):
   assert not (tmp_path / "out" / "jsonl-train" / ".build").exists()
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_is_read_moves_a_bar(raw, tmp_path, monkeypatch, jobs):
+  """By the records of the source, whoever makes parts of them; how many come nobody knows."""
+  bar, made = build.progress.bar, []
+
+  def counted(total, words, unit, shown=True):
+    made.append((total, words, unit))
+    it = bar(total, words, unit, shown)
+    it.update = made.append
+    return it
+
+  monkeypatch.setattr(build.progress, "bar", counted)
+  build.run(job(raw, tmp_path / "out"), jobs)
+  assert made[0] == (None, "reading jsonl", "record") and len(made) > 3 and sum(made[1:]) == WANT["records"]
+
+
 def test_the_set_is_what_training_reads(raw, tmp_path):
   build.run(job(raw, tmp_path / "out"))
   source = sets.load(tmp_path / "out", "all", 0.2, 0)

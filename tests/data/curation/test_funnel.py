@@ -24,6 +24,7 @@ from virl_jax.data.sources import set_files
 from virl_jax.data.sources import sets
 from virl_jax.eval import asked
 from virl_jax.run import hosts
+from virl_jax.run import progress
 from virl_jax.run import setup
 
 HOSTILE = '<script>alert(1)</script>"'
@@ -253,6 +254,30 @@ def benchmark(tmp_path):
   (folder / "r.jsonl").write_text("".join(json.dumps({
       "image": name, "question": "?", "answers": ["a"]}) + "\n" for name in ("x.jpg", "y.png", "z.png")))
   return folder / "r.jsonl"
+
+
+def test_what_the_rules_read_moves_bars(data, tmp_path, benchmark, monkeypatch):
+  """Of all that is left to read; of nothing, none moves."""
+  moved, bar = [], progress.bar
+
+  def counted(total, words, unit, shown=True):
+    made = bar(total, words, unit, shown)
+    moved.append([words, unit, total, 0])
+    entry = moved[-1]
+    made.update = lambda count: entry.__setitem__(3, entry[3] + count)
+    return made
+
+  monkeypatch.setattr(progress, "bar", counted)
+  again = lambda: funnel.run(job(data, tmp_path / "out", benchmarks=(f"records={benchmark}",)))
+  again()
+  found = {words: (unit, total, done) for words, unit, total, done in moved}
+  assert len(moved) == 2 and found["rules: reading"] == ("task", 36, 36)
+  unit, total, done = found["rules: looking at records"]
+  assert unit == "picture" and total == done > 0
+  moved.clear()
+  (tmp_path / "out" / ".curate" / "facts" / "00001.jsonl").unlink()
+  again()
+  assert [words for words, *_ in moved] == ["rules: reading"] and 0 < moved[0][2] == moved[0][3] < 36
 
 
 def test_benchmarks_are_kept_out(data, tmp_path, benchmark):

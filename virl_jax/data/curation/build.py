@@ -28,6 +28,7 @@ from virl_jax.data.sources import records
 from virl_jax.data.sources import set_files
 from virl_jax.data.sources import stream
 from virl_jax.data.sources import table
+from virl_jax.run import progress
 
 _FORMAT = 1
 _EXAMPLES = 3
@@ -128,9 +129,14 @@ def _beam(job, options):
 
 def _processes(job, jobs):
   """Makes the parts that are missing; gives the numbers of all."""
+  with progress.bar(None, f"reading {job.source}", "record") as bar:  # how many there are nobody knows before the end
+    return _made(job, jobs, bar)
+
+
+def _made(job, jobs, bar):
   if jobs == 1:
     n_chunks = 0
-    for chunk in parts_lib.chunks(job):
+    for chunk in _counted(job, bar):
       n_chunks += 1
       if not parts_lib.report_path(job.parts, chunk[0]).exists():
         parts_lib.make_part(job, chunk)
@@ -138,7 +144,7 @@ def _processes(job, jobs):
   n_chunks, waiting = 0, set()
   # A fork of a process that has JAX in it may hang.
   with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-    for chunk in parts_lib.chunks(job):
+    for chunk in _counted(job, bar):
       n_chunks += 1
       if parts_lib.report_path(job.parts, chunk[0]).exists():
         continue
@@ -150,6 +156,13 @@ def _processes(job, jobs):
     for one in concurrent.futures.as_completed(waiting):
       one.result()
   return range(n_chunks)
+
+
+def _counted(job, bar):
+  """The chunks of a job, whose records move a bar when their part is made, or waits for a process."""
+  for chunk in parts_lib.chunks(job):
+    yield chunk
+    bar.update(len(chunk[1]))
 
 
 def _plan(job):

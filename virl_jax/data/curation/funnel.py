@@ -46,6 +46,7 @@ from virl_jax.report import gallery
 from virl_jax.report import sieve
 from virl_jax.run import files
 from virl_jax.run import hosts
+from virl_jax.run import progress
 
 _FORMAT = 1
 _PART_TASKS = 4096
@@ -207,10 +208,15 @@ def _facts(job, data, threads, say) -> dict[tuple[int, int], facts_lib.Facts]:
     say(f"facts: {len(due)} of {len(paths)} shards to read")
   one = lambda place: facts_lib.of(data.task(place), int(data.sources[place[0]].image_N[place[1]]), job.image,
                                    job.factor).to_json()
-  with futures.ThreadPoolExecutor(threads) as pool:
+  n = sum(len(data.shards[number]) for number in due)
+  with futures.ThreadPoolExecutor(threads) as pool, progress.bar(n, "rules: reading", "task", hosts.leads()) as bar:
     for number in due:
       hosts.beat("facts")
-      _keep(paths[number], of[number], list(pool.map(one, data.shards[number])))
+      lines = []
+      for line in pool.map(one, data.shards[number]):
+        lines.append(line)
+        bar.update(1)
+      _keep(paths[number], of[number], lines)
   hosts.meet()  # now all are there
   found = {}
   for shard, path, digest in zip(data.shards, paths, of):
@@ -238,7 +244,8 @@ def _benchmarks(job, threads) -> list[tuple[str, facts_lib.Look]]:
         "benchmark", facts_lib.VERSION, name, [key for key, _ in pictures])
     if hosts.mine(number) and _read(shard, of) is None:
       with futures.ThreadPoolExecutor(threads) as pool:
-        made = list(pool.map(lambda pair: _look(pair[1], job.image.decode_max_pixels), pictures))
+        looks = pool.map(lambda pair: _look(pair[1], job.image.decode_max_pixels), pictures)
+        made = list(progress.over(looks, len(pictures), f"rules: looking at {name}", "picture", hosts.leads()))
       _keep(shard, of, made)
     found.append((name, shard, of))
   hosts.meet()
