@@ -223,6 +223,19 @@ def _differences(found: dict[str, Arm], result: dict, draws: dict, names: tuple[
       n: {m: _difference(result, draws, m, n, against) for m in SHOWN} for n in same}}
 
 
+def apart(found: dict[str, Arm], more: str, less: str) -> dict[str, dict[str, float]]:
+  """How far apart two arms are, whatever each began with: {metric: {"value", "low", "high"}}.
+
+  Raises:
+    ValueError: the arms were asked different tasks.
+  """
+  if found[more].uids != found[less].uids:
+    raise ValueError(f"arms {more} and {less} must be about the same held-out tasks to be compared")
+  draws = {name: _draws(found[name].terms) for name in (more, less)}
+  result = {name: _summary(found[name].terms, draws[name]) for name in draws}
+  return {metric: _difference(result, draws, metric, more, less) for metric in SHOWN}
+
+
 def figures(found: dict[str, Arm]) -> dict:
   """All numbers of the page.
 

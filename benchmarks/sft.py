@@ -16,7 +16,7 @@ weights; it learns in the warm start's order, for the same reasons (`curriculum.
 shows; zooms are only context), finding one (the only object's box), finding (which of several is asked for).  The
 result of a stage is exported, and the next goes on from there.
 
-Prints a table, and as its last line one JSON object.
+Prints a table (of RL, means over seeds, with intervals over seeds and tasks), and as its last line one JSON object.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import results  # of this folder
 
 from virl_jax import export
 from virl_jax import warmstart
@@ -76,14 +77,16 @@ def main(argv=None):
   if args.rl:
     for seed in SEEDS:
       for arm, model in (("from_base", "@tiny"), ("from_sft", str(base))):
-        workdir = out / f"{arm}_{seed}"
-        command("train", "configs/tiny.py", workdir, f"--config.model.path={model}", f"--config.seed={seed}")
-        found[f"{arm}_{seed}"] = evaluation(workdir, "after")
+        command("train", "configs/tiny.py", out / arm / f"seed_{seed}", f"--config.model.path={model}",
+                f"--config.seed={seed}")
+    arms = results.read(out, ("from_base", "from_sft"), len(SEEDS))
+    summaries = results.figures(arms)
+    found |= {name: summaries[name] for name in arms} | {"difference": results.apart(arms, "from_sft", "from_base")}
   print(f"\n{'':16}" + "".join(f"{key:>26}" for key in SHOWN))
   for name, result in found.items():
     cells = (f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in (result[key] for key in SHOWN))
     print(f"{name:16}" + "".join(f"{cell:>26}" for cell in cells))
-  told = {name: {key: result[key] for key in ("n", *SHOWN)} for name, result in found.items()}
+  told = {name: {key: result[key] for key in SHOWN} for name, result in found.items()}
   print(json.dumps({"figures": told, "steps": steps, "pictures": args.pictures,
                     "command": " ".join(["python", "benchmarks/sft.py", *sys.argv[1:]]), "seconds": time.time() - began,
                     "versions": {"python": platform.python_version(), "jax": jax.__version__},

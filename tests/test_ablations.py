@@ -1,6 +1,7 @@
 """The arms of the experiments, and what is made of their results: verdicts, intervals, the page."""
 
 import ast
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -132,6 +133,9 @@ def test_from_workdirs_to_the_page(runs, tmp_path, monkeypatch):
   # An arm that began with another policy is not compared.
   found["outcome_only"].before[:] = 1.0
   assert results.figures(found)["differences"]["The method, and what is left of it"]["arms"] == {}
+  assert results.apart(found, "outcome_only", "full")["acc_rat"] == apart  # but by who asks for it
+  with pytest.raises(ValueError, match="about the same held-out tasks"):
+    results.apart(found | {"full": dataclasses.replace(found["full"], uids=())}, "outcome_only", "full")
   page = results.markdown("results", found, f, "python benchmarks/reproduce.py", 12.0, 2)
   for said in ("| *seen here* |", "| outcome_only | ", "2 arms, 2 seeds each, 40 held-out tasks each"):
     assert said in page
