@@ -97,7 +97,7 @@ def stage(monkeypatch, failing=()):
   monkeypatch.setattr(train.step_lib, "update_step", update)
   monkeypatch.setattr(loop.harness, "run", evaluate)
   monkeypatch.setattr(loop.verdicts, "judge", lambda cfg, workdir: (cfg.model, workdir.name))
-  monkeypatch.setattr(train.hosts, "place_batch", lambda batch, mesh: batch)
+  monkeypatch.setattr(train.placement, "place_batch", lambda batch, mesh: batch)
   monkeypatch.setattr(train.sample, "weights", lambda params, cfg, mesh: {"marker": params["marker"] + 0.5})
   monkeypatch.setattr(train.pack, "pack", lambda part, cfg: tuple((t.task.uid, t.index) for t in part))
   monkeypatch.setattr(loop.html, "write", lambda workdir: "report")

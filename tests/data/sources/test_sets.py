@@ -128,7 +128,7 @@ def test_several_sets_are_read_as_one_whatever_their_order(tmp_path):
   assert len(sets.load(tmp_path / "a,b" / "s", "all", 0.3, 0)) == 4, "a comma may be part of a path"
   with pytest.raises(ValueError, match="folders of different names. Received twice: .*coco-train"):
     sets.load(f"{path},{tmp_path / 'y'}", "all", 0.3, 0)
-  with pytest.raises(ValueError, match="must be a finished set.*none, which is no folder"):
+  with pytest.raises(ValueError, match="a set must be finished.*none, which is no folder"):
     sets.load(f"{path},{tmp_path / 'none'}", "all", 0.3, 0)
 
 
@@ -171,13 +171,13 @@ def test_a_set_that_is_half_replaced_is_none(tmp_path, monkeypatch):
   monkeypatch.setattr(np, "save", lambda *args: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     write(tmp_path / "s", [a_task(i) for i in range(6, 12)])
-  with pytest.raises(ValueError, match="must be a finished set"):
+  with pytest.raises(ValueError, match="a set must be finished"):
     sets.load(tmp_path / "s", "all", 0.5, 0)
 
 
 @pytest.mark.parametrize("damage, said", [
-    (lambda f: (f / "dataset_info.json").unlink(), "must be a finished set: a folder with dataset_info.json"),
-    (lambda f: (f / "index.npy").write_bytes(b"nonsense"), "must be a finished set, as `curate build` writes it"),
+    (lambda f: (f / "dataset_info.json").unlink(), "a set must be finished: a folder with dataset_info.json"),
+    (lambda f: (f / "index.npy").write_bytes(b"nonsense"), "a set must be finished, as `curate build` writes it"),
     (lambda f: next(f.glob("*-00001-of-*")).unlink(), "with all of its 3 array_record files. .* with 2"),
     (lambda f: shutil.rmtree(f), "which is no folder")])
 def test_what_is_not_whole_is_refused(damage, said, tmp_path):
