@@ -23,11 +23,12 @@ class Server:
   Attributes:
     faults: what happens to the next requests, in order: an HTTP status, "drop", "cut", "slow", "empty", "mumble"; then
       it replies well.
+    bad_seed: a request with this seed gets a 500, each time.
     bodies: the requests' bodies.
   """
 
   def __init__(self, speak=_verdict):
-    self.faults, self.bodies, self.headers = [], [], []
+    self.faults, self.bodies, self.headers, self.bad_seed = [], [], [], None
     outer, lock = self, threading.Lock()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -37,6 +38,8 @@ class Server:
           outer.bodies.append(body)
           outer.headers.append(dict(self.headers))
           fault = outer.faults.pop(0) if outer.faults else None
+        if outer.bad_seed is not None and body.get("seed") == outer.bad_seed:
+          fault = 500
         said = speak(body)
         words, finish = said if isinstance(said, tuple) else (said, "stop")
         if fault == "drop":
