@@ -1,4 +1,4 @@
-"""A whole ViRL run on a laptop's CPU: the needle task, from the two-million-parameter base that ships.
+"""A whole ViRL run on a laptop's CPU: the needle task, from the tiny base of two million parameters.
 
     python -m virl_jax.train --config=configs/tiny.py --workdir=runs/tiny
 

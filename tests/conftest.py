@@ -173,7 +173,7 @@ def small() -> Model:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Model:
-  """The shape of the base that ships, untrained, with its tokenizer."""
+  """The shape of the tiny base, untrained, with its tokenizer."""
   from virl_jax.model.qwen2_5 import model as qwen
   from virl_jax.tiny import tokenizer as tiny_tokenizer
   folder = tmp_path_factory.mktemp("tokenizer")

@@ -35,7 +35,7 @@ def task(picture, question="Which pattern does the red object have?"):
 
 @pytest.fixture(scope="module")
 def base():
-  """The base that ships, as `--model=@tiny --config=configs/tiny.py` loads it."""
+  """The tiny base, as `--model=@tiny --config=configs/tiny.py` loads it."""
   return ask.load("@tiny", tiny.get_config())
 
 

@@ -14,11 +14,11 @@ _GUESSABLE = {"data.needle.guessable": 0.75}
 # Bases that some arms start from, with their flags.  benchmarks/reproduce.py makes them, and so does
 # python -m virl_jax.warmstart --config=configs/tiny.py <FLAGS> --out=runs/NAME
 BASES = {
-    # Answers three questions in ten without looking, guessing from colours.  The shipped base never does, so that
+    # Answers three questions in ten without looking, guessing from colours.  The tiny base never does, so that
     # outcome-only training could not fall back to it.
     "runs/guesser": ("--config.warmstart.base=@tiny", "--config.warmstart.steps=200",
                      "--config.warmstart.p_direct=0.3"),
-    # Counts the objects that have a mark; the shipped base was never asked to.  With zooms as clumsy as that one's, it
+    # Counts the objects that have a mark; the tiny base was never asked to.  With zooms as clumsy as that one's, it
     # would read so few marks that guessing pays better than looking.
     "runs/counter": ("--config.warmstart.base=@tiny", "--config.warmstart.steps=500", "--config.warmstart.p_count=1.0",
                      "--config.warmstart.p_clumsy=0.3", "--config.warmstart.clumsy_learning_rate=1e-3",

@@ -72,7 +72,7 @@ def model_dir(path: str, key: str = "model.path") -> str:
 
 
 def policy(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, step: int | None = None) -> Loaded:
-  """The policy of an HF folder ("@tiny" is the base that ships) or of a run.
+  """The policy of an HF folder ("@tiny" is the tiny base) or of a run.
 
   Args:
     path: the HF folder, or the run's.
