@@ -212,12 +212,16 @@ def _difference(result: dict, draws: dict, metric: str, more: str, less: str) ->
   return {"value": result[more][metric]["value"] - result[less][metric]["value"], "low": low, "high": high}
 
 
+def _same_tasks(found: dict[str, Arm], a: str, b: str) -> None:
+  if found[a].uids != found[b].uids:
+    raise ValueError(f"arms {a} and {b} must be about the same held-out tasks to be compared")
+
+
 def _differences(found: dict[str, Arm], result: dict, draws: dict, names: tuple[str, ...]) -> dict:
   """A section's arms against one of them, `full` or else the first; only those that began with the same policy."""
   against = "full" if "full" in names else names[0]
   for n in names:
-    if found[n].uids != found[against].uids:
-      raise ValueError(f"arms {n} and {against} must be about the same held-out tasks to be compared")
+    _same_tasks(found, n, against)
   same = [n for n in names if n != against and np.array_equal(found[n].before, found[against].before, equal_nan=True)]
   return {"against": against, "arms": {
       n: {m: _difference(result, draws, m, n, against) for m in SHOWN} for n in same}}
@@ -229,8 +233,7 @@ def apart(found: dict[str, Arm], more: str, less: str) -> dict[str, dict[str, fl
   Raises:
     ValueError: the arms were asked different tasks.
   """
-  if found[more].uids != found[less].uids:
-    raise ValueError(f"arms {more} and {less} must be about the same held-out tasks to be compared")
+  _same_tasks(found, more, less)
   draws = {name: _draws(found[name].terms) for name in (more, less)}
   result = {name: _summary(found[name].terms, draws[name]) for name in draws}
   return {metric: _difference(result, draws, metric, more, less) for metric in SHOWN}

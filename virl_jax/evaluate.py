@@ -59,6 +59,7 @@ from virl_jax.rollout import sample
 from virl_jax.rollout import turns
 from virl_jax.run import files
 from virl_jax.run import hosts
+from virl_jax.run import progress
 from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
@@ -192,8 +193,8 @@ def _lost(url: str, lost: Sequence[str]) -> None:
   """
   if lost:
     raise endpoint_lib.Unreachable(
-        f"--endpoint {url} gave no reply to {len(lost)} questions ({_some(lost)}). They count as not evaluated, none "
-        "as wrong; what is finished is kept: the same command asks for them again, and for those after them")
+        f"--endpoint {url} gave no reply to {len(lost)} questions ({progress.few(lost)}). They count as not evaluated, "
+        "none as wrong; what is finished is kept: the same command asks for them again, and for those after them")
 
 
 def compared(a: str, b: str, out: str | None, pictures: int = benchmark_page.PICTURES) -> list[dict]:
@@ -342,9 +343,9 @@ def _tell_compared(found: dict) -> None:
 def _tell(result: dict, read: predictions.Read) -> None:
   """Prints the figures, what could not be used, and a line of JSON."""
   lost = {"rows": read.loaded.describe() if read.loaded.rejects else "",
-          "predictions for no row": _some(read.strange),
-          "predictions that cannot be used": _some([f"row {r.row}: {r.cause}" for r in read.rejects])}
-  lost |= {f"{what}, {len(result[key])} predictions": _some([f"{e['uid']}: {e['why']}" for e in result[key]])
+          "predictions for no row": progress.few(read.strange),
+          "predictions that cannot be used": progress.few([f"row {r.row}: {r.cause}" for r in read.rejects])}
+  lost |= {f"{what}, {len(result[key])} predictions": progress.few([f"{e['uid']}: {e['why']}" for e in result[key]])
            for key, what in (("skipped", "cannot be asked"), ("lost", "the endpoint gave no reply"))
            if result.get(key)}
   if gap := result.get("zooming_gap"):
@@ -353,10 +354,6 @@ def _tell(result: dict, read: predictions.Read) -> None:
         "" if value is None else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
   hosts.say("\n".join([rows_lib.table(result), *(f"  {what}: {found}" for what, found in lost.items() if found)]))
   hosts.say(json.dumps(_bare(result)))
-
-
-def _some(names) -> str:
-  return "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _bare(result: dict) -> dict:

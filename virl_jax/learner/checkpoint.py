@@ -243,10 +243,8 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns when every save is on disk."""
-    if self._manager.is_saving_in_progress():
-      with _said(f"saving step {self._saving}", self._saving_bytes):
-        self._manager.wait_until_finished()
-    self._manager.wait_until_finished()  # raises what went wrong
+    with _said(f"saving step {self._saving}", self._saving_bytes if self._manager.is_saving_in_progress() else 0):
+      self._manager.wait_until_finished()  # raises what went wrong
 
   def close(self) -> None:
     """Waits and releases the manager."""

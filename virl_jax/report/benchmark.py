@@ -123,9 +123,10 @@ def comparison(found: dict, a: compare.Side, b: compare.Side, pictures: int = PI
   order = ["lost", "gained", "wrong in both", "right in both"]
   both = sorted(((order.index(told[entry["uid"]]), i, run, entry) for run, side in enumerate((a, b))
                  for i, entry in enumerate(side.shown) if entry["uid"] in told), key=lambda each: each[:3])
-  trajectories, pictured = page.Shown(_room(pictures)), set()
+  room, pictured = _room(pictures), set()
+  trajectories = page.Shown(room)
   for _, _, run, entry in both:
-    wanted = len(pictured) < pictures and trajectories.room > _WORDS * _room(pictures) or entry["uid"] in pictured
+    wanted = len(pictured) < pictures and trajectories.room > _WORDS * room or entry["uid"] in pictured
     ready = _ready(entry | {"change": told[entry["uid"]]}, wanted)
     if ready["image"] is not None:
       pictured.add(entry["uid"])

@@ -82,9 +82,13 @@ class Endpoint:
       except endpoint.Refused as e:
         raise endpoint.Refused(f"--endpoint must take chat completions with pictures of {self.cfg.model!r} "
                                f"(config.endpoint.model). Received: {e}") from e
-      with self._lock:
-        self._replied, self._gone_s, self._good = time.monotonic(), 0.0, body
+      self._heard(body)
       return said
+
+  def _heard(self, body: dict) -> None:
+    """Takes note of a reply to a request."""
+    with self._lock:
+      self._replied, self._gone_s, self._good = time.monotonic(), 0.0, body
 
   def _replies(self, since: float) -> bool:
     """Whether the endpoint has replied to any request since then, or now replies to one that it replied to before."""
@@ -96,8 +100,7 @@ class Endpoint:
       endpoint.chat(self.url, good, self.cfg.timeout_s)
     except (endpoint.Again, endpoint.Refused):
       return False
-    with self._lock:
-      self._replied, self._gone_s = time.monotonic(), 0.0
+    self._heard(good)
     return True
 
   def _wait(self, e: endpoint.Again, wait_s: float, began: float) -> None:

@@ -5,8 +5,9 @@ There are none where standard error is a file or a pipe, as in a pod; the lines 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import sys
+from typing import TextIO
 
 import tqdm
 
@@ -39,13 +40,21 @@ def over(items: Iterable, total: int, words: str, unit: str, shown: bool = True)
       it.update(1)
 
 
+def few(names: Sequence[str]) -> str:
+  """The first three names, for a line, and how many more there are."""
+  return "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def note(line: object) -> None:
   """Prints a line on standard error, above the bars: what goes on, where standard output has what comes of it."""
-  with tqdm.tqdm.external_write_mode(file=sys.stderr):
-    print(line, file=sys.stderr, flush=True)
+  _print(line, sys.stderr)
 
 
 def say(line: object) -> None:
   """Prints a line, above any bars."""
-  with tqdm.tqdm.external_write_mode(file=sys.stdout):
-    print(line, flush=True)
+  _print(line, sys.stdout)
+
+
+def _print(line: object, file: TextIO) -> None:
+  with tqdm.tqdm.external_write_mode(file=file):
+    print(line, file=file, flush=True)

@@ -152,9 +152,8 @@ def _missing(lost: Sequence[str]) -> None:
     endpoint.Unreachable: some are lost; names them.
   """
   if lost:
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     raise endpoint.Unreachable(
-        f"--endpoint gave no reply to {len(lost)} tasks ({'; '.join(lost[:3])}{more}). They count as dropped, none as "
+        f"--endpoint gave no reply to {len(lost)} tasks ({progress.few(lost)}). They count as dropped, none as "
         "wrong; all else is written: the same command asks for them again")
 
 
