@@ -35,7 +35,8 @@ FLOORS = [(prefix, floor) for floor, prefixes in enumerate((
     "eval.benchmarks.treebench eval.benchmarks.vstar model.qwen2_5.model run.sources",
     "data.curation.stages data.sources.grit data.sources.textvqa eval.benchmarks.table eval.predictions model.family "
     "model.qwen tiny.demos tiny.tokenizer",
-    "data.sources.docvqa learner.state model.head model.weights rollout.row run.costs run.memory tiny.curriculum",
+    "data.sources.docvqa eval.scoring learner.state model.head model.weights rollout.row run.costs run.memory "
+    "tiny.curriculum",
     "data.sources.infographicsvqa learner.microbatch rollout.sample run.load run.pace run.serving",
     "data.sources.table learner.step rollout.turns run.record",
     "data.curation.parts rollout.chunks rollout.remote rollout.replay rollout.told run.setup",

@@ -50,6 +50,7 @@ from virl_jax.eval import asked
 from virl_jax.eval import compare
 from virl_jax.eval import outcome
 from virl_jax.eval import predictions
+from virl_jax.eval import scoring
 from virl_jax.eval.benchmarks import rows as rows_lib
 from virl_jax.eval.benchmarks import table
 from virl_jax.report import benchmark as benchmark_page
@@ -64,8 +65,6 @@ from virl_jax.run import setup
 from virl_jax.run import workdir as workdir_lib
 
 _ZOOMS = {"on": (True,), "off": (False,), "both": (True, False)}
-# Benchmarks whose own rule leaves nothing to a judge.
-_WITHOUT_JUDGE = ("pope", "textvqa", "docvqa", "infographicsvqa")
 
 
 def score(path: str, benchmark: str, data: str | None = None, judge: judge_model.Judge | None = None
@@ -85,10 +84,10 @@ def score(path: str, benchmark: str, data: str | None = None, judge: judge_model
     ValueError: there is no such benchmark, or a file is of no use.
     judge_model.Unreachable: the judge gives no reply.
   """
-  named(benchmark)
-  loaded = None if data is None else _usable(data, benchmark, rows_lib.How(need_images=False, seed=None))
+  scoring.named(benchmark)
+  loaded = None if data is None else scoring.usable(data, benchmark, rows_lib.How(need_images=False, seed=None))
   read = predictions.read(path, benchmark, loaded)
-  return _scored(benchmark, read, judge), read
+  return scoring.scored(benchmark, read, judge), read
 
 
 def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str, cfg: asked.Config = asked.Config(),
@@ -128,7 +127,7 @@ def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str
   if len(data) != len(benchmarks):
     raise ValueError(f"--data must have a path for each of the {len(benchmarks)} benchmarks. Received: {len(data)}")
   seeds = {"shuffled": (how.seed,), "native": (None,), "both": (how.seed, None)}[options]
-  there = [[_usable(path, name, dataclasses.replace(how, seed=seed)) for seed in seeds]
+  there = [[scoring.usable(path, name, dataclasses.replace(how, seed=seed)) for seed in seeds]
            for name, path in zip(benchmarks, data)]
   if url:
     c, p = setup.of_endpoint(model, c)
@@ -168,7 +167,7 @@ def evaluate(model: str | None, benchmarks: list[str], data: list[str], out: str
             predictions.of_rows(entries, str(folder / "predictions.jsonl"), name, about), rejects=())
         found[zoom] = asked.outcomes(entries, about.tasks)
         of_task = {o.uid: e["uid"] for o, e in zip(found[zoom], (e for e in entries if "text" in e))}
-        result = _scored(name, read, judge) | unsaid | {
+        result = scoring.scored(name, read, judge) | unsaid | {
             "zoom": zoom, "options_seed": seed, "model": model, "step": step, "limit": limit,
             "summary": outcome.summary(found[zoom], c.reward.h0, c.eval.bootstrap,
                                        drawn_with=[of_task[o.uid] for o in found[zoom]])}
@@ -231,65 +230,6 @@ def _gap(without: list[outcome.Outcome], with_: list[outcome.Outcome], of_task: 
   both = {o.uid for o in without} & {o.uid for o in with_}
   old, new = ([o for o in found if o.uid in both] for found in (without, with_))
   return outcome.difference(old, new, c.reward.h0, c.eval.bootstrap, drawn_with=[of_task[o.uid] for o in old])
-
-
-def named(benchmark: str):
-  """The benchmark of that name.
-
-  Raises:
-    ValueError: there is none.
-  """
-  if benchmark not in table.BENCHMARKS:
-    raise ValueError(f"--benchmark must be one of {', '.join(table.BENCHMARKS)}. Received: {benchmark or 'nothing'}")
-  return table.BENCHMARKS[benchmark]
-
-
-def _usable(path: str, benchmark: str, how: rows_lib.How) -> rows_lib.Loaded:
-  """A benchmark's tasks, if there are any."""
-  loaded = named(benchmark).load(path, how)
-  if not loaded.tasks:
-    raise ValueError(f"{path} must have rows of {benchmark} that can be used. Received: {loaded.describe()}")
-  return loaded
-
-
-def _scored(benchmark: str, read: predictions.Read, judge: judge_model.Judge | None) -> dict:
-  """What predictions are worth, by the benchmark's rule or, where it does not accept them, by a judge."""
-  if judge is None:
-    return _figures(benchmark, read.loaded, read.predictions)
-  _judgeable(benchmark)
-  asked_before, unclear_before = judge.asked, judge.unclear
-  result = _figures(benchmark, read.loaded, _judged(read.loaded, read.predictions, judge))
-  return result | {"judge": {
-      "model": judge.model, "prompt": judge_model.PROMPT_VERSION, "asked": judge.asked - asked_before,
-      "unclear": judge.unclear - unclear_before}}
-
-
-def _figures(benchmark: str, loaded: rows_lib.Loaded, found: rows_lib.Predictions) -> dict:
-  """The benchmark's figures: over all samples (Avg@k) and, where tasks have several samples, of their majority."""
-  it = named(benchmark)
-  result = it.score(loaded, found) | {"benchmark": benchmark}
-  sizes = [len(samples) for samples in found.values()]
-  if max(sizes, default=0) < 2:
-    return result
-  voted = it.score(loaded, rows_lib.majority(loaded, found, getattr(it, "says", rows_lib.says)))
-  return result | {"samples": {"least": min(sizes), "most": max(sizes)},
-                   "majority": {key: voted[key] for key in ("score", "figures", "intervals")}}
-
-
-def _judgeable(benchmark: str) -> None:
-  if benchmark in _WITHOUT_JUDGE:
-    raise ValueError(f"--judge must be left out for {benchmark}: it is scored by a rule of its own")
-
-
-def _judged(loaded: rows_lib.Loaded, found: rows_lib.Predictions, judge: judge_model.Judge) -> rows_lib.Predictions:
-  """Predictions with the verdicts of a judge."""
-  pairs = [(task, i, p) for task in loaded.tasks if task.answers for i, p in enumerate(found.get(task.uid, ()))]
-  verdicts = judge.verdicts([judge_model.Asked(task.question, task.answers, p.text, task.options)
-                             for task, _, p in pairs])
-  out = {uid: list(samples) for uid, samples in found.items()}
-  for (task, i, p), verdict in zip(pairs, verdicts):
-    out[task.uid][i] = dataclasses.replace(p, verdict=verdict)
-  return out
 
 
 def _write(folder: epath.Path, result: dict, read: predictions.Read, tables: Sequence[str] = ()) -> None:
@@ -442,7 +382,7 @@ def _judge(args) -> judge_model.Judge | None:
   if not args.judge:
     return None
   for name in args.benchmark:
-    _judgeable(name)
+    scoring.judgeable(name)
   cfg = judge_model.Config(args.judge_model, args.judge)
   if not args.out or not files.is_local(args.out):
     return judge_model.Judge(cfg)
